@@ -84,9 +84,7 @@ def run_notebook(path: Path, run: set[str], timeout: int) -> None:
     notebook, start = nbformat.read(path, as_version=4), time.time()
     client = NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}})
     cells = [(index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    client.create_kernel_manager()
-    client.km.transport = "ipc" if os.name == "posix" else "tcp"  # ipc: no ports, and no warning about them
-    with client.setup_kernel():
+    with client.setup_kernel(extra_arguments=["--log-level=ERROR"]):
         for number, (index, cell) in enumerate(cells, 1):
             if skipped(cell.source, run) or not cell.source.strip():
                 continue
