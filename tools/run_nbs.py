@@ -82,9 +82,14 @@ def clean_notebook(notebook: Any) -> Any:
 def run_notebook(path: Path, run: set[str], timeout: int) -> None:
     "Execute one notebook in its own folder and write it back."
     notebook, start = nbformat.read(path, as_version=4), time.time()
-    client = NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--log-level=ERROR"],
+    )
     cells = [(index, cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
-    with client.setup_kernel(extra_arguments=["--log-level=ERROR"]):
+    with client.setup_kernel():
         for number, (index, cell) in enumerate(cells, 1):
             if skipped(cell.source, run) or not cell.source.strip():
                 continue
