@@ -1,0 +1,73 @@
+PYTHON    ?= python3
+VENV      := .venv
+BIN       := $(VENV)/bin
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+NB        ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help tour lab todo-gpu setup setup-cpu test lint check-export check-clean notebooks export readme run site look clean
+
+help:             ## this list
+	@echo "dfkd_nb: data-free knowledge distillation, a book that is a package. Start with: make tour"
+	@grep -E '^[a-z-]+: .*## |^[a-z-]+:  *## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1|/' | \
+	  awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+# --- reading ------------------------------------------------------------------------------------------------------
+tour: book        ## ten minutes: a teacher dreams, a student learns; prints its accuracy, leaves page and pictures in _tour
+	@$(BIN)/python tools/tour.py
+
+lab: book         ## JupyterLab on the book
+	$(BIN)/jupyter lab --notebook-dir=nbs nbs/index.ipynb
+
+todo-gpu: book    ## the recipes that have no full-scale result yet
+	@$(BIN)/dfkd list --missing-full
+
+# --- installation: each target below and above calls it; a second call is instant -----------------------------------
+setup: dev        ## the environment with everything (on Linux, PyPI's torch is the CUDA build)
+
+setup-cpu:        ## the same with PyTorch's CPU build, for Linux without a GPU
+	@$(PYTHON) tools/environment.py dev --cpu-index $(CPU_INDEX)
+
+.PHONY: book dev
+book:
+	@$(PYTHON) tools/environment.py book
+dev:
+	@$(PYTHON) tools/environment.py dev
+
+# --- checking -----------------------------------------------------------------------------------------------------
+test: lint check-export  ## lint, package against notebooks, then every notebook at quick scale and tests/
+	$(BIN)/pytest
+
+lint: dev         ## ruff, mypy, and the order of imports
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+check-export: dev ## the package is exactly what the notebooks export
+	@$(BIN)/python tools/check_export.py
+
+check-clean: dev  ## notebooks are stored without counts, errors and an editor's metadata
+	@$(BIN)/pytest -q tests/test_sync.py
+
+notebooks: dev    ## only the notebooks, as tests: make notebooks NB=priors runs those whose name contains it
+	$(BIN)/pytest tests/test_notebooks.py $(if $(NB),-k '$(NB)')
+
+# --- writing ------------------------------------------------------------------------------------------------------
+export: dev       ## notebooks -> package
+	$(BIN)/nbdev_export
+
+readme: dev       ## nbs/index.ipynb -> README.md
+	$(BIN)/python tools/readme.py
+
+run: dev          ## execute notebooks and store their outputs: make run NB=nbs/dreams/05_priors.ipynb (default: all)
+	$(BIN)/python tools/run_nbs.py $(NB)
+
+# --- publishing ---------------------------------------------------------------------------------------------------
+site: dev         ## the site in _site, with Quarto where it is installed, else in pure Python
+	$(BIN)/python -m tools.website
+
+look: dev         ## screenshots of every page of _site in _look, with errors and foreign requests (needs Chromium)
+	$(BIN)/python tools/look.py
+
+clean:            ## remove what was built (environment and runs stay)
+	rm -rf _site _proc _tour _look build dist .pytest_cache .mypy_cache .ruff_cache
