@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soften', 'distillation_loss', 'learning_rate_at', 'Distiller', 'distill', 'train', 'evaluate']
 
-# %% ../../nbs/foundations/04_distillation.ipynb #35a1cf9b
+# %% ../../nbs/foundations/04_distillation.ipynb #6dd9b394
 import math
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import DFKDError, autocast, pick_device, progress
+from .core import DFKDError, autocast, import_torchvision, pick_device, progress
 from .data import Augment, Domain, ImageSource, mixup
 from .models import Teacher, _logits
 
@@ -193,7 +193,7 @@ def train(
     "Ordinary supervised training: the same loop without a teacher."
     return Distiller(None, model, source, **settings).run()
 
-# %% ../../nbs/foundations/04_distillation.ipynb #19321e1a
+# %% ../../nbs/foundations/04_distillation.ipynb #0e6b0456
 @torch.no_grad()
 def evaluate(
     model: nn.Module, # takes normalised images, returns logits
@@ -202,6 +202,7 @@ def evaluate(
     domain: Domain | None = None, # the normalisation `model` expects; the data's if not given
 ) -> float: # share of right answers, 0 to 1
     "Top-1 accuracy in eval mode (torchmetrics)."
+    import_torchvision() # torchmetrics imports it as well, and would stumble where the two builds differ
     from torchmetrics.classification import MulticlassAccuracy
     if data.labels is None: raise DFKDError('these images have no labels: an accuracy needs them')
     domain = domain or data.domain
