@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'Parser', 'positive', 'list_recipes', 'hours', 'show_recipe', 'show_results', 'run_recipe', 'print_result',
-           'parser', 'main', 'report']
+           'read_network', 'fill', 'own_teacher', 'numbers', 'invert', 'bench', 'parser', 'main', 'report']
 
-# %% ../../nbs/lab/23_commands.ipynb #32ab9714
+# %% ../../nbs/lab/23_commands.ipynb #48ff91d6
 import argparse
+import importlib
 import math
 import os
 import shlex
@@ -15,11 +16,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfkd_nb.lab.runs import (
-    SCALES, METHODS, PRECISIONS, Recipe, Result, Run, RunStopped, Synthesis, check_settings, parse_assignment, problem, recipe_names,
-    resolved_toml, results, toml_value,
+    SCALES, Recipe, Result, Run, RunStopped, Synthesis, check_settings, parse_assignment, problem, recipe_names,
+    resolved_toml, results, synthesizer,
 )
 
 # %% ../../nbs/lab/23_commands.ipynb #04b093e4
@@ -94,7 +95,93 @@ def print_result(result: Result) -> None:
     for key, value in result.numbers.items():
         if not isinstance(value, (list, dict)): print(f'  {key:<24} {value:.4f}' if isinstance(value, float) else f'  {key:<24} {value}')
 
-# %% ../../nbs/lab/23_commands.ipynb #dc2868b8
+# %% ../../nbs/lab/23_commands.ipynb #064b3784
+if TYPE_CHECKING:
+    import torch
+    from dfkd_nb.foundations.models import Teacher
+
+# %% ../../nbs/lab/23_commands.ipynb #03397eed
+def read_network(
+    checkpoint: str | Path, # .safetensors, or what torch.save wrote
+) -> dict[str, 'torch.Tensor']: # names and weights
+    "The weights of a checkpoint, without running any code that is in it."
+    import torch
+    from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
+    if str(checkpoint).endswith('.safetensors'): return load_tensors(checkpoint)[0]
+    if not Path(checkpoint).is_file(): raise problem(f'no file {checkpoint}: check --checkpoint')
+    try: state: dict[str, Any] = load_checkpoint(checkpoint)
+    except DFKDError: raise problem(f'{checkpoint} is truncated, or holds more than weights: save model.state_dict() and give that file') from None
+    for key in ('state_dict', 'model_state_dict', 'model', 'net'): # where training scripts like to put it
+        if isinstance(state.get(key), dict): state = state[key]
+    weights = {str(k).removeprefix('module.'): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not weights: raise problem(f'{checkpoint} holds no weights: save model.state_dict()')
+    return weights
+
+# %% ../../nbs/lab/23_commands.ipynb #f638929a
+def fill(
+    model: 'torch.nn.Module', # as built by name
+    weights: dict[str, 'torch.Tensor'], # from a checkpoint
+    checkpoint: str | Path, # for the message
+) -> None:
+    "Load weights; names and shapes must fit."
+    own = model.state_dict()
+    odd = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
+    if odd: raise problem(f"{checkpoint} does not fit this --model ({len(odd)} tensors differ, first '{odd[0]}'): name the model and --num-classes it was saved from")
+    if any(v.is_floating_point() and not bool(v.isfinite().all()) for v in weights.values()):
+        raise problem(f'{checkpoint} holds NaN or infinite weights: take a checkpoint from before the training diverged')
+    model.load_state_dict(weights)
+
+# %% ../../nbs/lab/23_commands.ipynb #751681a6
+def own_teacher(
+    arguments: argparse.Namespace, # of `dfkd invert`
+) -> 'Teacher': # ready to dream
+    "The network that the command line describes."
+    from dfkd_nb.foundations.data import Domain
+    from dfkd_nb.foundations.models import Teacher, build_model
+    mean, std = numbers(arguments.mean, '--mean'), numbers(arguments.std, '--std')
+    domain = Domain('own', (len(mean), arguments.size, arguments.size), mean, std, tuple(str(i) for i in range(arguments.num_classes)))
+    model = build_model(arguments.model, arguments.num_classes, domain.channels)
+    fill(model, read_network(arguments.checkpoint), arguments.checkpoint)
+    return Teacher(model, domain, arguments.model)
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    "Numbers between commas."
+    try: return tuple(float(part) for part in text.split(','))
+    except ValueError: raise problem(f"{option} '{text}' is no list of numbers: write e.g. {option} 0.485,0.456,0.406") from None
+
+# %% ../../nbs/lab/23_commands.ipynb #524435da
+def invert(arguments: argparse.Namespace) -> int:
+    "`dfkd invert`: what does a network of one's own remember?"
+    import json
+    from PIL import Image
+    from dfkd_nb.foundations.core import atomic_path, pick_device
+    settings = check_settings(Synthesis, {'images': arguments.n, 'synthesis_batch_size': max(2, min(arguments.n, 64))} | dict(map(parse_assignment, arguments.set)), '--set')
+    out = Path(arguments.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise problem(f'{out} exists and is not empty: name a new folder with --out')
+    device, teacher = pick_device(arguments.device), own_teacher(arguments)
+    classes = [int(c) for c in numbers(arguments.classes, '--classes')] if arguments.classes else None
+    images = synthesizer(settings, teacher, device, arguments.seed).synthesize(settings.images, classes=classes)
+    assert images.labels is not None
+    seen = teacher.predict(images.images.cpu()).softmax(1).cpu()
+    manifest = []
+    for i, (image, label) in enumerate(zip(images.images.cpu(), images.labels.tolist())):
+        name = f'{label:04}/{i:05}.png'
+        picture = Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+        with atomic_path(out / name) as path: picture.save(path, format='PNG')
+        manifest.append({'file': name, 'class': label, 'probability': float(seen[i, label]), 'seen_as': int(seen[i].argmax())})
+    with atomic_path(out / 'manifest.json') as path: path.write_text(json.dumps({'model': arguments.model, 'checkpoint': str(arguments.checkpoint), 'images': manifest}, indent=1) + '\n')
+    right = sum(entry['class'] == entry['seen_as'] for entry in manifest)
+    print(f'{len(manifest)} images in {out}, {right} of them recognised as intended (manifest.json lists all)')
+    return 0
+
+# %% ../../nbs/lab/23_commands.ipynb #d1eeed65
+def bench(arguments: argparse.Namespace) -> int:
+    "`dfkd bench`: time an update of DeepInversion."
+    try: speed = importlib.import_module('dfkd_nb.lab.speed')
+    except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
+    return speed.bench(arguments.rest)
+
+# %% ../../nbs/lab/23_commands.ipynb #d69bb849
 def parser() -> Parser: # of the whole program
     "The words that `dfkd` understands."
     main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
@@ -125,16 +212,34 @@ def parser() -> Parser: # of the whole program
     sub.add_argument('--results', default=None, metavar='DIR', help='folder of results (default: results, where it exists)')
     sub.add_argument('--save-every', type=positive, default=60., metavar='S', help='seconds between checkpoints (default: 60)')
 
+    sub = command('invert', invert, 'dream images from a network of your own')
+    sub.add_argument('--checkpoint', required=True, metavar='FILE', help='its weights: .safetensors, or what torch.save(model.state_dict()) wrote')
+    sub.add_argument('--model', required=True, metavar='NAME', help='its architecture, e.g. resnet20 or torchvision:resnet18')
+    sub.add_argument('--num-classes', type=int, default=1000, metavar='K', help='its outputs (default: 1000)')
+    sub.add_argument('--classes', default='', metavar='0,1', help='what to dream of (default: all in turn)')
+    sub.add_argument('--mean', default='0.485,0.456,0.406', metavar='R,G,B', help='of its normalisation, pixels in [0, 1] (default: ImageNet)')
+    sub.add_argument('--std', default='0.229,0.224,0.225', metavar='R,G,B', help='likewise')
+    sub.add_argument('--size', type=int, default=224, metavar='PIXELS', help='height and width of its images (default: 224)')
+    sub.add_argument('--n', type=int, default=16, metavar='N', help='images (default: 16)')
+    sub.add_argument('--out', required=True, metavar='DIR', help='a new folder for the images')
+    sub.add_argument('--device', default='auto', metavar='D', help='auto, cpu, cuda, cuda:N or mps')
+    sub.add_argument('--seed', type=int, default=0, metavar='S')
+    sub.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a setting of synthesis, e.g. synthesis_steps=500')
+
+    sub = command('bench', bench, 'time an update of DeepInversion against the plainest correct version')
+    sub.add_argument('rest', nargs=argparse.REMAINDER, metavar='...', help='passed on to the benchmark')
+
     sub = command('results', show_results, 'the numbers of finished runs')
     sub.add_argument('--folder', default='results', metavar='DIR', help='results or runs (default: results)')
     return main
 
-# %% ../../nbs/lab/23_commands.ipynb #642ecfc7
+# %% ../../nbs/lab/23_commands.ipynb #0b381dd3
 def main(
     arguments: Sequence[str] | None = None, # without the program's name; None takes the command line
 ) -> int: # exit code: 0, 2 after an error, 3 after a clean stop
     "The program `dfkd`."
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault('MPLBACKEND', 'Agg') # pictures go to files
     if not sys.stderr.isatty(): os.environ.setdefault('DFKD_PROGRESS', '0') # bars are for eyes, not for log files
     try: parsed = parser().parse_args(words)
     except SystemExit as done: return int(done.code or 0)
