@@ -3,6 +3,7 @@
 nbdev's rules hold: cells marked `#| eval: false`, `#| slow` or `#| gpu` are left out, and outputs are not written. The
 processes run beside each other, as many as there are cores (`DFKD_JOBS` sets another number).
 """
+
 from __future__ import annotations
 
 import os
@@ -58,7 +59,9 @@ def run(name: str, directory: Path) -> Outcome:
             errors="replace",
         )
     except subprocess.TimeoutExpired as error:
-        text = b"".join(part for part in (error.stdout, error.stderr) if isinstance(part, bytes)).decode(errors="replace")
+        text = b"".join(part for part in (error.stdout, error.stderr) if isinstance(part, bytes)).decode(
+            errors="replace"
+        )
         return Outcome(False, time.time() - start, f"took more than {LIMIT} s\n{text[-2000:]}")
     text = result.stdout + result.stderr
     return Outcome(result.returncode == 0, time.time() - start, f"exit {result.returncode}\n{text[-6000:]}")

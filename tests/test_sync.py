@@ -1,4 +1,5 @@
 "Notebooks and package agree, and notebooks are stored without noise."
+
 from __future__ import annotations
 
 import ast
@@ -46,8 +47,17 @@ def copy(tmp_path: Path) -> Path:
     "A repository to spoil: one notebook and the module it exports."
     (tmp_path / "nbs/part").mkdir(parents=True)
     cells = [
-        {"cell_type": "code", "id": f"cell{number}", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
-        for number, source in enumerate(["#| default_exp part.thing", "#| export\ndef two() -> int:\n    'Two.'\n    return 2"])
+        {
+            "cell_type": "code",
+            "id": f"cell{number}",
+            "metadata": {},
+            "execution_count": None,
+            "outputs": [],
+            "source": source,
+        }
+        for number, source in enumerate(
+            ["#| default_exp part.thing", "#| export\ndef two() -> int:\n    'Two.'\n    return 2"]
+        )
     ]
     notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     (tmp_path / "nbs/part/01_thing.ipynb").write_text(json.dumps(notebook))
@@ -184,3 +194,9 @@ def test_requirements_are_pinned() -> None:
             assert requirement.specifier.contains(pins[requirement.name]), requirement
     for name in ("torch", "torchvision", "nbdev", "fastcore", "execnb", "ghapi", "smalldocs"):
         assert name in pins, name
+
+
+def test_readme_is_made_from_the_front_page() -> None:
+    from readme import outdated
+
+    assert outdated() == [], "run `make readme`"

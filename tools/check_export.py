@@ -3,6 +3,7 @@
 The notebooks are exported into a temporary copy from which all generated modules were deleted, so a hand edit, a forgotten
 export and a module whose notebook is gone all show. Nothing in the repository is changed.
 """
+
 from __future__ import annotations
 
 import difflib

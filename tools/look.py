@@ -3,6 +3,7 @@
 Each page is opened at desktop and phone width, light and dark. Screenshots of whole pages go to `_look`; reported are errors
 on the console, requests to any other machine, formulas that KaTeX cannot set, and pages wider than the window.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,17 +34,25 @@ OPTIONS = (
 ).split()
 VIEWS = {"desktop": (1280, "light"), "phone": (390, "light"), "dark": (1280, "dark")}
 LOOK = """(() => {
-  const wide = [...document.querySelectorAll('main *')].filter(e => {
+  const holds = e => ['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(e).overflowX)
+    && e.tagName !== 'BODY' && e.id !== 'quarto-content';
+  const sticksOut = e => {
     const box = e.getBoundingClientRect();
     if (box.width === 0 || box.right <= innerWidth + 1) return false;
-    for (let p = e.parentElement; p; p = p.parentElement)
-      if (['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(p).overflowX) && p.tagName !== 'BODY' && p.id !== 'quarto-content') return false;
+    for (let p = e.parentElement; p; p = p.parentElement) if (holds(p)) return false;
     return true;
-  }).slice(0, 3).map(e => e.tagName.toLowerCase() + (e.className && e.className.baseVal === undefined ? '.' + e.className : ''));
-  return JSON.stringify({width: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight, wide,
-    formulas: document.querySelectorAll('.katex').length, bad: [...document.querySelectorAll('.katex-error')].map(e => e.textContent.slice(0, 80)),
-    raw: [...document.querySelectorAll('span.math')].filter(e => !e.querySelector('.katex')).length,
-    broken: [...document.images].filter(e => e.src && e.complete && !e.naturalWidth).map(e => e.src.slice(0, 80))});
+  };
+  const name = e => e.tagName.toLowerCase() + (typeof e.className === 'string' && e.className ? '.' + e.className : '');
+  const all = query => [...document.querySelectorAll(query)];
+  return JSON.stringify({
+    width: document.documentElement.scrollWidth,
+    height: document.documentElement.scrollHeight,
+    wide: all('main *').filter(sticksOut).slice(0, 3).map(name),
+    formulas: all('.katex').length,
+    bad: all('.katex-error').map(e => e.textContent.slice(0, 80)),
+    raw: all('span.math').filter(e => !e.querySelector('.katex')).length,
+    broken: [...document.images].filter(e => e.src && e.complete && !e.naturalWidth).map(e => e.src.slice(0, 80)),
+  });
 })()"""
 
 
@@ -121,7 +130,9 @@ def chromium(program: str) -> Iterator[Tab]:
     "A browser with a profile of its own that is gone afterwards."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [program, *OPTIONS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program, *OPTIONS, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             port = Path(profile) / "DevToolsActivePort"
@@ -152,7 +163,10 @@ def complaints(events: list[dict[str, Any]], base: str) -> list[str]:
             exception = detail["exceptionDetails"]
             found.append(f"exception: {exception.get('exception', {}).get('description', exception['text'])[:300]}")
         elif method == "Runtime.consoleAPICalled" and detail["type"] in ("error", "assert"):
-            found.append("console: " + " ".join(str(one.get("value", one.get("description", ""))) for one in detail["args"])[:300])
+            found.append(
+                "console: "
+                + " ".join(str(one.get("value", one.get("description", ""))) for one in detail["args"])[:300]
+            )
         elif method == "Log.entryAdded" and detail["entry"]["level"] == "error":
             entry = detail["entry"]
             if not entry.get("url", "").endswith("/favicon.ico"):
@@ -223,7 +237,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for one in seen:
-        print(f"{one.page} ({one.view}): {'; '.join(one.problems) or 'fine'}, {one.formulas} formulas, {one.screenshot}")
+        print(
+            f"{one.page} ({one.view}): {'; '.join(one.problems) or 'fine'}, {one.formulas} formulas, {one.screenshot}"
+        )
     return int(any(one.problems for one in seen))
 
 

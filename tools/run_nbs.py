@@ -6,6 +6,7 @@
 A notebook is written only after all of its cells have run. Cells marked `#| eval: false`, and those behind a flag that
 was not asked for, keep the outputs they have. Standard error is shown here and not stored.
 """
+
 from __future__ import annotations
 
 import argparse

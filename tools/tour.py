@@ -4,6 +4,7 @@ Leaves in `_tour` the executed page (tour.html), the notebook behind it, every p
 numbers it measured; prints what it is doing, and at the end the student's accuracy and where all that lies.
 The notebook writes `summary.json` (teacher_accuracy, student_accuracy, ...) into the folder named by DFKD_TOUR_OUT.
 """
+
 from __future__ import annotations
 
 import base64
@@ -110,7 +111,9 @@ def main() -> int:
         if isinstance(value, (int, float)) and key not in ("teacher_accuracy", "student_accuracy"):
             print(f"  {key.replace('_', ' ')}: {value:.4g}")
     print(f"  teacher's accuracy: {summary['teacher_accuracy']:.2%}")
-    print(f"  student's accuracy: {summary['student_accuracy']:.2%}  (real test images; it never saw a real one before)")
+    print(
+        f"  student's accuracy: {summary['student_accuracy']:.2%}  (real test images; it never saw a real one before)"
+    )
     print(f"  executed page:      {out / 'tour.html'}")
     print(f"  pictures:           {out / 'pictures'} ({len(pictures)})")
     return 0

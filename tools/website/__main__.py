@@ -1,4 +1,5 @@
 "`python -m tools.website [--out _site] [--builder auto|quarto|smalldocs] [--check-only]`"
+
 from __future__ import annotations
 
 import argparse
@@ -16,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def main() -> int:
     "Build the site and check it; returns 1 if something is wrong."
-    parser = argparse.ArgumentParser(prog="python -m tools.website", description="Build the book's site and check its links.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.website", description="Build the book's site and check its links."
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "_site", help="where the pages go")
     parser.add_argument("--builder", choices=["auto", "quarto", "smalldocs"], default="auto")
     parser.add_argument("--check-only", action="store_true", help="check a site that is there")

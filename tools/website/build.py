@@ -1,4 +1,5 @@
 "The whole site: processed notebooks, then Quarto or smalldocs, then everything from the network replaced by what lies here."
+
 from __future__ import annotations
 
 import json
@@ -94,7 +95,9 @@ def add_references(cells: list[dict[str, Any]], citations: Citations) -> None:
     for cell in reversed(cells):
         heading = cell["cell_type"] == "markdown" and re.search(r"^##\s+References[^\n]*\n?", source(cell), re.M)
         if heading:
-            cell["source"] = source(cell)[: heading.end()].rstrip() + "\n\n" + listing + "\n\n" + source(cell)[heading.end() :]
+            cell["source"] = (
+                source(cell)[: heading.end()].rstrip() + "\n\n" + listing + "\n\n" + source(cell)[heading.end() :]
+            )
             return
     cells.append(markdown("## References {.unnumbered}\n\n" + listing))
 
@@ -103,7 +106,9 @@ def adapt(notebook: dict[str, Any], page: str, bibliography: dict[str, Reference
     "What Quarto does and smalldocs does not: numbers, references, citations, labelled figures."
     labels, citations = Labels(page), Citations(bibliography, page)
     labels.collect(notebook["cells"])
-    cells = [made for cell in notebook["cells"] for made in (lift(cell, labels) if cell["cell_type"] == "code" else [cell])]
+    cells = [
+        made for cell in notebook["cells"] for made in (lift(cell, labels) if cell["cell_type"] == "code" else [cell])
+    ]
 
     def resolve(text: str) -> str:
         return citations.resolve(labels.resolve(text))
@@ -156,14 +161,14 @@ def localise(site: Path) -> None:
         path.write_text(page, encoding="utf-8")
 
 
-def build(root: Path, out: Path, builder: str = "auto") -> str:
-    "Build the site of the repository `root` into `out`; returns the builder's name."
+def build(root: Path, out: Path, builder: str = "auto", work: Path | None = None) -> str:
+    "Build the site of the repository `root` into `out`, by way of the folder `work`; returns the builder's name."
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
     check_sidebar(config, root / "nbs")
     quarto = shutil.which("quarto")
     if builder == "auto":
         builder = "quarto" if quarto else "smalldocs"
-    work = root / "_proc"
+    work = work or root / "_proc"
     pages = prepare(root / "nbs", work)
     shutil.copy(root / "_quarto.yml", work / "_quarto.yml")
     if builder == "quarto":

@@ -1,4 +1,5 @@
 "Is everything that a built page points to there, and does nothing come from elsewhere?"
+
 from __future__ import annotations
 
 import json

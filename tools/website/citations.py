@@ -1,4 +1,5 @@
 "BibTeX, citations and lists of references."
+
 from __future__ import annotations
 
 import re
@@ -59,7 +60,9 @@ class Reference:
 
 def plain(value: str) -> str:
     "BibTeX's text without its braces, dashes and accents."
-    value = re.sub(r"\{?\\(['`\"^~cv])\s*\{?(\w)\}?\}?", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), value)
+    value = re.sub(
+        r"\{?\\(['`\"^~cv])\s*\{?(\w)\}?\}?", lambda m: unicodedata.normalize("NFC", m[2] + ACCENTS[m[1]]), value
+    )
     return re.sub(r"\s+", " ", re.sub(r"[{}]", "", value).replace("---", "—").replace("--", "–")).strip()
 
 

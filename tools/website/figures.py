@@ -1,4 +1,5 @@
 "Labelled outputs of code cells as figures and tables with a number, a caption and alternative text."
+
 from __future__ import annotations
 
 import html
@@ -23,7 +24,7 @@ def raw(page: str) -> str:
 
 def unquoted(value: str) -> str:
     "The text of an option, which may be quoted YAML."
-    loaded = yaml.safe_load(value) if value[:1] in "\"'" else value
+    loaded = yaml.safe_load(value) if value.startswith(('"', "'")) else value
     return str(loaded)
 
 

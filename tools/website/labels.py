@@ -1,4 +1,5 @@
 "Numbers for a page's figures, tables, equations and sections, and references to them."
+
 from __future__ import annotations
 
 import re
@@ -11,12 +12,16 @@ from .text import in_prose, joined, outside_code, source
 
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 MARK = re.compile(
-    rf"^(?P<level>\#{{2,6}})[ ]+(?P<heading>[^\n]*)$|\{{\#(?P<label>(?:fig|tbl|eq)-[\w-]+)[^}}\n]*\}}", re.M
+    r"^(?P<level>\#{2,6})[ ]+(?P<heading>[^\n]*)$|\{\#(?P<label>(?:fig|tbl|eq)-[\w-]+)[^}\n]*\}", re.M
 )
 REFERENCE = re.compile(rf"\[((?:-?@{LABEL}(?:\s*[;,]\s*)?)+)\](?!\()|(?<![\w@./\\\[-])@({LABEL})")
 EQUATION = re.compile(r"\$\$(?P<tex>(?:(?!\$\$).)+?)\$\$[ \t]*\{#(?P<label>eq-[\w-]+)\}", re.S)
-CAPTION = re.compile(r"^(?P<head>(?::|Table:)\s+)(?P<text>[^\n]*?)(?P<label>[ \t]*\{#(?P<name>tbl-[\w-]+)[^}\n]*\})", re.M)
-PICTURE = re.compile(r"!\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\](?P<link>\([^)\s]*\))\{(?P<label>#(?P<name>fig-[\w-]+)[^}\n]*)\}")
+CAPTION = re.compile(
+    r"^(?P<head>(?::|Table:)\s+)(?P<text>[^\n]*?)(?P<label>[ \t]*\{#(?P<name>tbl-[\w-]+)[^}\n]*\})", re.M
+)
+PICTURE = re.compile(
+    r"!\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\](?P<link>\([^)\s]*\))\{(?P<label>#(?P<name>fig-[\w-]+)[^}\n]*)\}"
+)
 
 
 class Labels:
@@ -97,10 +102,14 @@ class Labels:
 
         def number(part: str) -> str:
             part = EQUATION.sub(
-                lambda m: f"::: {{#{m['label']} .equation}}\n$$\n{m['tex'].strip()} \\tag{{{self.number(m['label'])}}}\n$$\n:::",
+                lambda m: (
+                    f"::: {{#{m['label']} .equation}}\n$$\n{m['tex'].strip()} \\tag{{{self.number(m['label'])}}}\n$$\n:::"
+                ),
                 part,
             )
-            part = CAPTION.sub(lambda m: f"{m['head']}Table\u00a0{self.number(m['name'])}: {m['text']}{m['label']}", part)
+            part = CAPTION.sub(
+                lambda m: f"{m['head']}Table\u00a0{self.number(m['name'])}: {m['text']}{m['label']}", part
+            )
             return PICTURE.sub(
                 lambda m: f"![Figure\u00a0{self.number(m['name'])}: {m['text']}]{m['link']}{{{m['label']}}}", part
             )

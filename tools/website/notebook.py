@@ -7,6 +7,7 @@
 | `#| exports` | the source, at the address of what it defines |
 | first cell: `# Title`, `> promise` | the page's head |
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 "What the notebooks export: where each name is explained, and a card that documents it, read from the source alone."
+
 from __future__ import annotations
 
 import ast
@@ -120,7 +121,12 @@ def card(node: Definition, code: str) -> str:
     rows = fields(node, notes) if isinstance(node, ast.ClassDef) else parameters(node, notes)
     arguments = ", ".join(row.name for row in rows if row.name)
     kind = "class " if isinstance(node, ast.ClassDef) else ""
-    lines = [f"::: {{.api #{anchor(node.name)}}}", "", f"[{kind}`{node.name}({arguments})`{{.nolink}}]{{.api-name}}", ""]
+    lines = [
+        f"::: {{.api #{anchor(node.name)}}}",
+        "",
+        f"[{kind}`{node.name}({arguments})`{{.nolink}}]{{.api-name}}",
+        "",
+    ]
     doc = ast.get_docstring(node)
     if doc:
         lines += [doc, ""]
@@ -128,7 +134,9 @@ def card(node: Definition, code: str) -> str:
         lines += ["| | type | default | |", "|:--|:--|:--|:--|"]
         for row in rows:
             name = literal(row.name) if row.name else "*returns*"
-            lines.append(f"| {name} | {literal(row.type)} | {literal(row.default)} | {row.comment.replace('|', chr(92) + '|')} |")
+            lines.append(
+                f"| {name} | {literal(row.type)} | {literal(row.default)} | {row.comment.replace('|', chr(92) + '|')} |"
+            )
         lines.append("")
     methods = [
         item
@@ -173,5 +181,7 @@ class Index:
                 return found[0]
             return f"[{found[0]}](/{target}#{anchor(name)})"
 
-        fences = re.compile(r"^(?P<fence>[ ]{0,3}(?:`{3,}|~{3,}))[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$|\$\$.*?\$\$", re.S | re.M)
+        fences = re.compile(
+            r"^(?P<fence>[ ]{0,3}(?:`{3,}|~{3,}))[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$|\$\$.*?\$\$", re.S | re.M
+        )
         return in_prose(text, lambda part: "".join(map(change, part.splitlines(keepends=True))), fences)

@@ -1,4 +1,5 @@
 "Markdown in pieces: which parts are prose, and which are code, mathematics, links or HTML that must stay as they are."
+
 from __future__ import annotations
 
 import re
