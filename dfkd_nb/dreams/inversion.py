@@ -32,10 +32,10 @@ from ..foundations.data import Domain, ImageSet
 from ..foundations.distillation import learning_rate_at
 from ..foundations.models import Teacher, _logits
 
-# %% ../../nbs/dreams/07_inversion.ipynb #cd6f25ba
+# %% ../../nbs/dreams/07_inversion.ipynb #7c0a8075
 def preset(
     method: str, # 'noise', 'deepdream' or 'deepinversion'
-) -> dict[str, float]: # weights, as keywords of `DeepInversion`
+) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
     "Three methods are three sets of weights (DeepInversion, section 4.1)."
     weights = {'class_weight': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'feature_weight': 10.}
     left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
