@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet', 'small_vgg', 'small_mobilenet',
-           'digits_net', 'build_model', 'count_parameters', 'save_weights', 'load_weights', 'Teacher',
-           'shipped_weights', 'load_teacher']
+           'digits_net', 'build_model', 'count_parameters', 'save_weights', 'load_weights', 'in_eval_mode',
+           'check_network', 'Teacher', 'shipped_weights', 'load_teacher']
 
-# %% ../../nbs/foundations/03_models.ipynb #2a65bf1b
+# %% ../../nbs/foundations/03_models.ipynb #83b6c793
 import copy
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,21 @@ from torch import Tensor, nn
 from .core import DFKDError, import_torchvision, load_tensors, save_tensors
 from .data import DOMAINS, Domain
 
-# %% ../../nbs/foundations/03_models.ipynb #164c0f74
+# %% ../../nbs/foundations/03_models.ipynb #40d606ab
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    "A convolution that keeps the size (divided by `stride`); no bias, for a BatchNorm follows or precedes it."
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
-# %% ../../nbs/foundations/03_models.ipynb #f7543b7e
+# %% ../../nbs/foundations/03_models.ipynb #68b3e046
 class CifarBlock(nn.Module):
-    "Two convolutions and a shortcut without parameters: strided, padded with zero channels (He et al., 2016, option A)."
+    "Two convolutions and a shortcut without parameters, `(N, inputs, H, W)` to `(N, outputs, H/stride, W/stride)` (He et al., 2016, option A)."
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(
+        self,
+        inputs: int, # channels that come in
+        outputs: int, # channels that go out, at least as many
+        stride: int = 1, # 2 halves height and width
+    ) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, outputs, stride), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = _conv(outputs, outputs), nn.BatchNorm2d(outputs)
@@ -38,16 +46,22 @@ class CifarBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x[:, :, ::self.stride, ::self.stride] if self.stride > 1 else x
-        if self.extra: shortcut = F.pad(shortcut, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+        if self.extra: shortcut = F.pad(shortcut, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)) # zero channels on both sides
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
-# %% ../../nbs/foundations/03_models.ipynb #be9c5ace
+# %% ../../nbs/foundations/03_models.ipynb #5adb455b
 class CifarResNet(nn.Module):
-    "ResNet-20, 32, 44, 56 of the ResNet paper's section 4.2: 6n + 2 layers, 16, 32, 64 channels."
+    "ResNet-20, 32, 44, 56 of He et al. (2016), section 4.2: 6n + 2 layers, 16, 32, 64 channels; `(N, C, H, W)` to logits `(N, K)`."
 
-    def __init__(self, depth: int, num_classes: int, channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int, # 6n + 2
+        num_classes: int, # K
+        channels: int = 3, # C
+    ) -> None:
         super().__init__()
+        if depth < 8 or depth % 6 != 2: raise DFKDError(f'a ResNet of depth {depth} does not exist: use 6n + 2, e.g. 20')
         blocks = (depth - 2) // 6
         self.conv, self.bn = _conv(channels, 16), nn.BatchNorm2d(16)
         widths = [16] + [w for w in (16, 32, 64) for _ in range(blocks)]
@@ -58,27 +72,39 @@ class CifarResNet(nn.Module):
         x = self.blocks(F.relu(self.bn(self.conv(x)), inplace=True))
         return self.fc(x.mean((2, 3)))
 
-# %% ../../nbs/foundations/03_models.ipynb #fdeda359
+# %% ../../nbs/foundations/03_models.ipynb #34815a79
 class WideBlock(nn.Module):
-    "BatchNorm and ReLU before each convolution (Zagoruyko and Komodakis, 2016)."
+    "BatchNorm and ReLU before each convolution, `(N, inputs, H, W)` to `(N, outputs, H/stride, W/stride)` (Zagoruyko and Komodakis, 2016)."
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(
+        self,
+        inputs: int, # channels that come in
+        outputs: int, # channels that go out; where they differ the shortcut is a 1 x 1 convolution
+        stride: int = 1, # 2 halves height and width
+    ) -> None:
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), _conv(inputs, outputs, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), _conv(outputs, outputs)
-        self.shortcut = None if inputs == outputs else _conv(inputs, outputs, stride, kernel=1)
+        self.shortcut = None if inputs == outputs and stride == 1 else _conv(inputs, outputs, stride, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x), inplace=True)
         out = self.conv2(F.relu(self.bn2(self.conv1(active)), inplace=True))
         return out + (x if self.shortcut is None else self.shortcut(active))
 
-# %% ../../nbs/foundations/03_models.ipynb #00aa6a3a
+# %% ../../nbs/foundations/03_models.ipynb #ea22d73d
 class WideResNet(nn.Module):
-    "WRN-depth-width: 6n + 4 layers, 16, 32, 64 channels times the width."
+    "WRN-depth-width of Zagoruyko and Komodakis (2016): 6n + 4 layers, 16, 32, 64 channels times the width; `(N, C, H, W)` to logits `(N, K)`."
 
-    def __init__(self, depth: int, width: int, num_classes: int, channels: int = 3) -> None:
+    def __init__(
+        self,
+        depth: int, # 6n + 4
+        width: int, # factor on the channels
+        num_classes: int, # K
+        channels: int = 3, # C
+    ) -> None:
         super().__init__()
+        if depth < 10 or depth % 6 != 4 or width < 1: raise DFKDError(f'a wide ResNet of depth {depth} and width {width} does not exist: use 6n + 4, e.g. 16, and 1 or more')
         blocks = (depth - 4) // 6
         widths = [16] + [w * width for w in (16, 32, 64) for _ in range(blocks)]
         strides = [1 + (i > 0) * (j == 0) for i in range(3) for j in range(blocks)]
@@ -92,104 +118,169 @@ class WideResNet(nn.Module):
         x = F.relu(self.bn(self.blocks(self.conv(x))), inplace=True)
         return self.fc(x.mean((2, 3)))
 
-# %% ../../nbs/foundations/03_models.ipynb #f4fc2e0d
-def small_resnet(depth: int, num_classes: int, channels: int = 3) -> nn.Module:
-    "torchvision's ResNet-18 or 34 with a 3 x 3 stem and no pooling after it."
+# %% ../../nbs/foundations/03_models.ipynb #85085249
+def small_resnet(
+    depth: int, # 18 or 34
+    num_classes: int, # outputs
+    channels: int = 3, # input channels
+) -> nn.Module: # `(N, C, H, W)` to logits
+    "torchvision's ResNet-18 or 34 with a 3 x 3 stem of stride 1 and no pooling after it."
     models = import_torchvision().models
+    if depth not in (18, 34): raise DFKDError(f'no small ResNet of depth {depth} here: use 18 or 34, or CifarResNet')
     net = {18: models.resnet18, 34: models.resnet34}[depth](num_classes=num_classes)
     net.conv1, net.maxpool = _conv(channels, 64), nn.Identity()
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
     return net
 
-def small_vgg(num_classes: int, channels: int = 3) -> nn.Module:
+def small_vgg(
+    num_classes: int, # outputs
+    channels: int = 3, # input channels
+) -> nn.Module: # `(N, C, H, W)` to logits, H and W at least 32
     "VGG-11 with BatchNorm for 32 pixels: torchvision's features and one linear layer."
     features = import_torchvision().models.vgg11_bn().features
     if channels != 3: features[0] = nn.Conv2d(channels, 64, 3, padding=1)
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
 
-def small_mobilenet(num_classes: int, channels: int = 3) -> nn.Module:
-    "torchvision's MobileNetV2, its first two strides set to one."
+def small_mobilenet(
+    num_classes: int, # outputs
+    channels: int = 3, # input channels
+) -> nn.Module: # `(N, C, H, W)` to logits
+    "torchvision's MobileNetV2, its first two strides set to one: 32 pixels end as 4 x 4 places."
     net = import_torchvision().models.mobilenet_v2(num_classes=num_classes)
     net.features[0][0] = _conv(channels, 32)
     nn.init.kaiming_normal_(net.features[0][0].weight, mode='fan_out')
     net.features[2].conv[1][0].stride = (1, 1)
     return net
 
-def digits_net(num_classes: int, channels: int = 1) -> nn.Module:
-    "A tiny convolutional network with BatchNorm, for 8 x 8 digits."
+def digits_net(
+    num_classes: int, # outputs
+    channels: int = 1, # input channels
+) -> nn.Module: # `(N, C, H, W)` to logits
+    "A tiny convolutional network with BatchNorm, for 8 x 8 digits: it learns in seconds."
     return nn.Sequential(_conv(channels, 16), nn.BatchNorm2d(16), nn.ReLU(), _conv(16, 32, 2), nn.BatchNorm2d(32), nn.ReLU(),
                          _conv(32, 64, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
 
-# %% ../../nbs/foundations/03_models.ipynb #63a5b3f0
+# %% ../../nbs/foundations/03_models.ipynb #07036ec4
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    **{f'resnet{d}': lambda k, c, d=d: CifarResNet(d, k, c) for d in (20, 32, 44, 56)}, # type: ignore[misc]
-    **{f'resnet{d}': lambda k, c, d=d: small_resnet(d, k, c) for d in (18, 34)}, # type: ignore[misc]
-    **{f'wrn{d}-{w}': lambda k, c, d=d, w=w: WideResNet(d, w, k, c) for d, w in ((16, 1), (16, 2), (40, 1), (40, 2))}, # type: ignore[misc]
+    **{f'resnet{depth}': partial(CifarResNet, depth) for depth in (20, 32, 44, 56)},
+    **{f'resnet{depth}': partial(small_resnet, depth) for depth in (18, 34)},
+    **{f'wrn{depth}-{width}': partial(WideResNet, depth, width) for depth, width in ((16, 1), (16, 2), (40, 1), (40, 2))},
     'vgg11': small_vgg, 'mobilenetv2': small_mobilenet, 'digits-net': digits_net,
 }
 
-# %% ../../nbs/foundations/03_models.ipynb #0b3eb297
+# %% ../../nbs/foundations/03_models.ipynb #df49dbea
 def build_model(
-    name: str, # one of `MODELS`, or 'torchvision:NAME' for its zoo, DeepLabV3 included
+    name: str, # one of `MODELS`, or 'torchvision:NAME' for a classifier or segmenter of its zoo
     num_classes: int = 10, # outputs
-    channels: int = 3, # input channels
-    pretrained: bool = False, # torchvision only: its default weights, downloaded
+    channels: int = 3, # input channels; torchvision's networks take 3
+    pretrained: bool = False, # torchvision only: its default weights, downloaded, with their own number of classes
 ) -> nn.Module: # in training mode, freshly initialised
-    "A network by name."
-    if name.startswith('torchvision:'):
-        models, wanted = import_torchvision().models, name.removeprefix('torchvision:')
-        if wanted not in models.list_models():
-            near = difflib.get_close_matches(wanted, models.list_models(), 3)
-            raise DFKDError(f"torchvision has no model '{wanted}': use {' or '.join(near) or 'a name that torchvision.models.list_models() shows'}")
-        extra = {'weights_backbone': None} if 'deeplab' in wanted or 'fcn' in wanted or 'lraspp' in wanted else {}
-        if pretrained:
-            try: return models.get_model(wanted, weights='DEFAULT')
-            except Exception as error: raise DFKDError(f"weights of '{wanted}' could not be downloaded ({type(error).__name__}): connect to the network or give a checkpoint") from error
-        return models.get_model(wanted, weights=None, num_classes=num_classes, **extra)
+    "A network by name. An unknown name, or a size that the network cannot have, is a `DFKDError`."
+    if num_classes < 1 or channels < 1: raise DFKDError(f"model '{name}' with {num_classes} classes and {channels} channels: give 1 or more of each")
+    if name.startswith('torchvision:'): return _zoo_model(name.removeprefix('torchvision:'), num_classes, channels, pretrained)
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, 1)
         raise DFKDError(f"unknown model '{name}': use {f'{near[0]} or another of ' if near else ''}{', '.join(MODELS)}, or torchvision:NAME")
-    if num_classes < 1 or channels < 1: raise DFKDError(f"model '{name}' with {num_classes} classes and {channels} channels: give 1 or more of each")
+    if pretrained: raise DFKDError(f"no weights to download for '{name}': use a torchvision:NAME, `load_teacher`, or train it")
     return MODELS[name](num_classes, channels)
 
-# %% ../../nbs/foundations/03_models.ipynb #7dd2ba07
-def count_parameters(model: nn.Module) -> int:
-    "Trainable and frozen parameters, without buffers."
+# %% ../../nbs/foundations/03_models.ipynb #8cb1068d
+def _zoo_model(name: str, num_classes: int, channels: int, pretrained: bool) -> nn.Module:
+    "A classifier or segmenter of torchvision's zoo; detectors, video and flow networks take other inputs than images."
+    models = import_torchvision().models
+    segmenters = models.list_models(module=models.segmentation)
+    known = models.list_models(module=models) + segmenters
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3)
+        raise DFKDError(f"torchvision has no image classifier or segmenter '{name}': use {' or '.join(near) or 'a name that torchvision.models.list_models() shows'}")
+    if channels != 3: raise DFKDError(f"'torchvision:{name}' takes 3 channels, not {channels}: repeat grey images three times, or use one of {', '.join(MODELS)}")
+    if pretrained:
+        try: return models.get_model(name, weights='DEFAULT')
+        except Exception as error:
+            raise DFKDError(f"weights of '{name}' could not be downloaded ({type(error).__name__}): connect to the network or give a checkpoint") from error
+    extra: dict[str, Any] = {'weights_backbone': None} if name in segmenters else {}
+    if name in ('googlenet', 'inception_v3'): extra['init_weights'] = True # what they do anyway, without their warning
+    return models.get_model(name, weights=None, num_classes=num_classes, **extra)
+
+# %% ../../nbs/foundations/03_models.ipynb #f1d97a6e
+def count_parameters(
+    model: nn.Module, # any network
+) -> int: # numbers that training could change
+    "Trainable and frozen parameters, without buffers such as BatchNorm's statistics."
     return sum(p.numel() for p in model.parameters())
 
-# %% ../../nbs/foundations/03_models.ipynb #5937b989
+# %% ../../nbs/foundations/03_models.ipynb #d0bb9ec2
 def save_weights(
     path: str | Path, # a .safetensors file
     model: nn.Module, # parameters and buffers are saved
-    metadata: dict[str, str] | None = None, # e.g. model, data, accuracy
+    metadata: dict[str, str] | None = None, # e.g. model, domain, accuracy
     half: bool = True, # floats in half precision
 ) -> None:
-    "A network's weights as safetensors."
+    "A network's weights as safetensors, atomically. Weights too large for half precision are a `DFKDError`."
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
+    lost = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if lost: raise DFKDError(f"'{lost[0]}' is not finite{' in half precision: use half=False' if half else ': the network is damaged, train it again'}")
     save_tensors(path, state, metadata)
 
-# %% ../../nbs/foundations/03_models.ipynb #2e146ab6
+# %% ../../nbs/foundations/03_models.ipynb #13987da6
 def load_weights(
     path: str | Path, # what `save_weights` wrote, or any safetensors file of the same names
-    model: nn.Module, # filled in place
+    model: nn.Module, # filled in place, in its own precision
 ) -> dict[str, str]: # the file's metadata
-    "Fill a network with saved weights; names and shapes must fit."
+    "Fill a network with saved weights. Names and shapes must fit, or a `DFKDError` names the first that does not and nothing is changed."
     tensors, metadata = load_tensors(path)
     own = model.state_dict()
-    odd = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape] + [k for k in tensors if k not in own]
+    counters = {k for k in own if k.endswith('num_batches_tracked')} # some files leave them out; in eval mode nobody counts
+    odd = [k for k in own if k not in tensors and k not in counters or k in tensors and tensors[k].shape != own[k].shape] + [k for k in tensors if k not in own]
     if odd: raise DFKDError(f"{path} does not fit this network ({len(odd)} tensors differ, first '{odd[0]}'): build the model it was saved from")
-    model.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
+    model.load_state_dict(own | {k: v.to(own[k].dtype) for k, v in tensors.items()})
     return metadata
 
-# %% ../../nbs/foundations/03_models.ipynb #24cdfd86
-def _logits(output: Any) -> Tensor:
-    "Networks answer with a tensor, a tuple whose first is one (Inception) or a dict with 'out' (segmentation)."
+# %% ../../nbs/foundations/03_models.ipynb #c6a30462
+def _logits(
+    output: Any, # what some network returned
+) -> Tensor: # `(N, K)`, or `(N, K, H, W)` from a segmenter
+    "Logits out of a tensor, a tuple that begins with one (Inception), a dict with 'logits' or 'out' (segmentation), or an object with `.logits`."
     if isinstance(output, dict): output = output.get('logits', output.get('out'))
-    if isinstance(output, (tuple, list)): output = output[0]
+    elif hasattr(output, 'logits'): output = output.logits
+    elif isinstance(output, (tuple, list)) and output: output = output[0]
     if not isinstance(output, Tensor): raise DFKDError(f'the network returned {type(output).__name__}: wrap it so that it returns logits')
     return output
 
-# %% ../../nbs/foundations/03_models.ipynb #8191e82b
+# %% ../../nbs/foundations/03_models.ipynb #74f03519
+@contextmanager
+def in_eval_mode(
+    model: nn.Module, # any network
+) -> Iterator[nn.Module]: # the same, in eval mode
+    "Eval mode for a while; afterwards every module has the mode it had, frozen BatchNorms included."
+    modes = [(module, module.training) for module in model.modules()]
+    try: yield model.eval()
+    finally:
+        for module, training in modes: module.training = training
+
+# %% ../../nbs/foundations/03_models.ipynb #f47f48b5
+def check_network(
+    model: nn.Module, # any network
+    domain: Domain, # of the images it shall take
+    name: str = '', # for the message
+) -> None:
+    "A `DFKDError` unless the network answers two black images of the domain with finite logits, one a class."
+    name = name or type(model).__name__
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    try:
+        with torch.no_grad(), in_eval_mode(model):
+            black = domain.normalize(torch.zeros(2, *domain.shape, dtype=torch.uint8, device=like.device))
+            logits = _logits(model(black.to(like.dtype)))
+    except DFKDError: raise
+    except Exception as error: # networks of other libraries complain in their own ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise DFKDError(f"the network '{name}' does not take images of shape {domain.shape} ({reason}): check the channels and size of its domain") from error
+    outputs = logits.shape[1] if logits.ndim > 1 else 'no'
+    if outputs != domain.num_classes or len(logits) != 2:
+        raise DFKDError(f"the network '{name}' has {outputs} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
+    if not logits.isfinite().all(): raise DFKDError(f"the network '{name}' answers with NaN or infinity: its weights are damaged, load or train it again")
+
+# %% ../../nbs/foundations/03_models.ipynb #43c77f17
 class Teacher(nn.Module):
     "Any network, frozen: a copy in eval mode, without weight gradients, with the domain it was trained on."
 
@@ -200,48 +291,57 @@ class Teacher(nn.Module):
         name: str = '', # for reports
     ) -> None:
         super().__init__()
-        self.model, self.domain, self.name = copy.deepcopy(model).eval().requires_grad_(False), domain, name or type(model).__name__
-        tensor = next((p for p in self.model.parameters()), torch.empty(0))
-        try:
-            with torch.no_grad(): logits = self(torch.zeros(2, *domain.shape, device=tensor.device, dtype=tensor.dtype))
-        except (RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, DFKDError): raise
-            raise DFKDError(f"the network '{self.name}' does not take images of shape {domain.shape} ({str(error).splitlines()[0][:100]}): "
-                            'check the channels and size of its domain') from error
-        if logits.ndim < 2 or logits.shape[1] != domain.num_classes:
-            raise DFKDError(f"the network '{self.name}' has {logits.shape[1] if logits.ndim > 1 else 'no'} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
+        self.domain, self.name = domain, name or type(model).__name__
+        self.about: dict[str, str] = {} # what its file says: accuracy, how it was trained
+        network: nn.Module = model.get_submodule('model') if isinstance(model, Teacher) else model # a teacher's teacher is the same network
+        try: self.model: nn.Module = copy.deepcopy(network).eval()
+        except RuntimeError as error:
+            raise DFKDError(f"the network '{self.name}' cannot be copied ({str(error).splitlines()[0][:100]}): build it again and load its state_dict") from error
+        for parameter in self.model.parameters(): parameter.requires_grad_(False) # a traced network takes it only one by one
+        # weights stored in half precision are computed with in full; `autocast` decides about speed
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()): self.model.float()
+        check_network(self.model, domain, self.name)
 
     def train(self, mode: bool = True) -> 'Teacher':
         "A teacher never leaves eval mode: its statistics are its memory."
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Logits `(N, K)` of normalised images `(N, C, H, W)`."
+        "Logits `(N, K)` of normalised images `(N, C, H, W)`; gradients reach the images, not the weights."
         return _logits(self.model(x))
 
     @property
-    def device(self) -> torch.device: return next((p.device for p in self.model.parameters()), torch.device('cpu'))
+    def device(self) -> torch.device:
+        "Where its weights are; `.to(device)` moves them."
+        return next((p.device for p in self.model.parameters()), torch.device('cpu'))
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch_size: int = 500) -> Tensor:
-        "Logits `(N, K)` of uint8 images or intensities in [0, 1]."
+        "Logits `(N, K)`, on the teacher's device, of uint8 images or intensities in [0, 1] from any device."
         batches = self.domain.check(images).split(batch_size)
         return torch.cat([self(self.domain.normalize(b.to(self.device))) for b in batches])
 
-# %% ../../nbs/foundations/03_models.ipynb #655ebd0e
-def shipped_weights() -> list[str]:
+# %% ../../nbs/foundations/03_models.ipynb #9d3ad301
+def shipped_weights() -> list[str]: # sorted
     "Names that `load_teacher` knows."
-    return sorted(p.name.removesuffix('.safetensors') for p in (resources.files('dfkd_nb') / 'weights').iterdir() if p.name.endswith('.safetensors'))
+    folder = resources.files('dfkd_nb') / 'weights'
+    return sorted(p.name.removesuffix('.safetensors') for p in folder.iterdir() if p.name.endswith('.safetensors')) if folder.is_dir() else []
 
+# %% ../../nbs/foundations/03_models.ipynb #820840f0
 def load_teacher(
-    name: str, # e.g. 'cifar10-resnet20'
+    name: str, # DATA-MODEL, e.g. 'cifar10-resnet20'
     device: str | torch.device = 'cpu', # where to put it
-) -> Teacher: # ready to be asked
+) -> Teacher: # ready to be asked; `.about` holds what its file says of its training
     "A trained teacher that ships with the package."
-    if name not in shipped_weights(): raise DFKDError(f"no teacher '{name}' ships: use {', '.join(shipped_weights())}, or train one with `dfkd run {name.replace('-', '-teacher-', 1)}`")
+    if name not in shipped_weights():
+        ours = ', '.join(shipped_weights())
+        raise DFKDError(f"no teacher '{name}' ships: {f'use {ours}, or ' if ours else ''}train one with a recipe that `dfkd list` shows")
     with resources.as_file(resources.files('dfkd_nb') / 'weights' / f'{name}.safetensors') as path:
-        data, _, architecture = name.partition('-')
+        about = load_tensors(path)[1]
+        data = about.get('domain') or max((d for d in DOMAINS if name.startswith(f'{d}-')), key=len)
         domain = DOMAINS[data]
-        model = build_model(architecture, domain.num_classes, domain.channels)
+        model = build_model(about.get('model') or name.removeprefix(f'{data}-'), domain.num_classes, domain.channels)
         load_weights(path, model)
-    return Teacher(model, domain, name).to(device)
+    teacher = Teacher(model, domain, name).to(device)
+    teacher.about = about
+    return teacher
