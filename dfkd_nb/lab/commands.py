@@ -270,5 +270,5 @@ def report(
     print(f'dfkd: error: {text}', file=sys.stderr)
     return 2
 
-# %% ../../nbs/lab/23_commands.ipynb #98f879f1
-if __name__ == '__main__': sys.exit(main())
+# %% ../../nbs/lab/23_commands.ipynb #ed71272b
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # `python -m dfkd_nb.lab.commands`; not in a notebook

@@ -7,9 +7,9 @@ __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'SOURCES', 'SCALES', 'HEAD', 'TASKS',
            'Learning', 'TeacherSettings', 'Synthesis', 'DreamSettings', 'TransferSettings', 'check_settings',
            'toml_value', 'Recipe', 'recipe_folder', 'recipe_names', 'parse_assignment', 'resolved_toml', 'Task', 'task',
            'locked', 'Journal', 'RunStopped', 'RunFolder', 'repeatable', 'SavedRun', 'Run', 'publish', 'environment',
-           'read_json', 'Result', 'read_history', 'results', 'open_teacher', 'real_images', 'learning', 'learn',
-           'synthesizer', 'dream_part', 'dream', 'train_teacher', 'describe_images', 'save_picture', 'pool',
-           'dream_images', 'transfer']
+           'read_json', 'Result', 'read_history', 'results', 'results_folder', 'open_teacher', 'real_images',
+           'learning', 'learn', 'synthesizer', 'dream_part', 'dream', 'train_teacher', 'describe_images',
+           'save_picture', 'pool', 'dream_images', 'transfer']
 
 # %% ../../nbs/lab/20_runs.ipynb #485ef36c
 import csv
@@ -250,10 +250,10 @@ class Recipe:
         check_settings(kind, values, f"recipe '{self.name}' ({scale})")
         return check_settings(kind, values | (overrides or {}), f"recipe '{self.name}' ({scale}), --set")
 
-# %% ../../nbs/lab/20_runs.ipynb #d0b8fedd
+# %% ../../nbs/lab/20_runs.ipynb #c59a8398
 def recipe_folder() -> Path: # where the package keeps its recipes
     "The package's folder of recipes."
-    return Path(__file__).parents[1] / 'recipes' if '__file__' in globals() else _package_folder() / 'recipes'
+    return _package_folder() / 'recipes'
 
 def recipe_names() -> list[str]: # sorted
     "The names of all recipes that ship."
@@ -456,7 +456,7 @@ def repeatable(
         torch.use_deterministic_algorithms(before[1], warn_only=before[2])
         memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[3], before[4]
 
-# %% ../../nbs/lab/20_runs.ipynb #0cd13fbe
+# %% ../../nbs/lab/20_runs.ipynb #6c3e1b32
 class SavedRun(RunFolder):
     "A run's folder that can be opened, and a checkpoint in it."
 
@@ -476,7 +476,7 @@ class SavedRun(RunFolder):
         "The first process: note what is done and where."
         from dfkd_nb.foundations.core import pick_device
         self.device = pick_device(self.device_name)
-        self.environment = environment(self.device, self.settings.seed, command)
+        self.environment = environment(self.device, getattr(self.settings, 'seed', None), command)
         self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
         self.write('recipe.toml', resolved_toml(self.recipe, self.scale, self.settings))
 
@@ -615,10 +615,10 @@ def publish(
         if path.suffix not in ('.json', '.csv', '.png', '.toml'): continue
         with atomic_path(target / path.name) as temporary: shutil.copyfile(path, temporary)
 
-# %% ../../nbs/lab/20_runs.ipynb #3a15e919
+# %% ../../nbs/lab/20_runs.ipynb #e71b34aa
 def environment(
     device: 'torch.device', # where the run computes
-    seed: int, # of the run
+    seed: int | None, # of the run, if it draws at random
     command: str = '', # as it was typed
 ) -> dict[str, Any]: # plain values
     "What else decides a run's numbers and its time."
@@ -716,12 +716,17 @@ def read_history(
             return [{k: value(v) for k, v in row.items() if v not in ('', None)} for row in csv.DictReader(file)]
     except OSError as error: raise problem(f'cannot read {path} ({error.strerror}): run its recipe first') from None
 
-# %% ../../nbs/lab/20_runs.ipynb #9ddb720a
+# %% ../../nbs/lab/20_runs.ipynb #ee98ca3a
 def results(
-    folder: str | Path = 'results', # of published results, or of runs
+    folder: str | Path | None = None, # of published results, or of runs; None takes `results_folder()`
 ) -> list[Result]: # in the order of the recipes' names
     "All results below a folder."
-    return [Result.load(path.parent) for path in sorted(Path(folder).glob('*/*/result.json'))]
+    return [Result.load(path.parent) for path in sorted(Path(folder or results_folder()).glob('*/*/result.json'))]
+
+def results_folder() -> Path: # it need not exist
+    "Where results are published: `results` in the working directory, or beside the package in a checkout."
+    here = Path('results')
+    return here if here.is_dir() else _package_folder().parent / 'results'
 
 # %% ../../nbs/lab/20_runs.ipynb #36ad17bb
 def open_teacher(
@@ -768,7 +773,7 @@ def learning(
     augment = Augment(settings.padding, settings.flip) if settings.augment else None
     return {name: getattr(settings, name) for name in names} | {'augment': augment, 'device': device}
 
-# %% ../../nbs/lab/20_runs.ipynb #08ef6dd5
+# %% ../../nbs/lab/20_runs.ipynb #eeb0716b
 def learn(
     run: Run, # keeps the state and the history
     phase: str, # name of this phase
@@ -796,7 +801,7 @@ def learn(
             run.tick(phase, distiller.state_dict)
         if distiller.done == 0: report(spent())
         for mark in marks:
-            if mark <= distiller.done: continue
+            if mark < distiller.done: continue # at equality a stop may have come before the report
             distiller.run(until=mark, every=every, callback=tick)
             report(spent())
         rows = [row for row in run.journal.rows.values() if row['phase'] == phase]

@@ -1,0 +1,356 @@
+"Recipes, journals, runs and results: what they promise, tried."
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import torch
+
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
+from dfkd_nb.foundations.distillation import learning_rate_at
+from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
+from dfkd_nb.lab import runs
+from dfkd_nb.lab.runs import (
+    PRECISIONS,
+    SCHEDULES,
+    TASKS,
+    Journal,
+    Recipe,
+    Result,
+    Run,
+    RunStopped,
+    Task,
+    TeacherSettings,
+    check_settings,
+    environment,
+    locked,
+    open_teacher,
+    parse_assignment,
+    read_history,
+    recipe_names,
+    repeatable,
+    resolved_toml,
+    results,
+    setting,
+)
+
+TINY = {"epochs": 1.0, "evaluations": 2}
+
+
+def tiny(tmp_path, **settings):
+    "A digits teacher of twenty updates."
+    return Run(
+        Recipe.load("digits-teacher"),
+        "quick",
+        TINY | settings,
+        out=tmp_path / "runs",
+        results=tmp_path / "results",
+        quiet=True,
+    )
+
+
+def rows(run):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_history(run.folder / "history.csv")]
+
+
+# recipes
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_whole(name):
+    recipe = Recipe.load(name)
+    assert (
+        recipe.title
+        and recipe.expected
+        and recipe.hardware
+        and recipe.hours > 0
+        and set(recipe.scales) <= {"quick", "full"}
+    )
+    text = (runs.recipe_folder() / f"{name}.toml").read_text()
+    assert text.startswith("#") and f"dfkd run {name}" in text, "its head says what it is and how to run it"
+    for scale in recipe.scales:
+        settings = recipe.resolve(scale)
+        again = tomllib.loads(resolved_toml(recipe, scale, settings))[scale]
+        assert check_settings(type(settings), again, name) == settings, "what a run notes down is the recipe again"
+
+
+def test_scales_of_a_comparison_agree():
+    "The four sources are compared at the same number of images and updates."
+    for data in ("digits", "cifar10"):
+        kinds = [
+            dataclasses.asdict(Recipe.load(f"{data}-transfer-{k}").resolve("quick"))
+            for k in ("noise", "deepdream", "deepinversion", "real")
+        ]
+        free = {"source", "real_data", "tv_l2", "tv_l1", "l2", "feature_weight"}
+        for other in kinds[1:]:
+            assert {k: v for k, v in other.items() if k not in free} == {
+                k: v for k, v in kinds[0].items() if k not in free
+            }
+        assert [k["feature_weight"] for k in kinds[:3]] == [0, 0, 10] and [k["tv_l2"] > 0 for k in kinds[:3]] == [
+            False,
+            True,
+            True,
+        ]
+
+
+def test_words_agree_with_the_foundations():
+    for schedule in SCHEDULES:
+        learning_rate_at(1, 10, schedule)
+    with pytest.raises(DFKDError):
+        learning_rate_at(1, 10, "sudden")
+    assert set(PRECISIONS) == set(CORE_PRECISIONS)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
+        ({"epochs": "ten"}, ("'epochs'", "float")),
+        ({"batch_size": 64.0}, ("'batch_size'", "int")),
+        ({"augment": 1}, ("'augment'", "bool")),
+        ({"batch_size": True}, ("'batch_size'", "int")),
+        ({"momentum": 1.5}, ("'momentum'", "at most 1")),
+        ({"batch_size": 0}, ("'batch_size'", "at least 2")),
+        ({"schedule": "cosin"}, ("'schedule'", "'cosine'")),
+        ({"learning_rate": math.nan}, ("'learning_rate'", "finite")),
+    ],
+)
+def test_settings_are_checked(change, words):
+    with pytest.raises(DFKDError) as error:
+        check_settings(TeacherSettings, change, "here")
+    assert all(word in str(error.value) for word in ("here", *words))
+
+
+def test_integers_serve_as_floats():
+    assert check_settings(TeacherSettings, {"epochs": 3}, "").epochs == 3.0
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("epochs=2", ("epochs", 2)),
+        ("epochs = 2.5", ("epochs", 2.5)),
+        ("augment=false", ("augment", False)),
+        ("model=resnet20", ("model", "resnet20")),
+        ('model="resnet20"', ("model", "resnet20")),
+        ("teacher=run:a/full", ("teacher", "run:a/full")),
+        ("tv_l2=1e-3", ("tv_l2", 1e-3)),
+    ],
+)
+def test_assignments(text, wanted):
+    key, value = parse_assignment(text)
+    assert (key, value) == wanted and type(value) is type(wanted[1])
+
+
+# the journal
+
+
+def test_a_journal_survives_a_torn_line(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.add("a", 1, loss=0.5)
+    journal.add("a", 2, loss=0.25)
+    whole = (tmp_path / "j").read_bytes()
+    for cut in range(len(whole)):  # whatever a kill leaves
+        (tmp_path / "j").write_bytes(whole[:cut])
+        torn = Journal(tmp_path / "j")
+        assert [r["step"] for r in torn.rows.values()] in ([], [1], [1, 2])
+        torn.add("a", 1, loss=0.5)
+        torn.add("a", 2, loss=0.25)
+        assert Journal(tmp_path / "j").table() == journal.table()
+
+
+def test_a_row_that_comes_again_replaces_the_first(tmp_path):
+    journal = Journal(tmp_path / "j")
+    for loss in (3.0, 2.0):
+        journal.add("a", 1, loss=loss)
+    assert [r["loss"] for r in Journal(tmp_path / "j").rows.values()] == [2.0]
+
+
+# runs
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    (tmp_path / "results").mkdir()
+    run = Run(Recipe.load("digits-teacher"), out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
+    result = run.start(command="dfkd run digits-teacher")
+    assert result.numbers["accuracy"] > 0.95 and result.numbers["accuracy_first"] < 0.5
+    assert {p.name for p in run.folder.iterdir()} == {
+        "lock",
+        "recipe.toml",
+        "environment.json",
+        "journal.jsonl",
+        "checkpoint.pt",
+        "history.csv",
+        "weights.safetensors",
+        "result.json",
+    }
+    published = tmp_path / "results/digits-teacher/quick"
+    assert {p.name for p in published.iterdir()} == {"recipe.toml", "environment.json", "history.csv", "result.json"}
+    assert Result.load(published) == Result.load(run.folder) == result and results(tmp_path / "results") == [result]
+    assert (
+        result.environment["command"] == "dfkd run digits-teacher"
+        and result.environment["threads"] == torch.get_num_threads()
+    )
+    teacher = open_teacher("run:digits-teacher", tmp_path / "runs", "quick")
+    assert teacher.domain.name == "digits" and not any(p.requires_grad for p in teacher.parameters())
+    assert run.start() == result, "a finished run shows its result"
+
+
+@dataclasses.dataclass(frozen=True)
+class CountSettings:
+    to: int = setting(10, "how far", low=1)
+    seed: int = setting(0, "unused")
+
+
+def count(run):
+    "A task without a network: one number an update."
+
+    def work(state, spent):
+        done = state["done"] if state else 0
+        while done < run.settings.to:
+            done += 1
+            run.journal.add("counting", done, square=done**2, seconds=spent())
+            run.tick("counting", lambda done=done: {"done": done})
+        return {"sum": sum(row["step"] for row in run.journal.rows.values())}
+
+    first = run.phase("counting", work)
+    return first | run.phase("doubling", lambda state, spent: {"double": 2 * first["sum"]})
+
+
+@pytest.fixture
+def counting(tmp_path):
+    "A run that counts to ten."
+    TASKS["count"] = Task("count", CountSettings, count)
+    recipe = Recipe.parse('title = "Count"\ntask = "count"\n[quick]\nto = 10\n', "count")
+    yield lambda **changes: Run(recipe, "quick", changes, tmp_path / "runs", tmp_path / "results", "cpu", quiet=True)
+    del TASKS["count"]
+
+
+def pieces(make, **how):
+    "Call until it is done; how often it stopped, and the result."
+    stops = 0
+    while True:
+        try:
+            return stops, make().start(resume=True, **how)
+        except RunStopped as stopped:
+            assert "--resume" in str(stopped)
+            stops += 1
+            assert stops < 100, "a stopped run must come forward"
+
+
+def test_every_number_is_counted_once(counting):
+    stops, result = pieces(counting, max_minutes=1e-9)
+    assert stops >= 10 and result.numbers == {"sum": 55, "double": 110}
+    assert [row["square"] for row in rows(counting())] == [n**2 for n in range(1, 11)]
+
+
+def test_a_changed_run_is_not_published(counting, tmp_path):
+    (tmp_path / "results").mkdir()
+    assert counting(to=3).start().changed == ["to"] and not (tmp_path / "results/count").exists()
+    assert counting().start(fresh=True).changed == [] and (tmp_path / "results/count/quick/result.json").is_file()
+
+
+def test_fresh_throws_all_away_but_the_lock(counting):
+    with pytest.raises(RunStopped):
+        counting(to=5).start(max_minutes=1e-9)
+    (counting().folder / "parts").mkdir()
+    counting(to=3).start(fresh=True)
+    assert not (counting().folder / "parts").exists() and len(rows(counting())) == 3
+
+
+def test_settings_younger_than_a_run_do_not_keep_it_from_resuming(counting):
+    with pytest.raises(RunStopped):
+        counting().start(max_minutes=1e-9)
+    noted = counting().folder / "recipe.toml"
+    noted.write_text("\n".join(line for line in noted.read_text().splitlines() if not line.startswith("seed")))
+    assert counting().start(resume=True).numbers["sum"] == 55
+
+
+def test_the_process_is_left_as_it_was(counting):
+    def state():
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), signal.getsignal(signal.SIGINT)
+
+    before = state()
+    with repeatable(1):
+        assert torch.are_deterministic_algorithms_enabled()
+    counting().start()
+    assert before == state()
+
+
+def test_threads_of_the_first_process_are_kept(counting):
+    with pytest.raises(RunStopped):
+        counting().start(max_minutes=1e-9)
+    noted = counting().folder / "environment.json"
+    noted.write_text(json.dumps(json.loads(noted.read_text()) | {"threads": 2}))
+    seen = []
+    TASKS["count"] = dataclasses.replace(
+        TASKS["count"], function=lambda run: seen.append(torch.get_num_threads()) or {}
+    )
+    counting().start(resume=True)
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_cleanly(counting, number):
+    run = counting()
+    tick = run.tick
+    run.tick = lambda phase, state: (os.kill(os.getpid(), number), tick(phase, state))
+    with pytest.raises(RunStopped, match=number.name):
+        run.start()
+    assert load_checkpoint(run.folder / "checkpoint.pt")["current"]["state"]["done"] >= 1 and not run.finished
+    assert counting().start(resume=True).numbers["sum"] == 55
+
+
+def test_a_second_signal_ends_at_once(counting):
+    run = counting()
+    run.tick = lambda phase, state: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        run.start()
+
+
+def test_seconds_add_up_over_processes(counting):
+    pieces(counting, max_minutes=1e-9)
+    result = Result.load(counting().folder)
+    assert (
+        set(result.seconds) == {"counting", "doubling", "total"}
+        and result.seconds["total"] >= result.seconds["counting"]
+    )
+
+
+def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
+    tiny(tmp_path / "whole").start()
+    stops, _ = pieces(lambda: tiny(tmp_path / "cut"), max_minutes=1e-9)
+    whole, cut = tiny(tmp_path / "whole"), tiny(tmp_path / "cut")
+    assert (
+        stops >= 1 and Result.load(cut.folder).numbers == Result.load(whole.folder).numbers and rows(cut) == rows(whole)
+    )
+    a, b = (load_tensors(run.folder / "weights.safetensors")[0] for run in (whole, cut))
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_a_lock_ends_with_its_holder(tmp_path):
+    code = (
+        "import os, pathlib\n"
+        "from dfkd_nb.lab.runs import locked\n"
+        f"with locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == -signal.SIGKILL
+    with locked(tmp_path):
+        pass
+
+
+def test_environment_says_where(tmp_path):
+    noted = environment(torch.device("cpu"), 5, "dfkd run x")
+    assert (
+        noted["torch"] == torch.__version__
+        and noted["seed"] == 5
+        and noted["processor"]
+        and noted["cores"] == os.cpu_count()
+    )
+    json.dumps(noted)
