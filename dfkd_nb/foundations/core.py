@@ -7,11 +7,12 @@ __all__ = ['TESTING', 'PRECISIONS', 'COLOURS', 'DFKDError', 'import_torchvision'
            'random_state', 'restore_random_state', 'autocast', 'progress', 'atomic_path', 'save_tensors',
            'load_tensors', 'save_checkpoint', 'load_checkpoint', 'show_images']
 
-# %% ../../nbs/foundations/01_core.ipynb #a3de347c
+# %% ../../nbs/foundations/01_core.ipynb #c3aa6456
 import os
 import random
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -32,9 +33,9 @@ class DFKDError(ValueError):
 # %% ../../nbs/foundations/01_core.ipynb #57e605fe
 TESTING = bool(os.environ.get('IN_TEST')) # notebooks run as tests: take the smallest sizes
 
-# %% ../../nbs/foundations/01_core.ipynb #1a19d299
+# %% ../../nbs/foundations/01_core.ipynb #ebf02595
 def import_torchvision() -> ModuleType: # the package `torchvision`
-    "Import torchvision, also beside a CPU build of PyTorch that its wheel was not compiled for."
+    "Import torchvision, also beside a build of PyTorch that its wheel was not compiled for."
     try:
         import torchvision
     except RuntimeError as error:
@@ -45,7 +46,7 @@ def import_torchvision() -> ModuleType: # the package `torchvision`
         import torchvision
     return torchvision
 
-# %% ../../nbs/foundations/01_core.ipynb #45e3871a
+# %% ../../nbs/foundations/01_core.ipynb #8759cbf8
 def pick_device(
     name: str | torch.device = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 ) -> torch.device: # a device that this machine has
@@ -53,76 +54,80 @@ def pick_device(
     if str(name) == 'auto':
         if torch.cuda.is_available(): return torch.device('cuda')
         return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    unknown = f"unknown device '{name}': use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
     try: device = torch.device(name)
-    except RuntimeError: raise DFKDError(f"unknown device '{name}': use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'") from None
-    count = torch.cuda.device_count() if device.type == 'cuda' else int(torch.backends.mps.is_available())
-    if device.type == 'cpu' or (device.type in ('cuda', 'mps') and (device.index or 0) < count): return device
-    if device.type in ('cuda', 'mps'):
+    except RuntimeError: raise DFKDError(unknown) from None
+    if device.type not in ('cpu', 'cuda', 'mps'): raise DFKDError(unknown)
+    counts = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= (count := counts[device.type]):
         raise DFKDError(f"device '{name}' is not on this machine ({device.type} devices found: {count}): use 'auto' or 'cpu'")
-    raise DFKDError(f"unknown device '{name}': use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    return device
 
-# %% ../../nbs/foundations/01_core.ipynb #80af5df4
+# %% ../../nbs/foundations/01_core.ipynb #57136e48
 def seed_everything(
-    seed: int, # any non-negative integer
+    seed: int, # 0 to 2**64 - 1
 ) -> torch.Generator: # a CPU generator with the same seed, for explicit draws
-    "Seed Python, NumPy and PyTorch."
-    if seed < 0: raise DFKDError(f'seed {seed} is negative: use 0 or more')
+    "Seed Python, NumPy and PyTorch (its GPUs too); a seed out of range is a `DFKDError`."
+    if not 0 <= seed < 2**64: raise DFKDError(f'seed {seed} is out of range: use 0 to 2**64 - 1')
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../../nbs/foundations/01_core.ipynb #cef43df0
+# %% ../../nbs/foundations/01_core.ipynb #bc9e80de
 def random_state() -> dict[str, Any]: # plain containers and tensors, ready for a checkpoint
     "Where every random stream of this process stands."
     numpy_state: Any = np.random.get_state()
-    state = {'python': list(random.getstate()[1]), 'numpy': [numpy_state[1].tolist(), *map(float, numpy_state[2:])],
-             'torch': torch.get_rng_state()}
+    _, python_state, waiting = random.getstate()
+    state = {'python': list(python_state), 'python_gauss': waiting,
+             'numpy': [numpy_state[1].tolist(), *map(float, numpy_state[2:])], 'torch': torch.get_rng_state()}
     if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
     return state
 
-# %% ../../nbs/foundations/01_core.ipynb #6dd32b42
+# %% ../../nbs/foundations/01_core.ipynb #b29bbb0a
 def restore_random_state(
     state: dict[str, Any], # what `random_state` returned
 ) -> None:
-    "Put every random stream back to where it stood."
-    random.setstate((3, tuple(state['python']), None))
+    "Put every random stream back to where it stood; a GPU's only where there are as many GPUs as then."
+    random.setstate((3, tuple(state['python']), state.get('python_gauss')))
     keys, position, has_gauss, cached = state['numpy']
     np.random.set_state(('MT19937', np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
     torch.set_rng_state(state['torch'].cpu())
     if 'cuda' in state and torch.cuda.device_count() == len(state['cuda']):
         torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'].cpu())
 
 # %% ../../nbs/foundations/01_core.ipynb #e1b20066
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# %% ../../nbs/foundations/01_core.ipynb #146a08b5
+# %% ../../nbs/foundations/01_core.ipynb #563512eb
 def autocast(
     device: torch.device, # where the arithmetic runs
     precision: str = 'float32', # 'float32', 'bfloat16' or 'float16'
 ) -> AbstractContextManager: # enter it around the forward pass
-    "Mixed precision as one setting; 'float32' changes nothing."
+    "Mixed precision as one setting; 'float32' changes nothing. Unknown or impossible ones are a `DFKDError`."
     if precision not in PRECISIONS: raise DFKDError(f"unknown precision '{precision}': use {', '.join(PRECISIONS)}")
     if precision == 'float32': return nullcontext()
     if precision == 'float16' and device.type != 'cuda':
         raise DFKDError(f"precision 'float16' needs CUDA, not {device.type}: use 'bfloat16' or 'float32'")
     return torch.autocast(device.type, PRECISIONS[precision])
 
-# %% ../../nbs/foundations/01_core.ipynb #539717c2
+# %% ../../nbs/foundations/01_core.ipynb #4e0c89c7
 def progress(
     iterable: Iterable | None = None, # what to walk through; None for a bar that is updated by hand
     description: str = '', # stands before the bar
     total: int | None = None, # number of steps, where `iterable` has no length
     **settings: Any, # passed on to tqdm
-) -> tqdm:
+) -> tqdm: # walk through it, or call its `update`
     "A tqdm bar for work over two seconds; `DFKD_PROGRESS=0` silences it."
     silent = os.environ.get('DFKD_PROGRESS', '1') == '0' or TESTING
     return tqdm(iterable, desc=description, total=total, **{'delay': 2, 'disable': silent, 'leave': False} | settings)
 
-# %% ../../nbs/foundations/01_core.ipynb #d8021e8d
+# %% ../../nbs/foundations/01_core.ipynb #1dd9f991
 @contextmanager
 def atomic_path(
-    path: str | Path, # the file that shall exist when all went well
+    path: str | Path, # the file that shall exist when all went well; its folder is made if need be
 ) -> Iterator[Path]: # write here
     "Write beside `path` and rename at the end: readers see the old file or the new one, never half of it."
     path = Path(path)
@@ -139,16 +144,18 @@ def atomic_path(
         try: temporary.unlink(missing_ok=True)
         except OSError: pass # the folder itself could not be made
 
-# %% ../../nbs/foundations/01_core.ipynb #6536e902
+# %% ../../nbs/foundations/01_core.ipynb #10c92788
 def save_tensors(
     path: str | Path, # a .safetensors file
     tensors: dict[str, Tensor], # what to keep
     metadata: dict[str, str] | None = None, # text that travels along
 ) -> None:
-    "Tensors as a safetensors file, atomically."
+    "Tensors as a safetensors file, atomically; two names for the same memory are a `DFKDError`."
     with atomic_path(path) as temporary:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error: raise OSError(str(error)) from error
+        except RuntimeError as error: # shared memory
+            raise DFKDError(f'{path} not written: two of {", ".join(tensors)} share their memory; clone one of them') from error
 
 # %% ../../nbs/foundations/01_core.ipynb #11c293f1
 def load_tensors(
@@ -162,12 +169,30 @@ def load_tensors(
     except (SafetensorError, OSError) as error:
         raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
 
-# %% ../../nbs/foundations/01_core.ipynb #1a66df76
+# %% ../../nbs/foundations/01_core.ipynb #2f074453
+_PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
+
+def _check_plain(
+    value: Any, # part of a state
+    where: str, # how one gets there, for the message
+) -> None:
+    "Raise a `DFKDError` for what `weights_only` would refuse to read."
+    if isinstance(value, Tensor) or type(value) in _PLAIN: return
+    if type(value) in (dict, OrderedDict):
+        for name, part in value.items():
+            _check_plain(name, f'the key {name!r} of {where}')
+            _check_plain(part, f'{where}[{name!r}]')
+    elif type(value) in (list, tuple, set):
+        for index, part in enumerate(value): _check_plain(part, f'{where}[{index}]')
+    else: raise DFKDError(f'{where} is a {type(value).__name__}, which a checkpoint cannot hold: give tensors, numbers, strings, lists and dicts')
+
+# %% ../../nbs/foundations/01_core.ipynb #febffbdc
 def save_checkpoint(
     path: str | Path, # e.g. runs/NAME/quick/checkpoint.pt
     state: dict[str, Any], # tensors, numbers, strings, lists and dicts
 ) -> None:
-    "Everything a run needs to go on, atomically."
+    "Everything a run needs to go on, atomically; a `DFKDError` for what could not be read again."
+    _check_plain(state, 'state')
     with atomic_path(path) as temporary:
         try: torch.save(state, temporary)
         except RuntimeError as error: raise OSError(str(error).splitlines()[0]) from error # torch's word for a full disk
@@ -186,21 +211,24 @@ def load_checkpoint(
     if not isinstance(state, dict): raise DFKDError(f'{path} holds a {type(state).__name__}, not a checkpoint: check the path')
     return state
 
-# %% ../../nbs/foundations/01_core.ipynb #dd352a5d
-# Okabe and Ito's palette, told apart by readers who do not see red and green alike
+# %% ../../nbs/foundations/01_core.ipynb #31a841ed
+# five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the pink without green receptors
 COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream': '#CC79A7',
-           'deepdream': '#56B4E9', 'noise': '#999999'}
+           'deepdream': '#56B4E9', 'noise': '#555555'}
 
-# %% ../../nbs/foundations/01_core.ipynb #16ce1f74
+# %% ../../nbs/foundations/01_core.ipynb #d763f903
 def show_images(
-    images: Tensor, # `(N, C, H, W)`, uint8 or floats in [0, 1]
+    images: Tensor, # `(N, C, H, W)`, one or three channels, uint8 or floats in [0, 1]
     titles: Iterable[str] | None = None, # one a picture
     columns: int = 10, # pictures in a row
     size: float = 0.9, # inches a picture
 ) -> Any: # matplotlib's figure
-    "A grid of images, nearest neighbour, one shared intensity scale."
+    "A grid of images, nearest neighbour, one shared intensity scale; NaN or another shape is a `DFKDError`."
     import matplotlib.pyplot as plt
+    if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
+        raise DFKDError(f'cannot draw images of shape {tuple(images.shape)}: give (N, 1, H, W) or (N, 3, H, W), N at least 1')
     pictures = images.detach().cpu()
+    if pictures.isnan().any(): raise DFKDError('cannot draw images with NaN: look for the step that made them')
     if pictures.dtype != torch.uint8: pictures = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)

@@ -6,11 +6,11 @@
 __all__ = ['DOMAINS', 'Domain', 'ImageSource', 'ImageSet', 'ImageFiles', 'read_parquet', 'read_folder', 'data_root', 'load_data',
            'random_crop', 'random_flip', 'Augment', 'mixup']
 
-# %% ../../nbs/foundations/02_data.ipynb #febce864
+# %% ../../nbs/foundations/02_data.ipynb #e0319f5d
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -20,20 +20,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from .core import DFKDError, import_torchvision, load_tensors, progress, save_tensors
 
-# %% ../../nbs/foundations/02_data.ipynb #5558b071
+# %% ../../nbs/foundations/02_data.ipynb #cbaad9f7
 def _per_channel(
     values: Sequence[float], # one a channel
     like: Tensor, # whose device and float type to take
 ) -> Tensor: # `(1, C, 1, 1)`
+    "Numbers shaped so that they apply to each channel of a batch."
     dtype = like.dtype if like.is_floating_point() else torch.float32
     return torch.tensor(values, dtype=dtype, device=like.device).view(1, -1, 1, 1)
 
-# %% ../../nbs/foundations/02_data.ipynb #2346b57d
+# %% ../../nbs/foundations/02_data.ipynb #9e229fc8
 @dataclass(frozen=True)
 class Domain:
     "What a tensor of images means: its shape, the normalisation the network was trained with, the classes."
@@ -44,11 +45,14 @@ class Domain:
     classes: tuple[str, ...] # in the order of the network's outputs
 
     def __post_init__(self) -> None:
-        channels = self.shape[0]
-        if (len(self.mean), len(self.std)) != (channels, channels):
-            raise DFKDError(f"domain '{self.name}' has {channels} channels, {len(self.mean)} means and {len(self.std)} stds: give one each a channel")
+        counts = self.shape[0], len(self.mean), len(self.std)
+        if len(set(counts)) > 1:
+            raise DFKDError("domain '{}' has {} channels, {} means and {} stds: give one each a channel".format(self.name, *counts))
         if min(self.std) <= 0: raise DFKDError(f"domain '{self.name}' has a std of {min(self.std)}: give positive ones")
-        if min(self.shape) < 1 or not self.classes: raise DFKDError(f"domain '{self.name}' needs a positive shape and at least one class")
+        if not 0 <= min(self.mean) <= max(self.mean) <= 1:
+            raise DFKDError(f"domain '{self.name}' has means {self.mean}: give those of pixels in [0, 1] (divide by 255)")
+        if min(self.shape) < 1 or not self.classes:
+            raise DFKDError(f"domain '{self.name}' has shape {self.shape} and {self.num_classes} classes: give sizes and classes of at least 1")
 
     @property
     def num_classes(self) -> int: return len(self.classes)
@@ -60,7 +64,11 @@ class Domain:
     def size(self) -> tuple[int, int]: return self.shape[1:]
 
     def normalize(self, images: Tensor) -> Tensor:
-        "Bytes, or intensities in [0, 1], of shape `(N, C, H, W)` to the network's scale."
+        "Bytes, or intensities in [0, 1], of shape `(N, C, H, W)`, any H and W, to the network's scale."
+        if images.ndim < 3 or images.shape[-3] != self.channels: # one channel would quietly become three
+            raise DFKDError(f"images of shape {tuple(images.shape)} do not have the {self.channels} channels of '{self.name}': give (N, {self.channels}, H, W)")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise DFKDError(f'images are {images.dtype}: give uint8, or floats in [0, 1]')
         unit = 255. if images.dtype == torch.uint8 else 1.
         scale = _per_channel([1 / (unit * s) for s in self.std], images)
         shift = _per_channel([m / s for m, s in zip(self.mean, self.std)], images)
@@ -71,8 +79,12 @@ class Domain:
         return x * _per_channel(self.std, x) + _per_channel(self.mean, x)
 
     def to_uint8(self, x: Tensor) -> Tensor:
-        "From the network's scale to the nearest byte, as any image file would round."
-        return (self.denormalize(x.detach().float()).clamp(0, 1) * 255).round().to(torch.uint8)
+        "From the network's scale to the nearest byte, as any image file would round; NaN is a `DFKDError`."
+        intensities = self.denormalize(x.detach().float())
+        if intensities.isnan().any():
+            count = int(intensities.flatten(1).isnan().any(1).sum())
+            raise DFKDError(f'{count} of {len(x)} images contain NaN: lower the learning rate or the weights, or use float32')
+        return (intensities.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def limits(self, device: str | torch.device = 'cpu') -> tuple[Tensor, Tensor]:
         "Black and white on the network's scale, $-m/s$ and $(1-m)/s$, each `(1, C, 1, 1)` (DeepInversion, Eq. 16)."
@@ -85,18 +97,19 @@ class Domain:
             raise DFKDError(f"images of shape {tuple(images.shape)} do not fit the domain '{self.name}': give (N, {', '.join(map(str, self.shape))})")
         return images
 
-# %% ../../nbs/foundations/02_data.ipynb #53ad9f71
-_CIFAR100 = '''apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+# %% ../../nbs/foundations/02_data.ipynb #bc76538b
+_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
 hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree
 orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
 shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-train trout tulip turtle wardrobe whale willow_tree wolf woman worm'''
+train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 
-# %% ../../nbs/foundations/02_data.ipynb #4a590e9a
+# %% ../../nbs/foundations/02_data.ipynb #8cce9374
 DOMAINS = {d.name: d for d in (
     Domain('digits', (1, 8, 8), (0.3053,), (0.3763,), tuple('0123456789')),
-    Domain('fashion-mnist', (1, 28, 28), (0.2860,), (0.3530,), ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot')),
+    Domain('fashion-mnist', (1, 28, 28), (0.2860,), (0.3530,),
+           ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot')),
     Domain('cifar10', (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
            ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')),
     Domain('cifar100', (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), tuple(_CIFAR100.split())),
@@ -146,7 +159,23 @@ class ImageSource(ABC):
         "Go on drawing where `state_dict` stood."
         self._order, self._position = state['order'].cpu(), int(state['position'])
 
-# %% ../../nbs/foundations/02_data.ipynb #ca643c14
+# %% ../../nbs/foundations/02_data.ipynb #50da7966
+def _check_labels(
+    labels: Tensor | None, # one an image
+    count: int, # of images
+    domain: Domain, # whose classes they number
+) -> Tensor | None: # int64 `(N,)`
+    "The labels as int64, or a `DFKDError` where they do not fit."
+    if labels is None: return None
+    if tuple(labels.shape) != (count,):
+        raise DFKDError(f'{count} images but labels of shape {tuple(labels.shape)}: give one label an image')
+    if labels.is_floating_point(): raise DFKDError(f'labels are {labels.dtype}: give class numbers as integers')
+    low, high = (int(labels.min()), int(labels.max())) if count else (0, 0)
+    if low < 0 or high >= domain.num_classes:
+        raise DFKDError(f"labels run from {low} to {high}: domain '{domain.name}' wants 0 to {domain.num_classes - 1}")
+    return labels.long()
+
+# %% ../../nbs/foundations/02_data.ipynb #5422ca29
 class ImageSet(ImageSource):
     "Images as uint8 on one device, a quarter of the floats' memory, normalised only when a batch is used."
 
@@ -157,13 +186,11 @@ class ImageSet(ImageSource):
         domain: Domain, # what the images mean
     ) -> None:
         super().__init__()
-        if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
-        if labels is not None and labels.shape != images.shape[:1]:
-            raise DFKDError(f'{len(images)} images but labels of shape {tuple(labels.shape)}: give one label an image')
-        if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < domain.num_classes:
-            raise DFKDError(f"labels run from {int(labels.min())} to {int(labels.max())} but domain '{domain.name}' has classes 0 to {domain.num_classes - 1}")
+        if images.dtype != torch.uint8:
+            raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
         self.images, self.domain = domain.check(images), domain
-        self.labels = None if labels is None else labels.long().to(images.device)
+        labels = _check_labels(labels, len(images), domain)
+        self.labels = None if labels is None else labels.to(images.device)
 
     def __len__(self) -> int: return len(self.images)
 
@@ -172,7 +199,7 @@ class ImageSet(ImageSource):
         return self.images[indices.to(self.images.device)]
 
     def to(self, device: str | torch.device) -> 'ImageSet':
-        "The same images on another device."
+        "The same images on another device; their drawing starts anew."
         return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device), self.domain)
 
     def subset(self, which: int | Tensor) -> 'ImageSet':
@@ -185,35 +212,48 @@ class ImageSet(ImageSource):
         "One safetensors file with images, labels and the domain."
         tensors = {'images': self.images} | ({} if self.labels is None else {'labels': self.labels})
         domain = self.domain
-        save_tensors(path, tensors, {'name': domain.name, 'mean': ' '.join(map(str, domain.mean)), 'std': ' '.join(map(str, domain.std)),
-                                     'classes': '\n'.join(domain.classes)})
+        save_tensors(path, tensors, {'name': domain.name, 'mean': ' '.join(map(str, domain.mean)),
+                                     'std': ' '.join(map(str, domain.std)), 'classes': '\n'.join(domain.classes)})
 
     @classmethod
     def load(cls, path: str | Path) -> 'ImageSet':
-        "Read what `save` wrote."
+        "Read what `save` wrote; anything else is a `DFKDError`."
         tensors, about = load_tensors(path)
-        if 'images' not in tensors or 'classes' not in about: raise DFKDError(f'{path} holds no image set: give a file that ImageSet.save wrote')
-        numbers = [tuple(map(float, about[k].split())) for k in ('mean', 'std')]
-        shape = tuple(tensors['images'].shape[1:])
-        return cls(tensors['images'], tensors.get('labels'), Domain(about['name'], shape, numbers[0], numbers[1], tuple(about['classes'].split('\n')))) # type: ignore[arg-type]
+        if 'images' not in tensors or not {'name', 'mean', 'std', 'classes'} <= about.keys():
+            raise DFKDError(f'{path} holds no image set: give a file that ImageSet.save wrote')
+        mean, std = (tuple(map(float, about[k].split())) for k in ('mean', 'std'))
+        _, *shape = tensors['images'].shape
+        domain = Domain(about['name'], tuple(shape), mean, std, tuple(about['classes'].split('\n'))) # type: ignore[arg-type]
+        return cls(tensors['images'], tensors.get('labels'), domain)
 
-# %% ../../nbs/foundations/02_data.ipynb #63c6dffb
-def _decode(encoded: bytes | Path, domain: Domain) -> Tensor:
-    "One image file as uint8 `(C, H, W)` of the domain's size: shorter side resized, centre kept."
+# %% ../../nbs/foundations/02_data.ipynb #8852e5bf
+def _decode(
+    encoded: bytes | Path, # contents of a file, or where it is
+    domain: Domain, # channels and size that come out
+    name: str, # what to call it in a message
+) -> Tensor: # uint8 `(C, H, W)`
+    "One image file as bytes: shorter side resized, centre kept, grey or RGB as the domain has it."
     height, width = domain.size
-    try: picture = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded).convert('L' if domain.channels == 1 else 'RGB')
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        name = 'a row of the Parquet file' if isinstance(encoded, bytes) else encoded
-        raise DFKDError(f'{name} is no readable image ({error}): remove or replace it') from error
+    try:
+        picture: Image.Image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+        if picture.mode.startswith('I'): # 16 bits of grey, which Pillow would cut off at 255
+            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+        picture = picture.convert('L' if domain.channels == 1 else 'RGB')
+    except Exception as error: # each of Pillow's decoders has its own: OSError, SyntaxError, struct.error ...
+        raise DFKDError(f'{name} is no readable image ({_first_line(error)}): remove or replace it') from error
     if picture.size != (width, height):
         scale = max(height / picture.height, width / picture.width)
-        picture = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))), Image.Resampling.BICUBIC)
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        picture = picture.crop((left, top, left + width, top + height))
+        larger = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+        left, top = (larger[0] - width) // 2, (larger[1] - height) // 2
+        picture = picture.resize(larger, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
-# %% ../../nbs/foundations/02_data.ipynb #55ee87c9
+def _first_line(error: Exception) -> str:
+    "What an error says, without its further lines, paths in memory and addresses."
+    return next(iter(str(error).splitlines()), type(error).__name__).split('<_io')[0].strip()
+
+# %% ../../nbs/foundations/02_data.ipynb #94a3a7d6
 class ImageFiles(ImageSource):
     "Encoded images, decoded when they are drawn: for sets that do not fit into memory."
 
@@ -225,86 +265,117 @@ class ImageFiles(ImageSource):
         workers: int = 8, # threads that decode
     ) -> None:
         super().__init__()
-        self.encoded, self.labels, self.domain = encoded, labels, domain
+        self.encoded, self.labels, self.domain = encoded, _check_labels(labels, len(encoded), domain), domain
         self._pool = ThreadPoolExecutor(workers)
 
     def __len__(self) -> int: return len(self.encoded)
 
+    def _decoded(self, index: int) -> Tensor:
+        encoded = self.encoded[index]
+        return _decode(encoded, self.domain, f'image {index} (from 0)' if isinstance(encoded, bytes) else str(encoded))
+
     def fetch(self, indices: Tensor) -> Tensor:
-        "The images at `indices`, uint8 `(n, C, H, W)`."
-        return torch.stack(list(self._pool.map(lambda i: _decode(self.encoded[i], self.domain), indices.tolist())))
+        "The images at `indices`, uint8 `(n, C, H, W)`; one that cannot be read is a `DFKDError` that names it."
+        return torch.stack(list(self._pool.map(self._decoded, indices.tolist())))
 
     def in_memory(self) -> ImageSet:
         "All of them, decoded."
         parts = [self.fetch(i) for i in progress(torch.arange(len(self)).split(1000), f'decoding {self.domain.name}')]
         return ImageSet(torch.cat(parts), self.labels, self.domain)
 
-# %% ../../nbs/foundations/02_data.ipynb #4e007e43
+# %% ../../nbs/foundations/02_data.ipynb #84ee22b8
+def _columns(
+    names: list[str], # of the columns of a table
+    path: Path, # for the message
+) -> tuple[str, str]: # those of images and labels
+    "Which columns hold images and labels, by the names that are in use."
+    image, label = (next((n for n in wanted if n in names), None) for wanted in (('image', 'img'), ('label', 'fine_label', 'labels')))
+    if image is None or label is None: raise DFKDError(f"{path} has the columns {', '.join(names)}: it needs 'image' and 'label'")
+    return image, label
+
 def read_parquet(
     paths: Sequence[Path], # files as the Hugging Face hub serves them
     limit: int | None = None, # stop after this many rows
-) -> tuple[list[bytes], Tensor]: # encoded images, labels
-    "Image bytes and labels of Parquet files with columns `image` (or `img`) and `label` (or `fine_label`)."
+) -> tuple[list[bytes], Tensor]: # encoded images, labels int64 `(N,)`
+    "Image bytes and labels of Parquet files with columns `image` (or `img`) and `label` (or `fine_label`, `labels`)."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    images: list[bytes] = []
-    labels: list[int] = []
+    images: list[Any] = []
+    labels: list[Any] = []
     for path in paths:
         try:
             file = pq.ParquetFile(path)
-            names = file.schema_arrow.names
-            image, label = (next((n for n in wanted if n in names), None) for wanted in (('image', 'img'), ('label', 'fine_label', 'labels')))
-            if image is None or label is None: raise DFKDError(f"{path} has the columns {', '.join(names)}: it needs 'image' and 'label'")
+            image, label = _columns(file.schema_arrow.names, path)
             for batch in file.iter_batches(1000, columns=[image, label]):
-                images += [row['bytes'] for row in batch.column(0 if batch.schema.names[0] == image else 1).to_pylist()]
+                images += [cell.get('bytes') if isinstance(cell, dict) else cell for cell in batch.column(image).to_pylist()]
                 labels += batch.column(label).to_pylist()
-                if limit is not None and len(images) >= limit: return images[:limit], torch.tensor(labels[:limit])
+                if limit is not None and len(images) >= limit: break
         except (pa.ArrowException, OSError) as error:
-            raise DFKDError(f'{path} is truncated or no Parquet file ({str(error).splitlines()[0]}): download it again') from error
+            raise DFKDError(f'{path} is truncated or no Parquet file ({_first_line(error)}): download it again') from error
+        if limit is not None and len(images) >= limit: break
+    images, labels = images[:limit], labels[:limit]
+    for row, pair in enumerate(zip(images, labels)):
+        if (kinds := tuple(type(part) for part in pair)) != (bytes, int):
+            raise DFKDError(f'row {row} of {paths[0].parent} holds {kinds[0].__name__} and {kinds[1].__name__}: it needs image bytes and a class number')
+    if not images: raise DFKDError(f'no rows in {", ".join(map(str, paths)) or "no files"}: download them again')
     return images, torch.tensor(labels)
 
-# %% ../../nbs/foundations/02_data.ipynb #112c7e52
+# %% ../../nbs/foundations/02_data.ipynb #60a00d1d
+def _class_numbers(
+    names: Sequence[str], # of sub-folders, sorted as text
+    domain: Domain, # whose order to keep, if the names are its own
+) -> tuple[Tensor, tuple[str, ...]]: # label of each sub-folder, class names in the order of labels
+    "Known names keep their number, numbers count as numbers, other names are numbered as they are sorted."
+    if set(names) == set(domain.classes): return torch.tensor([domain.classes.index(n) for n in names]), domain.classes
+    numbered = set(names) == {str(i) for i in range(len(names))}
+    order = torch.tensor([int(n) for n in names]) if numbered else torch.arange(len(names))
+    if len(names) == domain.num_classes: return order, domain.classes
+    return order, tuple(map(str, range(len(names)))) if numbered else tuple(names)
+
 def read_folder(
     path: str | Path, # a folder with one sub-folder of images a class
     domain: Domain, # size and normalisation; its classes are replaced by the folder's unless they are as many
-) -> ImageFiles: # in the order of class names, then file names
+) -> ImageFiles: # in the order of sub-folders, then file names
     "Any folder of images, laid out as torchvision's `ImageFolder` expects."
     folder = Path(path)
     if not folder.is_dir(): raise DFKDError(f'no folder {folder}: check the path')
-    datasets = import_torchvision().datasets
-    try: found = datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error: raise DFKDError(f'{folder} has no images in class sub-folders ({error}): put them into FOLDER/CLASS/NAME.png') from error
-    if len(found.classes) != domain.num_classes: domain = replace(domain, classes=tuple(found.classes))
-    return ImageFiles([Path(p) for p, _ in found.samples], torch.tensor(found.targets), domain)
+    try: found = import_torchvision().datasets.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise DFKDError(f'{folder} has no images in class sub-folders ({_first_line(error)}): put them into FOLDER/CLASS/NAME.png') from error
+    numbers, classes = _class_numbers(found.classes, domain)
+    return ImageFiles([Path(p) for p, _ in found.samples], numbers[torch.tensor(found.targets)], replace(domain, classes=classes))
 
-# %% ../../nbs/foundations/02_data.ipynb #dbdfc507
+# %% ../../nbs/foundations/02_data.ipynb #11ccf414
 def _digits(split: str) -> ImageSet:
+    "scikit-learn's 1,797 digits: 500 to test, the others to train."
     from sklearn.datasets import load_digits
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).view(-1, 1, 8, 8).mul(255 / 16).round().to(torch.uint8)
+    images = torch.from_numpy(pixels).view(-1, 1, 8, 8).mul(255 / 16).round().to(torch.uint8) # 17 levels, 0 to 16
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)) # the writers come in order: mix them
     chosen = order[500:] if split == 'train' else order[:500]
     return ImageSet(images[chosen], torch.from_numpy(labels)[chosen], DOMAINS['digits'])
 
 def _shipped_cifar10() -> ImageSet:
+    "The first 200 test images of each class, cut out of one mosaic (tools/pack_cifar10_mini.py)."
     folder = resources.files('dfkd_nb') / 'assets'
-    picture = Image.open(io.BytesIO((folder / 'cifar10-mini.webp').read_bytes()))
+    picture = Image.open(io.BytesIO((folder / 'cifar10-mini.jpg').read_bytes()))
     tiles = torch.from_numpy(np.array(picture.convert('RGB'))).unflatten(0, (-1, 32)).unflatten(2, (-1, 32)) # rows, 32, columns, 32, 3
     labels = torch.tensor([int(c) for c in (folder / 'cifar10-mini.txt').read_text().strip()])
     return ImageSet(tiles.permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32).contiguous(), labels, DOMAINS['cifar10'])
 
 def _downloaded(name: str, split: str, root: Path) -> ImageSet:
+    "torchvision's copy, downloaded into `root` if need be."
     datasets = import_torchvision().datasets
     loader = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'fashion-mnist': datasets.FashionMNIST}[name]
     try: found = loader(root, train=split == 'train', download=True)
     except Exception as error: # urllib, ssl, tarfile and hash errors all mean the same here
-        raise DFKDError(f"'{name}' is not under {root} and could not be downloaded ({type(error).__name__}: {str(error).splitlines()[0][:80]}): "
+        raise DFKDError(f"'{name}' is not under {root} and could not be downloaded ({type(error).__name__}: {_first_line(error)[:80]}): "
                         f'put Parquet files into $DFKD_DATA/{name}/ or connect to the network') from error
     images = torch.as_tensor(found.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.as_tensor(found.targets), DOMAINS[name])
 
-# %% ../../nbs/foundations/02_data.ipynb #2a302dae
+# %% ../../nbs/foundations/02_data.ipynb #77cb159b
 def data_root() -> Path:
     "Where data sets are looked for: `$DFKD_DATA`, or `.data` in the working directory."
     return Path(os.environ.get('DFKD_DATA') or '.data')
@@ -313,7 +384,7 @@ def load_data(
     name: str, # 'digits', 'cifar10-mini', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet' or 'folder:PATH'
     split: str = 'test', # 'train' or 'test'
     root: str | Path | None = None, # instead of `data_root()`
-    limit: int | None = None, # only the first so many
+    limit: int | None = None, # only the first so many (a folder comes class by class)
     domain: Domain | None = None, # for folders: what the images mean (ImageNet's numbers if not given)
 ) -> ImageSet | ImageFiles: # in memory, except ImageNet and folders
     "A data set by name: what ships, Parquet files, a folder, or torchvision's download, in this order."
@@ -331,17 +402,20 @@ def load_data(
     domain = DOMAINS[name]
     wanted = (split,) if split == 'train' else ('test', 'val', 'validation')
     for word in wanted:
-        if paths := sorted((base / name).glob(f'{word}*.parquet')):
-            encoded = ImageFiles(*read_parquet(paths, limit), domain)
-            return encoded if name == 'imagenet' else encoded.in_memory()
+        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'): # the hub keeps them one folder further down
+            if paths := sorted((base / name).glob(pattern)):
+                encoded = ImageFiles(*read_parquet(paths, limit), domain)
+                return encoded if name == 'imagenet' else encoded.in_memory()
         if (base / name / word).is_dir(): return load_data(f'folder:{base / name / word}', limit=limit, domain=domain)
-    if name == 'imagenet': raise DFKDError(f'no ImageNet under {base}: put {wanted[-1]}/CLASS/*.JPEG or {wanted[-1]}*.parquet into {base / name} (DFKD_DATA names the folder)')
+    if name == 'imagenet':
+        word = 'train' if split == 'train' else 'val'
+        raise DFKDError(f'no ImageNet under {base}: put {word}/CLASS/*.JPEG or {word}*.parquet into {base / name} (DFKD_DATA names the folder)')
     found = _downloaded(name, split, base)
     return found if limit is None else found.subset(limit)
 
-# %% ../../nbs/foundations/02_data.ipynb #6c802c7c
+# %% ../../nbs/foundations/02_data.ipynb #837f6aa7
 def random_crop(
-    images: Tensor, # `(N, C, H, W)`, any type
+    images: Tensor, # `(N, C, H, W)`, any type; bytes, as black is 0 here
     padding: int, # pixels added on every side before cropping
     generator: torch.Generator, # a CPU generator
     flip: bool = False, # mirror every second image, on average
@@ -368,7 +442,7 @@ def random_flip(
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
 
-# %% ../../nbs/foundations/02_data.ipynb #62e319b1
+# %% ../../nbs/foundations/02_data.ipynb #44f0d9a1
 @dataclass(frozen=True)
 class Augment:
     "Random crops and mirror images of a uint8 batch."
@@ -376,6 +450,7 @@ class Augment:
     flip: bool = True # left and right are exchangeable (not for digits)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        "The batch `(N, C, H, W)`, each image changed in its own way."
         if self.padding: return random_crop(images, self.padding, generator, self.flip)
         return random_flip(images, generator) if self.flip else images
 
