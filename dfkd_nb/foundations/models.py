@@ -280,7 +280,7 @@ def check_network(
         raise DFKDError(f"the network '{name}' has {outputs} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
     if not logits.isfinite().all(): raise DFKDError(f"the network '{name}' answers with NaN or infinity: its weights are damaged, load or train it again")
 
-# %% ../../nbs/foundations/03_models.ipynb #43c77f17
+# %% ../../nbs/foundations/03_models.ipynb #f44d06df
 class Teacher(nn.Module):
     "Any network, frozen: a copy in eval mode, without weight gradients, with the domain it was trained on."
 
@@ -294,7 +294,8 @@ class Teacher(nn.Module):
         self.domain, self.name = domain, name or type(model).__name__
         self.about: dict[str, str] = {} # what its file says: accuracy, how it was trained
         network: nn.Module = model.get_submodule('model') if isinstance(model, Teacher) else model # a teacher's teacher is the same network
-        try: self.model: nn.Module = copy.deepcopy(network).eval()
+        try:
+            with torch.no_grad(): self.model: nn.Module = copy.deepcopy(network).eval()
         except RuntimeError as error:
             raise DFKDError(f"the network '{self.name}' cannot be copied ({str(error).splitlines()[0][:100]}): build it again and load its state_dict") from error
         for parameter in self.model.parameters(): parameter.requires_grad_(False) # a traced network takes it only one by one
