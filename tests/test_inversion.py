@@ -1,0 +1,456 @@
+"""DeepInversion's contract: repeats, resumes, stops, refuses, and never hands out its own memory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages
+from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.statistics import Statistics
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.foundations.models import Teacher, build_model
+
+DIGITS = DOMAINS["digits"]
+
+
+def network(channels=1, classes=10, norm=True):
+    "Two convolutions whose BatchNorm layers have seen something: enough for every contract, and fast."
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(6), nn.BatchNorm2d(8)] if norm else [nn.Identity(), nn.Identity()]
+    model = nn.Sequential(
+        nn.Conv2d(channels, 6, 3, padding=1),
+        norms[0],
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, 2, 1),
+        norms[1],
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, classes),
+    )
+    with torch.no_grad():
+        for _ in range(30):
+            model(torch.randn(32, channels, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(network(), DIGITS, "tiny")
+
+
+def make(teacher, **settings):
+    return DeepInversion(teacher, **{"steps": 12, "batch_size": 4, "device": "cpu"} | settings)
+
+
+def test_the_same_seed_dreams_the_same_and_another_does_not(teacher):
+    a, b, c = make(teacher).synthesize(8), make(teacher).synthesize(8), make(teacher, seed=1).synthesize(8)
+    assert torch.equal(a.images, b.images)
+    assert not torch.equal(a.images, c.images)
+
+
+def test_what_comes_out_is_a_labelled_image_set(teacher):
+    images = make(teacher).synthesize(7, classes=["3", 5])
+    assert isinstance(images, ImageSet) and images.images.dtype == torch.uint8 and images.images.shape == (7, 1, 8, 8)
+    assert images.labels.tolist() == [3, 5, 3, 5, 3, 5, 3]
+
+
+def test_targets_are_balanced_by_default(teacher):
+    assert make(teacher).synthesize(20).labels.bincount().tolist() == [2] * 10
+
+
+def test_batches_are_even_and_bounded(teacher):
+    maker = make(teacher, batch_size=8)
+    maker.start(17)
+    assert maker.sizes == [6, 6, 5]
+
+
+def test_the_loss_falls(teacher):
+    maker = make(teacher, steps=60, batch_size=20, jitter=0, flip=False)
+    maker.synthesize(20, every=1)
+    assert maker.history[-1]["total"] < 0.6 * maker.history[0]["total"]
+    assert set(maker.history[0]) == {"batch", "step", "total", "class", "tv_l2", "l2", "features"}
+
+
+def test_presets_differ_in_weights_alone(teacher):
+    a, b, c = (make(teacher, **preset(m)).settings for m in ("noise", "deepdream", "deepinversion"))
+    assert all(k.startswith("weight of ") for k in a if a[k] != c.get(k) or b.get(k) != c.get(k))
+    assert make(teacher, **preset("noise")).names == ["total", "class"]
+    assert make(teacher, **preset("deepdream")).names == ["total", "class", "tv_l2", "l2"]
+
+
+def test_the_teacher_is_not_changed(teacher):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    make(teacher).synthesize(4)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_images_are_copies(teacher):
+    maker = make(teacher, batch_size=4)
+    seen = []
+    maker.synthesize(8, callback=lambda now: seen.append(now.images), every=4)
+    assert [bool((a != b).any()) for a, b in pairwise(seen)].count(True) >= 4  # not one tensor, six times over
+    first = maker.images
+    first.images.zero_()
+    first.labels.zero_()
+    assert maker.images.images.any() and maker.images.labels.any()
+
+
+def test_images_asked_for_too_late_are_refused(teacher):
+    kept = []
+    make(teacher).synthesize(4, callback=kept.append, every=3)
+    with pytest.raises(DFKDError, match="inside the callback"):
+        kept[0].images  # noqa: B018
+    assert kept[-1].images.shape == (4, 1, 8, 8)  # the finished ones stay
+
+
+def test_callback_is_told_where_it_stands(teacher):
+    rows = []
+    make(teacher).synthesize(
+        8, callback=lambda now: rows.append((now.batch, now.batches, now.step, now.steps, now.labels.tolist())), every=6
+    )
+    assert rows == [
+        (0, 2, 6, 12, [0, 1, 2, 3]),
+        (0, 2, 12, 12, [0, 1, 2, 3]),
+        (1, 2, 6, 12, [4, 5, 6, 7]),
+        (1, 2, 12, 12, [4, 5, 6, 7]),
+    ]
+
+
+def test_callback_that_returns_true_stops_and_run_goes_on(teacher):
+    maker = make(teacher)
+    assert len(maker.synthesize(8, callback=lambda now: now.batch == 1, every=4)) == 4
+    assert not maker.finished
+    assert torch.equal(maker.run(every=4).images, make(teacher).synthesize(8).images)
+
+
+class Interrupted(Exception):
+    "What the callback raises."
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"stages": [(4, 5), (8, 7)]}, {"schedule": "cosine", **preset("noise")}],
+    ids=["plain", "stages", "noise"],
+)
+def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, settings):
+    whole = make(teacher, **settings)
+    wanted = whole.synthesize(10, every=3)
+    for cut in range(1, 13, 3):
+        path, calls = tmp_path / f"{cut}.pt", []
+
+        def callback(now, calls=calls, cut=cut):
+            calls.append(now.step)
+            if len(calls) == cut:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            make(teacher, **settings).synthesize(10, checkpoint=path, callback=callback, every=3)
+        again = make(teacher, **settings)
+        found = again.synthesize(10, checkpoint=path, every=3)
+        assert torch.equal(found.images, wanted.images) and torch.equal(found.labels, wanted.labels)
+        assert again.history == whole.history
+        assert torch.equal(
+            make(teacher, **settings).synthesize(10, checkpoint=path).images, wanted.images
+        )  # finished: read, not made again
+
+
+def test_resumes_after_a_kill(teacher, tmp_path):
+    "SIGKILL between two updates; the file holds what was saved last."
+    script = f"""
+import os, signal, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import torch
+torch.set_num_threads({torch.get_num_threads()})
+from test_inversion import make, network, DIGITS
+from dfkd_nb.foundations.models import Teacher
+def callback(now):
+    if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
+make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / "c.pt")!r}, callback=callback, every=1, save_every=0.)
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert load_checkpoint(tmp_path / "c.pt")["batch"] == 1
+    assert torch.equal(
+        make(teacher).synthesize(8, checkpoint=tmp_path / "c.pt").images, make(teacher).synthesize(8).images
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_state_dict_goes_through_a_checkpoint_of_somebody_else(teacher, tmp_path):
+    maker = make(teacher)
+    maker.start(8)
+    for _ in range(17):
+        maker.step()
+    save_checkpoint(tmp_path / "run.pt", {"phase": "synthesis", "state": maker.state_dict()})
+    maker.run()
+    other = make(teacher)
+    other.start(8)
+    other.load_state_dict(load_checkpoint(tmp_path / "run.pt")["state"])
+    assert torch.equal(other.run().images, maker.images.images)
+
+
+def test_deadline_stops_cleanly(teacher, tmp_path):
+    path = tmp_path / "c.pt"
+    some = make(teacher).synthesize(40, checkpoint=path, deadline=time.monotonic() - 1)
+    assert len(some) == 0 and path.is_file()
+    assert torch.equal(make(teacher).synthesize(40, checkpoint=path).images, make(teacher).synthesize(40).images)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"learning_rate": 0.2}, "learning_rate"), ({"feature_weight": 1.0}, "weight of features"), ({"seed": 3}, "seed")],
+)
+def test_checkpoint_of_other_settings_is_refused_and_kept(teacher, tmp_path, change, message):
+    path = tmp_path / "c.pt"
+    make(teacher).synthesize(4, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(DFKDError, match=message):
+        make(teacher, **change).synthesize(4, checkpoint=path)
+    with pytest.raises(DFKDError, match="other images"):
+        make(teacher).synthesize(5, checkpoint=path)
+    with pytest.raises(DFKDError, match="another teacher"):
+        make(Teacher(build_model("digits-net", 10, 1), DIGITS)).synthesize(4, checkpoint=path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_damaged_and_foreign_checkpoints_are_refused_and_kept(teacher, tmp_path, content):
+    path = tmp_path / "c.pt"
+    path.write_bytes(content)
+    with pytest.raises(DFKDError):
+        make(teacher).synthesize(4, checkpoint=path)
+    assert path.read_bytes() == content
+    save_checkpoint(path, {"kind": "something else"})
+    with pytest.raises(DFKDError, match="not written by a synthesis"):
+        make(teacher).synthesize(4, checkpoint=path)
+
+
+def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
+    def poison(view: View):
+        return view.x.mean() * (float("nan") if now["batch"] else 1.0)
+
+    now = {"batch": 0}
+    maker = make(teacher, terms={"poison": (1.0, poison)})
+    with pytest.raises(DFKDError, match="'poison' is nan at update 1 of batch 2.*lower learning_rate") as caught:
+        maker.synthesize(
+            8,
+            callback=lambda progress: now.update(batch=progress.step == progress.steps) and None,
+            checkpoint=tmp_path / "c.pt",
+        )
+    assert "\n" not in str(caught.value)
+    assert len(maker.images) == 4
+    assert len(load_checkpoint(tmp_path / "c.pt")["parts"][0]) == 4
+
+
+def test_stages_grow_by_nearest_neighbours(teacher):
+    maker = make(teacher, stages=[(4, 3), (8, 1)], clip=False, learning_rate=1e-12, jitter=0, flip=False)
+    maker.start(4)
+    for _ in range(3):
+        maker.step()
+    small = maker.dream.x.detach().clone()
+    assert small.shape == (4, 1, 4, 4) and maker.dream.images().shape == (4, 1, 8, 8)
+    seen = maker.dream.look_at()
+    assert seen.shape == (4, 1, 8, 8) and torch.equal(seen, small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert maker.dream.optimizer.state == {}  # a new Adam for new pixels
+
+
+@pytest.mark.parametrize("shape, classes", [((1, 8, 8), 10), ((3, 12, 20), 3), ((4, 9, 9), 1), ((2, 16, 16), 100)])
+def test_any_shape_any_number_of_classes_any_normalisation(shape, classes):
+    channels = shape[0]
+    domain = Domain(
+        "odd",
+        shape,
+        tuple(0.1 * (i + 1) for i in range(channels)),
+        tuple(0.5 + i for i in range(channels)),
+        tuple(map(str, range(classes))),
+    )
+    images = make(Teacher(network(channels, classes), domain), steps=3).synthesize(5)
+    assert images.images.shape == (5, *shape) and int(images.labels.max()) < classes
+
+
+def test_clipping_keeps_pixels_printable(teacher):
+    low, high = DIGITS.limits()
+    for clip in (True, False):
+        maker = make(teacher, clip=clip, learning_rate=1.0)
+        maker.start(4)
+        for _ in range(3):
+            maker.step()
+        inside = bool(((maker.dream.x >= low) & (maker.dream.x <= high)).all())
+        assert inside == clip
+
+
+def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
+    plain = Teacher(network(norm=False), DIGITS)
+    with pytest.raises(DFKDError, match="no BatchNorm"):
+        make(plain)
+    assert len(make(plain, **preset("deepdream")).synthesize(4)) == 4
+    measured = Statistics.measure(plain, torch.randn(64, 1, 8, 8), layers=["model.0", "model.3"], at="output")
+    maker = make(plain, statistics=measured, steps=30)
+    assert not maker.look.fused
+    maker.synthesize(4, every=1)
+    assert maker.history[-1]["features"] < maker.history[0]["features"]
+
+
+def test_hooks_and_fused_layers_agree(teacher):
+    x = torch.randn(6, 1, 8, 8)
+    statistics = Statistics.from_batchnorm(teacher)
+    fused = Look(teacher, statistics)
+    hooked = Look(teacher, statistics)
+    hooked.fused, hooked.network = False, teacher
+    (a, m), (b, k) = fused(x), hooked(x)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for name in k:
+        torch.testing.assert_close(m[name], k[name], rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_named_inside_the_wrapped_network(teacher):
+    inner = Statistics.from_batchnorm(teacher.model)
+    assert torch.equal(make(teacher, statistics=inner).synthesize(4).images, make(teacher).synthesize(4).images)
+
+
+def test_bfloat16_stays_close(teacher):
+    a, b = make(teacher, steps=1, precision="bfloat16"), make(teacher, steps=1)
+    for maker in (a, b):
+        maker.synthesize(4)
+    assert a.history[0]["total"] == pytest.approx(b.history[0]["total"], rel=0.05)
+
+
+BAD = {
+    "steps": ({"steps": 0}, "steps is 0"),
+    "batch": ({"batch_size": 0}, "batch_size is 0"),
+    "learning rate": ({"learning_rate": -1.0}, "learning_rate is -1"),
+    "no learning": ({"learning_rate": 0.0}, "give more than 0"),
+    "nan weight": ({"tv_l2": float("nan")}, "tv_l2 is nan"),
+    "negative weight": ({"feature_weight": -1.0}, "feature_weight"),
+    "jitter": ({"jitter": -1}, "jitter -1"),
+    "seed": ({"seed": -1}, "seed -1"),
+    "schedule": ({"schedule": "sometimes"}, "unknown schedule"),
+    "precision": ({"precision": "float8"}, "unknown precision"),
+    "half on the CPU": ({"precision": "float16"}, "needs CUDA"),
+    "device": ({"device": "abacus"}, "unknown device"),
+    "last stage": ({"stages": [(4, 10)]}, "the last stage"),
+    "empty stage": ({"stages": [(4, 0), (8, 1)]}, "0 updates"),
+    "tiny stage": ({"stages": [(1, 1), (8, 1)]}, "1 x 1"),
+    "nothing to want": (preset("noise") | {"class_weight": 0.0}, "no term"),
+}
+
+
+@pytest.mark.parametrize("settings, message", BAD.values(), ids=BAD)
+def test_bad_settings_are_one_clear_line(teacher, settings, message):
+    with pytest.raises(DFKDError, match=message) as caught:
+        make(teacher, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "n, classes, message",
+    [
+        (0, None, "0 images"),
+        (4, 10, "class 10"),
+        (4, ["x"], "'x'"),
+        (4, [-1], "-1"),
+        (4, [], "no class"),
+        (4, [0.5], "0.5"),
+    ],
+)
+def test_bad_wishes_are_one_clear_line(teacher, n, classes, message):
+    with pytest.raises(DFKDError, match=message):
+        make(teacher).synthesize(n, classes)
+
+
+def test_a_stage_too_small_for_the_network():
+    class Fussy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, 10)
+
+        def forward(self, x):
+            return self.fc(self.bn(self.conv(x)).flatten(1))
+
+    with pytest.raises(DFKDError, match="4 x 4 pixels"), pytest.warns(UserWarning):
+        make(Teacher(Fussy(), DIGITS), stages=[(4, 1), (8, 1)])
+
+
+def test_stages_and_wishes_by_hand():
+    assert read_stages(None, 7, (8, 8)) == [((8, 8), 7)]
+    assert read_stages([(4, 1), ((8, 8), 2)], 7, (8, 8)) == [((4, 4), 1), ((8, 8), 2)]
+    assert intended_classes(4, "7", DIGITS).tolist() == [7, 7, 7, 7]
+    assert intended_classes(3, torch.tensor([2, 1]), DIGITS).tolist() == [2, 1, 2]
+
+
+def test_nothing_started_says_so(teacher):
+    with pytest.raises(DFKDError, match="start"):
+        make(teacher).step()
+
+
+def test_film_is_small_and_needs_nothing():
+    frames = [torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8) for _ in range(16)]
+    page = Film(frames, range(16), titles=list("abcdefghij"))._repr_html_()
+    assert len(page) < 600_000 and "http" not in page and page.count("<span") == 10
+    with pytest.raises(DFKDError):
+        Film(frames, [1])
+
+
+def test_explorer_without_a_browser(teacher):
+    ipywidgets = pytest.importorskip("ipywidgets")
+    view = Explorer(teacher, images=4, steps=40, every=2, device="cpu", jitter=0)
+    assert isinstance(view.widget, ipywidgets.Widget) and not view.running
+    view.classes.value = (3, 7)
+    view.sliders["features"].value = 1.0
+    view.go.click()  # start
+    for _ in range(600):
+        if view.dreamer.history:
+            break
+        time.sleep(0.05)
+    view.sliders["tv_l2"].value = 0.1  # while it runs
+    view.go.click()  # stop
+    view.wait()
+    assert view.error is None and not view.running and view.go.description == "start"
+    stopped = view.dreamer.done
+    assert 0 < stopped <= 40 and view.picture.value[:8] == b"\x89PNG\r\n\x1a\n"
+    assert view.dreamer.targets.tolist() == [3, 7, 3, 7]
+    view.go.click()  # on to the end
+    view.wait()
+    assert view.dreamer.finished and "40 of 40" in view.status.value
+    assert view.dreamer.objective.weights["features"] == 1.0
+    view.sliders["features"].value = 0.0
+    view.again.click()  # from noise, without the feature term
+    view.wait()
+    assert view.dreamer.finished and "features" not in view.dreamer.history[0]
+
+
+def test_explorer_shows_an_error_instead_of_dying(teacher):
+    pytest.importorskip("ipywidgets")
+    view = Explorer(teacher, steps=2, device="cpu")
+    for slider in view.sliders.values():
+        slider.value = 0.0
+    view.go.click()
+    view.wait()
+    assert isinstance(view.error, DFKDError) and "no term" in view.status.value
+
+
+def test_explorer_without_ipywidgets(teacher, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(DFKDError, match="pip install"):
+        Explorer(teacher)
+
+
+def test_bench_command(tmp_path, capsys):
+    from dfkd_nb.lab.speed import bench
+
+    assert bench(["--batch", "2", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "resnet20-2.json").read_text())
+    assert list(found["ways"]) == ["plain", "frozen", "one pass", "folded"]
+    assert all(row["loss_error"] <= 1e-5 for row in found["ways"].values())
+    assert "floor" in capsys.readouterr().out
+    with pytest.raises(DFKDError):
+        bench(["--batch", "0"])
