@@ -216,7 +216,7 @@ def load_checkpoint(
 COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream': '#CC79A7',
            'deepdream': '#56B4E9', 'noise': '#555555'}
 
-# %% ../../nbs/foundations/01_core.ipynb #d763f903
+# %% ../../nbs/foundations/01_core.ipynb #43935c16
 def show_images(
     images: Tensor, # `(N, C, H, W)`, one or three channels, uint8 or floats in [0, 1]
     titles: Iterable[str] | None = None, # one a picture
@@ -233,7 +233,8 @@ def show_images(
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     names = list(titles) if titles is not None else []
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, (size + 0.2 * bool(names)) * rows),
+    titled = -(-min(len(names), len(pictures)) // columns) # rows that need room for a title
+    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows + 0.2 * titled),
                                 layout='constrained', squeeze=False)
     for i, axis in enumerate(axes.flat):
         axis.axis('off')
