@@ -12,6 +12,7 @@ import tomllib
 import pytest
 import torch
 
+from dfkd_nb.dreams.inversion import preset
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
 from dfkd_nb.foundations.distillation import learning_rate_at
 from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
@@ -97,6 +98,13 @@ def test_scales_of_a_comparison_agree():
             True,
             True,
         ]
+
+
+@pytest.mark.parametrize("method", ["noise", "deepdream", "deepinversion"])
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_a_method_is_its_weights(data, method):
+    settings = dataclasses.asdict(Recipe.load(f"{data}-transfer-{method}").resolve("full"))
+    assert {name: settings[name] for name in preset(method)} == preset(method)
 
 
 def test_words_agree_with_the_foundations():

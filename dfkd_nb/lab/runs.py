@@ -107,7 +107,7 @@ class TeacherSettings(Learning):
     model: str = setting('resnet20', 'a name of `build_model`')
     epochs: float = setting(30., 'passes over the training images', low=0.001)
 
-# %% ../../nbs/lab/20_runs.ipynb #883b10b0
+# %% ../../nbs/lab/20_runs.ipynb #678f0a09
 @dataclass(frozen=True)
 class Synthesis:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
@@ -118,6 +118,7 @@ class Synthesis:
     synthesis_steps: int = setting(2000, 'updates of each batch of images', low=1)
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
+    synthesis_schedule: str = setting('constant', 'how that step size moves', choices=SCHEDULES)
     class_weight: float = setting(1., 'of the class loss', low=0)
     tv_l2: float = setting(2.5e-5, 'of the total variation, l2', low=0)
     tv_l1: float = setting(0., 'of the total variation, l1', low=0)
@@ -812,7 +813,7 @@ def learn(
                 'accuracy_half': evaluate(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/20_runs.ipynb #cdcd12a8
+# %% ../../nbs/lab/20_runs.ipynb #6119b425
 def synthesizer(
     settings: Any, # a `Synthesis`
     teacher: 'Teacher', # whose dreams
@@ -823,7 +824,7 @@ def synthesizer(
     from dfkd_nb.dreams.inversion import DeepInversion
     names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'jitter', 'clip', 'compile')
     return DeepInversion(teacher, steps=settings.synthesis_steps, learning_rate=settings.synthesis_learning_rate,
-                         batch_size=settings.synthesis_batch_size, flip=settings.synthesis_flip, precision=settings.synthesis_precision,
+                         batch_size=settings.synthesis_batch_size, flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision,
                          device=device, seed=seed, **{name: getattr(settings, name) for name in names})
 
 # %% ../../nbs/lab/20_runs.ipynb #e99e26ab
