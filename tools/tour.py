@@ -80,7 +80,7 @@ def write_page(notebook: Any, path: Path) -> None:
     "One HTML page with its pictures inside and KaTeX beside it; it opens without a network."
     exporter = HTMLExporter(mathjax_url="", require_js_url="", mermaid_js_url="", jquery_url="")
     page, _ = exporter.from_notebook_node(notebook)
-    foreign = r"<link[^>]*font-awesome[^>]*>|<script type=\"module\">.*?</script>|<script src=\"\"></script>"
+    foreign = r"<link[^>]*font-awesome[^>]*>|<script type=\"module\">.*?</script>|<script src=\"\">\s*</script>"
     page = re.sub(foreign, "", page, flags=re.S)
     shutil.copytree(KATEX, path.parent / "katex", dirs_exist_ok=True)
     path.write_text(page.replace("</body>", MATHS), encoding="utf-8")
