@@ -32,12 +32,12 @@ from ..foundations.data import Domain, ImageSet
 from ..foundations.distillation import learning_rate_at
 from ..foundations.models import Teacher, _logits
 
-# %% ../../nbs/dreams/07_inversion.ipynb #7c0a8075
+# %% ../../nbs/dreams/07_inversion.ipynb #508dc204
 def preset(
     method: str, # 'noise', 'deepdream' or 'deepinversion'
 ) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
     "Three methods are three sets of weights (DeepInversion, section 4.1)."
-    weights = {'class_weight': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'feature_weight': 10.}
+    weights = {'class_weight': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'feature_weight': 1.}
     left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
     if method not in left_out: raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
     return {name: 0. if name in left_out[method] else weight for name, weight in weights.items()}
@@ -181,7 +181,7 @@ class Dream:
         self.generator.set_state(state['generator'].cpu())
         self.done = state['done']
 
-# %% ../../nbs/dreams/07_inversion.ipynb #c1ca20c2
+# %% ../../nbs/dreams/07_inversion.ipynb #3c99d799
 class Asking:
     "What is asked of a teacher, and what every answer costs."
 
@@ -196,7 +196,7 @@ class Asking:
         tv_l2: float = 2.5e-5, # of the total variation, Euclidean norm
         tv_l1: float = 0., # of the total variation, mean absolute jump
         l2: float = 3e-8, # of the images' norm
-        feature_weight: float = 10., # of the feature statistics, Eq. 4
+        feature_weight: float = 1., # of the feature statistics, Eq. 4; the paper found 1, 5, 10 and 100 to work best
         first_layer_weight: float = 1., # extra weight of the first layer's statistics
         jitter: int = 2, # pixels of random shift before each look
         flip: bool = True, # mirror the batch before every second look, on average
@@ -518,7 +518,7 @@ def draw_dream(
     if names: below.legend(fontsize=7, ncols=3)
     return figure
 
-# %% ../../nbs/dreams/07_inversion.ipynb #dec290b1
+# %% ../../nbs/dreams/07_inversion.ipynb #8e24a9fa
 class Explorer:
     "Choose classes and weights, watch the dream and its prices, stop and go on: ipywidgets over a thread that dreams."
 
@@ -542,7 +542,7 @@ class Explorer:
         names = list(enumerate(teacher.domain.classes))
         self.classes = widgets.SelectMultiple(options=[(name, i) for i, name in names], value=[i for i, _ in names[:10]], description='classes', rows=6)
         layers = {} if batchnorm_layers(teacher) or 'statistics' in settings else {'features': 0.}
-        start = {'class': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'features': 10.} | layers
+        start = {'class': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'features': 1.} | layers
         self.sliders = {name: widgets.SelectionSlider(options=[(f'{v:g}', v) for v in values], value=start[name], description=name, disabled=name in layers,
                                                       continuous_update=False) for name, values in self.choices.items()}
         self.go = widgets.Button(description='start', icon='play', button_style='primary')
