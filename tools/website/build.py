@@ -22,7 +22,7 @@ from .text import joined, source
 
 ASSETS = Path(__file__).parent / "assets"
 KATEX = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']+/dist/?")
-NOT_COPIED = {".ipynb_checkpoints", "_quarto.yml", "nbdev.yml"}
+NOT_COPIED = {".ipynb_checkpoints", "_quarto.yml", "nbdev.yml", "runs", ".data"}
 
 
 def notebooks(nbs: Path) -> list[PurePosixPath]:
