@@ -153,3 +153,12 @@ def test_help_is_quick():
         timeout=60,
     )
     assert done.returncode == 0 and "invert" in done.stdout and " torch" not in done.stderr
+
+
+def test_bench_gets_its_own_words(dfkd, monkeypatch):
+    from dfkd_nb.lab import speed
+
+    heard = []
+    monkeypatch.setattr(speed, "bench", lambda words: heard.append(words) or 0)
+    assert dfkd("bench", "--batch", "64", "more")[0] == 0 and heard == [["--batch", "64", "more"]]
+    assert dfkd("bench", "--help")[0] == 0 and heard[1] == ["--help"]

@@ -93,18 +93,17 @@ def test_scales_of_a_comparison_agree():
             assert {k: v for k, v in other.items() if k not in free} == {
                 k: v for k, v in kinds[0].items() if k not in free
             }
-        assert [k["feature_weight"] for k in kinds[:3]] == [0, 0, 10] and [k["tv_l2"] > 0 for k in kinds[:3]] == [
-            False,
-            True,
-            True,
-        ]
+        assert [k["feature_weight"] > 0 for k in kinds[:3]] == [False, False, True]
+        assert [k["tv_l2"] > 0 for k in kinds[:3]] == [False, True, True]
 
 
 @pytest.mark.parametrize("method", ["noise", "deepdream", "deepinversion"])
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
-def test_a_method_is_its_weights(data, method):
-    settings = dataclasses.asdict(Recipe.load(f"{data}-transfer-{method}").resolve("full"))
-    assert {name: settings[name] for name in preset(method)} == preset(method)
+def test_a_method_leaves_out_what_its_preset_leaves_out(data, method):
+    recipe = Recipe.load(f"{data}-transfer-{method}")
+    for scale in recipe.scales:
+        settings = dataclasses.asdict(recipe.resolve(scale))
+        assert [settings[name] > 0 for name in preset(method)] == [weight > 0 for weight in preset(method).values()]
 
 
 def test_words_agree_with_the_foundations():
@@ -119,10 +118,10 @@ def test_words_agree_with_the_foundations():
     "change, words",
     [
         ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
-        ({"epochs": "ten"}, ("'epochs'", "float")),
-        ({"batch_size": 64.0}, ("'batch_size'", "int")),
-        ({"augment": 1}, ("'augment'", "bool")),
-        ({"batch_size": True}, ("'batch_size'", "int")),
+        ({"epochs": "ten"}, ("'epochs'", "a number")),
+        ({"batch_size": 64.0}, ("'batch_size'", "a whole number")),
+        ({"augment": 1}, ("'augment'", "true or false")),
+        ({"batch_size": True}, ("'batch_size'", "a whole number")),
         ({"momentum": 1.5}, ("'momentum'", "at most 1")),
         ({"batch_size": 0}, ("'batch_size'", "at least 2")),
         ({"schedule": "cosin"}, ("'schedule'", "'cosine'")),

@@ -181,14 +181,14 @@ def bench(arguments: argparse.Namespace) -> int:
     except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
     return speed.bench(arguments.rest)
 
-# %% ../../nbs/lab/23_commands.ipynb #d69bb849
+# %% ../../nbs/lab/23_commands.ipynb #8112ed57
 def parser() -> Parser: # of the whole program
     "The words that `dfkd` understands."
     main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
     main.add_argument('--debug', action='store_true', help='show where in the program an error arose')
     commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=Parser)
-    def command(name: str, function: Callable[[argparse.Namespace], int], help: str) -> Parser:
-        sub = commands.add_parser(name, help=help, description=help)
+    def command(name: str, function: Callable[[argparse.Namespace], int], help: str, **settings: Any) -> Parser:
+        sub = commands.add_parser(name, help=help, description=help, **settings)
         sub.set_defaults(function=function)
         return sub
 
@@ -226,14 +226,13 @@ def parser() -> Parser: # of the whole program
     sub.add_argument('--seed', type=int, default=0, metavar='S')
     sub.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a setting of synthesis, e.g. synthesis_steps=500')
 
-    sub = command('bench', bench, 'time an update of DeepInversion against the plainest correct version')
-    sub.add_argument('rest', nargs=argparse.REMAINDER, metavar='...', help='passed on to the benchmark')
+    sub = command('bench', bench, 'time an update of DeepInversion (`dfkd bench --help` shows its own options)', add_help=False)
 
     sub = command('results', show_results, 'the numbers of finished runs')
     sub.add_argument('--folder', default='results', metavar='DIR', help='results or runs (default: results)')
     return main
 
-# %% ../../nbs/lab/23_commands.ipynb #0b381dd3
+# %% ../../nbs/lab/23_commands.ipynb #95c1143c
 def main(
     arguments: Sequence[str] | None = None, # without the program's name; None takes the command line
 ) -> int: # exit code: 0, 2 after an error, 3 after a clean stop
@@ -241,10 +240,14 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault('MPLBACKEND', 'Agg') # pictures go to files
     if not sys.stderr.isatty(): os.environ.setdefault('DFKD_PROGRESS', '0') # bars are for eyes, not for log files
-    try: parsed = parser().parse_args(words)
+    program = parser()
+    try:
+        parsed, rest = program.parse_known_args(words)
+        if rest and parsed.command != 'bench': program.error(f"unknown argument '{rest[0]}'")
     except SystemExit as done: return int(done.code or 0)
-    parsed.command_line = shlex.join(['dfkd', *words])
+    parsed.rest, parsed.command_line = rest, shlex.join(['dfkd', *words])
     try: return parsed.function(parsed)
+    except SystemExit as done: return int(done.code or 0) # the benchmark has a parser of its own
     except RunStopped as stopped:
         print(f'dfkd: {stopped}', file=sys.stderr)
         return STOPPED
