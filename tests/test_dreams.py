@@ -397,3 +397,16 @@ def test_half_precision_teachers_keep_exact_moments():
     net = trained().to(torch.bfloat16)
     logits, moments = fuse_statistics(net)(noise((4, 3, 8, 8)).to(torch.bfloat16))
     assert logits.dtype == torch.bfloat16 and all(m.dtype == torch.float32 for pair in moments.values() for m in pair)
+
+
+def test_mixed_precision_keeps_exact_moments_of_what_it_sees():
+    net, x = trained(), noise((8, 3, 8, 8)).requires_grad_()
+    statistics = Statistics.from_batchnorm(net)
+    with torch.autocast('cpu', torch.bfloat16):
+        _, moments = fuse_statistics(net)(x)
+    assert all(m.dtype == torch.float32 for pair in moments.values() for m in pair)
+    total, _ = feature_loss(moments, statistics)
+    exact, _ = feature_loss(fuse_statistics(net)(x)[1], statistics)
+    slope, exact_slope = (torch.autograd.grad(price, x)[0] for price in (total, exact))
+    assert abs(total - exact) < 0.02 * exact
+    assert (slope - exact_slope).norm() < 0.05 * exact_slope.norm()
