@@ -207,7 +207,7 @@ def test_deadline_stops_cleanly(teacher, tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"learning_rate": 0.2}, "learning_rate"), ({"feature_weight": 1.0}, "weight of features"), ({"seed": 3}, "seed")],
+    [({"learning_rate": 0.2}, "learning_rate"), ({"feature_weight": 5.0}, "weight of features"), ({"seed": 3}, "seed")],
 )
 def test_checkpoint_of_other_settings_is_refused_and_kept(teacher, tmp_path, change, message):
     path = tmp_path / "c.pt"

@@ -32,14 +32,17 @@ from ..foundations.data import Domain, ImageSet
 from ..foundations.distillation import learning_rate_at
 from ..foundations.models import Teacher, _logits
 
-# %% ../../nbs/dreams/07_inversion.ipynb #508dc204
+# %% ../../nbs/dreams/07_inversion.ipynb #7a58ce00
 def preset(
     method: str, # 'noise', 'deepdream' or 'deepinversion'
+    source: str = 'book', # 'book': chosen here for some hundred updates; 'paper': its section 4.1, for 2,000
 ) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
-    "Three methods are three sets of weights (DeepInversion, section 4.1)."
-    weights = {'class_weight': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'feature_weight': 1.}
+    "Three methods are three sets of weights."
     left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
+    chosen = {'book': {'tv_l2': 0.03, 'feature_weight': 1.}, 'paper': {'tv_l2': 2.5e-5, 'feature_weight': 10.}}
     if method not in left_out: raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
+    if source not in chosen: raise DFKDError(f"unknown source '{source}': use 'book' or 'paper'")
+    weights = {'class_weight': 1., 'tv_l1': 0., 'l2': 3e-8} | chosen[source]
     return {name: 0. if name in left_out[method] else weight for name, weight in weights.items()}
 
 # %% ../../nbs/dreams/07_inversion.ipynb #d8613b84
@@ -181,7 +184,7 @@ class Dream:
         self.generator.set_state(state['generator'].cpu())
         self.done = state['done']
 
-# %% ../../nbs/dreams/07_inversion.ipynb #3c99d799
+# %% ../../nbs/dreams/07_inversion.ipynb #b5fa7153
 class Asking:
     "What is asked of a teacher, and what every answer costs."
 
@@ -193,7 +196,7 @@ class Asking:
         learning_rate: float = 0.1, # of Adam; the paper's text says 0.05
         batch_size: int = 256, # images optimised together, at most
         class_weight: float = 1., # of the class loss
-        tv_l2: float = 2.5e-5, # of the total variation, Euclidean norm
+        tv_l2: float = 0.03, # of the total variation, Euclidean norm; the paper's text says 2.5e-5
         tv_l1: float = 0., # of the total variation, mean absolute jump
         l2: float = 3e-8, # of the images' norm
         feature_weight: float = 1., # of the feature statistics, Eq. 4; the paper found 1, 5, 10 and 100 to work best
@@ -459,7 +462,7 @@ def tile(
     rows, (height, width) = len(images) // columns, images.shape[2:]
     return images.view(rows, columns, 3, height, width).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
 
-# %% ../../nbs/dreams/07_inversion.ipynb #62e29e53
+# %% ../../nbs/dreams/07_inversion.ipynb #fc118d1d
 class Film:
     "Frames that a reader can scrub through: one picture and a slider, without a network or a kernel."
 
@@ -469,7 +472,7 @@ class Film:
         steps: Sequence[int], # update after which each was taken
         columns: int = 10, # images in a row
         titles: Sequence[str] = (), # one a column
-        quality: int = 88, # of the JPEG that carries the pixels
+        quality: int = 75, # of the JPEG that carries the pixels
     ) -> None:
         if not frames or len(frames) != len(steps): raise DFKDError(f'{len(frames)} frames with {len(steps)} steps: give one step a frame, and at least one frame')
         self.steps, self.titles, self.quality = list(steps), list(titles), quality
@@ -518,11 +521,11 @@ def draw_dream(
     if names: below.legend(fontsize=7, ncols=3)
     return figure
 
-# %% ../../nbs/dreams/07_inversion.ipynb #8e24a9fa
+# %% ../../nbs/dreams/07_inversion.ipynb #42e005bb
 class Explorer:
     "Choose classes and weights, watch the dream and its prices, stop and go on: ipywidgets over a thread that dreams."
 
-    choices = {'class': (0., 0.1, 0.3, 1., 3., 10.), 'tv_l2': (0., 2.5e-5, 1e-3, 1e-2, 0.1, 1.), 'tv_l1': (0., 0.01, 0.1, 1., 10.),
+    choices = {'class': (0., 0.1, 0.3, 1., 3., 10.), 'tv_l2': (0., 2.5e-5, 1e-3, 0.01, 0.03, 0.1, 1.), 'tv_l1': (0., 0.01, 0.1, 1., 10.),
                'l2': (0., 3e-8, 1e-4, 1e-2, 1.), 'features': (0., 0.01, 0.1, 1., 3., 10., 30., 100.)}
 
     def __init__(
@@ -542,7 +545,7 @@ class Explorer:
         names = list(enumerate(teacher.domain.classes))
         self.classes = widgets.SelectMultiple(options=[(name, i) for i, name in names], value=[i for i, _ in names[:10]], description='classes', rows=6)
         layers = {} if batchnorm_layers(teacher) or 'statistics' in settings else {'features': 0.}
-        start = {'class': 1., 'tv_l2': 2.5e-5, 'tv_l1': 0., 'l2': 3e-8, 'features': 1.} | layers
+        start = {'class': 1., 'tv_l2': 0.03, 'tv_l1': 0., 'l2': 3e-8, 'features': 1.} | layers
         self.sliders = {name: widgets.SelectionSlider(options=[(f'{v:g}', v) for v in values], value=start[name], description=name, disabled=name in layers,
                                                       continuous_update=False) for name, values in self.choices.items()}
         self.go = widgets.Button(description='start', icon='play', button_style='primary')
