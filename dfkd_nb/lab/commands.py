@@ -232,7 +232,7 @@ def parser() -> Parser: # of the whole program
     sub.add_argument('--folder', default='results', metavar='DIR', help='results or runs (default: results)')
     return main
 
-# %% ../../nbs/lab/23_commands.ipynb #95c1143c
+# %% ../../nbs/lab/23_commands.ipynb #02651c7b
 def main(
     arguments: Sequence[str] | None = None, # without the program's name; None takes the command line
 ) -> int: # exit code: 0, 2 after an error, 3 after a clean stop
@@ -242,10 +242,10 @@ def main(
     if not sys.stderr.isatty(): os.environ.setdefault('DFKD_PROGRESS', '0') # bars are for eyes, not for log files
     program = parser()
     try:
-        parsed, rest = program.parse_known_args(words)
-        if rest and parsed.command != 'bench': program.error(f"unknown argument '{rest[0]}'")
+        parsed, parsed.rest = program.parse_known_args(words)
+        if parsed.rest and parsed.command != 'bench': program.error(f"unknown argument '{parsed.rest[0]}'")
     except SystemExit as done: return int(done.code or 0)
-    parsed.rest, parsed.command_line = rest, shlex.join(['dfkd', *words])
+    parsed.command_line = shlex.join(['dfkd', *words])
     try: return parsed.function(parsed)
     except SystemExit as done: return int(done.code or 0) # the benchmark has a parser of its own
     except RunStopped as stopped:

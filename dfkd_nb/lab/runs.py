@@ -108,7 +108,7 @@ class TeacherSettings(Learning):
     model: str = setting('resnet20', 'a name of `build_model`')
     epochs: float = setting(30., 'passes over the training images', low=0.001)
 
-# %% ../../nbs/lab/20_runs.ipynb #678f0a09
+# %% ../../nbs/lab/20_runs.ipynb #f6d2e18f
 @dataclass(frozen=True)
 class Synthesis:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
@@ -117,6 +117,7 @@ class Synthesis:
     real_data: str = setting('cifar10', "training images for source 'real': a name of `load_data`")
     images: int = setting(256, 'number of images', low=1)
     synthesis_steps: int = setting(2000, 'updates of each batch of images', low=1)
+    half_size_steps: int = setting(0, 'further updates before these, at half the size', low=0)
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
     synthesis_schedule: str = setting('constant', 'how that step size moves', choices=SCHEDULES)
@@ -124,7 +125,7 @@ class Synthesis:
     tv_l2: float = setting(2.5e-5, 'of the total variation, l2', low=0)
     tv_l1: float = setting(0., 'of the total variation, l1', low=0)
     l2: float = setting(3e-8, 'of the images\' norm', low=0)
-    feature_weight: float = setting(10., 'of the feature statistics (Eq. 4)', low=0)
+    feature_weight: float = setting(1., 'of the feature statistics (Eq. 4)', low=0)
     first_layer_weight: float = setting(1., 'extra weight of the first layer\'s statistics', low=0)
     jitter: int = setting(2, 'pixels of random shift at each update', low=0)
     synthesis_flip: bool = setting(True, 'mirror the batch at random')
@@ -814,7 +815,7 @@ def learn(
                 'accuracy_half': evaluate(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/20_runs.ipynb #6119b425
+# %% ../../nbs/lab/20_runs.ipynb #6b5ef11e
 def synthesizer(
     settings: Any, # a `Synthesis`
     teacher: 'Teacher', # whose dreams
@@ -824,7 +825,9 @@ def synthesizer(
     "The part of a recipe that a `DeepInversion` is made with."
     from dfkd_nb.dreams.inversion import DeepInversion
     names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'jitter', 'clip', 'compile')
-    return DeepInversion(teacher, steps=settings.synthesis_steps, learning_rate=settings.synthesis_learning_rate,
+    height, width = teacher.domain.size
+    coarse = [((height // 2, width // 2), settings.half_size_steps)] if settings.half_size_steps else []
+    return DeepInversion(teacher, stages=[*coarse, ((height, width), settings.synthesis_steps)], learning_rate=settings.synthesis_learning_rate,
                          batch_size=settings.synthesis_batch_size, flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision,
                          device=device, seed=seed, **{name: getattr(settings, name) for name in names})
 
