@@ -10,6 +10,8 @@ was not asked for, keep the outputs they have. Standard error is shown here and 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import os
 import re
 import sys
@@ -20,8 +22,10 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 FLAGS = ("slow", "gpu")
+LARGE = 150_000 # bytes of a picture
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]{6,16}")
 # what matplotlib's animations and pandas' tables make up anew each time
@@ -34,6 +38,16 @@ def skipped(source: str, run: set[str]) -> bool:
     if any(re.fullmatch(r"eval:\s*false", directive) for directive in directives):
         return True
     return bool(directives & (set(FLAGS) - run))
+
+
+def small_picture(encoded: str) -> str:
+    "A PNG in base64, with a palette of 256 colours if it is too large to be stored as it is."
+    if len(encoded) * 3 / 4 < LARGE:
+        return encoded
+    buffer = io.BytesIO()
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode() + "\n"
 
 
 def clean_outputs(outputs: list[Any]) -> list[Any]:
@@ -49,6 +63,8 @@ def clean_outputs(outputs: list[Any]) -> list[Any]:
         data = output.get("data", {})
         if WIDGET in data:
             continue
+        if "image/png" in data:
+            data["image/png"] = small_picture(data["image/png"])
         if "text/plain" in data:
             data["text/plain"] = ADDRESS.sub("", data["text/plain"])
         if output["output_type"] == "execute_result":
