@@ -32,14 +32,14 @@ from ..foundations.data import Domain, ImageSet
 from ..foundations.distillation import learning_rate_at
 from ..foundations.models import Teacher, _logits
 
-# %% ../../nbs/dreams/07_inversion.ipynb #7a58ce00
+# %% ../../nbs/dreams/07_inversion.ipynb #392fd5a9
 def preset(
     method: str, # 'noise', 'deepdream' or 'deepinversion'
     source: str = 'book', # 'book': chosen here for some hundred updates; 'paper': its section 4.1, for 2,000
 ) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
     "Three methods are three sets of weights."
     left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
-    chosen = {'book': {'tv_l2': 0.03, 'feature_weight': 1.}, 'paper': {'tv_l2': 2.5e-5, 'feature_weight': 10.}}
+    chosen = {'book': {'tv_l2': 0.1, 'feature_weight': 3.}, 'paper': {'tv_l2': 2.5e-5, 'feature_weight': 10.}}
     if method not in left_out: raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
     if source not in chosen: raise DFKDError(f"unknown source '{source}': use 'book' or 'paper'")
     weights = {'class_weight': 1., 'tv_l1': 0., 'l2': 3e-8} | chosen[source]
@@ -184,7 +184,7 @@ class Dream:
         self.generator.set_state(state['generator'].cpu())
         self.done = state['done']
 
-# %% ../../nbs/dreams/07_inversion.ipynb #b5fa7153
+# %% ../../nbs/dreams/07_inversion.ipynb #0651e132
 class Asking:
     "What is asked of a teacher, and what every answer costs."
 
@@ -196,10 +196,10 @@ class Asking:
         learning_rate: float = 0.1, # of Adam; the paper's text says 0.05
         batch_size: int = 256, # images optimised together, at most
         class_weight: float = 1., # of the class loss
-        tv_l2: float = 0.03, # of the total variation, Euclidean norm; the paper's text says 2.5e-5
+        tv_l2: float = 0.1, # of the total variation, Euclidean norm; the paper's text says 2.5e-5
         tv_l1: float = 0., # of the total variation, mean absolute jump
         l2: float = 3e-8, # of the images' norm
-        feature_weight: float = 1., # of the feature statistics, Eq. 4; the paper found 1, 5, 10 and 100 to work best
+        feature_weight: float = 3., # of the feature statistics, Eq. 4; the paper lists 1, 5, 10 and 100
         first_layer_weight: float = 1., # extra weight of the first layer's statistics
         jitter: int = 2, # pixels of random shift before each look
         flip: bool = True, # mirror the batch before every second look, on average
@@ -521,7 +521,7 @@ def draw_dream(
     if names: below.legend(fontsize=7, ncols=3)
     return figure
 
-# %% ../../nbs/dreams/07_inversion.ipynb #42e005bb
+# %% ../../nbs/dreams/07_inversion.ipynb #c202dbc0
 class Explorer:
     "Choose classes and weights, watch the dream and its prices, stop and go on: ipywidgets over a thread that dreams."
 
@@ -545,7 +545,7 @@ class Explorer:
         names = list(enumerate(teacher.domain.classes))
         self.classes = widgets.SelectMultiple(options=[(name, i) for i, name in names], value=[i for i, _ in names[:10]], description='classes', rows=6)
         layers = {} if batchnorm_layers(teacher) or 'statistics' in settings else {'features': 0.}
-        start = {'class': 1., 'tv_l2': 0.03, 'tv_l1': 0., 'l2': 3e-8, 'features': 1.} | layers
+        start = {'class': 1., 'tv_l2': 0.1, 'tv_l1': 0., 'l2': 3e-8, 'features': 3.} | layers
         self.sliders = {name: widgets.SelectionSlider(options=[(f'{v:g}', v) for v in values], value=start[name], description=name, disabled=name in layers,
                                                       continuous_update=False) for name, values in self.choices.items()}
         self.go = widgets.Button(description='start', icon='play', button_style='primary')
