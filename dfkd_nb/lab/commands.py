@@ -242,7 +242,8 @@ def main(
     if not sys.stderr.isatty(): os.environ.setdefault('DFKD_PROGRESS', '0') # bars are for eyes, not for log files
     program = parser()
     try:
-        parsed, parsed.rest = program.parse_known_args(words)
+        parsed, rest = program.parse_known_args(words)
+        parsed.rest = rest
         if parsed.rest and parsed.command != 'bench': program.error(f"unknown argument '{parsed.rest[0]}'")
     except SystemExit as done: return int(done.code or 0)
     parsed.command_line = shlex.join(['dfkd', *words])
