@@ -74,7 +74,7 @@ def test_batches_are_even_and_bounded(teacher):
 
 
 def test_the_loss_falls(teacher):
-    maker = make(teacher, steps=60, batch_size=20, jitter=0, flip=False, tv_l2=2.5e-5, feature_weight=10.)
+    maker = make(teacher, steps=60, batch_size=20, jitter=0, flip=False, tv_l2=2.5e-5, feature_weight=10.0)
     maker.synthesize(20, every=1)
     assert maker.history[-1]["total"] < 0.6 * maker.history[0]["total"]
     assert set(maker.history[0]) == {"batch", "step", "total", "class", "tv_l2", "l2", "features"}
@@ -293,8 +293,8 @@ def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
     with pytest.raises(DFKDError, match="no BatchNorm"):
         make(plain)
     assert len(make(plain, **preset("deepdream")).synthesize(4)) == 4
-    measured = Statistics.measure(plain, torch.randn(64, 1, 8, 8), layers=["model.0", "model.3"], at="output")
-    maker = make(plain, statistics=measured, steps=30, class_weight=0., tv_l2=0.)
+    measured = Statistics.measure(plain, 0.2 * torch.randn(64, 1, 8, 8), layers=["model.0", "model.3"], at="output")
+    maker = make(plain, statistics=measured, steps=30, class_weight=0.0, tv_l2=0.0)
     assert not maker.look.fused
     maker.synthesize(4, every=1)
     assert maker.history[-1]["features"] < maker.history[0]["features"]
