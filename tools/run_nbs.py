@@ -45,8 +45,10 @@ def small_picture(encoded: str) -> str:
     if len(encoded) * 3 / 4 < LARGE:
         return encoded
     buffer = io.BytesIO()
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
-    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    if picture.mode == "P": # done before: cleaning twice changes nothing
+        return encoded
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode() + "\n"
 
 
