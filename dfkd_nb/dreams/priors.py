@@ -18,7 +18,7 @@ from torch import Tensor
 from ..foundations.core import DFKDError
 from ..foundations.data import Domain
 
-# %% ../../nbs/dreams/05_priors.ipynb #5907994f
+# %% ../../nbs/dreams/05_priors.ipynb #ece2492a
 @dataclass
 class View:
     "One look at a batch in the making: all that a term of the objective may ask for."
@@ -26,7 +26,9 @@ class View:
     logits: Tensor # the teacher's answer to them, `(N, K)`
     targets: Tensor # the wished classes, `(N,)`, or probabilities, `(N, K)`
     features: Mapping[str, tuple[Tensor, Tensor]] | None = None # layer name to mean and variance of what entered it
-    student_logits: Tensor | None = None # the student's answer, where one competes
+    student_logits: Tensor | None = None # the student's answer, where one competes, `(N, K)`
+    embedding: Tensor | None = None # what entered the teacher's classifier, `(N, D)`, where it was asked for
+    goals: Tensor | None = None # the wished embeddings, `(N, D)`, where there are any
 
     def __post_init__(self) -> None:
         if not len(self.x) == len(self.logits) == len(self.targets):
