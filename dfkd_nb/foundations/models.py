@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet', 'small_vgg', 'small_mobilenet',
-           'digits_net', 'build_model', 'count_parameters', 'save_weights', 'load_weights', 'in_eval_mode',
-           'check_network', 'Teacher', 'shipped_weights', 'load_teacher']
+           'digits_net', 'build_model', 'count_parameters', 'save_weights', 'load_weights', 'classifier_layer', 'tap',
+           'in_eval_mode', 'check_network', 'Teacher', 'shipped_weights', 'load_teacher']
 
 # %% ../../nbs/foundations/03_models.ipynb #83b6c793
 import copy
@@ -236,6 +236,32 @@ def load_weights(
     model.load_state_dict(own | {k: v.to(own[k].dtype) for k, v in tensors.items()})
     return metadata
 
+# %% ../../nbs/foundations/03_models.ipynb #3f9f7de8
+def classifier_layer(
+    model: nn.Module, # any network
+) -> str: # its name in `named_modules()`
+    "The last linear layer. What enters it is the network's summary of an image. A network without one is a `DFKDError`."
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if not names: raise DFKDError(f'{type(model).__name__} has no linear layer: name the layer whose input shall be read')
+    return names[-1]
+
+# %% ../../nbs/foundations/03_models.ipynb #27d0153b
+@contextmanager
+def tap(
+    model: nn.Module, # any network
+    layer: str = 'classifier', # a name in `named_modules()`; 'classifier' finds the last linear layer
+) -> Iterator[list[Tensor]]: # what entered the layer in each forward pass, `(N, D)`, with its graph
+    "Collects what enters a layer while the `with` block lasts; maps `(N, D, H, W)` are averaged over space."
+    name = classifier_layer(model) if layer == 'classifier' else layer
+    modules = dict(model.named_modules())
+    if name not in modules or not name:
+        near = difflib.get_close_matches(name, modules, 3, 0.3)
+        raise DFKDError(f"no layer '{name}' in {type(model).__name__}: use 'classifier' or a name of named_modules(){', e.g. ' + ', '.join(near) if near else ''}")
+    taken: list[Tensor] = []
+    hook = modules[name].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0]))
+    try: yield taken
+    finally: hook.remove()
+
 # %% ../../nbs/foundations/03_models.ipynb #c6a30462
 def _logits(
     output: Any, # what some network returned
@@ -280,7 +306,7 @@ def check_network(
         raise DFKDError(f"the network '{name}' has {outputs} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
     if not logits.isfinite().all(): raise DFKDError(f"the network '{name}' answers with NaN or infinity: its weights are damaged, load or train it again")
 
-# %% ../../nbs/foundations/03_models.ipynb #f44d06df
+# %% ../../nbs/foundations/03_models.ipynb #a9507c8c
 class Teacher(nn.Module):
     "Any network, frozen: a copy in eval mode, without weight gradients, with the domain it was trained on."
 
@@ -321,6 +347,14 @@ class Teacher(nn.Module):
         "Logits `(N, K)`, on the teacher's device, of uint8 images or intensities in [0, 1] from any device."
         batches = self.domain.check(images).split(batch_size)
         return torch.cat([self(self.domain.normalize(b.to(self.device))) for b in batches])
+
+    @torch.no_grad()
+    def embed(self, images: Tensor, layer: str = 'classifier', batch_size: int = 500) -> Tensor:
+        "What enters a layer, `(N, D)`, on the teacher's device: by default its summary of each image. Images as for `predict`, layers as for `tap`."
+        with tap(self.model, layer) as taken:
+            for b in self.domain.check(images).split(batch_size): self.model(self.domain.normalize(b.to(self.device)))
+        if not taken: raise DFKDError(f"the network '{self.name}' did not use layer '{layer}': name one that its forward pass calls")
+        return torch.cat(taken)
 
 # %% ../../nbs/foundations/03_models.ipynb #9d3ad301
 def shipped_weights() -> list[str]: # sorted
