@@ -17,7 +17,7 @@ def requirements(key: str) -> list[str]:
 
 
 readme = root / "README.md"
-book = requirements("book_requirements")
+book, imagenet = requirements("book_requirements"), requirements("imagenet_requirements")
 
 setuptools.setup(
     name=settings["lib_name"],
@@ -35,7 +35,7 @@ setuptools.setup(
     package_data={"dfkd_nb": ["py.typed", "recipes/*.toml", "weights/*", "assets/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"book": book, "dev": book + requirements("dev_requirements")},
+    extras_require={"book": book, "imagenet": imagenet, "dev": book + imagenet + requirements("dev_requirements")},
     entry_points={
         "console_scripts": requirements("console_scripts"),
         "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],

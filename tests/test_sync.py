@@ -188,7 +188,7 @@ def test_requirements_are_pinned() -> None:
     config.read(ROOT / "settings.ini", encoding="utf-8")
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     pins = dict(line.split("==") for line in lines if line)
-    keys = ("requirements", "book_requirements", "dev_requirements")
+    keys = ("requirements", "book_requirements", "imagenet_requirements", "dev_requirements")
     for requirement in map(Requirement, sum((shlex.split(config["DEFAULT"][key]) for key in keys), [])):
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), requirement

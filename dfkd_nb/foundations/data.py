@@ -105,7 +105,10 @@ orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porc
 shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
 train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 
-# %% ../../nbs/foundations/02_data.ipynb #8cce9374
+# %% ../../nbs/foundations/02_data.ipynb #9e88a37a
+_IMAGENET = tuple((resources.files('dfkd_nb') / 'assets' / 'imagenet-classes.txt').read_text(encoding='utf-8').splitlines()) # torchvision's names
+
+# %% ../../nbs/foundations/02_data.ipynb #20d07477
 DOMAINS = {d.name: d for d in (
     Domain('digits', (1, 8, 8), (0.3053,), (0.3763,), tuple('0123456789')),
     Domain('fashion-mnist', (1, 28, 28), (0.2860,), (0.3530,),
@@ -113,7 +116,7 @@ DOMAINS = {d.name: d for d in (
     Domain('cifar10', (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
            ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')),
     Domain('cifar100', (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), tuple(_CIFAR100.split())),
-    Domain('imagenet', (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), tuple(f'class {i}' for i in range(1000))),
+    Domain('imagenet', (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), _IMAGENET),
 )}
 
 # %% ../../nbs/foundations/02_data.ipynb #f82f2bad
@@ -375,17 +378,25 @@ def _downloaded(name: str, split: str, root: Path) -> ImageSet:
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     return ImageSet(images, torch.as_tensor(found.targets), DOMAINS[name])
 
-# %% ../../nbs/foundations/02_data.ipynb #77cb159b
+# %% ../../nbs/foundations/02_data.ipynb #8478bece
+def _imagenet_sample(base: Path, split: str, limit: int | None, domain: Domain) -> ImageFiles:
+    "One image of each ImageNet class, in the order of classes."
+    if split == 'train': raise DFKDError("'imagenet-sample' has test images only: use split='test', or 'imagenet' to train")
+    paths = sorted((base / 'imagenet_sample').glob('test*.parquet'))
+    if not paths: raise DFKDError(f"no ImageNet sample under {base}: put one labelled image a class as test.parquet into {base / 'imagenet_sample'} (DFKD_DATA names the folder)")
+    return ImageFiles(*read_parquet(paths, limit), domain)
+
+# %% ../../nbs/foundations/02_data.ipynb #f8d54975
 def data_root() -> Path:
     "Where data sets are looked for: `$DFKD_DATA`, or `.data` in the working directory."
     return Path(os.environ.get('DFKD_DATA') or '.data')
 
 def load_data(
-    name: str, # 'digits', 'cifar10-mini', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet' or 'folder:PATH'
+    name: str, # 'digits', 'cifar10-mini', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet', 'imagenet-sample' or 'folder:PATH'
     split: str = 'test', # 'train' or 'test'
     root: str | Path | None = None, # instead of `data_root()`
     limit: int | None = None, # only the first so many (a folder comes class by class)
-    domain: Domain | None = None, # for folders: what the images mean (ImageNet's numbers if not given)
+    domain: Domain | None = None, # for ImageNet and folders: size and meaning of the images (ImageNet's numbers if not given)
 ) -> ImageSet | ImageFiles: # in memory, except ImageNet and folders
     "A data set by name: what ships, Parquet files, a folder, or torchvision's download, in this order."
     if split not in ('train', 'test'): raise DFKDError(f"unknown split '{split}': use 'train' or 'test'")
@@ -394,12 +405,13 @@ def load_data(
     if name.startswith('folder:'):
         files = read_folder(name.removeprefix('folder:'), domain or DOMAINS['imagenet'])
         return files if limit is None else ImageFiles(files.encoded[:limit], None if files.labels is None else files.labels[:limit], files.domain)
+    if name == 'imagenet-sample': return _imagenet_sample(base, split, limit, domain or DOMAINS['imagenet'])
     if name in ('digits', 'cifar10-mini'):
         if (name, split) == ('cifar10-mini', 'train'): raise DFKDError("'cifar10-mini' ships test images only: use split='test', or 'cifar10' to train")
         shipped = _digits(split) if name == 'digits' else _shipped_cifar10()
         return shipped if limit is None else shipped.subset(limit)
-    if name not in DOMAINS: raise DFKDError(f"unknown data set '{name}': use {', '.join(['cifar10-mini', *DOMAINS])} or folder:PATH")
-    domain = DOMAINS[name]
+    if name not in DOMAINS: raise DFKDError(f"unknown data set '{name}': use {', '.join(['cifar10-mini', *DOMAINS, 'imagenet-sample'])} or folder:PATH")
+    if domain is None or name != 'imagenet': domain = DOMAINS[name]
     wanted = (split,) if split == 'train' else ('test', 'val', 'validation')
     for word in wanted:
         for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'): # the hub keeps them one folder further down
