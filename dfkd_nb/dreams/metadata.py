@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'cluster_vectors', 'merge_small', 'principal_components', 'Metadata', 'goal_term', 'goal_preset',
-           'goal_dreamer', 'dream_distillation', 'goal_distance', 'nearest', 'memorisation', 'suspicion',
-           'membership_auc', 'privacy']
+           'GoalSeeker', 'dream_distillation', 'goal_distance', 'nearest', 'memorisation', 'suspicion',
+           'membership_auc', 'privacy', 'walk']
 
-# %% ../../nbs/dreams/09_metadata.ipynb #b90d8fa2
+# %% ../../nbs/dreams/09_metadata.ipynb #f4ddab89
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .inversion import DeepInversion
+from .inversion import DeepInversion, Dream
 from .priors import View
 from ..foundations.core import DFKDError, load_tensors, save_tensors
 from ..foundations.data import ImageSet, ImageSource
@@ -71,7 +71,7 @@ def _probe(teacher: Teacher, layer: str) -> Tensor: # `(D,)`
     noise = torch.randint(0, 256, (1, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return teacher.embed(noise, layer)[0].cpu().float()
 
-# %% ../../nbs/dreams/09_metadata.ipynb #1eaf3f98
+# %% ../../nbs/dreams/09_metadata.ipynb #f6e62a1a
 @dataclass(frozen=True)
 class Metadata:
     "What is kept of the data: where each cluster of activations is, and along which lines it spreads (Bhardwaj et al., 2019, section 3.1)."
@@ -149,8 +149,9 @@ class Metadata:
         if not 0 <= spread < float('inf'): raise DFKDError(f'spread is {spread}: give a finite number, 0 or more')
         generator = generator or torch.Generator().manual_seed(0)
         wanted = self.labels.unique() if classes is None else torch.as_tensor(classes)
-        missing = [int(c) for c in wanted if c not in self.labels]
-        if missing or not len(wanted): raise DFKDError(f'no cluster of class {(missing or ["?"])[0]} in this metadata: use {", ".join(map(str, self.labels.unique().tolist()))}')
+        known = self.labels.unique().tolist()
+        missing = [c for c in wanted.tolist() if c not in known]
+        if missing or not len(wanted): raise DFKDError(f"no cluster of class {missing[0] if missing else 'nothing'} in this metadata: use {', '.join(map(str, known))}")
         labels = wanted.repeat(-(-n // len(wanted)))[:n].long()
         chances = (self.labels == labels[:, None]) * self.counts.float()
         clusters = torch.multinomial(chances, 1, generator=generator)[:, 0]
@@ -212,7 +213,7 @@ class Metadata:
             raise DFKDError(f'{path} holds no metadata: give a file that Metadata.save wrote')
         if about.get('format') != FORMAT: raise DFKDError(f"{path} has format {about.get('format')}, this version reads {FORMAT}: measure it again, or install the version that wrote it")
         fields: dict[str, Any] = {name: tensors[name].float() if tensors[name].is_floating_point() else tensors[name].long() for name in _TENSORS}
-        metadata = cls(**fields, **{word: about[word] for word in _WORDS})
+        metadata = cls(**fields | {word: about[word] for word in _WORDS})
         if teacher is not None: metadata.check(teacher)
         return metadata
 
@@ -238,19 +239,44 @@ def goal_preset(
     if source not in ('paper', 'book'): raise DFKDError(f"unknown source '{source}': use 'paper' or 'book'")
     return nothing if source == 'paper' else nothing | book
 
-# %% ../../nbs/dreams/09_metadata.ipynb #991672af
-def goal_dreamer(
-    teacher: Teacher, # on which the metadata was measured
-    metadata: Metadata, # says at which layer goals are set
-    source: str = 'paper', # see `goal_preset`
-    **settings: Any, # of `DeepInversion`, over those of the preset; further `terms` join the goal
-) -> DeepInversion: # give its `synthesize`, or `start`, what `metadata.sample` drew: labels and goals
-    "A synthesizer that seeks goals."
-    metadata.check(teacher)
-    terms = {'goal': (1., goal_term)} | dict(settings.pop('terms', None) or {})
-    return DeepInversion(teacher, **{'embedding': metadata.layer} | goal_preset(source) | settings, terms=terms)
+# %% ../../nbs/dreams/09_metadata.ipynb #9610af8f
+class GoalSeeker(DeepInversion):
+    "A synthesizer whose images go where metadata sends them; they may start from other images than noise."
 
-# %% ../../nbs/dreams/09_metadata.ipynb #fd3bdbe4
+    def __init__(
+        self,
+        teacher: Teacher, # on which the metadata was measured
+        metadata: Metadata, # says at which layer goals are set
+        source: str = 'paper', # see `goal_preset`
+        **settings: Any, # of `DeepInversion`, over those of the preset; further `terms` join the goal
+    ) -> None:
+        metadata.check(teacher)
+        terms = {'goal': (1., goal_term)} | dict(settings.pop('terms', None) or {})
+        super().__init__(teacher, **{'embedding': metadata.layer} | goal_preset(source) | settings, terms=terms)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.first: Tensor | None = None
+
+    def _begin(self) -> Dream:
+        dream, first = super()._begin(), sum(self.sizes[:self.batch])
+        if self.first is not None: dream._take(self.first[first:first + self.sizes[self.batch]])
+        return dream
+
+    def seek(
+        self,
+        goals: Tensor, # `(n, D)`
+        labels: Tensor, # int64 `(n,)`, which the images will be labelled with
+        first: Tensor | None = None, # uint8 `(n, C, H, W)` to start from; None: noise
+        **settings: Any, # callback, every, deadline: see `run`
+    ) -> ImageSet: # `n` images
+        "Images for these goals."
+        self.start(len(goals), labels, goals)
+        if first is not None and len(first) != len(goals): raise DFKDError(f'{len(first)} images to start from, {len(goals)} goals: give one image a goal')
+        self.first = None if first is None else self.domain.normalize(self.domain.check(first)).to(self.device)
+        return self.run(**settings)
+
+# %% ../../nbs/dreams/09_metadata.ipynb #1f4730f5
 def dream_distillation(
     teacher: Teacher, # on which the metadata was measured
     metadata: Metadata, # where to go
@@ -263,7 +289,7 @@ def dream_distillation(
 ) -> ImageSet: # uint8 images, labelled with the classes of their clusters
     "Images whose activations are near goals drawn from the metadata (Dream Distillation, Bhardwaj et al., 2019)."
     goals, labels, _ = metadata.sample(n, torch.Generator().manual_seed(seed), clamp=clamp)
-    return goal_dreamer(teacher, metadata, source, seed=seed, **settings).synthesize(n, labels, goals=goals)
+    return GoalSeeker(teacher, metadata, source, seed=seed, **settings).synthesize(n, labels, goals=goals)
 
 # %% ../../nbs/dreams/09_metadata.ipynb #2ccf6a0b
 def goal_distance(
@@ -337,3 +363,19 @@ def privacy(
     inside, outside = groups
     found = {f'auc_{by}': membership_auc(metadata, inside, outside, by) for by in ('centroid', 'rest')}
     return found | {'memorisation': memorisation(metadata.centroids, inside[0], outside[0])}
+
+# %% ../../nbs/dreams/09_metadata.ipynb #c4b948a4
+def walk(
+    seeker: GoalSeeker, # with all its updates at full size
+    metadata: Metadata, # where to go
+    clusters: list[int], # one picture a cluster in every frame
+    component: int = 0, # from 0, the widest
+    positions: tuple[float, ...] = (-2., -1., 0., 1., 2.), # in standard deviations from the centroid
+    first: Tensor | None = None, # uint8 `(len(clusters), C, H, W)`, the centroids' dreams; None: made here
+) -> list[Tensor]: # a frame a position, uint8 `(len(clusters), C, H, W)`
+    "Dreams along a component. All start from the centroid's dream, so that only what has to change does."
+    labels = metadata.labels[clusters]
+    if first is None: first = seeker.seek(metadata.centroids[clusters], labels).images
+    goals = torch.stack([metadata.along(cluster, component, list(positions)) for cluster in clusters], 1) # (positions, clusters, D)
+    images = seeker.seek(goals.flatten(0, 1), labels.repeat(len(positions)), first.repeat(len(positions), 1, 1, 1)).images
+    return list(images.split(len(clusters)))
