@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['FORMAT', 'cluster_vectors', 'merge_small', 'principal_components', 'Metadata', 'goal_term', 'goal_preset',
            'GoalSeeker', 'dream_distillation', 'goal_distance', 'nearest', 'memorisation', 'suspicion',
-           'membership_auc', 'privacy', 'walk']
+           'membership_auc', 'privacy', 'walk', 'WalkFilm', 'Browser', 'browse']
 
-# %% ../../nbs/dreams/09_metadata.ipynb #f4ddab89
+# %% ../../nbs/dreams/09_metadata.ipynb #746e8a0c
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from .inversion import DeepInversion, Dream
+from .inversion import DeepInversion, Dream, Film, tile
 from .priors import View
 from ..foundations.core import DFKDError, load_tensors, save_tensors
 from ..foundations.data import ImageSet, ImageSource
@@ -379,3 +381,69 @@ def walk(
     goals = torch.stack([metadata.along(cluster, component, list(positions)) for cluster in clusters], 1) # (positions, clusters, D)
     images = seeker.seek(goals.flatten(0, 1), labels.repeat(len(positions)), first.repeat(len(positions), 1, 1, 1)).images
     return list(images.split(len(clusters)))
+
+# %% ../../nbs/dreams/09_metadata.ipynb #51b5cd9f
+class WalkFilm(Film):
+    "Frames of a walk that a reader can scrub through."
+
+    def _repr_html_(self) -> str:
+        page = super()._repr_html_().replace("textContent='update '+s[this.value]", "textContent=s[this.value]+' sd'")
+        return page.replace(f'>update {self.steps[-1]}</output>', f'>{self.steps[-1]} sd</output>').replace('Images after the update that the slider shows', 'Dreams at the place on the component that the slider shows')
+
+# %% ../../nbs/dreams/09_metadata.ipynb #2c1f078d
+class Browser:
+    "Choose a cluster and walk along its components, watch the dream change: ipywidgets."
+
+    def __init__(
+        self,
+        teacher: Teacher, # the network that dreams
+        metadata: Metadata, # measured on it
+        source: str = 'book', # see `goal_preset`
+        *,
+        steps: int = 40, # updates after each move
+        first_steps: int = 200, # updates of a centroid's dream
+        **settings: Any, # of `GoalSeeker`
+    ) -> None:
+        try: import ipywidgets as widgets
+        except ImportError as error: raise DFKDError("the browser needs ipywidgets: pip install 'dfkd_nb[book]'") from error
+        self.teacher, self.metadata, self.centres = teacher, metadata, dict[int, Tensor]()
+        self.maker = GoalSeeker(teacher, metadata, source, **settings | {'steps': first_steps})
+        self.mover = GoalSeeker(teacher, metadata, source, **settings | {'steps': steps})
+        names = [f'{teacher.domain.classes[int(label)]}, cluster {k} ({int(count)} images)' for k, (label, count) in enumerate(zip(metadata.labels, metadata.counts))]
+        lines = metadata.variances.shape[1]
+        self.cluster = widgets.Dropdown(options=[(name, k) for k, name in enumerate(names)], description='cluster')
+        self.component = widgets.IntSlider(0, 0, max(lines - 1, 0), description='component', disabled=not lines, continuous_update=False)
+        self.position = widgets.FloatSlider(0., min=-3., max=3., step=0.5, description='place, sd', disabled=not lines, continuous_update=False)
+        self.status, self.picture = widgets.HTML(), widgets.Image(format='png')
+        for control in (self.cluster, self.component, self.position): control.observe(lambda change: self.move(), 'value')
+        self.widget = widgets.HBox([widgets.VBox([self.cluster, self.component, self.position, self.status]), self.picture])
+        self.move()
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+        display(self.widget)
+
+    def move(self) -> None:
+        "Dream at the place that the controls say, and show it beside the centroid's dream."
+        k, label = self.cluster.value, self.metadata.labels[[self.cluster.value]]
+        if k not in self.centres: self.centres[k] = self.maker.seek(self.metadata.centroids[[k]], label).images
+        image, goal = self.centres[k], self.metadata.centroids[[k]]
+        if self.position.value:
+            goal = self.metadata.along(k, self.component.value, [self.position.value])
+            image = self.mover.seek(goal, label, self.centres[k]).images
+        chances = self.teacher.predict(image).softmax(1)[0]
+        far = float(goal_distance(self.teacher, image, goal, self.metadata.layer))
+        self.status.value = f'squared distance {far:.2f}; the teacher says {self.teacher.domain.classes[int(chances.argmax())]} ({float(chances.max()):.0%})'
+        pair = tile(torch.cat([self.centres[k], image])).permute(1, 2, 0).numpy()
+        buffer, zoom = io.BytesIO(), max(1, 160 // pair.shape[0])
+        Image.fromarray(pair).resize((pair.shape[1] * zoom, pair.shape[0] * zoom), Image.Resampling.NEAREST).save(buffer, 'PNG')
+        self.picture.value = buffer.getvalue()
+
+# %% ../../nbs/dreams/09_metadata.ipynb #6784c2ef
+def browse(
+    teacher: Teacher, # the network that dreams
+    metadata: Metadata, # measured on it
+    **settings: Any, # see `Browser`
+) -> Browser: # displays itself in a notebook
+    "A window on metadata: choose a cluster, move along a component, watch the dream change."
+    return Browser(teacher, metadata, **settings)
