@@ -190,7 +190,7 @@ def test_one_pixel_and_constant_batches_are_no_accident():
     (lambda: Statistics({'a': (torch.full((2,), math.inf), torch.ones(2))}), 'NaN or infinity'),
     (lambda: Statistics.from_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4))), r"layers=\['1'\]"),
     (lambda: fuse_statistics(nn.Linear(3, 4)), 'no BatchNorm'),
-    (lambda: fuse_statistics(trained(track_running_stats=False)), 'no running statistics'),
+    (lambda: Statistics.from_batchnorm(trained(track_running_stats=False)), 'no running statistics'),
     (lambda: Watch(trained(), at='middle'), "use 'input' or 'output'"),
     (lambda: Watch(trained(), layers=[]), 'one or more'),
     (lambda: Watch(trained(), layers='1'), 'give a list'),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Moments', 'batch_moments', 'batchnorm_layers', 'find_layers', 'Watch', 'read_batchnorm', 'measure_moments',
-           'Statistics', 'feature_loss', 'feature_term', 'FusedBatchNorm', 'FusedTeacher', 'fuse_statistics']
+           'Statistics', 'feature_loss', 'feature_term', 'RunningStatistics', 'running_feature_term', 'FusedBatchNorm',
+           'FusedTeacher', 'fuse_statistics']
 
-# %% ../../nbs/dreams/06_statistics.ipynb #53bdb361
+# %% ../../nbs/dreams/06_statistics.ipynb #451921f9
 import copy
 import difflib
 import json
@@ -23,7 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .priors import Term, View
 from ..foundations.core import DFKDError, load_tensors, progress, save_tensors
-from ..foundations.models import _logits
+from ..foundations.models import Teacher, _logits
 
 # %% ../../nbs/dreams/06_statistics.ipynb #2040c560
 Moments = tuple[Tensor, Tensor] # mean and biased variance of each channel, `(C,)` both
@@ -91,7 +92,7 @@ def batch_moments(
     if x.numel() == 0: raise DFKDError(f'moments of an empty batch of shape {tuple(x.shape)}: give at least one image')
     return _BatchMoments.apply(x, channel_dim % x.ndim)
 
-# %% ../../nbs/dreams/06_statistics.ipynb #514ea6a0
+# %% ../../nbs/dreams/06_statistics.ipynb #c5e50671
 def batchnorm_layers(
     model: nn.Module, # any network
 ) -> dict[str, nn.Module]: # by name, in the order in which the network lists them
@@ -120,7 +121,7 @@ def find_layers(
 
 def _suggest(model: nn.Module) -> list[str]:
     "A few layers worth watching in a network without BatchNorm."
-    kinds = (nn.LayerNorm, nn.GroupNorm), (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.Linear,)
+    kinds = (nn.LayerNorm, nn.GroupNorm, _InstanceNorm), (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.Linear,)
     names = next((found for kind in kinds if (found := [n for n, m in model.named_modules() if n and isinstance(m, kind)])), [])
     return names[:2]
 
@@ -129,13 +130,18 @@ def _channel_dim(
     x: Tensor, # features
 ) -> int: # the dimension that holds channels
     "Transformers keep channels last, convolutions keep them second."
-    if isinstance(layer, nn.LayerNorm): # subclasses for images put channels second
-        return x.ndim - 1 if type(layer) is nn.LayerNorm or x.shape[1] != layer.normalized_shape[0] else 1
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        if len(layer.normalized_shape) > 1 and x.ndim > 3: return 1 # a whole image is normalised
+        plain = type(layer) in (nn.LayerNorm, nn.RMSNorm) # subclasses for images put channels second
+        return x.ndim - 1 if plain or x.shape[1] != layer.normalized_shape[0] else 1
     if isinstance(layer, nn.Linear) or x.ndim == 2: return x.ndim - 1
-    if isinstance(layer, (_BatchNorm, nn.GroupNorm, nn.modules.conv._ConvNd)) or x.ndim != 3: return 1
+    if isinstance(layer, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.modules.conv._ConvNd)) or x.ndim != 3: return 1
     return 2
 
-# %% ../../nbs/dreams/06_statistics.ipynb #464f89c2
+# %% ../../nbs/dreams/06_statistics.ipynb #945e306c
+_KEEP_INPUT = _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm # autograd needs their input, so nobody may write over it
+
+# %% ../../nbs/dreams/06_statistics.ipynb #c9f3c772
 class Watch:
     "Records the moments of what enters (or leaves) layers, while the `with` block lasts."
 
@@ -151,16 +157,19 @@ class Watch:
         self.counts: dict[str, int] = {} # numbers behind each moment
         self._hooks: list[Any] = []
 
-    def _record(self, name: str, layer: nn.Module, x: Any) -> None:
+    def _record(self, name: str, layer: nn.Module, passed: Any) -> None:
+        x = next((v for v in passed if isinstance(v, Tensor)), None) if isinstance(passed, (tuple, list)) else passed
         if not isinstance(x, Tensor): raise DFKDError(f"layer '{name}' passes on a {type(x).__name__}, not a tensor: watch another layer")
         channel_dim = _channel_dim(layer, x)
+        if torch.is_grad_enabled() and x.requires_grad and not (self.at == 'input' and isinstance(layer, _KEEP_INPUT)):
+            x = x.clone() # a later layer may write over it: ReLU(inplace=True)
         self.moments[name], self.counts[name] = batch_moments(x, channel_dim), x.numel() // x.shape[channel_dim]
 
     def __enter__(self) -> 'Watch':
         self.moments, self.counts = {}, {}
         for name, layer in self.layers.items():
             if self.at == 'input':
-                hook = layer.register_forward_pre_hook(lambda layer, args, name=name: self._record(name, layer, args[0] if args else None))
+                hook = layer.register_forward_pre_hook(lambda layer, args, words, name=name: self._record(name, layer, (*args, *words.values())), with_kwargs=True)
             else:
                 hook = layer.register_forward_hook(lambda layer, args, output, name=name: self._record(name, layer, output))
             self._hooks.append(hook)
@@ -176,20 +185,33 @@ def _check_moments(name: str, mean: Tensor, var: Tensor) -> None:
     if not (mean.isfinite().all() and var.isfinite().all()): raise DFKDError(f"the statistics of layer '{name}' hold NaN or infinity: take a network whose training did not diverge")
     if (var < 0).any(): raise DFKDError(f"layer '{name}' has a negative variance: the network or file is damaged, load it again")
 
-# %% ../../nbs/dreams/06_statistics.ipynb #cb1cca08
+# %% ../../nbs/dreams/06_statistics.ipynb #7626b773
 def read_batchnorm(
     model: nn.Module, # a trained network
 ) -> dict[str, Moments]: # running mean and variance of every BatchNorm layer, by name
     "What BatchNorm remembers of the training data (DeepInversion, Eq. 5 and the one after it)."
-    moments = {}
-    for name, layer in find_layers(model).items():
+    moments, found = {}, batchnorm_layers(model)
+    if not found:
+        who = 'teacher' if isinstance(model, Teacher) else 'model'
+        raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: give statistics=Statistics.measure({who}, images, layers={_suggest(model)}), or do without (feature_weight=0)')
+    for name, layer in found.items():
         mean, var = layer.running_mean, layer.running_var
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-            raise DFKDError(f"BatchNorm layer '{name}' keeps no running statistics (track_running_stats=False): measure them with Statistics.measure(model, images)")
+            raise DFKDError(f"BatchNorm layer '{name}' keeps no running statistics (track_running_stats=False): measure them, statistics=Statistics.measure(model, images)")
         moments[name] = mean, var
     if all((mean == 0).all() and (var == 1).all() for mean, var in moments.values()):
         warnings.warn('every running mean is 0 and every running variance 1: was this network trained, or were its weights not loaded?', stacklevel=3)
     return moments
+
+# %% ../../nbs/dreams/06_statistics.ipynb #31e30312
+def _called(
+    teacher: Teacher, # knows the images that it takes
+    layers: Iterable[str], # by name
+) -> list[str]: # those that work when it answers: not the heads that only helped in training
+    "Two black images tell which layers take part."
+    black = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8, device=teacher.device)
+    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(teacher.domain.normalize(black))
+    return [name for name in watch.layers if name in watch.moments]
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d70e0f0e
 def _batches(images: Tensor | Iterable[Any]) -> Iterator[Tensor]:
@@ -200,7 +222,7 @@ def _batches(images: Tensor | Iterable[Any]) -> Iterator[Tensor]:
             raise DFKDError(f"images are {x.dtype if isinstance(x, Tensor) else type(x).__name__}: give normalised floats, e.g. domain.normalize(images)")
         yield x
 
-# %% ../../nbs/dreams/06_statistics.ipynb #4a6e8a97
+# %% ../../nbs/dreams/06_statistics.ipynb #7df6e6c5
 @torch.no_grad()
 def measure_moments(
     model: nn.Module, # any network; its mode is put back afterwards
@@ -212,14 +234,15 @@ def measure_moments(
     count: dict[str, int] = {}
     mean: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {} # squared distances from the mean, summed
-    modes = [(module, module.training) for module in model.modules()]
+    modes, seen = [(module, module.training) for module in model.modules()], 0
     model.eval()
     try:
         with Watch(model, layers, at) as watch:
             for x in progress(_batches(images), 'statistics'):
                 model(x)
+                seen += len(x)
                 for name, (m, v) in watch.moments.items():
-                    m, v, n = m.double(), v.double(), watch.counts[name]
+                    m, v, n = m.cpu().double(), v.cpu().double(), watch.counts[name] # not every accelerator has float64
                     if name not in count: count[name], mean[name], squares[name] = 0, torch.zeros_like(m), torch.zeros_like(v)
                     step, total = m - mean[name], count[name] + n
                     mean[name] += step * n / total
@@ -227,10 +250,12 @@ def measure_moments(
                     count[name] = total
     finally:
         for module, training in modes: module.training = training
-    if not count: raise DFKDError('no images to measure statistics on: give at least one batch')
+    if not seen: raise DFKDError('no images to measure statistics on: give at least one batch')
+    unused = [name for name in watch.layers if name not in count]
+    if unused and (layers is not None or not count): raise DFKDError(f"the network did not call layer '{unused[0]}': name layers that its answers pass through")
     return {name: (mean[name].float(), (squares[name] / count[name]).float()) for name in watch.layers if name in count}
 
-# %% ../../nbs/dreams/06_statistics.ipynb #70bc71b0
+# %% ../../nbs/dreams/06_statistics.ipynb #0e53d130
 class Statistics(Mapping[str, Moments]):
     "What a data set looks like to a network: mean and variance of every channel of some layers, by layer name."
 
@@ -240,6 +265,7 @@ class Statistics(Mapping[str, Moments]):
         at: str = 'input', # where they were taken: what enters the layers, or what leaves them
     ) -> None:
         if not moments: raise DFKDError('statistics of no layer: give at least one')
+        if at not in ('input', 'output'): raise DFKDError(f"statistics taken at '{at}': use 'input' or 'output'")
         self.at = at
         self._moments = {name: (mean.detach().float().clone(), var.detach().float().clone()) for name, (mean, var) in moments.items()}
         self._targets: dict[torch.device, Tensor] = {} # everything in a row, once a device
@@ -247,8 +273,9 @@ class Statistics(Mapping[str, Moments]):
 
     @classmethod
     def from_batchnorm(cls, model: nn.Module) -> Self:
-        "Read from a trained network's BatchNorm layers; a network without any is a `DFKDError`."
-        return cls(read_batchnorm(model))
+        "Read from a trained network's BatchNorm layers; a network without any is a `DFKDError`. A teacher's layers that its answers do not pass are left out."
+        moments = read_batchnorm(model)
+        return cls({name: moments[name] for name in _called(model, moments)} if isinstance(model, Teacher) else moments)
 
     @classmethod
     def measure(cls, model: nn.Module, images: Tensor | Iterable[Any], layers: Sequence[str] | None = None, at: str = 'input') -> Self:
@@ -277,7 +304,7 @@ class Statistics(Mapping[str, Moments]):
         "Read what `save` wrote."
         tensors, about = load_tensors(path)
         try: return cls({name: (tensors[f'{name}.mean'], tensors[f'{name}.var']) for name in json.loads(about['layers'])}, about['at'])
-        except KeyError: raise DFKDError(f'{path} holds no statistics: give a file that Statistics.save wrote') from None
+        except (KeyError, json.JSONDecodeError): raise DFKDError(f'{path} holds no statistics: give a file that Statistics.save wrote') from None
 
     def distance(
         self,
@@ -316,6 +343,64 @@ def feature_term(
         return feature_loss(view.features, statistics, first_layer_weight)[0]
     return term
 
+# %% ../../nbs/dreams/06_statistics.ipynb #ffe97f0d
+class RunningStatistics:
+    "Feature statistics of all batches so far, with momentum (FastDFKD, Eq. 14); `mix` is what the batch in hand is judged by."
+
+    def __init__(
+        self,
+        momentum: float = 0.1, # weight of the new batch, as in the paper and in BatchNorm; other code counts the old side, 0.9
+    ) -> None:
+        if not 0 < momentum <= 1: raise DFKDError(f'momentum is {momentum}: give the weight of the new batch, more than 0 and at most 1')
+        self.momentum, self.batches = float(momentum), 0 # accumulated so far
+        self.moments: dict[str, Moments] = {} # of all of them, by layer name; none before the first
+
+    def mix(
+        self,
+        moments: Mapping[str, Moments], # of a batch, by layer name
+    ) -> dict[str, Moments]: # what the accumulated statistics would be after it; the gradient goes to the batch
+        "The accumulated statistics, moved towards a batch by `momentum`. The first batch is taken as it is."
+        if not self.batches: return dict(moments)
+        for name, (mean, _) in self.moments.items():
+            if name not in moments: raise DFKDError(f"no moments of layer '{name}': give those of the same layers each time")
+            if moments[name][0].shape != mean.shape:
+                raise DFKDError(f"layer '{name}' has {len(moments[name][0])} channels, accumulated were {len(mean)}: begin new RunningStatistics for another network")
+        def moved(old: Tensor, new: Tensor) -> Tensor: return torch.lerp(old.to(new), new, self.momentum)
+        return {name: (moved(mean, moments[name][0]), moved(var, moments[name][1])) for name, (mean, var) in self.moments.items()}
+
+    def update(
+        self,
+        moments: Mapping[str, Moments], # of a finished batch, by layer name
+    ) -> None:
+        "Accumulate a finished batch; what is not finite is refused, and nothing has changed then."
+        mixed = {name: (mean.detach().clone(), var.detach().clone()) for name, (mean, var) in self.mix(moments).items()}
+        if not mixed: raise DFKDError('moments of no layer: run the network inside Watch(model)')
+        for name, moment in mixed.items(): _check_moments(name, *moment)
+        self.moments, self.batches = mixed, self.batches + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        "Copies, ready for a checkpoint."
+        return {'momentum': self.momentum, 'batches': self.batches, 'moments': {name: [v.clone() for v in pair] for name, pair in self.moments.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go on where `state_dict` stood."
+        self.momentum, self.batches = state['momentum'], state['batches']
+        self.moments = {name: (mean.clone(), var.clone()) for name, (mean, var) in state['moments'].items()}
+
+    def __repr__(self) -> str: return f'RunningStatistics(momentum={self.momentum:g}, {self.batches} batches)'
+
+# %% ../../nbs/dreams/06_statistics.ipynb #b4ee707a
+def running_feature_term(
+    statistics: Statistics, # of the data
+    running: RunningStatistics, # of the batches so far; the caller updates it when a batch is finished
+    first_layer_weight: float = 1.0, # see `feature_loss`
+) -> Term: # needs `features`
+    "Distance of the mix of accumulated and present statistics from the data's (FastDFKD, Eq. 15)."
+    def term(view: View) -> Tensor:
+        if view.features is None: raise DFKDError("this view has no features: run the teacher inside Watch(teacher) and give View its moments")
+        return feature_loss(running.mix(view.features), statistics, first_layer_weight)[0]
+    return term
+
 # %% ../../nbs/dreams/06_statistics.ipynb #ddd1dc14
 class _NormAndMoments(torch.autograd.Function):
     "BatchNorm in eval mode and the moments of its input, with one gradient for both."
@@ -337,7 +422,7 @@ class _NormAndMoments(torch.autograd.Function):
         grad = _affine(x, scale, grad_mean / ctx.count - scale * mean)
         return grad.addcmul_(grad_y, _spread(slope, x, 1)), None, None, None, None, None
 
-# %% ../../nbs/dreams/06_statistics.ipynb #dec46595
+# %% ../../nbs/dreams/06_statistics.ipynb #2f36b03f
 class FusedBatchNorm(nn.Module):
     "A frozen BatchNorm layer that leaves the moments of its input in `moments`."
 
@@ -361,7 +446,7 @@ class FusedBatchNorm(nn.Module):
         return y
 
 class _Observed(nn.Module):
-    "Any other normalisation layer, run as it is after its input was measured."
+    "Any other BatchNorm layer (a subclass, a frozen one, one without running statistics), run as it is after its input was measured."
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -372,7 +457,7 @@ class _Observed(nn.Module):
         self.moments = batch_moments(x)
         return self.layer(x)
 
-# %% ../../nbs/dreams/06_statistics.ipynb #04546e1e
+# %% ../../nbs/dreams/06_statistics.ipynb #d4fa99aa
 class FusedTeacher(nn.Module):
     "A frozen network that answers with its logits and the moments of what entered each BatchNorm layer."
 
@@ -381,13 +466,14 @@ class FusedTeacher(nn.Module):
         model: nn.Module, # a network with BatchNorm; it is copied, not changed
     ) -> None:
         super().__init__()
-        names = list(read_batchnorm(model))
+        names = list(find_layers(model))
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.names = tuple(names)
         plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         for name in names:
             layer = self.model.get_submodule(name)
-            self.model.set_submodule(name, FusedBatchNorm(layer) if type(layer) in plain else _Observed(layer))
+            fits = type(layer) in plain and isinstance(layer.running_mean, Tensor)
+            self.model.set_submodule(name, FusedBatchNorm(layer) if fits else _Observed(layer))
         self.eval()
 
     def train(self, mode: bool = True) -> 'FusedTeacher':
@@ -400,7 +486,7 @@ class FusedTeacher(nn.Module):
         moments = {}
         for name in self.names:
             norm = self.model.get_submodule(name)
-            moments[name] = norm.moments
+            if norm.moments is not None: moments[name] = norm.moments
             norm.moments = None # type: ignore[assignment] # keeps no graph alive
         return logits, moments # type: ignore[return-value]
 
