@@ -8,10 +8,10 @@ __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'SCALES', 'HEAD',
            'toml_value', 'Recipe', 'recipe_folder', 'recipe_names', 'parse_assignment', 'resolved_toml', 'Task', 'task',
            'locked', 'Journal', 'RunStopped', 'RunFolder', 'repeatable', 'SavedRun', 'Run', 'publish', 'environment',
            'read_json', 'Result', 'read_history', 'results', 'results_folder', 'open_teacher', 'real_images',
-           'learning', 'learn', 'synthesizer', 'dream_part', 'dream', 'train_teacher', 'describe_images',
-           'save_picture', 'pool', 'dream_images', 'transfer']
+           'learning', 'learn', 'synthesizer', 'measured', 'dream_part', 'wishes', 'drawn_goals', 'dream',
+           'train_teacher', 'describe_images', 'save_picture', 'pool', 'verified', 'dream_images', 'Rounds', 'transfer']
 
-# %% ../../nbs/lab/20_runs.ipynb #485ef36c
+# %% ../../nbs/lab/20_runs.ipynb #d5e8312f
 import csv
 import dataclasses
 import difflib
@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     import torch
     from dfkd_nb.dreams.inversion import DeepInversion
+    from dfkd_nb.dreams.statistics import Statistics
     from dfkd_nb.foundations.data import ImageSet
     from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.foundations.models import Teacher
@@ -108,7 +109,7 @@ class TeacherSettings(Learning):
     model: str = setting('resnet20', 'a name of `build_model`')
     epochs: float = setting(30., 'passes over the training images', low=0.001)
 
-# %% ../../nbs/lab/20_runs.ipynb #f6d2e18f
+# %% ../../nbs/lab/20_runs.ipynb #eca99ed6
 @dataclass(frozen=True)
 class Synthesis:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
@@ -118,6 +119,8 @@ class Synthesis:
     images: int = setting(256, 'number of images', low=1)
     synthesis_steps: int = setting(2000, 'updates of each batch of images', low=1)
     half_size_steps: int = setting(0, 'further updates before these, at half the size', low=0)
+    quarter_size_steps: int = setting(0, 'further updates before those, at a quarter of the size', low=0)
+    classes: str = setting('in turn', 'which classes, where images are fewer: the first ones, or evenly spread ones', choices=('in turn', 'spread'))
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
     synthesis_schedule: str = setting('constant', 'how that step size moves', choices=SCHEDULES)
@@ -127,24 +130,37 @@ class Synthesis:
     l2: float = setting(3e-8, 'of the images\' norm', low=0)
     feature_weight: float = setting(1., 'of the feature statistics (Eq. 4)', low=0)
     first_layer_weight: float = setting(1., 'extra weight of the first layer\'s statistics', low=0)
+    feature_scale: str = setting('absolute', 'as in Eq. 4, or in units of the data\'s own spread', choices=('absolute', 'relative'))
+    measured_images: int = setting(0, 'real images to measure feature statistics on; 0 reads BatchNorm', low=0)
+    measured_data: str = setting('cifar10', 'where those come from: a name of `load_data`, its training images')
+    goal_weight: float = setting(0., 'of the distance from activations drawn from metadata (Dream Distillation, Eq. 1); 0 for none', low=0)
+    metadata_images: int = setting(5000, 'real training images behind the metadata', low=1)
+    metadata_clusters: int = setting(3, 'in each class', low=1)
+    metadata_components: int = setting(20, 'principal components of each cluster', low=0)
     jitter: int = setting(2, 'pixels of random shift at each update', low=0)
     synthesis_flip: bool = setting(True, 'mirror the batch at random')
     clip: bool = setting(True, 'keep the pixels in the range of images (Eq. 16)')
     synthesis_precision: str = setting('float32', 'of the arithmetic of synthesis', choices=PRECISIONS)
     compile: bool = setting(False, 'compile the update')
 
-# %% ../../nbs/lab/20_runs.ipynb #4dde2baa
+# %% ../../nbs/lab/20_runs.ipynb #155de6e1
 @dataclass(frozen=True)
 class DreamSettings(Synthesis):
     "Images from a teacher."
     test_data: str = setting('', 'real images to take the teacher\'s accuracy on; empty for none')
+    verifiers: str = setting('', 'other teachers to show the images to, with commas: names of `load_teacher`')
     picture: int = setting(40, 'images in the picture', low=1)
     seed: int = setting(0, 'of every random draw', low=0, high=2**31)
 
-# %% ../../nbs/lab/20_runs.ipynb #3b6ff488
+# %% ../../nbs/lab/20_runs.ipynb #ed4c14bf
 @dataclass(frozen=True)
 class TransferSettings(Learning, Synthesis):
-    "A student that learns from a teacher's dreams."
+    "A student that learns from a teacher's dreams, made at once or in rounds that answer to what it knows."
+    rounds: int = setting(1, 'in which the images are made; 1 makes all before the student starts', low=1)
+    updates_between_rounds: int = setting(50, 'of the student', low=1)
+    competition_weight: float = setting(0., 'of 1 - JS(teacher, student), from the second round on (Eq. 8 and 9)', low=0)
+    competition_temperature: float = setting(3., 'of both answers in it', low=0.01)
+    learn_from: str = setting('teacher', 'the teacher\'s answers, or the classes that the images were meant to show', choices=('teacher', 'labels'))
     student: str = setting('resnet20', 'a name of `build_model`; starts from random weights')
     updates: int = setting(1000, 'of the student', low=1)
     temperature: float = setting(3., 'of distillation', low=0.01)
@@ -607,7 +623,7 @@ class Run(SavedRun):
         if self.results is not None and not self.overrides: publish(self.folder, self.results / recipe.name / self.scale)
         return result
 
-# %% ../../nbs/lab/20_runs.ipynb #6ff726ff
+# %% ../../nbs/lab/20_runs.ipynb #4edc80ca
 def publish(
     source: Path, # folder of a finished run
     target: Path, # its place among the results
@@ -615,7 +631,7 @@ def publish(
     "Copy a run's small files: result, history, recipe, environment and pictures."
     from dfkd_nb.foundations.core import atomic_path
     for path in sorted(source.iterdir()):
-        if path.suffix not in ('.json', '.csv', '.png', '.toml'): continue
+        if path.suffix not in ('.json', '.csv', '.png', '.jpg', '.toml'): continue
         with atomic_path(target / path.name) as temporary: shutil.copyfile(path, temporary)
 
 # %% ../../nbs/lab/20_runs.ipynb #e71b34aa
@@ -776,15 +792,17 @@ def learning(
     augment = Augment(settings.padding, settings.flip) if settings.augment else None
     return {name: getattr(settings, name) for name in names} | {'augment': augment, 'device': device}
 
-# %% ../../nbs/lab/20_runs.ipynb #eeb0716b
+# %% ../../nbs/lab/20_runs.ipynb #d4ce985f
 def learn(
     run: Run, # keeps the state and the history
     phase: str, # name of this phase
     distiller: 'Distiller', # ready to start
     test: 'ImageSet', # real images
     about: dict[str, str], # model and domain, for the weights' file
+    turns: Any = None, # who decides when the distiller may go on: see `Rounds`; None: it always may
 ) -> dict[str, Any]: # accuracies and loss, first and last
     "Drive a `Distiller` update by update: test now and then, save, stop when asked to, go on after a kill."
+    turns = turns or distiller
     from dfkd_nb.foundations.distillation import evaluate
     from dfkd_nb.foundations.models import load_weights, save_weights
     marks = [max(1, round(distiller.steps * i / run.settings.evaluations)) for i in range(1, run.settings.evaluations + 1)]
@@ -798,14 +816,14 @@ def learn(
         run.say(f'{phase} {distiller.done}/{distiller.steps}: {loss}accuracy {accuracy:.4f}, {seconds:.0f} s')
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        if state is not None: distiller.load_state_dict(state)
-        def tick(distiller: 'Distiller') -> None:
+        if state is not None: turns.load_state_dict(state)
+        def tick(_: Any) -> None:
             spent()
-            run.tick(phase, distiller.state_dict)
+            run.tick(phase, turns.state_dict)
         if distiller.done == 0: report(spent())
         for mark in marks:
             if mark < distiller.done: continue # at equality a stop may have come before the report
-            distiller.run(until=mark, every=every, callback=tick)
+            turns.run(until=mark, every=every, callback=tick)
             report(spent())
         rows = [row for row in run.journal.rows.values() if row['phase'] == phase]
         path = run.folder / 'weights.safetensors'
@@ -815,29 +833,41 @@ def learn(
                 'accuracy_half': evaluate(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/20_runs.ipynb #6b5ef11e
+# %% ../../nbs/lab/20_runs.ipynb #bbebd36e
 def synthesizer(
     settings: Any, # a `Synthesis`
     teacher: 'Teacher', # whose dreams
     device: 'torch.device', # where to compute
     seed: int, # of the first batch
+    **more: Any, # further keywords of `DeepInversion`
 ) -> 'DeepInversion': # makes images
     "The part of a recipe that a `DeepInversion` is made with."
     from dfkd_nb.dreams.inversion import DeepInversion
-    names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'jitter', 'clip', 'compile')
+    names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'feature_scale', 'jitter', 'clip', 'compile')
     height, width = teacher.domain.size
-    coarse = [((height // 2, width // 2), settings.half_size_steps)] if settings.half_size_steps else []
-    return DeepInversion(teacher, stages=[*coarse, ((height, width), settings.synthesis_steps)], learning_rate=settings.synthesis_learning_rate,
-                         batch_size=settings.synthesis_batch_size, flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision,
-                         device=device, seed=seed, **{name: getattr(settings, name) for name in names})
+    stages = [((height // part, width // part), steps) for part, steps in ((4, settings.quarter_size_steps), (2, settings.half_size_steps), (1, settings.synthesis_steps)) if steps]
+    return DeepInversion(teacher, stages=stages, learning_rate=settings.synthesis_learning_rate, statistics=measured(settings, teacher), batch_size=settings.synthesis_batch_size,
+                         flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision, device=device, seed=seed,
+                         **{name: getattr(settings, name) for name in names}, **more)
 
-# %% ../../nbs/lab/20_runs.ipynb #e99e26ab
+def measured(
+    settings: Any, # a `Synthesis`
+    teacher: 'Teacher', # where to measure
+) -> 'Statistics | None': # None: BatchNorm's own are read
+    "Feature statistics of some real training images, where the recipe says so."
+    from dfkd_nb.dreams.statistics import Statistics
+    if not settings.measured_images: return None
+    images = real_images(settings.measured_data, 'train', settings.measured_images, teacher.device)
+    return Statistics.measure(teacher, (teacher.domain.normalize(batch) for batch, _ in images.batches(250)))
+
+# %% ../../nbs/lab/20_runs.ipynb #124ed451
 def dream_part(
     run: Run, # keeps the history, saves, knows when to stop
     maker: 'DeepInversion', # seeded for this part
     part: int, # which part of the whole
     targets: 'torch.Tensor', # int64 `(n,)`: what to show
     spent: Callable[[], float], # seconds so far
+    goals: 'torch.Tensor | None' = None, # wished activations, `(n, D)`
 ) -> 'ImageSet': # finished
     "Some batches of images; their losses go to the history. Raises `RunStopped`, with the unfinished batch saved."
     every = max(1, maker.steps // 20)
@@ -848,11 +878,36 @@ def dream_part(
             run.journal.add('synthesis', progress.step, batch, **progress.losses, seconds=round(spent(), 2))
         if last: run.say(f"synthesis, batch {batch + 1}: loss {progress.losses['total']:.4f}, {spent():.0f} s")
         run.tick('synthesis', dict)
-    return maker.synthesize(len(targets), targets, checkpoint=run.folder / 'parts' / f'{part:05}.pt', callback=callback, every=every,
+    return maker.synthesize(len(targets), targets, goals=goals, checkpoint=run.folder / 'parts' / f'{part:05}.pt', callback=callback, every=every,
                             save_every=run.save_every)
 
-# %% ../../nbs/lab/20_runs.ipynb #9e131358
+# %% ../../nbs/lab/20_runs.ipynb #ac1ae94f
 PART = 4096 # images in one file while a run is at it: checkpoints stay small however many images a recipe asks for
+
+def wishes(
+    settings: Any, # a `Synthesis`
+    classes: int, # of the teacher
+) -> 'torch.Tensor': # int64 `(images,)`
+    "What every image shall show."
+    import torch
+    images = torch.arange(settings.images)
+    return images * classes // settings.images if settings.classes == 'spread' and settings.images < classes else images % classes
+
+def drawn_goals(
+    run: Run, # with settings of `Synthesis`
+    teacher: 'Teacher', # whose activations
+) -> tuple['torch.Tensor', 'torch.Tensor', dict[str, Any]]: # goals `(n, D)`, their classes, and what the metadata takes
+    "Metadata of some real training images (measured once, kept in metadata.safetensors), and goals drawn from it (Chapter 9)."
+    import torch
+    from dfkd_nb.dreams.metadata import Metadata
+    settings, path = run.settings, run.folder / 'metadata.safetensors'
+    def measure(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+        images = real_images(settings.real_data, 'train', settings.metadata_images, run.device)
+        metadata = Metadata.measure(teacher, images, clusters=settings.metadata_clusters, components=settings.metadata_components, seed=settings.seed)
+        return {'metadata_bytes': metadata.save(path), 'metadata_clusters': len(metadata), 'metadata_images': len(images)}
+    numbers = run.phase('metadata', measure)
+    goals, labels, _ = Metadata.load(path, teacher).sample(settings.images, torch.Generator().manual_seed(settings.seed))
+    return goals, labels, numbers
 
 def dream(
     run: Run, # with settings of `Synthesis`
@@ -861,6 +916,11 @@ def dream(
     "Synthesize part after part; a part that is done is a file, one that is not is a checkpoint."
     from dfkd_nb.foundations.data import ImageSet
     settings, path, folder = run.settings, run.folder / 'images.safetensors', run.folder / 'parts'
+    targets, goals, more = wishes(settings, teacher.domain.num_classes), None, {}
+    if settings.goal_weight:
+        from dfkd_nb.dreams.metadata import goal_term
+        goals, targets, _ = drawn_goals(run, teacher)
+        more = {'embedding': 'classifier', 'terms': {'goal': (settings.goal_weight, goal_term)}}
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         import torch
@@ -868,8 +928,9 @@ def dream(
         for part, start in enumerate(range(0, settings.images, size)):
             finished = folder / f'{part:05}.safetensors'
             if finished.is_file(): continue
-            targets = torch.arange(start, min(start + size, settings.images)) % teacher.domain.num_classes
-            dream_part(run, synthesizer(settings, teacher, run.device, settings.seed + part), part, targets, spent).save(finished)
+            place = slice(start, start + size)
+            maker = synthesizer(settings, teacher, run.device, settings.seed + part, **more)
+            dream_part(run, maker, part, targets[place], spent, None if goals is None else goals[place]).save(finished)
             finished.with_suffix('.pt').unlink()
         sets = [ImageSet.load(part) for part in sorted(folder.glob('*.safetensors'))]
         labels = [images.labels for images in sets if images.labels is not None]
@@ -919,22 +980,37 @@ def describe_images(
             distances.append(float(feature_loss(watch.moments, statistics)[0]))
     return numbers | {'r_feature': sum(distances) / len(distances)}
 
-# %% ../../nbs/lab/20_runs.ipynb #80e0aa74
+# %% ../../nbs/lab/20_runs.ipynb #9c3a27a5
 def save_picture(
-    path: Path, # a .png file
+    folder: Path, # of the run
     images: 'ImageSet', # the first of them are shown
     count: int, # how many
 ) -> None:
-    "The first images as a grid, ten in a row."
+    "The first images as a grid: images.png, or images.jpg where they are large."
     import matplotlib.pyplot as plt
     from dfkd_nb.foundations.core import atomic_path, show_images
     first = images.subset(count)
+    if max(images.domain.size) > 64: return _save_large(folder / 'images.jpg', first.images)
     names = None if first.labels is None else [images.domain.classes[i] for i in first.labels.tolist()]
     figure = show_images(first.images, names)
-    with atomic_path(path) as temporary: figure.savefig(temporary, format='png', dpi=120)
+    with atomic_path(folder / 'images.png') as temporary: figure.savefig(temporary, format='png', dpi=120)
     plt.close(figure)
 
-# %% ../../nbs/lab/20_runs.ipynb #c86609a8
+def _save_large(path: Path, images: 'torch.Tensor') -> None:
+    "Photographs in a grid, eight in a row and 112 pixels wide, at the best quality that stays under 190 kB."
+    import torch.nn.functional as F
+    from PIL import Image
+    from dfkd_nb.dreams.inversion import tile
+    from dfkd_nb.foundations.core import atomic_path
+    small = F.interpolate(images.cpu().float(), (112, 112), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
+    picture, buffer = Image.fromarray(tile(small, 8).permute(1, 2, 0).numpy()), io.BytesIO()
+    for quality in range(90, 20, -5):
+        buffer = io.BytesIO()
+        picture.save(buffer, 'JPEG', quality=quality)
+        if buffer.tell() < 190_000: break
+    with atomic_path(path) as temporary: temporary.write_bytes(buffer.getvalue())
+
+# %% ../../nbs/lab/20_runs.ipynb #283c3cfc
 def pool(
     run: Run, # with settings of `Synthesis`
     teacher: 'Teacher', # whose dreams, and who judges
@@ -945,11 +1021,28 @@ def pool(
         images = real_images(settings.real_data, 'train', settings.images, run.device)
         if len(images) < settings.images: raise problem(f"'{settings.real_data}' has {len(images)} training images: set images to that or less")
     else: images = dream(run, teacher).to(run.device)
-    numbers = run.phase('inspection', lambda state, spent: describe_images(images, teacher))
-    save_picture(run.folder / 'images.png', images, settings.picture)
+    def describe(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+        numbers = describe_images(images, teacher)
+        if settings.source == 'real' or not settings.goal_weight: return numbers
+        from dfkd_nb.dreams.metadata import goal_distance
+        goals, _, about = drawn_goals(run, teacher)
+        return numbers | about | {'goal_distance': float(goal_distance(teacher, images.images, goals).mean())}
+    numbers = run.phase('inspection', describe)
+    save_picture(run.folder, images, settings.picture)
     return images, numbers
 
-# %% ../../nbs/lab/20_runs.ipynb #a7b2b4a6
+# %% ../../nbs/lab/20_runs.ipynb #af24e70c
+def verified(
+    run: Run, # with `DreamSettings`
+    images: 'ImageSet', # labelled with the classes they were meant to show
+) -> dict[str, float]: # accuracy by teacher
+    "What other networks see in the images."
+    from dfkd_nb.lab.diagnostics import verify
+    names = [name.strip() for name in run.settings.verifiers.split(',')]
+    found = verify(images, {name: open_teacher(name, run.root, run.scale).to(run.device) for name in names})
+    return {f'accuracy_under_{name}': found.accuracy[name] for name in names}
+
+# %% ../../nbs/lab/20_runs.ipynb #082378ed
 @task('dream', DreamSettings)
 def dream_images(
     run: Run, # with `DreamSettings`
@@ -957,27 +1050,96 @@ def dream_images(
     "Images from a teacher, and nothing else."
     from dfkd_nb.foundations.distillation import evaluate
     teacher = open_teacher(run.settings.teacher, run.root, run.scale).to(run.device)
-    _, numbers = pool(run, teacher)
+    images, numbers = pool(run, teacher)
+    if run.settings.verifiers: numbers = numbers | run.phase('verification', lambda state, spent: verified(run, images))
     if run.settings.test_data: numbers = numbers | {'teacher_accuracy': evaluate(teacher, real_images(run.settings.test_data, 'test', 0, run.device))}
     return numbers
 
-# %% ../../nbs/lab/20_runs.ipynb #dd912437
+# %% ../../nbs/lab/20_runs.ipynb #19e7ed75
+class Rounds:
+    "A `Competition` inside a run: every round's images become a file, its row a line of the history."
+
+    def __init__(self,
+        run: Run, # with `TransferSettings`
+        teacher: 'Teacher', # whose dreams
+        distiller: 'Distiller', # on a `GrowingPool` that does not save its images
+    ) -> None:
+        from dfkd_nb.dreams.competition import Competition, competition_term
+        settings = run.settings
+        term = {'competition': (settings.competition_weight, competition_term(settings.competition_temperature))} if settings.competition_weight else None
+        maker = synthesizer(settings, teacher, run.device, settings.seed, terms=term)
+        if settings.images % settings.rounds: raise problem(f'{settings.images} images in {settings.rounds} rounds: make images a multiple of rounds')
+        self.per_round = settings.images // settings.rounds
+        self.game = Competition(maker, distiller, rounds=settings.rounds, images_per_round=self.per_round, every=settings.updates_between_rounds)
+        self.owner, self.teacher, self.folder, self.kept = run, teacher, run.folder / 'parts', 0
+
+    def run(self, until: int, every: int, callback: Callable[[Any], None]) -> None:
+        "Take turns until the student has had so many updates."
+        def tick(game: Any) -> None:
+            self.keep()
+            callback(game)
+        self.game.run(until=until, every=every, callback=tick)
+        self.keep()
+
+    def keep(self) -> None:
+        "Write what has been made since the last time."
+        from dfkd_nb.foundations.data import ImageSet
+        for row in self.game.history[self.kept:]:
+            place = slice(self.kept * self.per_round, (self.kept + 1) * self.per_round)
+            ImageSet(self.game.pool.images[place], self.game.pool.labels[place], self.teacher.domain).save(self.folder / f'{self.kept:05}.safetensors')
+            self.owner.journal.add('rounds', int(row['updates']), self.kept, **{k: v for k, v in row.items() if k not in ('round', 'updates')})
+            self.kept += 1
+
+    def state_dict(self) -> dict[str, Any]: return self.game.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "The images from their files, then the rest."
+        from dfkd_nb.foundations.data import ImageSet
+        for number in range(len(self.game.pool) // self.per_round, state['round']):
+            images = ImageSet.load(self.folder / f'{number:05}.safetensors')
+            assert images.labels is not None
+            self.game.pool.add(images.images, images.labels)
+        self.kept = state['round']
+        self.game.load_state_dict(state)
+
+    def finish(self) -> dict[str, Any]: # what can be said of the images
+        "All images in one file and one picture."
+        import torch
+        from dfkd_nb.foundations.data import ImageSet
+        path = self.owner.folder / 'images.safetensors'
+        if self.folder.is_dir():
+            sets = [ImageSet.load(part) for part in sorted(self.folder.glob('*.safetensors'))]
+            ImageSet(torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets if s.labels is not None]), self.teacher.domain).save(path)
+        images = ImageSet.load(path).to(self.owner.device)
+        numbers = self.owner.phase('inspection', lambda state, spent: describe_images(images, self.teacher))
+        save_picture(self.owner.folder, images, self.owner.settings.picture)
+        if self.folder.is_dir(): shutil.rmtree(self.folder)
+        return numbers
+
+# %% ../../nbs/lab/20_runs.ipynb #6f8fa3ee
 @task('transfer', TransferSettings)
 def transfer(
     run: Run, # with `TransferSettings`
 ) -> dict[str, Any]: # accuracies of teacher and student on real test images
     "A fresh student learns from a teacher's dreams (or from real images, to compare), and is tested on real images."
+    from dfkd_nb.dreams.competition import GrowingPool
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller, evaluate
     from dfkd_nb.foundations.models import build_model, count_parameters
     settings: TransferSettings = run.settings
+    if settings.rounds > 1 and (settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'):
+        raise problem('rounds answer to a student that learns from its teacher, by dreams without metadata: set rounds to 1')
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
-    images, numbers = pool(run, teacher)
+    in_rounds = settings.rounds > 1
+    images, numbers = (GrowingPool(teacher.domain, device=run.device, saves_images=False), {}) if in_rounds else pool(run, teacher)
     seed_everything(settings.seed)
     student = build_model(settings.student, teacher.domain.num_classes, teacher.domain.channels)
-    distiller = Distiller(teacher, student, images, steps=settings.updates, temperature=settings.temperature, **learning(settings, run.device))
-    learned = learn(run, 'distillation', distiller, test, {'model': settings.student, 'domain': teacher.domain.name})
+    lesson = {'temperature': settings.temperature} if settings.learn_from == 'teacher' else {'domain': teacher.domain}
+    distiller = Distiller(teacher if settings.learn_from == 'teacher' else None, student, images, steps=settings.updates, **lesson, **learning(settings, run.device))
+    turns = Rounds(run, teacher, distiller) if in_rounds else None
+    learned = learn(run, 'distillation', distiller, test, {'model': settings.student, 'domain': teacher.domain.name}, turns)
+    if turns is not None: numbers = turns.finish()
     learned |= {f'student_{key}': learned.pop(key) for key in ('accuracy_first', 'accuracy', 'accuracy_half')}
     return numbers | {'teacher_accuracy': evaluate(teacher, test), 'teacher_parameters': count_parameters(teacher),
                       'student_parameters': count_parameters(student), 'test_images': len(test), 'temperature': settings.temperature} | learned

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'textbook_moments', 'PlainLook', 'fresh_teacher', 'make_price', 'Update', 'compare', 'count_operations',
-           'measure_peak', 'stopwatch', 'race', 'benchmark', 'describe', 'bench']
+           'measure_peak', 'stopwatch', 'race', 'peak_memory', 'measure_memory', 'benchmark', 'describe', 'bench']
 
-# %% ../../nbs/lab/22_speed.ipynb #64605685
+# %% ../../nbs/lab/22_speed.ipynb #a91bd713
 import argparse
 import copy
 import json
 import os
 import platform
 import statistics as middle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dreams.inversion import DeepInversion, preset
+from ..dreams.inversion import DeepInversion, kept_bytes, preset
 from ..dreams.priors import View
 from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.core import DFKDError, atomic_path
@@ -54,18 +56,19 @@ class PlainLook(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         return self.model(x), self.moments
 
-# %% ../../nbs/lab/22_speed.ipynb #23288c07
+# %% ../../nbs/lab/22_speed.ipynb #1cbf6489
 def fresh_teacher(
-    model: str = 'resnet20', # a name of `build_model`, for CIFAR-10
+    model: str = 'resnet20', # a name of `build_model`: torchvision's and EfficientNet for ImageNet at 224 pixels, the others for CIFAR-10
     seed: int = 0, # of its weights
 ) -> Teacher: # untrained, with statistics of noise
     "A network whose features have the sizes of a trained one."
     torch.manual_seed(seed)
-    network = build_model(model)
+    domain = DOMAINS['imagenet' if model.startswith(('torchvision:', 'efficientnet')) else 'cifar10']
+    network = build_model(model, domain.num_classes)
     for layer in batchnorm_layers(network).values(): nn.init.uniform_(layer.weight, 0.5, 1.5) # type: ignore[arg-type]
     with torch.no_grad():
-        for _ in range(20): network(torch.randn(16, 3, 32, 32))
-    return Teacher(network, DOMAINS['cifar10'], model)
+        for _ in range(20 if domain.size[0] < 100 else 5): network(torch.randn(16 if domain.size[0] < 100 else 4, *domain.shape))
+    return Teacher(network, domain, model)
 
 # %% ../../nbs/lab/22_speed.ipynb #6d737fa4
 WAYS = ('plain', 'frozen', 'one pass', 'folded', 'channels last', 'compiled', 'bfloat16')
@@ -179,6 +182,30 @@ def race(
     times = [[stopwatch(update, device) for update in updates] for _ in range(rounds)]
     return {update.way: {'seconds': middle.median(row[i] for row in times), 'speed': middle.median(row[0] / row[i] for row in times)} for i, update in enumerate(updates)}
 
+# %% ../../nbs/lab/22_speed.ipynb #7b131184
+def peak_memory(
+    model: str, # a name of `build_model`
+    batch: int, # images
+    device: str = 'cpu', # where
+) -> int: # bytes
+    "The most that a process holds which makes two updates the fast way."
+    script = ('import resource, sys, torch; from dfkd_nb.lab.speed import Update, fresh_teacher; t = fresh_teacher(sys.argv[1]).to(sys.argv[3]); n = int(sys.argv[2]); '
+              'x = torch.randn(n, *t.domain.shape, device=t.device); u = Update("folded", t, x, torch.zeros(n, dtype=torch.long, device=t.device)); u(); u(); '
+              'print(torch.cuda.max_memory_allocated() if t.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))')
+    done = subprocess.run([sys.executable, '-c', script, model, str(batch), device], capture_output=True, text=True)
+    if done.returncode: raise DFKDError(f'memory of {batch} images could not be measured ({(done.stderr.splitlines() or ["the process was killed"])[-1][:100]}): try a smaller batch')
+    return int(done.stdout)
+
+def measure_memory(
+    model: str, # a name of `build_model`
+    batch: int, # images
+    device: str = 'cpu', # where
+) -> dict[str, int]: # bytes: 'peak', 'idle' (a process with hardly a batch), and 'kept' for the way back, as counted
+    "Memory of an update, measured and counted."
+    maker = DeepInversion(fresh_teacher(model), steps=1, device='cpu')
+    kept = [kept_bytes(maker, n) for n in (1, 2)]
+    return {'peak': peak_memory(model, batch, device), 'idle': peak_memory(model, 2, device) - kept[1], 'kept': kept[0] + (batch - 1) * (kept[1] - kept[0])}
+
 # %% ../../nbs/lab/22_speed.ipynb #e26f2ea6
 def benchmark(
     model: str = 'resnet20', # a name of `build_model`
@@ -202,7 +229,7 @@ def benchmark(
             'machine': {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, 'processor': platform.processor() or platform.machine(),
                         'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'torch': torch.__version__, 'load_before': round(load, 2)}}
 
-# %% ../../nbs/lab/22_speed.ipynb #76df30fd
+# %% ../../nbs/lab/22_speed.ipynb #cf2f8c3d
 def describe(
     found: dict[str, Any], # what `benchmark` returned
 ) -> str: # lines of text
@@ -214,10 +241,11 @@ def describe(
         share = found['floor_seconds'] / row['seconds']
         lines.append(f"{way:<14}{1000 * row['seconds']:9.1f}{row['speed']:7.2f}x{share:10.0%}{row['loss_error']:12.0e}{row['gradient_error']:16.0e}")
     lines.append(f"floor: {found['operations'] / 1e9:.2f} billion operations at {found['peak'] / 1e9:.0f} billion a second, {1000 * found['floor_seconds']:.1f} ms")
+    if 'memory' in found: lines.append('memory: ' + ', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in found['memory'].items()))
     if machine['load_before'] > 0.5: lines.append(f"note: the load was {machine['load_before']} before the start; on a busy machine only the ratios mean something")
     return '\n'.join(lines)
 
-# %% ../../nbs/lab/22_speed.ipynb #ef8caf17
+# %% ../../nbs/lab/22_speed.ipynb #03fc12cb
 def bench(
     arguments: list[str], # as on the command line, without `dfkd bench`
 ) -> int: # exit code
@@ -229,6 +257,7 @@ def bench(
     parser.add_argument('--compile', action='store_true', help='also with torch.compile (takes a minute to compile)')
     parser.add_argument('--bfloat16', action='store_true', help='also in mixed precision')
     parser.add_argument('--channels-last', action='store_true', help='also with channels last in memory')
+    parser.add_argument('--memory', action='store_true', help='also the memory that an update takes')
     parser.add_argument('--threads', type=int, default=0, help='CPU threads (default: as PyTorch chooses)')
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--out', type=Path, help='folder for one JSON file a batch size')
@@ -238,9 +267,10 @@ def bench(
     ways = ['plain', 'frozen', 'one pass', 'folded'] + [way for way in ('channels last', 'compiled', 'bfloat16') if getattr(asked, {'compiled': 'compile'}.get(way, way.replace(' ', '_')))]
     for batch in asked.batch:
         found = benchmark(asked.model, batch, ways, asked.rounds, device=asked.device)
+        if asked.memory: found['memory'] = measure_memory(asked.model, batch, asked.device)
         print(describe(found), flush=True)
         if asked.out is not None:
-            path = asked.out / f'{asked.model}-{batch}.json'
+            path = asked.out / f"{asked.model.replace(':', '-')}-{batch}.json"
             with atomic_path(path) as temporary: temporary.write_text(json.dumps(found, indent=1) + '\n')
             print(f'kept in {path}')
     return 0
