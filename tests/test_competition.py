@@ -1,0 +1,387 @@
+"""Competition: a divergence with a bound and a gradient, a pool that forgets nothing, turns that resume, coverage that is not fooled."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dfkd_nb.dreams.competition import (
+    Competition,
+    CompetitionToy,
+    GrowingPool,
+    ToyExplorer,
+    answer,
+    competition_loss,
+    competition_term,
+    coverage,
+    density,
+    draw_toy,
+    jensen_shannon,
+    nearest_distances,
+    precision_recall,
+    principal_plane,
+    spread,
+)
+from dfkd_nb.dreams.inversion import DeepInversion
+from dfkd_nb.dreams.priors import View
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.models import Teacher
+
+DIGITS = DOMAINS["digits"]
+
+
+def network(seed=0):
+    "One convolution whose BatchNorm has seen something."
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.randn(32, 1, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(network(), DIGITS, "tiny")
+
+
+def compete(teacher, weight=10.0, rounds=3, every=4, steps=14, domain=DIGITS, student=None, **settings):
+    terms = {"competition": (weight, competition_term(3.0))}
+    maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms)
+    pool = GrowingPool(domain, **settings)
+    distiller = Distiller(teacher, student or network(1), pool, steps=steps, batch_size=4, learning_rate=0.05, device="cpu")
+    return Competition(maker, distiller, rounds=rounds, images_per_round=6, every=every)
+
+
+def weights(model):
+    return torch.cat([v.double().flatten() for v in model.state_dict().values()])
+
+
+# --- the divergence ---
+
+
+def test_the_divergence_is_half_the_kl_of_each_from_the_middle():
+    p, q = torch.randn(2, 20, 7, dtype=torch.float64)
+    m = 0.5 * (p.softmax(1) + q.softmax(1))
+    wanted = 0.5 * sum(F.kl_div(m.log(), a.softmax(1), reduction="none").sum(1) for a in (p, q))
+    assert torch.allclose(jensen_shannon(p, q), wanted, atol=1e-14)
+    assert torch.allclose(jensen_shannon(3 * p, 3 * q, 3.0), wanted, atol=1e-14)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 1000), st.sampled_from([1e-3, 1.0, 30.0, 1e4, 1e30]), st.sampled_from([0.5, 1.0, 3.0, 20.0]))
+def test_it_is_bounded_symmetric_and_finite_with_a_finite_gradient(seed, classes, scale, temperature):
+    p, q = (scale * torch.randn(2, 3, classes, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+    js = jensen_shannon(p, q, temperature)
+    assert (js >= -1e-6).all() and (js <= math.log(2) + 1e-5).all()
+    assert torch.allclose(js, jensen_shannon(q, p, temperature), atol=1e-6)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(js.sum(), (p, q)))
+
+
+@pytest.mark.parametrize("classes, scale", [(2, 1.0), (10, 40.0), (1000, 2.0)])
+def test_its_gradient_is_that_of_finite_differences(classes, scale):
+    p, q = (scale * torch.randn(1, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    assert torch.autograd.gradcheck(lambda a, b: jensen_shannon(a, b, 3.0), (p.requires_grad_(), q.requires_grad_()))
+
+
+def test_a_thousand_flat_classes_still_pull():
+    p, q = torch.randn(2, 8, 1000).requires_grad_()
+    g, = torch.autograd.grad(jensen_shannon(p, q, 3.0).sum(), q)
+    assert (g.norm(dim=1) > 0).all()
+
+
+def test_it_keeps_its_bits_in_half_precision():
+    p, q = torch.randn(2, 8, 10)
+    assert torch.allclose(jensen_shannon(p.bfloat16(), q.bfloat16()), jensen_shannon(p.bfloat16().float(), q.bfloat16().float()))
+
+
+def test_the_term_prices_agreement_and_needs_a_student():
+    view = View(torch.zeros(3, 1, 8, 8), torch.randn(3, 10), torch.arange(3))
+    with pytest.raises(DFKDError, match="nobody to compete with"):
+        competition_term()(view)
+    view.student_logits = torch.randn(3, 10)
+    assert competition_term(3.0)(view) == competition_loss(view.logits, view.student_logits, 3.0)
+    assert 1 - math.log(2) <= competition_term()(view) < competition_loss(view.logits, view.logits)
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(DFKDError, match="temperature"):
+            competition_term(bad)
+
+
+# --- the pool ---
+
+
+def filled(value, n):
+    return torch.full((n, 1, 8, 8), value, dtype=torch.uint8), torch.zeros(n, dtype=torch.long)
+
+
+def values(batch):
+    return batch[0][:, 0, 0, 0].tolist()
+
+
+def test_new_images_come_first_and_then_everything_evenly():
+    pool, rng = GrowingPool(DIGITS), torch.Generator().manual_seed(0)
+    pool.add(*filled(1, 8))
+    pool.sample(4, rng)
+    pool.add(*filled(2, 4))
+    pool.add(*filled(3, 4))  # nothing was drawn in between: both are new
+    assert sorted(values(pool.sample(4, rng)) + values(pool.sample(4, rng))) == [2] * 4 + [3] * 4
+    assert values(pool.sample(4, rng)) + values(pool.sample(4, rng)) == [1] * 8
+    drawn = [v for _ in range(4) for v in values(pool.sample(4, rng))]
+    assert sorted(drawn) == [1] * 8 + [2] * 4 + [3] * 4
+
+
+def test_newest_first_can_be_switched_off():
+    pool, rng = GrowingPool(DIGITS, newest_first=False), torch.Generator().manual_seed(0)
+    pool.add(*filled(1, 60))
+    pool.sample(4, rng)
+    pool.add(*filled(2, 4))
+    assert values(pool.sample(4, rng)) != [2] * 4
+
+
+def test_the_pool_keeps_every_image_and_hands_out_no_empty_room():
+    pool = GrowingPool(DIGITS)
+    for k in range(1, 20):
+        pool.add(*filled(k, 3))
+    assert pool.images[:, 0, 0, 0].tolist() == [k for k in range(1, 20) for _ in range(3)]
+    assert len(pool) == len(pool.labels) == 57
+    assert pool.state_dict()["images"].untyped_storage().nbytes() == 57 * 64
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_pool_goes_on_where_it_stood(kept):
+    def make():
+        pool = GrowingPool(DIGITS, saves_images=kept)
+        pool.add(*filled(1, 6))
+        pool.add(*filled(2, 6))
+        return pool
+
+    pool, rng = make(), torch.Generator().manual_seed(0)
+    pool.sample(4, rng)
+    state, stream = pool.state_dict(), rng.get_state()
+    wanted = [values(pool.sample(4, rng)) for _ in range(6)]
+    other = GrowingPool(DIGITS) if kept else make()
+    other.load_state_dict(state)
+    assert [values(other.sample(4, rng.set_state(stream))) for _ in range(1)] == wanted[:1]
+    assert [values(other.sample(4, rng)) for _ in range(5)] == wanted[1:]
+
+
+def test_a_pool_without_its_images_says_so():
+    pool = GrowingPool(DIGITS, saves_images=False)
+    pool.add(*filled(1, 6))
+    with pytest.raises(DFKDError, match="add those first"):
+        GrowingPool(DIGITS).load_state_dict(pool.state_dict())
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), "8"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 10]), "0 to 9"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0]), "one label an image"),
+        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), "no images to add"),
+    ],
+)
+def test_a_pool_refuses_what_does_not_fit(images, labels, message):
+    with pytest.raises(DFKDError, match=message) as error:
+        GrowingPool(DIGITS).add(images, labels)
+    assert "\n" not in str(error.value)
+
+
+# --- taking turns ---
+
+
+def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
+    contest = compete(teacher).run()
+    assert [row["updates"] for row in contest.history] == [0, 4, 8]
+    assert [row["images"] for row in contest.history] == [6, 12, 18]
+    assert contest.finished and contest.done == 14 and len(contest.pool) == 18
+    assert torch.bincount(contest.pool.labels, minlength=10).tolist() == [2] * 8 + [1, 1]
+    fresh = ImageSet(contest.pool.images[:6], contest.pool.labels[:6], DIGITS)
+    known = float((answer(teacher, fresh, DIGITS).argmax(1) == fresh.labels).float().mean())
+    assert contest.history[0]["teacher_fresh"] == known
+
+
+def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
+    contest = compete(teacher)
+    contest.run(until=1)
+    assert contest.maker.student is None and contest.maker.objective.weights["competition"] == 0
+    contest.run(until=5)
+    assert contest.maker.student is not None and contest.maker.objective.weights["competition"] == 10
+    plain = compete(teacher, 0.0).run()
+    assert plain.maker.student is None
+    assert torch.equal(plain.pool.images[:6], contest.pool.images[:6])
+    assert not torch.equal(plain.pool.images[6:12], contest.pool.images[6:12])
+
+
+def test_weight_zero_is_deepinversion_without_the_term(teacher):
+    with_term, without = compete(teacher, 0.0).run(), compete(teacher, 0.0)
+    without.maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device="cpu")
+    without.run()
+    assert torch.equal(with_term.pool.images, without.pool.images)
+    assert torch.equal(weights(with_term.student), weights(without.student))
+
+
+@pytest.mark.parametrize("turns", [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
+def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
+    whole, part = compete(teacher).run(), compete(teacher)
+    for _ in range(turns):
+        part.step()
+    save_checkpoint(tmp_path / "state.pt", part.state_dict())
+    other = compete(teacher)
+    other.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    other.run()
+    assert torch.equal(other.pool.images, whole.pool.images)
+    assert torch.equal(weights(other.student), weights(whole.student))
+    for mine, theirs in zip(other.history, whole.history):
+        assert mine | {"loss": 0} == theirs | {"loss": 0}  # `step` leaves the rows of losses to `run`
+
+
+def test_a_callback_stops_it_and_it_goes_on(teacher):
+    whole, stopped, calls = compete(teacher).run(every=2), compete(teacher), 0
+
+    def stop(contest):
+        nonlocal calls
+        calls += 1
+        return True
+
+    while not stopped.finished:
+        stopped.run(callback=stop, every=2)
+    assert calls > 10
+    assert torch.equal(weights(stopped.student), weights(whole.student))
+    assert stopped.history == whole.history
+
+
+def test_a_deadline_in_the_past_does_nothing(teacher):
+    contest = compete(teacher).run(deadline=0.0)
+    assert contest.done == 0 and contest.round == 0
+
+
+def test_another_setting_is_not_resumed(teacher):
+    state = compete(teacher).state_dict()
+    with pytest.raises(DFKDError, match="competition"):
+        compete(teacher, 5.0).load_state_dict(state)
+    with pytest.raises(DFKDError, match="every"):
+        compete(teacher, every=3).load_state_dict(state)
+    with pytest.raises(DFKDError, match="not written by a competition"):
+        compete(teacher).load_state_dict({"kind": "synthesis"})
+
+
+def test_what_cannot_be_a_competition_is_refused(teacher):
+    with pytest.raises(DFKDError, match="the student is the teacher"):
+        compete(teacher, student=network())
+    with pytest.raises(DFKDError, match="fewer rounds"):
+        compete(teacher, rounds=5)
+    with pytest.raises(DFKDError, match="1 or more of each"):
+        compete(teacher, rounds=0)
+    maker = DeepInversion(teacher, steps=2, device="cpu")
+    images = ImageSet(*filled(1, 4), DIGITS)
+    with pytest.raises(DFKDError, match="give its Distiller a GrowingPool"):
+        Competition(maker, Distiller(teacher, network(1), images, steps=4, device="cpu"), rounds=1, images_per_round=2, every=1)
+    contest = compete(teacher).run()
+    with pytest.raises(DFKDError, match="all its updates"):
+        contest.step()
+
+
+def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher):
+    contest = compete(teacher)
+    contest.run(until=4)
+    before = weights(contest.student)
+    contest.step()
+    assert contest.dreaming and not any(m.training for m in contest.maker.student.model.modules())
+    while contest.dreaming:
+        contest.step()
+    assert torch.equal(before, weights(contest.student))
+
+
+# --- the toy ---
+
+
+def test_the_toy_dreams_where_the_student_is_wrong():
+    def ratio(weight):
+        toy = CompetitionToy(weight=weight, every=60)
+        toy.step()
+        toy.step()
+        fresh, real = (float(jensen_shannon(toy.teacher(x), toy.student(x)).mean()) for x in (toy.rounds[-1], toy.real))
+        assert len(toy.history) == 2 and draw_toy(toy, 100).shape == (3, 100, 100)
+        return fresh / real
+
+    assert ratio(10.0) > 1.5 * ratio(0.0)
+
+
+def test_the_toy_explorer_plays_rounds_and_starts_again():
+    pytest.importorskip("ipywidgets")
+    play = ToyExplorer(every=2)
+    play.weight.value = 0.0
+    play.next.click()
+    assert play.toy.weight == 0 and len(play.pictures) == 2 and play.look.value == 2
+    play.look.value = 1
+    assert play.picture.value == play.pictures[0]
+    play.again.click()
+    assert len(play.toy.rounds) == 1 and len(play.pictures) == 1 and play.look.value == 1
+
+
+# --- coverage ---
+
+
+def line(*at):
+    return torch.tensor([[float(v), 0.0] for v in at])
+
+
+def test_measures_by_hand():
+    real = line(*range(10))
+    assert coverage(real, line(0.5), 1) == 0.2 and density(real, line(0.5), 1) == 2.0
+    assert precision_recall(real, line(-20, 30), 1) == (0.0, 1.0) and coverage(real, line(-20, 30), 1) == 0.0
+    assert precision_recall(real, line(3, 4), 1) == (1.0, 0.4)
+    assert coverage(real, real, 1) == 1.0
+
+
+def test_distances_match_the_plain_ones_and_skip_oneself():
+    a, b = torch.randn(1203, 3), torch.randn(40, 3)
+    plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1).values[:, :4]
+    assert torch.allclose(nearest_distances(a, b, 4), plain, atol=1e-6)
+    own = torch.cdist(a.double(), a.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf).sort(1).values[:, :2]
+    assert torch.equal(nearest_distances(a, neighbours=2), own)
+    twins = torch.cat([b, b])
+    assert (nearest_distances(twins)[:, 0] == 0).all()  # a copy is a neighbour
+
+
+def test_a_pool_that_misses_half_the_world_covers_less():
+    a, b = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
+    half = b[b[:, 0] > 0]
+    same = b[: len(half)]
+    assert coverage(a, half) < coverage(a, same) - 0.1
+    assert precision_recall(a, half)[1] < precision_recall(a, same)[1]
+    plane = principal_plane(a)
+    assert spread(half, plane) < spread(b, plane)
+
+
+def test_the_plane_is_that_of_the_real_points():
+    real = torch.randn(200, 5) * torch.tensor([9.0, 1.0, 5.0, 1.0, 1.0])
+    plane = principal_plane(real)
+    spots = plane(torch.eye(5)) - plane(torch.zeros(1, 5))
+    assert spots[0, 0].abs() > 0.95 and spots[2, 1].abs() > 0.95
+    assert spread(line(0, 1, 2)) == 0.0
+    assert abs(spread(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])) - 2) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: coverage(line(0, 1, 2), line(0), 3), "3 neighbours among 2 points"),
+        (lambda: coverage(line(0, 1, 2), torch.zeros(2, 3), 1), "embed both with the same network"),
+        (lambda: coverage(line(0, 1, 2), torch.zeros(0, 2), 1), "N at least 1"),
+        (lambda: density(line(0, math.nan), line(0), 1), "NaN"),
+        (lambda: principal_plane(line(0, 1)), "3 or more"),
+    ],
+)
+def test_points_that_cannot_be_compared_are_refused(call, message):
+    with pytest.raises(DFKDError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
