@@ -89,14 +89,31 @@ def test_scales_of_a_comparison_agree():
             for k in ("noise", "deepdream", "deepinversion", "real")
         ]
         free = {"source", "real_data", "tv_l2", "tv_l1", "l2", "feature_weight"}
+        idle_rounds = {"rounds", "updates_between_rounds"}  # real images are there from the beginning
         for other in kinds[1:]:
-            idle = {k for k in other if k.startswith("synthesis")} | {"half_size_steps"} # nothing is dreamt where images are real
+            idle = {k for k in other if k.startswith("synthesis")} | {"half_size_steps"} | idle_rounds  # nothing is dreamt where images are real
             left_out = free | (idle if other["source"] == "real" else set())
             assert {k: v for k, v in other.items() if k not in left_out} == {
                 k: v for k, v in kinds[0].items() if k not in left_out
             }
         assert [k["feature_weight"] > 0 for k in kinds[:3]] == [False, False, True]
         assert [k["tv_l2"] > 0 for k in kinds[:3]] == [False, True, True]
+
+
+@pytest.mark.parametrize("scale", ["quick", "full"])
+def test_competition_and_measured_statistics_change_one_setting(scale):
+    def settings(name):
+        return dataclasses.asdict(Recipe.load(name).resolve(scale))
+
+    def differs(a, b):
+        return {k for k in a if a[k] != b[k]}
+
+    plain, adaptive = settings("cifar10-transfer-deepinversion"), settings("cifar10-transfer-adaptive")
+    assert differs(plain, adaptive) == {"competition_weight"} and adaptive["competition_weight"] > 0
+    for word, base in (("di", plain), ("adi", adaptive)):
+        for n in (1, 10, 100, 1000):
+            other = settings(f"cifar10-measured-{word}-{n}")
+            assert differs(base, other) == {"measured_images"} and other["measured_images"] == n
 
 
 @pytest.mark.parametrize("method", ["noise", "deepdream", "deepinversion"])
@@ -363,3 +380,79 @@ def test_environment_says_where(tmp_path):
         and noted["cores"] == os.cpu_count()
     )
     json.dumps(noted)
+
+
+# students of dreams that are made in rounds, or from metadata
+
+DIGITS = """
+title = "A student of the digits teacher"
+task = "transfer"
+[settings]
+teacher = "run:digits-teacher/quick"
+student = "digits-net"
+test_data = "digits"
+real_data = "digits"
+batch_size = 64
+padding = 1
+flip = false
+synthesis_flip = false
+synthesis_batch_size = 20
+synthesis_steps = 6
+images = 60
+updates = 12
+evaluations = 2
+"""
+KINDS = {
+    "rounds": "rounds = 3\nupdates_between_rounds = 4\ncompetition_weight = 5.0",
+    "metadata": "class_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\nmetadata_clusters = 2\nmetadata_components = 5",
+    "labels": 'learn_from = "labels"',
+    "measured": 'measured_images = 50\nmeasured_data = "digits"',
+}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    "A folder of runs with a digits teacher in it."
+    out = tmp_path_factory.mktemp("taught")
+    Run(Recipe.load("digits-teacher"), "quick", TINY, out=out, results=out / "results", device="cpu", quiet=True).start()
+    return out
+
+
+def student(taught, kind, name, **changes):
+    recipe = Recipe.parse(DIGITS + "[quick]\n" + KINDS[kind], name)
+    return Run(recipe, "quick", changes, out=taught, results=taught / "results", device="cpu", quiet=True)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught, kind):
+    result = student(taught, kind, f"{kind}-whole").start()
+    stops, again = pieces(lambda: student(taught, kind, f"{kind}-cut"), max_minutes=1e-9)
+    assert stops >= 1 and again.numbers == result.numbers
+    whole, cut = (student(taught, kind, f"{kind}-{word}") for word in ("whole", "cut"))
+    assert rows(whole) == rows(cut)
+    for name in ("weights.safetensors", "images.safetensors"):
+        a, b = (load_tensors(run.folder / name)[0] for run in (whole, cut))
+        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert not (cut.folder / "parts").exists() and len(load_tensors(cut.folder / "images.safetensors")[0]["images"]) == 60
+    if kind == "rounds":
+        kept = [row for row in rows(cut) if row["phase"] == "rounds"]
+        assert [(row["batch"], row["step"], row["images"]) for row in kept] == [(0, 0, 20), (1, 4, 40), (2, 8, 60)]
+        assert all(0 <= row["student_fresh"] <= 1 and 0 <= row["divergence"] <= 0.6932 for row in kept)
+    if kind == "metadata":
+        assert again.numbers["metadata_bytes"] == (cut.folder / "metadata.safetensors").stat().st_size
+        assert again.numbers["metadata_clusters"] == 20 and again.numbers["goal_distance"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("rounds", {"images": 61}, "multiple of rounds"),
+        ("rounds", {"goal_weight": 1.0}, "set rounds to 1"),
+        ("rounds", {"source": "real"}, "set rounds to 1"),
+        ("rounds", {"updates": 5}, "fewer rounds"),
+        ("metadata", {"metadata_components": 50}, "lower components"),
+    ],
+)
+def test_transfers_that_cannot_be(taught, kind, changes, words):
+    with pytest.raises(DFKDError, match=words):
+        student(taught, kind, "impossible", **changes).start(fresh=True)
