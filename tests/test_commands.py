@@ -1,6 +1,8 @@
 "The command line: what each command prints, and how a run is begun, stopped, resumed and shown."
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -96,53 +98,188 @@ def test_debug_shows_where(dfkd):
     assert "Traceback" in dfkd("--debug", "show", "nothing")[2] and "Traceback" not in dfkd("show", "nothing")[2]
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped"])
-def test_invert_a_network_of_ones_own(dfkd, kind):
+def network():
+    "A tiny network with something to remember."
     torch.manual_seed(0)
     model = build_model("digits-net", 10, 1)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
-    path = dfkd.folder / f"mine.{'safetensors' if kind == 'safetensors' else 'pt'}"
-    if kind == "safetensors":
-        save_tensors(path, model.state_dict())
-    else:
-        torch.save(
-            model.state_dict()
-            if kind == "pt"
-            else {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}},
-            path,
-        )
-    code, out, err = dfkd(
-        "invert",
-        "--checkpoint",
-        path,
-        "--model",
-        "digits-net",
-        "--num-classes",
-        10,
-        "--mean",
-        "0.3",
-        "--std",
-        "0.4",
-        "--size",
-        8,
-        "--classes",
-        "1,7",
-        "--n",
-        6,
-        "--out",
-        "dreams",
-        "--set",
-        "synthesis_steps=5",
-        "--device",
-        "cpu",
-    )
+    return model
+
+
+OWN = "invert --model digits-net --num-classes 10 --mean 0.3 --std 0.4 --size 8 --device cpu --checkpoint mine.safetensors"
+OWN = [*OWN.split(), "--set", "synthesis_steps=5"]
+BATCHES = [*OWN, "--n", "6", "--set", "synthesis_batch_size=2"]
+
+
+@pytest.fixture
+def own(dfkd):
+    "The same command, in a folder with a network."
+    save_tensors(dfkd.folder / "mine.safetensors", network().state_dict())
+    return dfkd
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def contents(folder):
+    "All images of a folder, by name, and all lines about them."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.png"))}, manifest(folder)[
+        "images"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt", "wrapped"])
+def test_invert_a_network_of_ones_own(own, kind):
+    state = network().state_dict()
+    path = "mine.safetensors" if kind == "safetensors" else "mine.pt"
+    if kind == "pt":
+        torch.save(state, path)
+    if kind == "wrapped":
+        torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}}, path)
+    code, out, err = own(*OWN, "--checkpoint", path, "--classes", "1,7", "--n", 6, "--out", "dreams")
     assert code == 0 and "6 images" in out, err
-    manifest = json.loads((dfkd.folder / "dreams/manifest.json").read_text())
-    assert [entry["class"] for entry in manifest["images"]] == [1, 7] * 3
-    assert all((dfkd.folder / "dreams" / entry["file"]).is_file() for entry in manifest["images"])
+    lines = manifest(own.folder / "dreams")["images"]
+    assert [line["class"] for line in lines] == [1, 7] * 3
+    assert all((own.folder / "dreams" / line["file"]).is_file() for line in lines)
+
+
+def test_invert_leaves_images_and_a_manifest(own):
+    code, out, _ = own(*BATCHES, "--out", "dreams", "--grid", 4, "--seed", 5)
+    folder = own.folder / "dreams"
+    assert code == 0
+    images, lines = contents(folder)
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["grid.png", "manifest.json"]
+    assert list(images) == sorted(line["file"] for line in lines) + ["grid.png"] and len(lines) == 6
+    about = manifest(folder)
+    assert about["asked"]["seed"] == 5 and about["made_with"]["torch"] == torch.__version__
+    assert about["model"] == "digits-net" and about["asked"]["settings"]["synthesis_steps"] == 5
+    right = sum(line["class"] == line["seen_as"] for line in lines)
+    assert f"6 images in dreams, {right} of them" in out
+    assert all(0 <= line["probability"] <= 1 and line["name"] == str(line["class"]) for line in lines)
+
+
+def test_invert_makes_what_the_library_makes(own):
+    "Images come back from PNG files and from Parquet as `DeepInversion` made them."
+    from dfkd_nb.dreams.inversion import DeepInversion
+    from dfkd_nb.foundations.data import Domain, load_data
+    from dfkd_nb.foundations.models import Teacher
+    from dfkd_nb.lab.commands import usual_settings
+    from dfkd_nb.lab.runs import Synthesis, synthesizer
+
+    domain = Domain("own", (1, 8, 8), (0.3,), (0.4,), tuple("0123456789"))
+    settings = Synthesis(**usual_settings(8) | {"synthesis_steps": 5, "synthesis_batch_size": 2, "images": 6})
+    maker = synthesizer(settings, Teacher(network(), domain), torch.device("cpu"), 0)
+    assert isinstance(maker, DeepInversion)
+    expected = maker.synthesize(6, ["7", 2, "9"])
+    for kind in ("png", "parquet"):
+        assert own(*BATCHES, "--classes", "7,2,9", "--format", kind, "--out", kind)[0] == 0
+        found = load_data(f"folder:{kind}", domain=domain).in_memory()
+        order = torch.arange(6) if kind == "parquet" else torch.argsort(expected.labels, stable=True)
+        assert found.images.equal(expected.images[order]) and found.labels.equal(expected.labels[order])
+        assert found.domain.classes == domain.classes
+
+
+def test_parquet_as_the_hub_has_it(own):
+    import pyarrow.parquet as pq
+
+    assert own(*BATCHES, "--format", "parquet", "--out", "dreams", "--grid", 6)[0] == 0
+    schema = pq.read_schema("dreams/images.parquet")
+    assert str(schema.field("image").type) == "struct<bytes: binary, path: string>"
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"} and features["label"]["names"] == list("0123456789")
+    assert sorted(p.name for p in (own.folder / "dreams").iterdir()) == ["grid.png", "images.parquet", "manifest.json"]
+    assert [line["row"] for line in manifest(own.folder / "dreams")["images"]] == list(range(6))
+
+
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_invert_stops_and_goes_on_to_the_same_bits(own, monkeypatch, kind):
+    "Stopped after every few updates, in and between batches."
+    from dfkd_nb.dreams.inversion import Batches
+
+    again = [*BATCHES, "--format", kind, "--out", "pieces", "--resume"]
+    assert own(*BATCHES, "--format", kind, "--out", "whole")[0] == 0
+    step, left = Batches.step, [0]
+
+    def counted(self):
+        step(self)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Batches, "step", counted)
+    stops = 0
+    for updates in (1, 2, 3, 4, 99):
+        left[0] = updates
+        code, out, err = own(*again)
+        if code == 0:
+            break
+        assert code == 3 and "SIGTERM" in err and "--resume" in err and len(err.splitlines()) == 1
+        kept = sum(len(json.loads(p.read_text())["images"]) for p in (own.folder / "pieces").glob("unfinished-*.json"))
+        assert (f"{kept} finished images" in err) == (kept > 0)
+        stops += 1
+    assert code == 0 and stops == 4
+    whole, pieces = contents(own.folder / "whole"), contents(own.folder / "pieces")
+    assert whole == pieces
+    if kind == "parquet":
+        assert (own.folder / "whole/images.parquet").read_bytes() == (own.folder / "pieces/images.parquet").read_bytes()
+    assert sorted(p.name for p in (own.folder / "pieces").iterdir()) == sorted(
+        p.name for p in (own.folder / "whole").iterdir()
+    )
+    code, out, _ = own(*again)
+    assert code == 0 and "6 images" in out, "a finished folder is left as it is"
+
+
+def test_stopped_before_the_first_update(own):
+    code, _, err = own(*BATCHES, "--out", "dreams", "--max-minutes", "1e-9")
+    assert code == 3 and "nothing is made yet" in err and "checkpoint" not in err
+    assert own(*BATCHES, "--out", "dreams", "--resume")[0] == 0
+
+
+def test_an_interruption_says_what_is_kept(own, monkeypatch):
+    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.lab import commands
+
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "own_teacher", interrupt)
+        code, _, err = own(*BATCHES, "--out", "dreams")
+        assert code == 130 and "before anything was saved" in err and "--resume" not in err
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "step", interrupt)
+        code, _, err = own(*BATCHES, "--out", "dreams")
+        assert code == 3 and "the batch in hand is kept in dreams" in err and "--resume" in err
+    assert own(*BATCHES, "--out", "dreams", "--resume")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "Run", interrupt)
+        code, _, err = own("run", "digits-teacher", *TINY)
+        assert code == 130 and "before anything was saved" in err
+
+
+def test_invert_a_shipped_teacher_by_names(own):
+    words = (
+        "--set half_size_steps=1 --set synthesis_steps=1 --classes Cat,ship,3 --n 3 --device cpu --out dreams".split()
+    )
+    assert own("invert", "--teacher", "cifar10-resnet20", *words)[0] == 0
+    lines = manifest(own.folder / "dreams")["images"]
+    assert [line["name"] for line in lines] == ["cat", "ship", "cat"]
+
+
+def test_a_line_with_the_time_left(capsys, monkeypatch):
+    from dfkd_nb.lab.commands import Clock
+
+    monkeypatch.setenv("DFKD_PROGRESS", "0")
+    clock = Clock(100, seconds=0.0)
+    clock.begun -= 60
+    clock.tick(50, "batch 1 of 2")
+    assert capsys.readouterr().out == "batch 1 of 2, about 60 s left\n"
+    Clock(100, speaks=False, seconds=0.0).tick(50, "batch 1 of 2")
+    assert not capsys.readouterr().out
 
 
 def test_help_is_quick():
