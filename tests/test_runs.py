@@ -440,7 +440,7 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
         assert all(0 <= row["student_fresh"] <= 1 and 0 <= row["divergence"] <= 0.6932 for row in kept)
     if kind == "metadata":
         assert again.numbers["metadata_bytes"] == (cut.folder / "metadata.safetensors").stat().st_size
-        assert again.numbers["metadata_clusters"] == 20 and again.numbers["goal_distance"] > 0
+        assert 10 <= again.numbers["metadata_clusters"] <= 20 and again.numbers["goal_distance"] > 0
 
 
 @pytest.mark.parametrize(
