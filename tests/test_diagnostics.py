@@ -1,0 +1,337 @@
+"""Diagnostics: any set of images, any network, every number checked against another way to it, and pages that stand alone."""
+
+import argparse
+import io
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dfkd_nb.foundations.core import DFKDError, import_torchvision
+from dfkd_nb.foundations.data import DOMAINS, Domain, ImageFiles, ImageSet, ImageSource
+from dfkd_nb.foundations.models import Teacher, build_model, save_weights
+from dfkd_nb.lab import diagnostics as d
+
+DIGITS = DOMAINS["digits"]
+
+
+def network(channels=1, classes=10, norm=True, seed=0):
+    "A small network whose BatchNorm layer has seen something."
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 6, 3, padding=1),
+        nn.BatchNorm2d(6) if norm else nn.Identity(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+    with torch.no_grad():
+        for _ in range(30):
+            model(torch.randn(32, channels, 8, 8))
+    return model.eval()
+
+
+def pictures(count, domain=DIGITS, seed=0, labels=True):
+    "Random bytes with labels in turn."
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, *domain.shape), generator=generator, dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % domain.num_classes if labels else None, domain)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(network(), DIGITS, "tiny")
+
+
+class Counting(ImageSource):
+    "Says how many images were asked for at once."
+
+    def __init__(self, images):
+        super().__init__()
+        self.inner, self.labels, self.domain, self.most = images, images.labels, images.domain, 0
+
+    def __len__(self):
+        return len(self.inner)
+
+    def fetch(self, indices):
+        self.most = max(self.most, len(indices))
+        return self.inner.fetch(indices)
+
+
+# --- looking
+
+
+def test_the_size_of_batches_changes_nothing_and_bounds_memory(teacher):
+    source = Counting(pictures(23))
+    a, b = d.observe(source, teacher, 7), d.observe(source.inner, teacher, 100)
+    assert source.most == 7
+    assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(a.embeddings, b.embeddings, atol=1e-5)
+    assert a.embeddings.shape == (23, 6)
+
+
+def test_images_in_files_are_looked_at_like_images_in_memory(teacher):
+    images = pictures(6)
+
+    def encode(x):
+        buffer = io.BytesIO()
+        Image.fromarray(x[0].numpy()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    files = ImageFiles([encode(x) for x in images.images], images.labels, DIGITS)
+    assert torch.equal(d.observe(files, teacher).logits, d.observe(images, teacher).logits)
+
+
+def test_a_witness_may_have_its_own_size_channels_and_normalisation():
+    other = Domain("other", (3, 12, 12), (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), DIGITS.classes)
+    judge, images = Teacher(network(3), other, "other"), pictures(5)
+    seen = d.observe(images, judge)
+    wanted = judge(other.normalize(d.fit(images.images, other)))
+    assert torch.allclose(seen.logits, wanted, atol=1e-5)
+    assert d.fit(images.images, other).shape == (5, 3, 12, 12)
+    assert 0 <= d.fit(images.images, other).min() and d.fit(images.images, other).max() <= 1
+
+
+def test_what_was_seen_is_not_looked_at_twice(teacher):
+    seen = d.observe(pictures(4), teacher)
+    assert d.observe(seen, teacher) is seen
+    assert d.observe(seen, Teacher(network(seed=1), DIGITS, "b")) is not seen
+
+
+# --- instruments
+
+
+def test_accuracy_by_network_and_class_is_what_counting_gives(teacher):
+    images, other = pictures(40), Teacher(network(seed=1), DIGITS, "b")
+    found = d.verify(images, {"a": teacher, "b": other})
+    right = other.predict(images.images).argmax(1) == images.labels
+    assert found.accuracy["b"] == pytest.approx(right.float().mean().item())
+    assert found.per_class["b"][3] == pytest.approx(right[images.labels == 3].float().mean().item())
+    low, high = found.numbers["b"]["interval"]
+    assert 0 <= low <= found.accuracy["b"] <= high <= 1
+
+
+def test_intervals_hold_the_share_and_shrink_with_the_number():
+    for count in (1, 10, 1000):
+        for right in {0, 1, count // 2, count}:
+            low, high = d.wilson(right, count)
+            assert 0 <= low <= right / count + 1e-12 and right / count - 1e-12 <= high <= 1
+    widths = [high - low for low, high in (d.wilson(n // 2, n) for n in (10, 100, 1000))]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_networks_of_another_task_have_no_say(teacher):
+    with pytest.raises(DFKDError, match="7 classes"):
+        d.verify(pictures(3), {"b": Teacher(network(classes=7), Domain("seven", (1, 8, 8), (0.5,), (0.5,), tuple("1234567")))})
+    with pytest.raises(DFKDError, match="no labels"):
+        d.verify(pictures(3, labels=False), {"a": teacher})
+
+
+def certain(classes, scale=2000.0):
+    "A network that names the brightest pixel, without any doubt."
+    domain = Domain("pixels", (1, 1, classes), (0.0,), (1.0,), tuple(map(str, range(classes))))
+    judge = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(classes, classes, bias=False)), domain, "certain")
+    judge.model[1].weight.copy_(torch.eye(classes) * scale)
+    return judge
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_the_inception_score_of_certain_and_even_answers_is_the_number_of_classes(classes):
+    judge = certain(classes)
+    images = ImageSet((torch.eye(classes) * 255).to(torch.uint8).view(classes, 1, 1, classes), None, judge.domain)
+    assert d.inception_score(images, judge).score == pytest.approx(classes, rel=1e-6)
+
+
+def test_the_inception_score_is_bounded_and_says_so():
+    judge = certain(10)
+    images = ImageSet((torch.eye(10)[:4] * 255).to(torch.uint8).view(4, 1, 1, 10), None, judge.domain)
+    with pytest.warns(UserWarning, match="compare only sets of one size"):
+        found = d.inception_score(images, judge)
+    assert found.score == pytest.approx(4) and found.bound == 4 and found.network == "certain" in found.says()
+
+
+def test_the_inception_score_leaves_the_global_generator_alone_and_repeats(teacher):
+    images, state = pictures(30), torch.random.get_rng_state()
+    a, b = (d.inception_score(images, teacher, splits=3) for _ in range(2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert (a.score, a.spread) == (b.score, b.spread)
+    assert 1 <= d.inception_score(images, teacher).score <= 10
+
+
+@pytest.mark.parametrize("n, m, size", [(40, 50, 8), (10, 12, 30), (60, 9, 20)])
+def test_the_distance_of_clouds_is_that_of_torchmetrics(n, m, size):
+    import_torchvision()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, size, generator=generator, dtype=torch.float64)
+    y = 1.5 * torch.randn(m, size, generator=generator, dtype=torch.float64) + 0.3
+    passing = nn.Identity()
+    passing.num_features = size
+    metric = FrechetInceptionDistance(passing)
+    metric.update(x, real=True)
+    metric.update(y, real=False)
+    assert sum(d.frechet(x, y)) == pytest.approx(metric.compute().item(), rel=1e-3) # its eigenvalues are the less exact ones
+    assert sum(d.frechet(x, y)) == pytest.approx(sum(d.frechet(y, x)), rel=1e-9)
+    assert sum(d.frechet(x, x)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_distance_comes_with_what_real_images_get(teacher):
+    real = pictures(200)
+    found = d.frechet_distance(real, pictures(50, seed=1), teacher)
+    assert found.distance < 4 * found.floor # both are noise of the same kind
+    dark = ImageSet(real.images // 4, real.labels, DIGITS)
+    assert d.frechet_distance(real, dark, teacher).distance > 10 * found.floor
+    dreams, held_back = list(found.curve.values())[0]
+    assert dreams > found.distance and held_back > found.floor # fewer images are farther
+
+
+def test_a_copy_is_its_own_neighbour(teacher):
+    real = pictures(50)
+    found = d.nearest_neighbours(real.subset(torch.tensor([7, 31])), real, teacher, k=2)
+    assert found.indices[:, 0].tolist() == [7, 31]
+    assert found.distances[:, 0].abs().max() < 1e-6 and found.numbers["smallest_ratio"] < 1e-6
+    assert found.numbers["nearer_than_any_real"] == 1
+    assert (found.usual > 0).all() # nobody is compared with itself
+
+
+def test_neighbours_are_those_that_brute_force_finds():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 5, generator=generator), torch.randn(40, 5, generator=generator)
+    distances, indices = d.nearest(x, y, 3, chunk=64)
+    full = (x[:, None] - y).norm(dim=2).sort(1)
+    assert torch.equal(indices, full.indices[:, :3]) and torch.allclose(distances, full.values[:, :3])
+
+
+def test_difficulty_keeps_its_digits_and_needs_no_labels():
+    judge = certain(3, scale=50)
+    sure = ImageSet(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 1, 1, 3), None, judge.domain)
+    found = d.difficulty(sure, judge)
+    assert found.values["dreams"].item() == pytest.approx(2 * math.exp(-50), rel=1e-5)
+    assert found.numbers["groups"]["dreams"]["easy"] == 1
+
+
+def test_a_student_like_its_teacher_differs_in_nothing(teacher):
+    found = d.difficulty({"a": pictures(20)}, teacher, teacher)
+    assert found.discrepancy["a"].abs().max() < 1e-9 and found.disagreement["a"] == 0
+    assert d.difficulty(pictures(20), teacher, Teacher(network(seed=3), DIGITS)).discrepancy["dreams"].min() >= 0
+
+
+def test_histograms_count_every_image_once(teacher):
+    found = d.class_histogram({"a": pictures(33), "b": pictures(7)}, teacher).numbers["groups"]
+    assert (found["a"]["images"], found["b"]["images"]) == (33, 7)
+    assert 1 <= found["a"]["effective_classes"] <= 10
+    assert sum(d.difficulty(pictures(33), teacher).numbers["groups"]["dreams"]["histogram"]) == 33
+
+
+def test_layers_do_not_depend_on_batches(teacher):
+    a, b = (d.layer_distances(pictures(30), teacher, batch_size=n).distances["dreams"] for n in (4, 30))
+    assert torch.allclose(a, b, rtol=1e-4) and len(a) == 1
+
+
+def test_real_images_cover_themselves(teacher):
+    real = d.observe(pictures(60), teacher)
+    found = d.coverage_map(real, real, teacher)
+    shares = found.shares["dreams"]
+    assert shares["precision"] == shares["recall"] == shares["coverage"] == 1 and shares["area"] == pytest.approx(1)
+    assert 0 < found.explained <= 1 + 1e-9
+    assert len(d.coverage_map(real, real, teacher, of_class=3).points["real"]) == 6
+
+
+# --- the page
+
+
+def test_everything_is_measured_where_everything_is_given(teacher):
+    report = d.inspect(pictures(20), teacher, pictures(60, seed=1), [Teacher(network(seed=1), DIGITS, "b")], network(seed=2))
+    assert not report.missing and len(report.findings) == 8
+    assert report.findings["inception_score"].network == "b" # the witness judges, not the one that dreamed
+    assert json.dumps(d.plain(report.numbers), allow_nan=False)
+
+
+def test_what_cannot_be_measured_is_listed_with_its_reason():
+    silent = Teacher(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), DIGITS, "silent")
+    report = d.inspect(pictures(5, labels=False), silent, pictures(30))
+    assert set(report.findings) == {"inception_score", "classes", "difficulty"}
+    for name, word in {"verification": "no labels", "coverage": "linear", "layers": "BatchNorm"}.items():
+        assert word in report.missing[name]
+    assert all(reason in repr(report) for reason in report.missing.values())
+
+
+@pytest.mark.parametrize("count, real", [(1, 60), (2, 3), (3, 4)])
+def test_hardly_any_images_make_a_page_all_the_same(teacher, count, real):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        report = d.inspect(pictures(count), teacher, pictures(real, seed=1))
+    assert set(report.findings) | set(report.missing) == {
+        "verification", "inception_score", "classes", "difficulty", "layers", "frechet", "coverage", "neighbours",
+    }
+    assert {"verification", "classes", "difficulty", "layers"} <= set(report.findings)
+
+
+def test_a_page_stands_alone(tmp_path, teacher):
+    report = d.inspect(pictures(6, labels=False), teacher, title="<script>alert(1)</script>")
+    page = report.save(tmp_path / "page").read_text()
+    assert "<script" not in page and "http" not in page and page.count("data:image/png;base64") == len(report.findings)
+    assert json.loads((tmp_path / "page/report.json").read_text())["missing"]["frechet"] == "it needs real images"
+    assert Image.open(tmp_path / "page/report.png").width == 1200
+
+
+def leave(root, task="dream", **settings):
+    "What a run leaves."
+    place = root / f"runs/{task}/quick"
+    pictures(12).save(place / "images.safetensors")
+    torch.manual_seed(0)
+    about = {"model": "digits-net", "domain": "digits"}
+    save_weights(root / "runs/digits-teacher/full/weights.safetensors", build_model("digits-net", 10, 1), about)
+    save_weights(place / "weights.safetensors", build_model("digits-net", 10, 1), about)
+    settings = {"teacher": "run:digits-teacher/full", "test_data": "digits"} | settings
+    (place / "result.json").write_text(json.dumps({"recipe": task, "scale": "quick", "task": task, "settings": settings}))
+    return place
+
+
+def test_a_run_is_inspected_with_its_own_teacher_data_and_student(tmp_path):
+    report = d.inspect_run(leave(tmp_path, "transfer"), limit=40)
+    assert not report.missing and len(report.images) == 12
+    assert "disagreement" in report.findings["difficulty"].numbers["groups"]["dreams"]
+    assert report.numbers["about"]["settings"]["test_data"] == "digits"
+    place = leave(tmp_path, "dream", verifiers="run:digits-teacher/full, run:transfer")
+    assert list(d.inspect_run(place, real="").findings["verification"].accuracy) == ["run:digits-teacher/full", "run:transfer"]
+
+
+def test_missing_real_images_are_no_reason_to_stop(tmp_path):
+    report = d.inspect_run(leave(tmp_path, test_data="no-such-data"))
+    assert "no-such-data" in report.missing["real images"] and "coverage" in report.missing
+
+
+def test_a_folder_of_pictures_by_class_number_is_read(tmp_path, teacher):
+    for i, label in enumerate((0, 7, 7)):
+        (tmp_path / f"{label:04}").mkdir(exist_ok=True)
+        Image.fromarray(pictures(3).images[i, 0].numpy()).save(tmp_path / f"{label:04}/{i:05}.png")
+    (tmp_path / "manifest.json").write_text("{}")
+    report = d.inspect_run(tmp_path, real="", teacher=teacher)
+    assert report.images.labels.tolist() == [0, 7, 7]
+
+
+def test_folders_that_do_not_help_say_what_to_do(tmp_path, teacher):
+    with pytest.raises(DFKDError, match="name the teacher"):
+        d.inspect_run(tmp_path)
+    with pytest.raises(DFKDError, match="no images at"):
+        d.inspect_run(tmp_path / "nothing", teacher=teacher)
+    (place := leave(tmp_path)).joinpath("result.json").write_text('{"recipe":')
+    with pytest.raises(DFKDError, match="run it again"):
+        d.inspect_run(place)
+
+
+def test_the_command_leaves_a_page(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    d.inspect_options(parser)
+    place = leave(tmp_path)
+    assert d.inspect_command(parser.parse_args([str(place), "--real", "", "--verifier", "run:digits-teacher/full"])) == 0
+    assert "kept in" in capsys.readouterr().out
+    assert sorted(p.name for p in (place / "inspection").iterdir()) == ["report.html", "report.json", "report.png"]
+    with pytest.raises(DFKDError, match="4 real images"):
+        d.inspect_command(parser.parse_args([str(place), "--limit", "1"]))
