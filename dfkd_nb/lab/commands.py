@@ -200,7 +200,7 @@ def chosen_classes(
         raise problem(f"--classes: no class '{word}' in '{domain.name}': {hint}use 0 to {domain.num_classes - 1}, or names such as '{domain.classes[0]}'")
     return [number(word.strip()) for word in text.split(',')]
 
-# %% ../../nbs/lab/23_commands.ipynb #32d5bb7a
+# %% ../../nbs/lab/23_commands.ipynb #83a91664
 LARGE = 96 # pixels from which on a network is treated like ImageNet's
 
 def usual_settings(
@@ -222,7 +222,8 @@ def inversion_settings(
         if key in changes: raise problem(f"--set {key}: use {instead}")
     for key in ('source', 'real_data', 'measured_images', 'measured_data'):
         if key in changes: raise problem(f"--set {key}: no real image is used here; make a recipe for it, `dfkd show` prints one to begin with")
-    settings = check_settings(Synthesis, usual_settings(size) | {'images': arguments.n} | changes, '--set')
+    most = {'synthesis_batch_size': max(2, arguments.n)} if arguments.memory else {} # as many as fit
+    settings = check_settings(Synthesis, usual_settings(size) | most | {'images': arguments.n} | changes, '--set')
     return dataclasses.replace(settings, synthesis_batch_size=max(2, min(settings.images, settings.synthesis_batch_size)))
 
 # %% ../../nbs/lab/23_commands.ipynb #a98141a6
@@ -498,14 +499,18 @@ def silent() -> Iterator[None]:
         if before is None: del os.environ['DFKD_PROGRESS']
         else: os.environ['DFKD_PROGRESS'] = before
 
-# %% ../../nbs/lab/23_commands.ipynb #024fd116
+# %% ../../nbs/lab/23_commands.ipynb #698425d6
 def request(
     arguments: argparse.Namespace, # of `dfkd invert`
     teacher: 'Teacher', # on its device
 ) -> dict[str, Any]: # plain values
     "All that decides the images' bits, but for the number of threads."
     import hashlib
+    from dfkd_nb.dreams.inversion import images_that_fit
     domain, settings = teacher.domain, inversion_settings(arguments, teacher.domain.size[0])
+    if arguments.memory:
+        fit = images_that_fit(synthesizer(settings, teacher, teacher.device, arguments.seed), arguments.memory)
+        settings = dataclasses.replace(settings, synthesis_batch_size=min(fit, settings.synthesis_batch_size))
     classes = chosen_classes(arguments.classes, domain) if arguments.classes else None
     targets = wishes(settings, domain.num_classes).tolist() if classes is None else [classes[i % len(classes)] for i in range(settings.images)]
     digest = hashlib.sha256()
@@ -544,7 +549,7 @@ def holding(
             if not (folder / ASKED).is_file(): (folder / 'lock').unlink()
             if not any(folder.iterdir()): folder.rmdir()
 
-# %% ../../nbs/lab/23_commands.ipynb #cc66b655
+# %% ../../nbs/lab/23_commands.ipynb #466f2171
 def fill_folder(
     arguments: argparse.Namespace, # of `dfkd invert`
     dreams: Dreams, # what is asked for
@@ -558,6 +563,7 @@ def fill_folder(
     rank, processes = world()
     if not whole:
         mine = missing[rank::processes]
+        if rank == 0 and len(missing) < processes: print(f'{len(missing)} batches for {processes} processes: some have nothing to do; --set synthesis_batch_size makes more, smaller ones')
         dreaming = Dreaming(dreams, maker, mine, deadline, arguments.save_every, Clock(len(mine) * maker.steps, rank == 0))
         with Run.watch_signals(dreaming), repeatable(threads): done = dreaming.work() # type: ignore[arg-type]
         if not all(exchange(done)):
@@ -578,7 +584,7 @@ def bench(arguments: argparse.Namespace) -> int:
     except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
     return speed.bench(arguments.rest)
 
-# %% ../../nbs/lab/23_commands.ipynb #a19c7793
+# %% ../../nbs/lab/23_commands.ipynb #9d7d4397
 def parser() -> Parser: # of the whole program
     "The words that `dfkd` understands."
     main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
@@ -619,7 +625,7 @@ def parser() -> Parser: # of the whole program
     sub.add_argument('--std', metavar='R,G,B', help='likewise')
     sub.add_argument('--size', type=int, metavar='PIXELS', help='height and width of its images (default: 224)')
     sub.add_argument('--classes', default='', metavar='A,B', help='what to dream of, numbers or names (default: all in turn)')
-    sub.add_argument('--n', type=int, default=16, metavar='N', help='images (default: 16)')
+    sub.add_argument('--n', '--images', type=int, default=16, metavar='N', help='images (default: 16); behind torchrun write --images, for it takes --n for its own')
     sub.add_argument('--out', required=True, metavar='DIR', help='a folder for the images')
     sub.add_argument('--format', choices=('png', 'parquet'), default='png', help='PNG files in a folder for each class (default), or one Parquet file')
     sub.add_argument('--grid', type=int, default=0, metavar='N', help='also a picture of the first N images')
