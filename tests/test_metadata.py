@@ -108,6 +108,14 @@ def test_metadata_is_what_one_would_compute_by_hand(teacher, digits):
         )
 
 
+def test_activations_at_hand_do_as_well(teacher, digits, metadata):
+    vectors = teacher.embed(digits.images)
+    found = Metadata.fit(teacher, vectors, digits.labels, clusters=2, components=4)
+    torch.testing.assert_close(found.centroids, metadata.centroids, atol=1e-5, rtol=1e-4)
+    with pytest.raises(DFKDError, match="give one label a vector"):
+        Metadata.fit(teacher, vectors[:, :5], digits.labels)
+
+
 @pytest.mark.parametrize(
     "name, domain, width",
     [
