@@ -73,7 +73,7 @@ def _probe(teacher: Teacher, layer: str) -> Tensor: # `(D,)`
     noise = torch.randint(0, 256, (1, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return teacher.embed(noise, layer)[0].cpu().float()
 
-# %% ../../nbs/dreams/09_metadata.ipynb #f6e62a1a
+# %% ../../nbs/dreams/09_metadata.ipynb #41fbbf0d
 @dataclass(frozen=True)
 class Metadata:
     "What is kept of the data: where each cluster of activations is, and along which lines it spreads (Bhardwaj et al., 2019, section 3.1)."
@@ -117,18 +117,36 @@ class Metadata:
     ) -> Self:
         "Pass images through the teacher, cluster the activations of each class, keep centroids and principal components."
         if images.labels is None: raise DFKDError('these images have no labels: clusters are made class by class, so give labelled ones')
-        if clusters < 1 or components < 0 or smallest < 1: raise DFKDError(f'clusters {clusters}, components {components}, smallest {smallest}: give at least 1, 0 and 1')
         if (images.domain.shape, images.domain.num_classes) != (teacher.domain.shape, teacher.domain.num_classes):
             raise DFKDError(f"the images are of '{images.domain.name}', the teacher of '{teacher.domain.name}': give images with its shape and classes")
         if not len(images): raise DFKDError('there are no images to measure: give some')
+        found = [teacher.embed(batch, layer, batch_size).cpu().float() for batch, _ in images.batches(batch_size)]
+        return cls.fit(teacher, torch.cat(found), images.labels.cpu(), clusters=clusters, components=components, smallest=smallest, layer=layer, seed=seed)
+
+    @classmethod
+    def fit(
+        cls,
+        teacher: Teacher, # whose activations they are
+        vectors: Tensor, # `(N, D)`, what `teacher.embed` said
+        labels: Tensor, # int64 `(N,)`
+        *,
+        clusters: int = 3, # in each class
+        components: int = 20, # of each cluster
+        smallest: int = 10, # vectors that a cluster must have
+        layer: str = 'classifier', # where they were taken
+        seed: int = 0, # of k-means
+    ) -> Self:
+        "`measure` for activations that are at hand already."
         probe = _probe(teacher, layer)
+        if clusters < 1 or components < 0 or smallest < 1: raise DFKDError(f'clusters {clusters}, components {components}, smallest {smallest}: give at least 1, 0 and 1')
+        if vectors.ndim != 2 or vectors.shape[1] != len(probe) or len(vectors) != len(labels):
+            raise DFKDError(f"vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: give one label a vector, and the {len(probe)} numbers of '{teacher.name}' at '{layer}'")
         if components > len(probe): raise DFKDError(f"{components} components, but '{teacher.name}' has {len(probe)} numbers at '{layer}': give at most {len(probe)}")
-        vectors, labels = torch.cat([teacher.embed(batch, layer, batch_size).cpu().float() for batch, _ in images.batches(batch_size)]), images.labels.cpu()
         found: list[dict[str, Tensor]] = []
         for label in labels.unique().tolist():
             name, mine = f"class '{teacher.domain.classes[label]}'", vectors[labels == label]
             if len(mine) < max(clusters, smallest):
-                raise DFKDError(f'{name} has {len(mine)} images for {clusters} clusters of at least {smallest}: give more images, or lower clusters or smallest')
+                raise DFKDError(f'{name} has {len(mine)} images: give at least {max(clusters, smallest)}, or lower clusters ({clusters}) or smallest ({smallest})')
             assigned = merge_small(cluster_vectors(mine, clusters, seed), mine, smallest)
             for members in (mine[assigned == k] for k in range(int(assigned.max()) + 1)):
                 if len(members) <= components: # n points spread along n - 1 lines at most
@@ -322,7 +340,7 @@ def memorisation(
     "Median distance of points to the nearest member, by that of strangers to the nearest member."
     return float(nearest(points, members)[0].median() / nearest(strangers, members)[0].median().clamp(min=1e-12))
 
-# %% ../../nbs/dreams/09_metadata.ipynb #9faf4ea0
+# %% ../../nbs/dreams/09_metadata.ipynb #f29d7fa2
 def suspicion(
     metadata: Metadata, # what an attacker has
     vectors: Tensor, # `(N, D)`, the teacher's activations for the images in question
@@ -334,7 +352,7 @@ def suspicion(
     away = vectors[:, None] - metadata.centroids # (N, K, D)
     squared = away.square().sum(2)
     if by == 'rest': squared = squared - torch.einsum('nkd,kmd->nkm', away, metadata.components).square().sum(2)
-    return -squared.masked_fill(metadata.labels != labels[:, None], float('inf')).min(1).values.clamp(min=0)
+    return -squared.masked_fill(metadata.labels != labels[:, None], torch.finfo(squared.dtype).max).min(1).values.clamp(min=0)
 
 # %% ../../nbs/dreams/09_metadata.ipynb #804fe901
 def membership_auc(
