@@ -980,7 +980,7 @@ def describe_images(
             distances.append(float(feature_loss(watch.moments, statistics)[0]))
     return numbers | {'r_feature': sum(distances) / len(distances)}
 
-# %% ../../nbs/lab/20_runs.ipynb #9c3a27a5
+# %% ../../nbs/lab/20_runs.ipynb #8c155975
 def save_picture(
     folder: Path, # of the run
     images: 'ImageSet', # the first of them are shown
@@ -997,17 +997,17 @@ def save_picture(
     plt.close(figure)
 
 def _save_large(path: Path, images: 'torch.Tensor') -> None:
-    "Photographs in a grid, eight in a row and 112 pixels wide, at the best quality that stays under 190 kB."
+    "Photographs in a grid, eight in a row and 96 pixels wide, at the best quality that stays under 110 kB."
     import torch.nn.functional as F
     from PIL import Image
     from dfkd_nb.dreams.inversion import tile
     from dfkd_nb.foundations.core import atomic_path
-    small = F.interpolate(images.cpu().float(), (112, 112), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
+    small = F.interpolate(images.cpu().float(), (96, 96), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
     picture, buffer = Image.fromarray(tile(small, 8).permute(1, 2, 0).numpy()), io.BytesIO()
     for quality in range(90, 20, -5):
         buffer = io.BytesIO()
         picture.save(buffer, 'JPEG', quality=quality)
-        if buffer.tell() < 190_000: break
+        if buffer.tell() < 110_000: break
     with atomic_path(path) as temporary: temporary.write_bytes(buffer.getvalue())
 
 # %% ../../nbs/lab/20_runs.ipynb #283c3cfc
