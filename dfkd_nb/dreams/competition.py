@@ -27,13 +27,13 @@ from ..foundations.data import Domain, ImageSource, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, in_eval_mode
 
-# %% ../../nbs/dreams/08_competition.ipynb #b45980c7
+# %% ../../nbs/dreams/08_competition.ipynb #a686eb51
 def jensen_shannon(
     logits_p: Tensor, # one network's answers, `(N, K)`
     logits_q: Tensor, # another's, the same shape
     temperature: float = 1., # of both softmaxes
 ) -> Tensor: # nats, `(N,)`, from 0 to log 2
-    "Jensen-Shannon divergence of two softened answers: half of KL from each to their middle (DeepInversion, Eq. 9), in log space."
+    "Jensen-Shannon divergence of two softened answers: half of KL from each to their middle (DeepInversion, with Eq. 8), in log space."
     if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
     if logits_p.shape != logits_q.shape: raise DFKDError(f'one network answers {tuple(logits_p.shape)}, the other {tuple(logits_q.shape)}: give both the same classes')
     log_p, log_q = (F.log_softmax(_full(logits) / temperature, dim=1) for logits in (logits_p, logits_q))
@@ -433,13 +433,13 @@ def precision_recall(
     recall = _inside(real, made, nearest_distances(made, neighbours=neighbours)[:, -1])
     return float((precision > 0).double().mean()), float((recall > 0).double().mean())
 
-# %% ../../nbs/dreams/08_competition.ipynb #c7227eb4
+# %% ../../nbs/dreams/08_competition.ipynb #5429fa3c
 def coverage(
     real: Tensor, # embeddings of real images, `(N, D)`
     made: Tensor, # of made ones, `(M, D)`
     neighbours: int = 5, # a real point's ball reaches to this real neighbour
 ) -> float: # from 0 to 1
-    "Share of real points with a made one in their neighbourhood (Naeem et al., 2020, Eq. 4)."
+    "Share of real points with a made one in their neighbourhood (Naeem et al., 2020)."
     real, made = _points(real, made)
     return float((nearest_distances(real, made)[:, 0] <= nearest_distances(real, neighbours=neighbours)[:, -1]).double().mean())
 
@@ -448,7 +448,7 @@ def density(
     made: Tensor, # of made ones, `(M, D)`
     neighbours: int = 5, # a real point's ball reaches to this real neighbour
 ) -> float: # 1 where made points lie as dense as real ones; it may be more
-    "In how many real neighbourhoods a made point lies, on average, over `neighbours` (Naeem et al., 2020, Eq. 3)."
+    "In how many real neighbourhoods a made point lies, on average, over `neighbours` (Naeem et al., 2020)."
     real, made = _points(real, made)
     return float(_inside(made, real, nearest_distances(real, neighbours=neighbours)[:, -1]).double().mean() / neighbours)
 
