@@ -314,6 +314,18 @@ def test_a_folder_of_pictures_by_class_number_is_read(tmp_path, teacher):
     (tmp_path / "manifest.json").write_text("{}")
     report = d.inspect_run(tmp_path, real="", teacher=teacher)
     assert report.images.labels.tolist() == [0, 7, 7]
+    (tmp_path / "manifest.json").write_text('{"model": "cifar10-resnet20", "checkpoint": ""}')
+    assert d.inspect_run(tmp_path, real="").images.network.name == "cifar10-resnet20"
+
+
+def test_one_file_of_pictures_is_read(tmp_path, teacher):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    buffer = io.BytesIO()
+    Image.fromarray(pictures(1).images[0, 0].numpy()).save(buffer, "PNG")
+    table = pa.table({"image": [{"bytes": buffer.getvalue(), "path": "a.png"}] * 3, "label": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "images.parquet")
+    found = d.inspect_run(tmp_path, real=str(tmp_path / "images.parquet"), teacher=teacher)
+    assert found.images.labels.tolist() == [1, 2, 3]
 
 
 def test_folders_that_do_not_help_say_what_to_do(tmp_path, teacher):

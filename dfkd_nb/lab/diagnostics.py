@@ -110,7 +110,7 @@ def observe(
             taken.clear()
     return Seen(images, network, torch.cat(logits), torch.cat(embeddings) if len(embeddings) == len(logits) else None)
 
-# %% ../../nbs/lab/19_diagnostics.ipynb #c05d27cf
+# %% ../../nbs/lab/19_diagnostics.ipynb #ab924375
 def grouped(
     images: Images | Mapping[str, Images], # one set, or several by name
 ) -> dict[str, Images]: # by name
@@ -125,7 +125,7 @@ def colour(
 ) -> str: # as everywhere in the book
     "Groups that the book knows keep their colour."
     known = COLOURS | {'dreams': COLOURS['dream']}
-    return known.get(name, list(COLOURS.values())[(index + 3) % len(COLOURS)])
+    return known.get(name, COLOURS[('student', 'teacher', 'deepdream')[index % 3]])
 
 def pick(
     images: ImageSource, # any
@@ -134,7 +134,7 @@ def pick(
     "Some images of a set, also of one that is decoded as it is read."
     return ImageSet(images.fetch(indices), None if images.labels is None else images.labels.cpu()[indices], images.domain)
 
-# %% ../../nbs/lab/19_diagnostics.ipynb #3401b200
+# %% ../../nbs/lab/19_diagnostics.ipynb #46c45d60
 class Finding:
     "What one instrument found: numbers for a file, a picture for the eye, a sentence for the reader."
     title = ''
@@ -170,12 +170,11 @@ class Finding:
 def picture(
     figure: Any, # matplotlib's
     dpi: int = 100, # dots an inch
-) -> bytes: # a PNG file, with a palette if it is large
+) -> bytes: # a PNG file with a palette of 256 colours
     "A figure as a file small enough to be kept."
     from PIL import Image
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format='png', dpi=dpi)
-    if len(buffer.getvalue()) < 150_000: return buffer.getvalue()
     Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
     return small.getvalue()
 
@@ -637,7 +636,7 @@ def difficulty(
         disagreement[name] = float((other.predicted != seen.predicted).double().mean())
     return Difficulty(network.name, values, discrepancy, disagreement)
 
-# %% ../../nbs/lab/19_diagnostics.ipynb #56e0d19f
+# %% ../../nbs/lab/19_diagnostics.ipynb #51c121d8
 @dataclass(repr=False)
 class LayerDistances(Finding):
     "What each layer charges sets of images for being unlike the training data (DeepInversion, Eq. 4)."
@@ -661,7 +660,8 @@ class LayerDistances(Finding):
         ax = figure.subplots()
         for i, (name, d) in enumerate(self.distances.items()): ax.plot(d.tolist(), '.-', color=colour(name, i), label=f'{name}, {float(d.sum()):.3g} in all')
         step = max(1, len(self.layers) // 20)
-        ax.set_xticks(range(0, len(self.layers), step), [n.removeprefix('model.')[-22:] for n in self.layers[::step]], rotation=90, fontsize=6)
+        names = [n.removeprefix('model.')[-22:] for n in self.layers[::step]]
+        ax.set_xticks(range(0, len(self.layers), step), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=6)
         ax.set(yscale='log', ylabel='distance from the statistics'); ax.legend(frameon=False, fontsize=7)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #38dcc01a
@@ -823,16 +823,17 @@ def _some(images: Images, limit: int, seed: int) -> Images:
     if len(source) <= limit: return images
     return pick(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit].sort().values)
 
-# %% ../../nbs/lab/19_diagnostics.ipynb #2728fe00
+# %% ../../nbs/lab/19_diagnostics.ipynb #629156fc
 def open_images(
-    path: str | Path, # a run's folder, an images.safetensors, or a folder of images in class sub-folders
+    path: str | Path, # a run's folder, one of `dfkd invert`, an images.safetensors, a .parquet file, or class folders of pictures
     domain: Domain | None = None, # of the images in a folder: the teacher's
 ) -> ImageSource: # labelled
     "Images that a run, `dfkd invert` or anybody left."
     place = Path(path)
     file = place / 'images.safetensors' if place.is_dir() else place
     if file.suffix == '.safetensors' and file.is_file(): return ImageSet.load(file)
-    if place.suffix == '.parquet' and domain is not None: return ImageFiles(*read_parquet([place]), domain)
+    table = place / 'images.parquet' if place.is_dir() else place # as `dfkd invert --format parquet` leaves it
+    if table.suffix == '.parquet' and table.is_file() and domain is not None: return ImageFiles(*read_parquet([table]), domain)
     if not place.is_dir(): raise DFKDError(f'no images at {place}: give a folder of runs/, or a file images.safetensors')
     if domain is None: raise DFKDError(f'{place} holds no images.safetensors: name the network too, so that its class folders can be read')
     return _numbered(place, domain)
@@ -855,10 +856,10 @@ def open_network(
     if not name.startswith('torchvision:'): return open_teacher(name, root, scale)
     return Teacher(build_model(name, 1000, 3, pretrained=True), DOMAINS['imagenet'], name)
 
-# %% ../../nbs/lab/19_diagnostics.ipynb #9113bd25
+# %% ../../nbs/lab/19_diagnostics.ipynb #1f860c6c
 def inspect_run(
     folder: str | Path, # of a run, e.g. runs/cifar10-dream-resnet20/quick, or of images
-    real: str | ImageSource = 'auto', # a name for `load_data`, a .parquet file, or images; 'auto': what the recipe tests with; '' for none
+    real: str | Images = 'auto', # a name for `load_data`, a .parquet file, or images; 'auto': what the recipe tests with; '' for none
     verifiers: Sequence[str | Teacher] | None = None, # names for `open_network`, or networks; None: what the recipe names
     teacher: str | Teacher = '', # where the folder does not say
     **settings: Any, # of `inspect`
@@ -867,14 +868,16 @@ def inspect_run(
     place = Path(folder)
     run: dict[str, Any] = read_result(place / 'result.json') if (place / 'result.json').is_file() else {}
     recipe, root, scale = run.get('settings', {}), place.parent.parent, run.get('scale', 'full')
-    name = teacher or recipe.get('teacher', '')
+    made = read_result(place / 'manifest.json') if (place / 'manifest.json').is_file() else {} # of `dfkd invert`
+    name = teacher or recipe.get('teacher', '') or ('' if made.get('checkpoint') else made.get('model', ''))
     if not name: raise DFKDError(f'{place} does not say whose dreams it holds: name the teacher')
     network = name if isinstance(name, Teacher) else open_network(name, root, scale)
     images, excuses = open_images(place, network.domain), {}
     if real == 'auto': real = recipe.get('test_data', '')
     if isinstance(real, str):
+        found: Images | None = None
         try: found = open_real(real, network.domain) if real else None
-        except DFKDError as error: found, excuses['real images'] = None, str(error)
+        except DFKDError as error: excuses['real images'] = str(error)
     else: found = real
     if verifiers is None: verifiers = [v for v in str(recipe.get('verifiers', '')).replace(',', ' ').split() if v != network.name]
     others = {v if isinstance(v, str) else v.name: v if isinstance(v, Teacher) else open_network(v, root, scale) for v in verifiers}
