@@ -214,6 +214,7 @@ def test_layers_that_answers_do_not_pass_are_left_out():
     (lambda: dream(network(nn.InstanceNorm2d), domain()), r"layers=\['model.1', 'model.4'\]"),
     (lambda: dream(transformer(), domain(height=16, width=16)), r"layers=\['model.encoder.layers.encoder_layer_0.ln_1'"),
     (lambda: dream(network(unremembered), domain()), 'keeps no running statistics .*Statistics.measure'),
+    (lambda: dream(one_place(unremembered), domain(), 1, statistics=foreign('5', 8)), 'two images or more'),
     (lambda: dream(network(nn.BatchNorm2d), domain(height=1, width=1)), '2 x 2 pixels'),
     (lambda: dream(one_place(nn.InstanceNorm2d), domain()), 'does not take images of shape'),
     (lambda: dream(transformer(), domain(height=15, width=16)), 'does not take images of shape'),

@@ -422,7 +422,7 @@ class _NormAndMoments(torch.autograd.Function):
         grad = _affine(x, scale, grad_mean / ctx.count - scale * mean)
         return grad.addcmul_(grad_y, _spread(slope, x, 1)), None, None, None, None, None
 
-# %% ../../nbs/dreams/06_statistics.ipynb #2f36b03f
+# %% ../../nbs/dreams/06_statistics.ipynb #7ff266a0
 class FusedBatchNorm(nn.Module):
     "A frozen BatchNorm layer that leaves the moments of its input in `moments`."
 
@@ -454,6 +454,8 @@ class _Observed(nn.Module):
         self.moments: Moments | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if getattr(self.layer, 'running_mean', None) is None and x.numel() == x.shape[1]:
+            raise DFKDError(f'BatchNorm without running statistics got one number a channel, {tuple(x.shape)}: give two images or more at a time')
         self.moments = batch_moments(x)
         return self.layer(x)
 
