@@ -102,7 +102,7 @@ def read_stages(
     if found[-1][0] != tuple(size): raise DFKDError(f'the last stage has {found[-1][0]} pixels, the images of this domain {tuple(size)}: make them agree')
     return found
 
-# %% ../../nbs/dreams/07_inversion.ipynb #fc4e8cbe
+# %% ../../nbs/dreams/07_inversion.ipynb #86b0dccb
 def intended_classes(
     n: int, # images
     classes: int | str | Iterable[int | str] | None, # numbers or names, repeated until there are `n`; None for all in turn
@@ -113,7 +113,8 @@ def intended_classes(
     if isinstance(classes, (int, str)): classes = [classes]
     wanted: list[Any] = list(range(domain.num_classes) if classes is None else classes.tolist() if isinstance(classes, Tensor) else classes)
     if not wanted: raise DFKDError('no class to dream of: give at least one, or None for all')
-    numbers = [domain.classes.index(c) if c in domain.classes else c for c in wanted]
+    places = {name: i for i, name in reversed(list(enumerate(domain.classes)))} # of two classes of one name, the first
+    numbers = [places.get(c, c) if isinstance(c, str) else c for c in wanted]
     unknown = [c for c in numbers if not hasattr(c, '__index__') or not 0 <= c < domain.num_classes]
     if unknown: raise DFKDError(f"class {unknown[0]!r} is not in '{domain.name}': use 0 to {domain.num_classes - 1}, or a name such as '{domain.classes[0]}'")
     return torch.tensor([int(numbers[i % len(numbers)]) for i in range(n)])
@@ -222,7 +223,7 @@ def relative_feature_term(
 # %% ../../nbs/dreams/07_inversion.ipynb #fee6fad9
 FEATURE_TERMS: dict[str, Callable[[Statistics, float], Term]] = {'absolute': feature_term, 'relative': relative_feature_term}
 
-# %% ../../nbs/dreams/07_inversion.ipynb #ab6672dd
+# %% ../../nbs/dreams/07_inversion.ipynb #201289d4
 class Asking:
     "What is asked of a teacher, and what every answer costs."
 
@@ -266,8 +267,7 @@ class Asking:
         self.stages, self.batch_size, self.seed = read_stages(stages, steps, self.domain.size), batch_size, seed
         self.pixel_settings: dict[str, Any] = {'learning_rate': learning_rate, 'schedule': schedule, 'jitter': jitter, 'flip': flip, 'clip': clip}
         self.teacher = teacher if teacher.device == self.device else copy.deepcopy(teacher).to(self.device)
-        if not feature_weight: statistics = None
-        elif statistics is None: statistics = Statistics.from_batchnorm(self.teacher)
+        if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher) # given ones are felt also where only `terms` ask for them
         self.look = Look(self.teacher, statistics, precision, embedding)
         self.student: Teacher | None = None
         if student is not None: self.compete_with(student)
@@ -326,7 +326,7 @@ def world() -> tuple[int, int]: # this process's number, from 0, and how many th
     distributed = torch.distributed
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else (0, 1)
 
-# %% ../../nbs/dreams/07_inversion.ipynb #5ac28505
+# %% ../../nbs/dreams/07_inversion.ipynb #b19f3d13
 class Batches(Asking):
     "Batch after batch, one update at a time."
 
@@ -395,6 +395,9 @@ class Batches(Asking):
             dream.update(total, self.scaler)
         except torch.OutOfMemoryError as error:
             raise DFKDError(f'{len(dream.x)} images do not fit into the memory of {self.device}: lower batch_size ({self.batch_size})') from error
+        except DFKDError: raise
+        except ValueError as error:
+            raise DFKDError(f'a batch of {len(dream.x)} is too small for this network ({str(error).splitlines()[0][:80]}): dream more images at once') from error
         self._rows.append(values)
         if dream.done == dream.steps:
             self._read()
