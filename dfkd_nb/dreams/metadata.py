@@ -73,8 +73,8 @@ def _probe(teacher: Teacher, layer: str) -> Tensor: # `(D,)`
     noise = torch.randint(0, 256, (1, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return teacher.embed(noise, layer)[0].cpu().float()
 
-# %% ../../nbs/dreams/09_metadata.ipynb #41fbbf0d
-@dataclass(frozen=True)
+# %% ../../nbs/dreams/09_metadata.ipynb #0d58ebc4
+@dataclass(frozen=True, eq=False) # tensors have no one answer to ==
 class Metadata:
     "What is kept of the data: where each cluster of activations is, and along which lines it spreads (Bhardwaj et al., 2019, section 3.1)."
     centroids: Tensor # `(K, D)`
@@ -259,7 +259,7 @@ def goal_preset(
     if source not in ('paper', 'book'): raise DFKDError(f"unknown source '{source}': use 'paper' or 'book'")
     return nothing if source == 'paper' else nothing | book
 
-# %% ../../nbs/dreams/09_metadata.ipynb #9610af8f
+# %% ../../nbs/dreams/09_metadata.ipynb #3443ae7f
 class GoalSeeker(DeepInversion):
     "A synthesizer whose images go where metadata sends them; they may start from other images than noise."
 
@@ -289,12 +289,13 @@ class GoalSeeker(DeepInversion):
         labels: Tensor, # int64 `(n,)`, which the images will be labelled with
         first: Tensor | None = None, # uint8 `(n, C, H, W)` to start from; None: noise
         **settings: Any, # callback, every, deadline: see `run`
-    ) -> ImageSet: # `n` images
-        "Images for these goals."
+    ) -> ImageSet: # `n` images; fewer if stopped
+        "Images for these goals. Under torchrun the processes share the batches, and each gets all images."
         self.start(len(goals), labels, goals)
         if first is not None and len(first) != len(goals): raise DFKDError(f'{len(first)} images to start from, {len(goals)} goals: give one image a goal')
         self.first = None if first is None else self.domain.normalize(self.domain.check(first)).to(self.device)
-        return self.run(**settings)
+        self.run(**settings)
+        return self.gather()
 
 # %% ../../nbs/dreams/09_metadata.ipynb #1f4730f5
 def dream_distillation(
