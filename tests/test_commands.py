@@ -299,3 +299,16 @@ def test_bench_gets_its_own_words(dfkd, monkeypatch):
     monkeypatch.setattr(speed, "bench", lambda words: heard.append(words) or 0)
     assert dfkd("bench", "--batch", "64", "more")[0] == 0 and heard == [["--batch", "64", "more"]]
     assert dfkd("bench", "--help")[0] == 0 and heard[1] == ["--help"]
+
+
+def test_inspect_judges_a_folder_that_invert_made(dfkd):
+    made = ("invert", "--teacher", "cifar10-resnet20", "--n", "12", "--out", "dreams", "--set", "synthesis_steps=3")
+    assert dfkd(*made)[0] == 0
+    code, out, err = dfkd("inspect", "dreams", "--real", "cifar10-mini", "--limit", "40", "--out", "page")
+    assert code == 0, err
+    assert "kept in page" in out and any((dfkd.folder / "page").glob("*.html"))
+    assert dfkd("inspect", "--help")[0] == 0
+    code, _, err = dfkd("inspect", "nowhere")
+    assert code == 2 and err.startswith("dfkd: error:") and len(err.splitlines()) == 1
+    code, _, err = dfkd("inspect")
+    assert code == 2 and "RUN_OR_FOLDER" in err

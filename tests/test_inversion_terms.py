@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_inversion import DIGITS, make, network
+from torch import nn
 
 from dfkd_nb.dreams.inversion import (
     DeepInversion,
@@ -211,7 +212,8 @@ def test_the_scale_is_a_setting(teacher):
 
 def test_memory_is_counted_by_hand():
     "One convolution without BatchNorm: its input is needed only for weights, which are frozen; the ReLU keeps its output."
-    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 10))
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]
+    model = nn.Sequential(*layers)
     maker = DeepInversion(Teacher(model, DIGITS), steps=1, feature_weight=0.0, tv_l2=0.0, l2=0.0, device="cpu")
     each = kept_bytes(maker, 3) - kept_bytes(maker, 2)
     relu = 4 * 8 * 8 * 4  # channels, height, width, bytes

@@ -91,7 +91,8 @@ def test_scales_of_a_comparison_agree():
         free = {"source", "real_data", "tv_l2", "tv_l1", "l2", "feature_weight"}
         idle_rounds = {"rounds", "updates_between_rounds"}  # real images are there from the beginning
         for other in kinds[1:]:
-            idle = {k for k in other if k.startswith("synthesis")} | {"half_size_steps"} | idle_rounds  # nothing is dreamt where images are real
+            # nothing is dreamt where images are real
+            idle = {k for k in other if k.startswith("synthesis")} | {"half_size_steps"} | idle_rounds
             left_out = free | (idle if other["source"] == "real" else set())
             assert {k: v for k, v in other.items() if k not in left_out} == {
                 k: v for k, v in kinds[0].items() if k not in left_out
@@ -456,3 +457,9 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
 def test_transfers_that_cannot_be(taught, kind, changes, words):
     with pytest.raises(DFKDError, match=words):
         student(taught, kind, "impossible", **changes).start(fresh=True)
+
+
+@pytest.mark.parametrize("kind", ["labels"])
+def test_a_pool_is_measured_against_real_images(taught, kind):
+    numbers = student(taught, kind, "measured-against").start().numbers
+    assert all(0 <= numbers[k] <= 1 for k in ("precision", "recall", "coverage")) and numbers["area"] > 0

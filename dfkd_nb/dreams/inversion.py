@@ -102,7 +102,7 @@ def read_stages(
     if found[-1][0] != tuple(size): raise DFKDError(f'the last stage has {found[-1][0]} pixels, the images of this domain {tuple(size)}: make them agree')
     return found
 
-# %% ../../nbs/dreams/07_inversion.ipynb #86b0dccb
+# %% ../../nbs/dreams/07_inversion.ipynb #2f7df261
 def intended_classes(
     n: int, # images
     classes: int | str | Iterable[int | str] | None, # numbers or names, repeated until there are `n`; None for all in turn
@@ -114,7 +114,7 @@ def intended_classes(
     wanted: list[Any] = list(range(domain.num_classes) if classes is None else classes.tolist() if isinstance(classes, Tensor) else classes)
     if not wanted: raise DFKDError('no class to dream of: give at least one, or None for all')
     places = {name: i for i, name in reversed(list(enumerate(domain.classes)))} # of two classes of one name, the first
-    numbers = [places.get(c, c) if isinstance(c, str) else c for c in wanted]
+    numbers: list[Any] = [places.get(c, c) if isinstance(c, str) else c for c in wanted]
     unknown = [c for c in numbers if not hasattr(c, '__index__') or not 0 <= c < domain.num_classes]
     if unknown: raise DFKDError(f"class {unknown[0]!r} is not in '{domain.name}': use 0 to {domain.num_classes - 1}, or a name such as '{domain.classes[0]}'")
     return torch.tensor([int(numbers[i % len(numbers)]) for i in range(n)])

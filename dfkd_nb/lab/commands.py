@@ -7,8 +7,8 @@ __all__ = ['STOPPED', 'INTERRUPTED', 'LARGE', 'REAL', 'ASKED', 'Parser', 'positi
            'show_results', 'run_recipe', 'print_result', 'read_network', 'fill', 'own_teacher', 'own_domain', 'numbers',
            'chosen_classes', 'usual_settings', 'inversion_settings', 'Dreams', 'read_lines', 'compare', 'open_dreams',
            'clear', 'keep', 'png', 'table', 'finish', 'draw_grid', 'together', 'exchange', 'agreed', 'Clock',
-           'Dreaming', 'silent', 'request', 'invert', 'holding', 'fill_folder', 'bench', 'parser', 'main', 'kept',
-           'kept_images', 'report']
+           'Dreaming', 'silent', 'request', 'invert', 'holding', 'fill_folder', 'inspect', 'bench', 'parser', 'main',
+           'kept', 'kept_images', 'report']
 
 # %% ../../nbs/lab/23_commands.ipynb #9ec9ccbe
 import argparse
@@ -577,6 +577,14 @@ def fill_folder(
         print(f"{len(lines)} images in {dreams.folder}, {right} of them recognised as intended (manifest.json lists all)")
     return 0
 
+# %% ../../nbs/lab/23_commands.ipynb #df3d485b
+def inspect(arguments: argparse.Namespace) -> int:
+    "`dfkd inspect`: judge the images of a run or a folder."
+    diagnostics = importlib.import_module('dfkd_nb.lab.diagnostics')
+    own = Parser(prog='dfkd inspect', description='Judge the images of a run or a folder: a page of figures and numbers.')
+    diagnostics.inspect_options(own)
+    return diagnostics.inspect_command(own.parse_args(arguments.rest))
+
 # %% ../../nbs/lab/23_commands.ipynb #d1eeed65
 def bench(arguments: argparse.Namespace) -> int:
     "`dfkd bench`: time an update of DeepInversion."
@@ -584,7 +592,7 @@ def bench(arguments: argparse.Namespace) -> int:
     except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
     return speed.bench(arguments.rest)
 
-# %% ../../nbs/lab/23_commands.ipynb #9d7d4397
+# %% ../../nbs/lab/23_commands.ipynb #66396afc
 def parser() -> Parser: # of the whole program
     "The words that `dfkd` understands."
     main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
@@ -639,11 +647,13 @@ def parser() -> Parser: # of the whole program
 
     sub = command('bench', bench, 'time an update of DeepInversion (`dfkd bench --help` shows its own options)', add_help=False)
 
+    sub = command('inspect', inspect, 'judge the images of a run or a folder (`dfkd inspect --help` shows its own options)', add_help=False)
+
     sub = command('results', show_results, 'the numbers of finished runs')
     sub.add_argument('--folder', default='results', metavar='DIR', help='results or runs (default: results)')
     return main
 
-# %% ../../nbs/lab/23_commands.ipynb #bc40645f
+# %% ../../nbs/lab/23_commands.ipynb #56dde89d
 def main(
     arguments: Sequence[str] | None = None, # without the program's name; None takes the command line
 ) -> int: # exit code: 0, 2 after an error, 3 when stopped with something saved, 130 when interrupted before
@@ -655,7 +665,7 @@ def main(
     try:
         parsed, rest = program.parse_known_args(words)
         parsed.rest = rest
-        if parsed.rest and parsed.command != 'bench': program.error(f"unknown argument '{parsed.rest[0]}'")
+        if parsed.rest and parsed.command not in ('bench', 'inspect'): program.error(f"unknown argument '{parsed.rest[0]}'")
     except SystemExit as done: return int(done.code or 0)
     parsed.command_line = shlex.join(['dfkd', *words])
     try: return parsed.function(parsed)

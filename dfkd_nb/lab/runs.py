@@ -9,7 +9,8 @@ __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'SCALES', 'HEAD',
            'locked', 'Journal', 'RunStopped', 'RunFolder', 'repeatable', 'SavedRun', 'Run', 'publish', 'environment',
            'read_json', 'Result', 'read_history', 'results', 'results_folder', 'open_teacher', 'real_images',
            'learning', 'learn', 'synthesizer', 'measured', 'dream_part', 'wishes', 'drawn_goals', 'dream',
-           'train_teacher', 'describe_images', 'save_picture', 'pool', 'verified', 'dream_images', 'Rounds', 'transfer']
+           'train_teacher', 'describe_images', 'covered', 'save_picture', 'pool', 'verified', 'dream_images', 'Rounds',
+           'transfer']
 
 # %% ../../nbs/lab/20_runs.ipynb #d5e8312f
 import csv
@@ -881,7 +882,7 @@ def dream_part(
     return maker.synthesize(len(targets), targets, goals=goals, checkpoint=run.folder / 'parts' / f'{part:05}.pt', callback=callback, every=every,
                             save_every=run.save_every)
 
-# %% ../../nbs/lab/20_runs.ipynb #ac1ae94f
+# %% ../../nbs/lab/20_runs.ipynb #e9bf5808
 PART = 4096 # images in one file while a run is at it: checkpoints stay small however many images a recipe asks for
 
 def wishes(
@@ -903,7 +904,8 @@ def drawn_goals(
     settings, path = run.settings, run.folder / 'metadata.safetensors'
     def measure(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         images = real_images(settings.real_data, 'train', settings.metadata_images, run.device)
-        metadata = Metadata.measure(teacher, images, clusters=settings.metadata_clusters, components=settings.metadata_components, seed=settings.seed)
+        metadata = Metadata.measure(teacher, images, clusters=settings.metadata_clusters, components=settings.metadata_components, seed=settings.seed,
+                                    smallest=max(10, settings.metadata_components + 1)) # smaller clusters are merged
         return {'metadata_bytes': metadata.save(path), 'metadata_clusters': len(metadata), 'metadata_images': len(images)}
     numbers = run.phase('metadata', measure)
     goals, labels, _ = Metadata.load(path, teacher).sample(settings.images, torch.Generator().manual_seed(settings.seed))
@@ -979,6 +981,21 @@ def describe_images(
             teacher(teacher.domain.normalize(batch.to(teacher.device)))
             distances.append(float(feature_loss(watch.moments, statistics)[0]))
     return numbers | {'r_feature': sum(distances) / len(distances)}
+
+# %% ../../nbs/lab/20_runs.ipynb #cb82d660
+def covered(
+    images: 'ImageSet', # a pool
+    test: 'ImageSet', # real images
+    teacher: 'Teacher', # in whose embedding to measure
+    limit: int = 2000, # images of each kind
+) -> dict[str, float]: # 'precision', 'recall', 'coverage' and 'area', by the real images' own
+    "What a pool covers of real images: see `precision_recall`, `coverage` and `spread`."
+    from dfkd_nb.dreams.competition import coverage, precision_recall, principal_plane, spread
+    made, real = (teacher.embed(some.subset(limit).images).cpu() for some in (images, test))
+    if min(len(made), len(real)) < 6: return {} # too few for five neighbours
+    precision, recall = precision_recall(real, made)
+    plane = principal_plane(real)
+    return {'precision': precision, 'recall': recall, 'coverage': coverage(real, made), 'area': spread(made, plane) / spread(real, plane)}
 
 # %% ../../nbs/lab/20_runs.ipynb #8c155975
 def save_picture(
@@ -1116,7 +1133,7 @@ class Rounds:
         if self.folder.is_dir(): shutil.rmtree(self.folder)
         return numbers
 
-# %% ../../nbs/lab/20_runs.ipynb #6f8fa3ee
+# %% ../../nbs/lab/20_runs.ipynb #4d5f75ac
 @task('transfer', TransferSettings)
 def transfer(
     run: Run, # with `TransferSettings`
@@ -1124,6 +1141,7 @@ def transfer(
     "A fresh student learns from a teacher's dreams (or from real images, to compare), and is tested on real images."
     from dfkd_nb.dreams.competition import GrowingPool
     from dfkd_nb.foundations.core import seed_everything
+    from dfkd_nb.foundations.data import ImageSet
     from dfkd_nb.foundations.distillation import Distiller, evaluate
     from dfkd_nb.foundations.models import build_model, count_parameters
     settings: TransferSettings = run.settings
@@ -1140,6 +1158,8 @@ def transfer(
     turns = Rounds(run, teacher, distiller) if in_rounds else None
     learned = learn(run, 'distillation', distiller, test, {'model': settings.student, 'domain': teacher.domain.name}, turns)
     if turns is not None: numbers = turns.finish()
+    def shown() -> ImageSet: return images if isinstance(images, ImageSet) else ImageSet.load(run.folder / 'images.safetensors')
+    numbers = numbers | run.phase('coverage', lambda state, spent: covered(shown(), test, teacher))
     learned |= {f'student_{key}': learned.pop(key) for key in ('accuracy_first', 'accuracy', 'accuracy_half')}
     return numbers | {'teacher_accuracy': evaluate(teacher, test), 'teacher_parameters': count_parameters(teacher),
                       'student_parameters': count_parameters(student), 'test_images': len(test), 'temperature': settings.temperature} | learned

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'textbook_moments', 'PlainLook', 'fresh_teacher', 'make_price', 'Update', 'compare', 'count_operations',
-           'measure_peak', 'stopwatch', 'race', 'peak_memory', 'measure_memory', 'benchmark', 'describe', 'bench']
+           'measure_peak', 'stopwatch', 'race', 'most_held', 'peak_memory', 'measure_memory', 'benchmark', 'describe',
+           'bench']
 
 # %% ../../nbs/lab/22_speed.ipynb #a91bd713
 import argparse
@@ -182,16 +183,25 @@ def race(
     times = [[stopwatch(update, device) for update in updates] for _ in range(rounds)]
     return {update.way: {'seconds': middle.median(row[i] for row in times), 'speed': middle.median(row[0] / row[i] for row in times)} for i, update in enumerate(updates)}
 
-# %% ../../nbs/lab/22_speed.ipynb #7b131184
+# %% ../../nbs/lab/22_speed.ipynb #b4826a38
+def most_held(
+    device: torch.device, # whose memory
+) -> int: # bytes
+    "The most memory that this process has held so far."
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
+    status = Path('/proc/self/status') # what getrusage says includes the process that started this one
+    if status.is_file(): return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0])
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
 def peak_memory(
     model: str, # a name of `build_model`
     batch: int, # images
     device: str = 'cpu', # where
 ) -> int: # bytes
     "The most that a process holds which makes two updates the fast way."
-    script = ('import resource, sys, torch; from dfkd_nb.lab.speed import Update, fresh_teacher; t = fresh_teacher(sys.argv[1]).to(sys.argv[3]); n = int(sys.argv[2]); '
-              'x = torch.randn(n, *t.domain.shape, device=t.device); u = Update("folded", t, x, torch.zeros(n, dtype=torch.long, device=t.device)); u(); u(); '
-              'print(torch.cuda.max_memory_allocated() if t.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))')
+    script = ('import sys, torch; from dfkd_nb.lab.speed import Update, fresh_teacher, most_held; t = fresh_teacher(sys.argv[1]).to(sys.argv[3]); n = int(sys.argv[2]); '
+              'x = torch.randn(n, *t.domain.shape, device=t.device); u = Update("folded", t, x, torch.zeros(n, dtype=torch.long, device=t.device)); u(); u(); print(most_held(t.device))')
     done = subprocess.run([sys.executable, '-c', script, model, str(batch), device], capture_output=True, text=True)
     if done.returncode: raise DFKDError(f'memory of {batch} images could not be measured ({(done.stderr.splitlines() or ["the process was killed"])[-1][:100]}): try a smaller batch')
     return int(done.stdout)
