@@ -463,3 +463,21 @@ def test_transfers_that_cannot_be(taught, kind, changes, words):
 def test_a_pool_is_measured_against_real_images(taught, kind):
     numbers = student(taught, kind, "measured-against").start().numbers
     assert all(0 <= numbers[k] <= 1 for k in ("precision", "recall", "coverage")) and numbers["area"] > 0
+
+
+def test_verifiers_say_what_they_see(taught):
+    text = """
+    title = "Digits, and who names them"
+    task = "dream"
+    [quick]
+    teacher = "run:digits-teacher/quick"
+    verifiers = "run:digits-teacher/quick"
+    images = 40
+    synthesis_steps = 20
+    synthesis_batch_size = 20
+    picture = 10
+    """
+    recipe = Recipe.parse(text, "verified")
+    run = Run(recipe, "quick", {}, out=taught, results=taught / "results", device="cpu", quiet=True)
+    numbers = run.start(fresh=True).numbers
+    assert numbers["accuracy_under_run:digits-teacher/quick"] == pytest.approx(numbers["recognition"])  # one and the same

@@ -1048,16 +1048,22 @@ def pool(
     save_picture(run.folder, images, settings.picture)
     return images, numbers
 
-# %% ../../nbs/lab/20_runs.ipynb #af24e70c
+# %% ../../nbs/lab/20_runs.ipynb #953df90b
 def verified(
     run: Run, # with `DreamSettings`
     images: 'ImageSet', # labelled with the classes they were meant to show
 ) -> dict[str, float]: # accuracy by teacher
-    "What other networks see in the images."
-    from dfkd_nb.lab.diagnostics import verify
-    names = [name.strip() for name in run.settings.verifiers.split(',')]
-    found = verify(images, {name: open_teacher(name, run.root, run.scale).to(run.device) for name in names})
-    return {f'accuracy_under_{name}': found.accuracy[name] for name in names}
+    "What other networks see in the images, each at its own size (the instrument is Chapter 19's `verify`, which also gives intervals)."
+    import torch.nn.functional as F
+    found = {}
+    for name in (name.strip() for name in run.settings.verifiers.split(',')):
+        network, right = open_teacher(name, run.root, run.scale).to(run.device), 0
+        for batch, labels in images.batches(100):
+            assert labels is not None
+            seen = F.interpolate(batch.float() / 255, network.domain.size, mode='bicubic', antialias=True).clamp(0, 1) if batch.shape[2:] != network.domain.size else batch
+            right += int((network.predict(seen, 100).argmax(1).cpu() == labels.cpu()).sum())
+        found[f'accuracy_under_{name}'] = right / len(images)
+    return found
 
 # %% ../../nbs/lab/20_runs.ipynb #082378ed
 @task('dream', DreamSettings)
