@@ -451,7 +451,7 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
         ("rounds", {"goal_weight": 1.0}, "set rounds to 1"),
         ("rounds", {"source": "real"}, "set rounds to 1"),
         ("rounds", {"updates": 5}, "fewer rounds"),
-        ("metadata", {"metadata_components": 50}, "lower components"),
+        ("metadata", {"metadata_components": 50}, "33 images: give at least 51"),
     ],
 )
 def test_transfers_that_cannot_be(taught, kind, changes, words):
