@@ -17,6 +17,7 @@ import io
 import json
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -135,26 +136,26 @@ def pick(
     return ImageSet(images.fetch(indices), None if images.labels is None else images.labels.cpu()[indices], images.domain)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #46c45d60
-class Finding:
+class Finding(ABC):
     "What one instrument found: numbers for a file, a picture for the eye, a sentence for the reader."
     title = ''
     size = (6.4, 2.6) # inches of the picture
 
     @property
+    @abstractmethod
     def numbers(self) -> dict[str, Any]:
         "Plain numbers, text, lists and dicts."
-        raise NotImplementedError
 
+    @abstractmethod
     def says(self) -> str:
         "One sentence."
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(
         self,
         figure: Any, # matplotlib's Figure or SubFigure
     ) -> None:
         "Draw into a figure, or into a part of one."
-        raise NotImplementedError
 
     def figure(self) -> Any: # matplotlib's figure
         "The picture by itself."
