@@ -120,11 +120,12 @@ DOMAINS = {d.name: d for d in (
     Domain('imagenet', (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), _IMAGENET),
 )}
 
-# %% ../../nbs/foundations/02_data.ipynb #f82f2bad
+# %% ../../nbs/foundations/02_data.ipynb #6f720c4d
 class ImageSource(ABC):
     "Labelled images that can be drawn in random batches or walked through in order."
     labels: Tensor | None # int64 `(N,)`
     domain: Domain
+    loss_weights: Tensor | None = None # `(n,)`, how much each image of the last batch counts for a student; None: all alike
 
     def __init__(self) -> None:
         self._order = torch.empty(0, dtype=torch.long)
@@ -151,6 +152,9 @@ class ImageSource(ABC):
     def batches(self, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor | None]]:
         "All images and their labels, in order."
         for indices in torch.arange(len(self)).split(batch_size): yield self._pick(indices)
+
+    def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None: # noqa: B027 - may stay as it is
+        "What student and teacher said to the batch that `sample` gave last. Pools that learn from it override this (Chapter 13)."
 
     def _pick(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.fetch(indices), None if self.labels is None else self.labels[indices.to(self.labels.device)]

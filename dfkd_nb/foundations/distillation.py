@@ -29,18 +29,21 @@ def soften(
     if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
     return F.softmax(logits / temperature, dim=1)
 
-# %% ../../nbs/foundations/04_distillation.ipynb #3d5d3d49
+# %% ../../nbs/foundations/04_distillation.ipynb #c6d3afde
 def distillation_loss(
     student_logits: Tensor, # `(N, K)`, or `(N, K, ...)` with answers at many places
     teacher_logits: Tensor, # the same shape; give them without gradient
     temperature: float = 4.0, # of both softmaxes
+    weights: Tensor | None = None, # `(N,)`, how much each image counts; None: all alike
 ) -> Tensor: # scalar, nats times T²: mean over images (and places)
     "KL divergence of the softened student from the softened teacher, times T² (Hinton et al., 2015, section 2)."
     if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
     if student_logits.shape != teacher_logits.shape:
         raise DFKDError(f'the student answers {tuple(student_logits.shape)}, the teacher {tuple(teacher_logits.shape)}: give both the same classes')
+    if weights is not None and tuple(weights.shape) != (len(student_logits),): raise DFKDError(f'weights of shape {tuple(weights.shape)} for {len(student_logits)} images: give one an image')
     student, teacher = (F.log_softmax(_full(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
-    total = F.kl_div(student, teacher, reduction='sum', log_target=True)
+    if weights is None: total = F.kl_div(student, teacher, reduction='sum', log_target=True)
+    else: total = F.kl_div(student, teacher, reduction='none', log_target=True).flatten(1).sum(1) @ weights.to(student)
     return total / (student.numel() // student.shape[1]) * temperature**2
 
 # %% ../../nbs/foundations/04_distillation.ipynb #711732ba
@@ -104,7 +107,7 @@ def as_source(
     if callable(images): return DrawnImages(images, domain)
     raise DFKDError(f'no images in a {type(images).__name__}: give an ImageSource, a uint8 tensor, or a function of batch size and generator')
 
-# %% ../../nbs/foundations/04_distillation.ipynb #9ffac2aa
+# %% ../../nbs/foundations/04_distillation.ipynb #093d2006
 class Distiller:
     "Trains a student on what a source hands out: on the teacher's softened answers, on labels, or on both. What cannot work is a `DFKDError` at once."
 
@@ -143,6 +146,7 @@ class Distiller:
         if teacher is None and labels is None: raise DFKDError('neither a teacher nor labels to learn from: give one of them')
         if label_weight and labels is None: raise DFKDError(f'label_weight is {label_weight} but the images have no labels: set it to 0, or give labels')
         if not any(p.requires_grad for p in student.parameters()): raise DFKDError('the student has no weight that may change: switch requires_grad on')
+        if mixup_alpha and type(self.source).report is not ImageSource.report: raise DFKDError(f'mixup_alpha is {mixup_alpha}, but a {type(self.source).__name__} learns from the answers to its own images: set it to 0')
         learning_rate_at(0, steps, schedule, warmup)
         autocast(self.device, precision)
         self.domain = domain or (teacher.domain if teacher is not None else self.source.domain)
@@ -177,7 +181,8 @@ class Distiller:
             total = answer.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
                 with torch.no_grad(): known = self.teacher(x)
-                parts['distillation'] = distillation_loss(answer, known, self.temperature)
+                self.source.report(answer.detach(), known)
+                parts['distillation'] = distillation_loss(answer, known, self.temperature, self.source.loss_weights)
                 total = total + parts['distillation']
             if targets is not None:
                 parts['labels'] = F.cross_entropy(answer.float(), targets, label_smoothing=self.label_smoothing)

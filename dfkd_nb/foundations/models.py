@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'LITE', 'IMAGENET_TEACHERS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet',
            'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'save_weights',
            'load_weights', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher', 'shipped_weights',
-           'imagenet_domain', 'load_teacher']
+           'imagenet_domain', 'load_teacher', 'inherit']
 
 # %% ../../nbs/foundations/03_models.ipynb #df0fac9f
 import copy
@@ -163,9 +163,9 @@ def digits_net(
     return nn.Sequential(_conv(channels, 16), nn.BatchNorm2d(16), nn.ReLU(), _conv(16, 32, 2), nn.BatchNorm2d(32), nn.ReLU(),
                          _conv(32, 64, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
 
-# %% ../../nbs/foundations/03_models.ipynb #07036ec4
+# %% ../../nbs/foundations/03_models.ipynb #18223e97
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    **{f'resnet{depth}': partial(CifarResNet, depth) for depth in (20, 32, 44, 56)},
+    **{f'resnet{depth}': partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56)},
     **{f'resnet{depth}': partial(small_resnet, depth) for depth in (18, 34)},
     **{f'wrn{depth}-{width}': partial(WideResNet, depth, width) for depth, width in ((16, 1), (16, 2), (40, 1), (40, 2))},
     'vgg11': small_vgg, 'mobilenetv2': small_mobilenet, 'digits-net': digits_net,
@@ -442,3 +442,29 @@ def load_teacher(
     teacher = Teacher(model, domain, name).to(device)
     teacher.about = about
     return teacher
+
+# %% ../../nbs/foundations/03_models.ipynb #62388006
+def inherit(
+    student: nn.Module, # filled in place where the teacher has a part of the same shapes
+    teacher: nn.Module, # a `Teacher` or any network built from the same kind of blocks
+) -> float: # share of the student's parameters that were taken over
+    "Let a student begin with its teacher's blocks, in order, some of them left out. Networks that have no part in common are a `DFKDError`."
+    source: nn.Module = teacher.get_submodule('model') if isinstance(teacher, Teacher) else teacher
+    taken = _take_over(student, source)
+    if not taken: raise DFKDError(f'no part of {type(student).__name__} has the shapes of a part of {type(source).__name__}: begin from random weights')
+    return taken / count_parameters(student)
+
+def _take_over(student: nn.Module, teacher: nn.Module) -> int: # parameters that were copied
+    "The same shapes are copied; otherwise the children find their partners, by name or else in order."
+    if _shapes(student) == _shapes(teacher):
+        student.load_state_dict(teacher.state_dict())
+        return count_parameters(student)
+    partners, copied, place = list(teacher.named_children()), 0, 0
+    for name, child in student.named_children():
+        in_order = not isinstance(student, nn.Sequential) # named parts are matched by name, blocks in a row by their shapes
+        fits = [i for i, (n, part) in enumerate(partners) if (n == name if in_order else i >= place and _shapes(part) == _shapes(child))]
+        if not fits or type(partners[fits[0]][1]) is not type(child): continue
+        copied, place = copied + _take_over(child, partners[fits[0]][1]), fits[0] + 1
+    return copied
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]: return [(name, v.shape) for name, v in module.state_dict().items()]
