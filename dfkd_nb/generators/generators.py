@@ -6,7 +6,8 @@
 __all__ = ['DISTANCES', 'METHODS', 'Generator', 'Pixels', 'activation_term', 'balance_term', 'adversarial_term', 'Painting',
            'GenerativeSynthesizer', 'Alternation']
 
-# %% ../../nbs/generators/10_generators.ipynb #68cfba7c
+# %% ../../nbs/generators/10_generators.ipynb #e8ed21a3
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,11 +23,11 @@ from ..dreams.inversion import FEATURE_TERMS, Look
 from ..dreams.priors import Objective, Term, View, class_loss, tv_term
 from ..dreams.statistics import Statistics
 from ..foundations.core import DFKDError, autocast, pick_device
-from ..foundations.data import Augment, ImageSet
+from ..foundations.data import Augment, Domain, ImageSet
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import Teacher, _logits, in_eval_mode
 
-# %% ../../nbs/generators/10_generators.ipynb #d4041479
+# %% ../../nbs/generators/10_generators.ipynb #dd5aa5e4
 class Generator(nn.Module):
     "From latent codes to images: a linear layer, then doublings with a convolution each (the generator of DAFL, CMI and FastDFKD)."
 
@@ -40,7 +41,7 @@ class Generator(nn.Module):
         channels, *size = shape
         if min(size) < 4 or min(channels, latent_size, width) < 1:
             raise DFKDError(f'a generator of images {tuple(shape)} from {latent_size} numbers, width {width}: give 4 x 4 pixels or more, and 1 or more of the rest')
-        doublings = max(2 if min(size) >= 8 else 1, int(math.log2(min(size) / 8))) if min(size) >= 4 else 1
+        doublings = max(2 if min(size) >= 8 else 1, int(math.log2(min(size) / 8))) # 32 pixels begin with 8 x 8, 64 and 128 too, 224 with 14 x 14
         self.shape, self.latent_shape = tuple(shape), (latent_size,)
         self.begin = -(-size[0] // 2**doublings), -(-size[1] // 2**doublings)
         self.linear, self.norm = nn.Linear(latent_size, 2 * width * self.begin[0] * self.begin[1]), nn.BatchNorm2d(2 * width)
@@ -68,19 +69,19 @@ class Pixels(nn.Module):
     def forward(self, z: Tensor) -> Tensor: # `(N, C, H, W)`, any numbers, to intensities in [0, 1]
         return z.sigmoid()
 
-# %% ../../nbs/generators/10_generators.ipynb #0b5458db
+# %% ../../nbs/generators/10_generators.ipynb #91ea60eb
 def activation_term(
     view: View, # needs `embedding`
 ) -> Tensor: # scalar, negative: it falls as the features grow
-    "Real images excite features, static does not: minus the mean absolute activation before the classifier (DAFL, Eq. 4)."
+    "Real images excite features, static does not: minus the mean absolute activation before the classifier (DAFL's activation loss)."
     if view.embedding is None: raise DFKDError("this view has no embedding: give the synthesizer embedding='classifier'")
     return -view.embedding.abs().mean()
 
-# %% ../../nbs/generators/10_generators.ipynb #e62a8887
+# %% ../../nbs/generators/10_generators.ipynb #21a0ddbf
 def balance_term(
     view: View, # needs `logits`
 ) -> Tensor: # scalar, nats, from -log K for evenly spread classes to 0
-    "Minus the entropy of the batch's mean answer: all classes shall occur (DAFL's information entropy, Eq. 5)."
+    "Minus the entropy of the batch's mean answer: all classes shall occur (DAFL's information entropy)."
     mean = _full(view.logits).softmax(1).mean(0)
     return torch.special.entr(mean).sum().neg()
 
@@ -93,13 +94,13 @@ def _kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 DISTANCES |= {'kl': _kl, 'l1': lambda teacher, student, temperature: (_full(teacher) - _full(student)).abs().mean(1), 'js': jensen_shannon}
 
-# %% ../../nbs/generators/10_generators.ipynb #f271f524
+# %% ../../nbs/generators/10_generators.ipynb #d859fd60
 def adversarial_term(
     distance: str = 'kl', # a word of `DISTANCES`: KL (ZSKT), mean absolute difference (DFAD), Jensen-Shannon
     agreement: bool = False, # count only images that both still put into one class (CMI's and FastDFKD's code)
     temperature: float = 1., # of both softmaxes
 ) -> Term: # needs `view.student_logits`; at most 0
-    "Minus the distance of the student from the teacher: the generator seeks what the student has not learned (ZSKT, Eq. 1; DFQ, Eq. 3)."
+    "Minus the distance of the student from the teacher: the generator seeks what the student has not learned (ZSKT, DFAD, DFQ)."
     if distance not in DISTANCES: raise DFKDError(f"unknown distance '{distance}': use {', '.join(DISTANCES)}")
     if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
     def adversarial(view: View) -> Tensor:
@@ -116,7 +117,25 @@ METHODS: dict[str, dict[str, Any]] = { # weights that the field's public code us
     'dfq': {'class_weight': 1., 'balance_weight': 20., 'feature_weight': 1., 'adversarial_weight': 1.},
 }
 
-# %% ../../nbs/generators/10_generators.ipynb #896225c5
+# %% ../../nbs/generators/10_generators.ipynb #d7de1ca7
+def _same_network(teacher: Teacher, student: nn.Module) -> bool:
+    "Whether two networks have the same weights, by name and bit."
+    own, theirs = teacher.model.state_dict(), (student.model if isinstance(student, Teacher) else student).state_dict()
+    return own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v.cpu(), theirs[k].cpu()) for k, v in own.items())
+
+def _check_generator(network: nn.Module, domain: Domain, device: torch.device) -> None:
+    "A `DFKDError` unless codes of `latent_shape` become images of the domain, in [0, 1]."
+    name, shape = type(network).__name__, getattr(network, 'latent_shape', None)
+    if shape is None: raise DFKDError(f"the generator '{name}' does not say what it takes: give it latent_shape, the shape of one code")
+    try:
+        with torch.no_grad(), in_eval_mode(network): images = network(torch.zeros(2, *shape, device=device))
+    except Exception as error: # networks of other libraries complain in their own ways
+        raise DFKDError(f"the generator '{name}' does not take codes of shape {tuple(shape)} ({(str(error).splitlines() or [''])[0][:100]}): correct its latent_shape") from error
+    if tuple(images.shape) != (2, *domain.shape): raise DFKDError(f"the generator '{name}' makes {tuple(images.shape[1:])}, '{domain.name}' has {tuple(domain.shape)}: build it with that shape")
+    if not (images.min() >= 0 and images.max() <= 1):
+        raise DFKDError(f"the generator '{name}' makes intensities from {float(images.min()):.2g} to {float(images.max()):.2g}: end it with a sigmoid, the domain normalises")
+
+# %% ../../nbs/generators/10_generators.ipynb #167056ba
 class Painting:
     "A generator, its judges, and what every answer costs."
 
@@ -155,7 +174,7 @@ class Painting:
         if reuse not in self.REUSE: raise DFKDError(f"unknown reuse '{reuse}': use {', '.join(self.REUSE)}")
         if labels not in ('answers', 'wishes'): raise DFKDError(f"unknown labels '{labels}': use 'answers' or 'wishes'")
         if adversarial_weight and student is None: raise DFKDError('adversarial_weight needs somebody to compete with: give a student')
-        if student is teacher or student is getattr(teacher, 'model', None): raise DFKDError('the student is the teacher: they never disagree; give another network')
+        if student is not None and _same_network(teacher, student): raise DFKDError('the student is the teacher: they never disagree, so there is nothing to compete for; give another network')
         self.device = pick_device(device)
         self.teacher, self.domain, self.student = teacher.to(self.device), teacher.domain, student
         if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher)
@@ -164,11 +183,13 @@ class Painting:
             torch.manual_seed(seed)
             network = generator if generator is not None else Generator(self.domain.shape) # type: ignore[arg-type]
         self.network = network.to(self.device)
+        _check_generator(self.network, self.domain, self.device)
         self.latent_shape: tuple[int, ...] = tuple(network.latent_shape) # type: ignore[arg-type]
         known: dict[str, tuple[float, Term]] = {'class': (class_weight, class_loss), 'balance': (balance_weight, balance_term), 'activation': (activation_weight, activation_term), 'tv_l2': (tv_l2, tv_term('l2'))}
         if statistics is not None: known['features'] = feature_weight, self._feature_term(statistics, feature_scale)
         if student is not None: known['adversarial'] = adversarial_weight, adversarial_term(distance, agreement, temperature)
         self.objective = Objective(known | dict(terms or {}))
+        self._made_with = {'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate, 'latent_learning_rate': latent_learning_rate, 'reuse': reuse, 'labels': labels, **self.objective.weights}
         self.steps, self.batch_size, self.labels, self.augment, self.reuse = steps, batch_size, labels, augment, reuse
         self.learning_rate, self.latent_learning_rate, self.seed, self.competing = learning_rate, latent_learning_rate, seed, True
         self.rng = torch.Generator().manual_seed(seed) # of codes, wishes, augmentation and fresh weights
@@ -229,7 +250,7 @@ class Painting:
 
     wants_student = False # set it where further terms ask for `view.student_logits`
 
-# %% ../../nbs/generators/10_generators.ipynb #3157737a
+# %% ../../nbs/generators/10_generators.ipynb #fd096407
 class GenerativeSynthesizer(Painting):
     "Images from a generator that a teacher, and perhaps a student, teach to paint, batch after batch: weights and switches are the methods."
 
@@ -276,7 +297,8 @@ class GenerativeSynthesizer(Painting):
         images = self.paint(self.codes)
         total, values, view = self.judge(images, self.targets)
         leaves = [*self.weights.values(), *([self.codes] if self.latent_optimizer else [])]
-        for leaf, gradient in zip(leaves, torch.autograd.grad(total, leaves)): leaf.grad = gradient
+        if not total.requires_grad: raise DFKDError('no gradient reaches the generator: it or a term detaches what it is given')
+        for leaf, gradient in zip(leaves, torch.autograd.grad(total, leaves, allow_unused=True)): leaf.grad = gradient # some networks have weights that they never use
         self._keep(images, total, values, view)
         if self.optimizer: self.optimizer.step()
         if self.latent_optimizer: self.latent_optimizer.step()
@@ -324,7 +346,7 @@ class GenerativeSynthesizer(Painting):
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, also in the middle of a batch. The tensors are alive: save them before the next update."
         def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: return {k: v.detach() for k, v in tensors.items()}
-        return {'weights': detached(self.weights), 'buffers': detached(self.buffers), 'optimizer': self.optimizer.state_dict() if self.optimizer else None, 'codes': self.codes.detach(),
+        return {'settings': dict(self._made_with), 'weights': detached(self.weights), 'buffers': detached(self.buffers), 'optimizer': self.optimizer.state_dict() if self.optimizer else None, 'codes': self.codes.detach(),
                 'latent_optimizer': self.latent_optimizer.state_dict() if self.left and self.latent_optimizer else None, 'targets': self.targets if self.left else None,
                 'best': self._plain_best(), 'rng': self.rng.get_state(), 'left': self.left, 'updates': self.updates, 'batches': self.batches, 'competing': self.competing,
                 'history': [dict(row) for row in self.history]}
@@ -334,22 +356,25 @@ class GenerativeSynthesizer(Painting):
         return self.best | {'moments': None if self.best['moments'] is None else {k: list(pair) for k, pair in self.best['moments'].items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood: same teacher, same settings."
+        "Go on where `state_dict` stood: same teacher, same settings. Nothing of `state` is shared with it afterwards."
+        changed = [f'{k} (was {v}, now {self._made_with.get(k)})' for k, v in state['settings'].items() if self._made_with.get(k) != v]
+        if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
         if {k: v.shape for k, v in state['weights'].items()} != {k: v.shape for k, v in self.weights.items()}: raise DFKDError('this state belongs to another generator: build the one it was saved from')
         self._set({k: v.to(self.device) for k, v in state['weights'].items()}, {k: v.to(self.device) for k, v in state['buffers'].items()})
-        if self.optimizer: self.optimizer.load_state_dict(state['optimizer'])
+        if self.optimizer: self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
         self.rng.set_state(state['rng'].cpu())
         self.left, self.updates, self.batches, self.competing = state['left'], state['updates'], state['batches'], state['competing']
         self.history = [dict(row) for row in state['history']]
-        self.codes, self.targets, self.latent_optimizer = state['codes'].to(self.device), state['targets'], None
+        self.codes, self.latent_optimizer = state['codes'].to(self.device).clone(), None
+        self.targets = None if state['targets'] is None else state['targets'].to(self.device)
         if state['latent_optimizer'] is not None:
             self.codes.requires_grad_()
             self.latent_optimizer = torch.optim.Adam([self.codes], self.latent_learning_rate, betas=(0.5, 0.999))
-            self.latent_optimizer.load_state_dict(state['latent_optimizer'])
+            self.latent_optimizer.load_state_dict(copy.deepcopy(state['latent_optimizer']))
         best = state['best']
         self.best = best and best | {'moments': best['moments'] and {k: tuple(pair) for k, pair in best['moments'].items()}}
 
-# %% ../../nbs/generators/10_generators.ipynb #27dafc5d
+# %% ../../nbs/generators/10_generators.ipynb #6ee20975
 class Alternation:
     "Batches of images between a student's updates, round after round: the one loop of all methods that paint while the student learns."
 
@@ -366,6 +391,8 @@ class Alternation:
             raise DFKDError(f'{rounds} rounds, {warmup_rounds} of them to warm up, {updates_per_round} updates in each: give 1 or more, and fewer to warm up than in all')
         if distiller.steps != (rounds - warmup_rounds) * updates_per_round:
             raise DFKDError(f'the student has {distiller.steps} updates, {rounds - warmup_rounds} rounds of {updates_per_round} need {(rounds - warmup_rounds) * updates_per_round}: make them agree')
+        if warmup_rounds and not any(weight for name, weight in maker.objective.weights.items() if name != 'adversarial'):
+            raise DFKDError(f'{warmup_rounds} rounds to warm up, but there is nothing to paint for without a competition: give another term a weight, or set warmup_rounds to 0')
         self.maker, self.distiller, self.rounds, self.updates_per_round, self.warmup_rounds = maker, distiller, rounds, updates_per_round, warmup_rounds
         self.pool: Any = distiller.source if hasattr(distiller.source, 'add') else None
         self.round, self.seconds = 0, 0. # rounds whose images are made; spent on them
