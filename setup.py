@@ -32,7 +32,7 @@ setuptools.setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else settings["description"],
     long_description_content_type="text/markdown",
     packages=setuptools.find_packages(include=["dfkd_nb", "dfkd_nb.*"]),
-    package_data={"dfkd_nb": ["py.typed", "recipes/*.toml", "weights/*", "assets/*"]},
+    package_data={"dfkd_nb": ["py.typed", "recipes/*.toml", "recipes/compare/*.toml", "weights/*", "assets/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=requirements("requirements"),
     extras_require={"book": book, "imagenet": imagenet, "dev": book + imagenet + requirements("dev_requirements")},

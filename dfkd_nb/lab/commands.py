@@ -51,14 +51,20 @@ def positive(text: str) -> float:
     if not value > 0: raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
     return value
 
-# %% ../../nbs/lab/23_commands.ipynb #3e31f941
+# %% ../../nbs/lab/23_commands.ipynb #1829a263
 def list_recipes(arguments: argparse.Namespace) -> int:
-    "`dfkd list`: every recipe, cheapest first."
+    "`dfkd list`: every recipe, cheapest first; those of the comparison in three lines."
+    from dfkd_nb.lab.methods import compared
     recipes = sorted(map(Recipe.load, recipe_names()), key=lambda r: (r.order, r.name))
     if arguments.missing_full: recipes = [r for r in recipes if 'full' in r.scales and not (Path(arguments.results) / r.name / 'full' / 'result.json').is_file()]
+    folded = not (arguments.all or arguments.missing_full)
+    if folded: recipes = [r for r in recipes if r.name not in compared()]
     width = max([len(r.name) for r in recipes], default=0)
     for r in recipes: print(f"{r.name:<{width}}  {'+'.join(r.scales):<10}  {hours(r.hours):>8}  {r.title}")
     if not recipes: print('every recipe has its full-scale result')
+    if folded:
+        print(f'\nand {len(compared())} of the comparison, called PAIR-METHOD (`dfkd list --all` prints them):')
+        for name, words in zip(('pairs', 'methods'), zip(*compared().values())): print(f"  {name:<8} {' '.join(dict.fromkeys(words))}")
     return 0
 
 def hours(value: float) -> str:
@@ -78,7 +84,7 @@ def show_recipe(arguments: argparse.Namespace) -> int:
         print(resolved_toml(recipe, scale, recipe.resolve(scale)))
     return 0
 
-# %% ../../nbs/lab/23_commands.ipynb #a9ab7153
+# %% ../../nbs/lab/23_commands.ipynb #59ce2326
 def show_results(arguments: argparse.Namespace) -> int:
     "`dfkd results`: what finished runs left."
     found = results(arguments.folder)
@@ -86,14 +92,15 @@ def show_results(arguments: argparse.Namespace) -> int:
     width = max(len(r.recipe) for r in found)
     for r in found:
         numbers = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.numbers.items() if not isinstance(v, (list, dict)))
-        print(f"{r.recipe:<{width}}  {r.scale:<5}  {hours(r.seconds['total'] / 3600):>8}  {numbers}")
+        print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {numbers}")
     return 0
 
-# %% ../../nbs/lab/23_commands.ipynb #52461767
+# %% ../../nbs/lab/23_commands.ipynb #7adae218
 def run_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd run RECIPE`: do it, or go on with it."
     recipe = Recipe.load(arguments.recipe)
-    run = Run(recipe, arguments.scale, dict(map(parse_assignment, arguments.set)), out=arguments.out, results=arguments.results,
+    changes = dict(map(parse_assignment, arguments.set)) | ({} if arguments.seed is None else {'seed': arguments.seed})
+    run = Run(recipe, arguments.scale, changes, out=arguments.out, results=arguments.results,
               device=arguments.device, save_every=arguments.save_every)
     result = run.start(arguments.resume, arguments.fresh, arguments.max_minutes, arguments.command_line)
     print_result(result)
@@ -592,7 +599,7 @@ def bench(arguments: argparse.Namespace) -> int:
     except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
     return speed.bench(arguments.rest)
 
-# %% ../../nbs/lab/23_commands.ipynb #66396afc
+# %% ../../nbs/lab/23_commands.ipynb #7e710290
 def parser() -> Parser: # of the whole program
     "The words that `dfkd` understands."
     main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
@@ -604,6 +611,7 @@ def parser() -> Parser: # of the whole program
         return sub
 
     sub = command('list', list_recipes, 'all recipes, cheapest first')
+    sub.add_argument('--all', action='store_true', help='those of the comparison one by one')
     sub.add_argument('--missing-full', action='store_true', help='only those without a full-scale result')
     sub.add_argument('--results', default='results', metavar='DIR', help='where results are published (default: results)')
 
@@ -618,6 +626,7 @@ def parser() -> Parser: # of the whole program
     sub.add_argument('--fresh', action='store_true', help='throw an earlier run away')
     sub.add_argument('--max-minutes', type=positive, default=math.inf, metavar='N', help='stop cleanly after N minutes')
     sub.add_argument('--device', default='auto', metavar='D', help='auto, cpu, cuda, cuda:N or mps')
+    sub.add_argument('--seed', type=int, metavar='S', help="another seed than the recipe's; its result stands beside the recipe's own")
     sub.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change a setting; may come several times')
     sub.add_argument('--out', default='runs', metavar='DIR', help='folder of runs (default: runs)')
     sub.add_argument('--results', default=None, metavar='DIR', help='folder of results (default: results, where it exists)')
