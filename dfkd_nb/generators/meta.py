@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Weights', 'META', 'adapt', 'meta_gradients', 'MetaSynthesizer', 'preset']
 
-# %% ../../nbs/generators/12_meta.ipynb #ed0aa7f8
+# %% ../../nbs/generators/12_meta.ipynb #1fdb3d7c
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -58,7 +59,7 @@ def meta_gradients(
 # %% ../../nbs/generators/12_meta.ipynb #755b1b7d
 META = 'sum', 'last', 'reptile' # words for the first-order gradients
 
-# %% ../../nbs/generators/12_meta.ipynb #763a0788
+# %% ../../nbs/generators/12_meta.ipynb #bd535be7
 class MetaSynthesizer(GenerativeSynthesizer):
     "Batches of images, each adapted in k steps from what earlier batches have in common (FastDFKD, Algorithm 1)."
 
@@ -84,11 +85,13 @@ class MetaSynthesizer(GenerativeSynthesizer):
         if reset_first_layer_at is not None and reset_first_layer_at < 1: raise DFKDError(f'reset_first_layer_at {reset_first_layer_at}: batches count from 1; give None for never')
         self.running = None if momentum is None else RunningStatistics(momentum)
         super().__init__(teacher, reuse=reuse, **settings)
+        self._made_with |= {'meta': meta, 'latent_life': latent_life, 'momentum': momentum, 'reset_first_layer_at': reset_first_layer_at}
         self.meta, self.latent_life, self.reset_first_layer_at = meta, latent_life, reset_first_layer_at
         if self.learns_codes and not self.latent_learning_rate: raise DFKDError('codes that live for more than one batch are learned: give a latent_learning_rate above 0, or latent_life=1')
         if reuse == 'meta' and not self.weights and not self.learns_codes: raise DFKDError("pixels have no weights to learn from batch to batch: give latent_life=None, or reuse='continue'")
         self.meta_learning_rate = meta_learning_rate or self.learning_rate * self.steps
         self.meta_latent_learning_rate = meta_latent_learning_rate or self.latent_learning_rate * self.steps
+        self._made_with |= {'meta_learning_rate': self.meta_learning_rate, 'meta_latent_learning_rate': self.meta_latent_learning_rate}
         self.meta_weights: Weights = self._leaves(self.weights) if reuse == 'meta' else {} # what all batches have in common
         self.meta_codes = torch.empty(0, device=self.device) # likewise, where codes are learned
         self.meta_optimizer = self._meta_adam()
@@ -165,13 +168,13 @@ class MetaSynthesizer(GenerativeSynthesizer):
 
     def _learn(self) -> None:
         "One step of the meta-weights, and of the meta-learned codes."
-        learned = self.meta_weights | ({'codes': self.meta_codes} if self.learns_codes else {})
+        learned, found = self.meta_weights | ({'codes': self.meta_codes} if self.learns_codes else {}), dict[str, Tensor | None]()
         if self.meta == 'last': # at the adapted weights, whose images count as well
             images = self.paint(self.codes)
             total, values, view = self.judge(images, self.targets)
-            found = dict(zip(learned, torch.autograd.grad(total, [self._moving[name] for name in learned])))
+            found = dict(zip(learned, torch.autograd.grad(total, [self._moving[name] for name in learned], allow_unused=True)))
             self._keep(images, total, values, view)
-        elif self.meta == 'sum': found = self.gathered
+        elif self.meta == 'sum': found = {name: self.gathered.get(name) for name in learned}
         else: found = {name: begun.detach() - self._moving[name].detach() for name, begun in learned.items()}
         for name, leaf in learned.items(): leaf.grad = found[name]
         assert self.meta_optimizer is not None
@@ -184,19 +187,18 @@ class MetaSynthesizer(GenerativeSynthesizer):
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, also in the middle of a batch: meta-weights, their Adam and the running statistics too."
         return super().state_dict() | {
-            'reuse': self.reuse, 'meta_weights': {k: v.detach() for k, v in self.meta_weights.items()}, 'meta_codes': self.meta_codes.detach(),
+            'meta_weights': {k: v.detach() for k, v in self.meta_weights.items()}, 'meta_codes': self.meta_codes.detach(),
             'meta_optimizer': self.meta_optimizer.state_dict() if self.meta_optimizer else None, 'gathered': dict(self.gathered),
             'running': self.running.state_dict() if self.running else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same teacher, same settings."
-        if state.get('reuse') != self.reuse: raise DFKDError(f"this state was saved with reuse='{state.get('reuse', 'unknown')}', this synthesizer has '{self.reuse}': build the one it was saved from")
-        if (state['running'] is None) != (self.running is None): raise DFKDError('this state and this synthesizer do not agree about momentum: build the one it was saved from')
-        super().load_state_dict(state | {'codes': state['codes'].clone()})
+        if 'meta_weights' not in state: raise DFKDError('this state was not saved by a MetaSynthesizer: build the one it was saved from')
+        super().load_state_dict(state)
         self.meta_weights = self._leaves({k: v.to(self.device) for k, v in state['meta_weights'].items()})
         self.meta_codes = state['meta_codes'].to(self.device, copy=True).requires_grad_()
         self.meta_optimizer = self._meta_adam()
-        if self.meta_optimizer: self.meta_optimizer.load_state_dict(state['meta_optimizer'])
+        if self.meta_optimizer: self.meta_optimizer.load_state_dict(copy.deepcopy(state['meta_optimizer']))
         self.gathered = {k: v.to(self.device, copy=True) for k, v in state['gathered'].items()}
         if self.running:
             self.running.load_state_dict(state['running'])
