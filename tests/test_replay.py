@@ -1,0 +1,448 @@
+"""Replay: the buffer against plain Python, its properties, drawn frequencies against probabilities, resuming to the bit."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dfkd_nb.dreams.priors import View
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.data import DOMAINS, Augment, ImageSet
+from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.generators.generators import Alternation, Generator, GenerativeSynthesizer
+from dfkd_nb.generators.replay import (
+    ReplayPool,
+    importance_weights,
+    modulated_class_term,
+    modulation,
+    sampling_probabilities,
+)
+
+DIGITS = DOMAINS["digits"]
+
+
+def network(seed=0):
+    "One convolution whose BatchNorm has seen something."
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    with torch.no_grad():
+        model[-1].weight.mul_(8)
+        for _ in range(10):
+            model(torch.randn(32, 1, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(network(), DIGITS, "tiny")
+
+
+def pictures(n, seed=0):
+    return torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(n=5, size=5, priorities=None, **options):
+    "A buffer about which no network was asked."
+    pool = ReplayPool(DIGITS, size, **options)
+    given = None if priorities is None else torch.tensor(priorities)
+    pool.insert(pictures(n), torch.arange(n) % 10, torch.linspace(0.2, 0.9, n), given)
+    return pool
+
+
+# --- the formulas -------------------------------------------------------------------------------------------------
+
+shares = st.floats(0, 1)
+many = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=40)
+
+
+made = st.lists(st.tuples(st.integers(0, 3), shares), min_size=1, max_size=20) # class and confidence
+
+
+@given(made, st.lists(st.integers(0, 9), min_size=4, max_size=4), st.floats(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_modulation_is_equation_3(images, counts, gamma):
+    size = max(sum(counts), 1)
+    classes, confidences = (torch.tensor(column) for column in zip(*images))
+    confidences = confidences.double()
+    phi = modulation(classes, confidences, torch.tensor(counts), size, gamma)
+    for value, (c, p) in zip(phi.tolist(), images):
+        assert value == pytest.approx((1 - counts[c] / size) * (1 - p) ** gamma, abs=1e-6)
+        assert 0 <= value <= 1
+    difficulty, diversity, neither = (
+        modulation(classes, confidences, torch.tensor(counts), size, gamma, *which)
+        for which in ((True, False), (False, True), (False, False))
+    )
+    torch.testing.assert_close(difficulty * diversity, phi)
+    assert (neither == 1).all()
+
+
+@given(shares, shares, st.integers(0, 100), st.integers(0, 100), st.floats(0.01, 5))
+@settings(max_examples=60, deadline=None)
+def test_modulation_falls_with_confidence_and_with_frequency(p, q, few, more, gamma):
+    p, q, few, more = min(p, q), max(p, q), min(few, more), max(few, more)
+    counts, size = torch.tensor([few, more]), 200
+    zero = torch.zeros(2, dtype=torch.long)
+    sure = modulation(zero, torch.tensor([p, q]).double(), counts, size, gamma)
+    assert sure[0] >= sure[1]
+    often = modulation(torch.tensor([0, 1]), torch.tensor([p, p]).double(), counts, size, gamma)
+    assert often[0] >= often[1]
+
+
+@given(many, st.floats(0, 2), st.floats(1e-4, 1))
+@settings(max_examples=80, deadline=None)
+def test_probabilities_are_equation_6(priorities, alpha, epsilon):
+    found = sampling_probabilities(torch.tensor(priorities), alpha, epsilon)
+    mass = [(abs(d) + epsilon) ** alpha for d in torch.tensor(priorities).tolist()]
+    assert found.tolist() == pytest.approx([m / sum(mass) for m in mass], rel=1e-9)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-9)
+    assert (found > 0).all(), "epsilon keeps everything drawable"
+    order = torch.tensor(priorities).argsort()
+    assert (found[order].diff() >= -1e-15).all(), "a larger priority is not drawn less often"
+    assert torch.allclose(sampling_probabilities(torch.tensor(priorities), 0.0, epsilon), torch.full_like(found, 1 / len(found)))
+
+
+@given(many, st.floats(0, 1))
+@settings(max_examples=80, deadline=None)
+def test_weights_undo_the_preference(priorities, beta):
+    probabilities = sampling_probabilities(torch.tensor(priorities))
+    weights = importance_weights(probabilities, len(probabilities), beta)
+    assert weights.tolist() == pytest.approx([(len(priorities) * p) ** -beta for p in probabilities.tolist()], rel=1e-9)
+    assert float((probabilities * weights).sum()) <= 1 + 1e-9, "on average never more than 1 (Jensen)"
+    full = importance_weights(probabilities, len(probabilities), 1.0)
+    assert torch.allclose(probabilities * full, torch.full_like(full, 1 / len(full))), "beta = 1: every image counts alike"
+
+
+# --- a reference in plain Python ----------------------------------------------------------------------------------
+
+
+class PlainPool:
+    "The same buffer with lists and loops: oldest first, no tensors but the images."
+
+    def __init__(self, size, alpha, beta, epsilon, normalised):
+        self.size, self.alpha, self.beta, self.epsilon, self.normalised = size, alpha, beta, epsilon, normalised
+        self.slots, self.next = [], 0
+
+    def add(self, rows):
+        for row in rows:
+            if len(self.slots) < self.size:
+                self.slots.append(row)
+            else:
+                self.slots[self.next] = row
+            self.next = (self.next + 1) % self.size
+
+    def probabilities(self):
+        mass = [(abs(row["priority"]) + self.epsilon) ** self.alpha for row in self.slots]
+        return [m / sum(mass) for m in mass]
+
+    def draw(self, tickets):
+        chosen, probabilities = [], self.probabilities()
+        for ticket in tickets:
+            below, index = 0.0, 0
+            while index < len(probabilities) - 1 and below + probabilities[index] <= ticket:
+                below, index = below + probabilities[index], index + 1
+            chosen.append(index)
+        return chosen
+
+    def report(self, chosen, distances):
+        probabilities, n = self.probabilities(), len(self.slots)
+        weights = [(n * p) ** -self.beta for p in probabilities]
+        if self.normalised:
+            weights = [w / max(weights) for w in weights]
+        heard = {}
+        for index, distance in zip(chosen, distances):
+            heard.setdefault(index, []).append(weights[index] * distance)
+        for index, values in heard.items():
+            self.slots[index]["priority"] = sum(values) / len(values)
+
+
+def divergence(teacher_logits, student_logits):
+    p, q = teacher_logits.double().softmax(1), student_logits.double().softmax(1)
+    return (p * (p / q).log()).sum(1)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_the_buffer_follows_plain_python(teacher, normalised):
+    student, size = network(1), 12
+    pool = ReplayPool(DIGITS, size, teacher, student, alpha=0.7, beta=0.5, epsilon=0.01, normalised=normalised)
+    plain = PlainPool(size, 0.7, 0.5, 0.01, normalised)
+    generator, twin = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    noise = torch.Generator().manual_seed(4)
+    for turn in range(12):
+        fresh = pictures(5, turn)
+        pool.add(fresh, torch.zeros(5, dtype=torch.long))
+        with torch.no_grad():
+            known, said = teacher.predict(fresh), student(DIGITS.normalize(fresh))
+        rows = zip(fresh, known.argmax(1).tolist(), known.softmax(1).amax(1).tolist(), divergence(known, said).tolist())
+        plain.add([{"image": i, "class": c, "confidence": p, "priority": d} for i, c, p, d in rows])
+        for _ in range(3):
+            images, labels = pool.sample(20, generator)
+            chosen = plain.draw(torch.rand(20, generator=twin, dtype=torch.float64).tolist())
+            assert torch.equal(images, torch.stack([plain.slots[i]["image"] for i in chosen]))
+            assert labels.tolist() == [plain.slots[i]["class"] for i in chosen]
+            answers = torch.randn(2, 20, 10, generator=noise)
+            pool.report(answers[0], answers[1])
+            plain.report(chosen, divergence(answers[1], answers[0]).tolist())
+        assert pool.probabilities.tolist() == pytest.approx(plain.probabilities(), rel=1e-4)
+        assert pool.priorities.tolist() == pytest.approx([row["priority"] for row in plain.slots], rel=1e-4, abs=1e-6)
+        assert pool.confidences.tolist() == pytest.approx([row["confidence"] for row in plain.slots], rel=1e-5)
+        assert pool.counts.tolist() == [sum(row["class"] == k for row in plain.slots) for k in range(10)]
+        assert len(pool) == len(plain.slots) == min(size, 5 * (turn + 1))
+
+
+@given(st.lists(st.integers(1, 17), min_size=1, max_size=8), st.integers(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_size_is_constant_and_the_oldest_go_first(portions, size):
+    pool, everything = ReplayPool(DIGITS, size), []
+    for turn, n in enumerate(portions):
+        images, classes = pictures(n, turn), torch.randint(10, (n,), generator=torch.Generator().manual_seed(turn))
+        pool.insert(images, classes, torch.rand(n))
+        everything += [(int(c), image.sum().item()) for c, image in zip(classes, images)]
+        kept = everything[-size:]
+        assert len(pool) == len(kept) == len(pool.images) == len(pool.labels)
+        assert sorted(zip(pool.labels.tolist(), pool.images.sum((1, 2, 3)).tolist())) == sorted(kept)
+        assert pool.counts.tolist() == torch.bincount(pool.labels, minlength=10).tolist()
+        assert pool.added == len(everything)
+
+
+# --- drawing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+def test_drawn_frequencies_are_the_probabilities(alpha):
+    size, draws = 40, 40_000
+    pool = ReplayPool(DIGITS, size, alpha=alpha, epsilon=0.01)
+    pool.insert(pictures(size), torch.arange(size) % 10, torch.rand(size), torch.linspace(0.3, 3, size))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(draws // 1000):
+        pool.sample(1000, generator)
+    expected = draws * pool.probabilities
+    assert pool.draws.sum() == draws and expected.min() > 5
+    chi_square = float(((pool.draws - expected).square() / expected).sum())
+    assert abs(chi_square - (size - 1)) < 4 * math.sqrt(2 * (size - 1)), "mean K - 1, variance 2 (K - 1)"
+
+
+def test_the_statistical_test_can_fail():
+    pool = filled(40, 40, torch.linspace(0.05, 3, 40).tolist(), alpha=0.6)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        pool.sample(1000, generator)
+    wrong = 40_000 * sampling_probabilities(pool.priorities, 0.5, pool.epsilon)
+    assert float(((pool.draws - wrong).square() / wrong).sum()) > 39 + 10 * math.sqrt(78)
+
+
+def test_no_number_below_one_draws_beyond_the_last_image():
+    pool = filled(3, 3, [1.0, 1.0, 0.0], epsilon=1e-12)
+    pool.sample(200_000, torch.Generator().manual_seed(1))
+    assert int(pool.chosen.max()) <= 2 and int(pool.chosen.min()) >= 0
+
+
+def test_without_priorities_every_image_comes_once_before_any_comes_twice():
+    pool = filled(10, 10, [float(i) for i in range(10)], prioritised=False)
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1, 4):
+        for _ in range(2):
+            pool.sample(5, generator)
+            pool.report(torch.randn(5, 10, generator=generator), torch.randn(5, 10, generator=generator))
+        assert pool.draws.tolist() == [n] * 10
+    assert pool.probabilities.tolist() == pytest.approx([0.1] * 10)
+    assert torch.equal(pool.weights(torch.arange(10)), torch.ones(10))
+
+
+# --- priorities ---------------------------------------------------------------------------------------------------
+
+
+def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
+    pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0])
+    pool.update(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
+    assert pool.priorities.tolist() == [1.0, 0.5, 3.0, 9.0, 5.0]
+    pool.update(torch.tensor([0, 2, 2]), torch.tensor([float("nan"), float("inf"), 7.0]))
+    assert pool.priorities.tolist() == [1.0, 0.5, 7.0, 9.0, 5.0]
+
+
+def test_duplicates_are_weighed_by_the_probabilities_they_were_drawn_with():
+    pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0], beta=1.0)
+    pool.sample(200, torch.Generator().manual_seed(0))
+    chosen, weights = pool.chosen.clone(), pool.weights(torch.arange(5))
+    known, said = torch.randn(2, 200, 10, generator=torch.Generator().manual_seed(1))
+    apart = divergence(known, said)
+    pool.report(said, known)
+    for i in range(5):
+        assert float(pool.priorities[i]) == pytest.approx(float(weights[i] * apart[chosen == i].mean()), rel=1e-4)
+
+
+def test_first_priorities(teacher):
+    fresh = pictures(6)
+    alone = ReplayPool(DIGITS, 6, teacher)
+    alone.add(fresh)
+    assert alone.priorities.tolist() == [1.0] * 6
+    alone.update(torch.tensor([2]), torch.tensor([4.0]))
+    alone.add(fresh[:2])
+    assert alone.priorities.tolist() == [4.0, 4.0, 4.0, 1.0, 1.0, 1.0], "the largest so far"
+    student = network(1).train()
+    watched = ReplayPool(DIGITS, 6, teacher, student)
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    watched.add(fresh)
+    assert student.training and all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    with torch.no_grad():
+        expected = divergence(teacher.predict(fresh), student.eval()(DIGITS.normalize(fresh)))
+    assert watched.priorities.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_fixed_point_softens_alpha():
+    "With distances that stand still, priorities settle at P ~ KL^(alpha / (1 + alpha beta))."
+    apart, alpha, beta = torch.logspace(-2, 1, 8), 0.6, 0.5
+    for normalised in (False, True):
+        pool = ReplayPool(DIGITS, 8, alpha=alpha, beta=beta, epsilon=1e-9, normalised=normalised)
+        pool.insert(pictures(8), torch.arange(8), torch.ones(8), apart)
+        every = torch.arange(8)
+        for _ in range(80):
+            pool.update(every, pool.weights(every) * apart)
+        expected = apart.double() ** (alpha / (1 + alpha * beta))
+        assert pool.probabilities.tolist() == pytest.approx((expected / expected.sum()).tolist(), rel=1e-4)
+
+
+def test_a_loss_may_be_weighed(teacher):
+    plain, weighing = (ReplayPool(DIGITS, 8, teacher, network(1), beta=1.0, weighs_loss=on) for on in (False, True))
+    for pool in (plain, weighing):
+        pool.add(pictures(8))
+        pool.sample(5, torch.Generator().manual_seed(0))
+    assert plain.loss_weights is None
+    assert torch.equal(weighing.loss_weights, weighing.weights(weighing.chosen))
+    assert weighing.loss_weights.tolist() == pytest.approx((1 / (8 * weighing.probabilities[weighing.chosen])).tolist(), rel=1e-5)
+
+
+# --- the term -----------------------------------------------------------------------------------------------------
+
+
+def view(logits):
+    return View(torch.zeros(len(logits), 1, 8, 8), logits, torch.zeros(len(logits), dtype=torch.long))
+
+
+def test_the_term_weighs_the_teachers_own_class():
+    pool = filled(5, 5)
+    logits = (3 * torch.randn(7, 10, generator=torch.Generator().manual_seed(0)).double()).requires_grad_()
+    value = modulated_class_term(pool, 2.0)(view(logits))
+    confidences, classes = logits.softmax(1).max(1)
+    phi = torch.tensor([(1 - float(pool.counts[c]) / 5) * (1 - p) ** 2 for c, p in zip(classes, confidences.tolist())]).double()
+    expected = (phi * F.cross_entropy(logits, classes, reduction="none")).mean()
+    torch.testing.assert_close(value, expected)
+    slope, = torch.autograd.grad(value, logits)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, logits)[0]) # phi is a number: no gradient passes it
+    through = modulated_class_term(pool, 2.0, through=True)(view(logits))
+    torch.testing.assert_close(through, value)
+    assert torch.autograd.grad(through, logits)[0].norm() > slope.norm(), "raising the confidence pays twice"
+    plain = modulated_class_term(pool, 2.0, difficulty=False, diversity=False)(view(logits))
+    torch.testing.assert_close(plain, F.cross_entropy(logits, classes))
+
+
+def test_the_term_counts_what_the_buffer_holds_now(teacher):
+    pool = ReplayPool(DIGITS, 4, teacher)
+    term, logits = modulated_class_term(pool, difficulty=False), torch.eye(10)[:1] * 2
+    empty = float(term(view(logits)))
+    assert empty == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0])))) # nothing is frequent in an empty buffer
+    pool.insert(pictures(4), torch.tensor([0, 0, 0, 1]), torch.ones(4))
+    assert float(term(view(logits))) == pytest.approx(empty / 4)
+
+
+# --- keeping ------------------------------------------------------------------------------------------------------
+
+
+def race(teacher, size=20, seed=0, **options):
+    student = network(seed + 1)
+    pool = ReplayPool(DIGITS, size, teacher, student, **options)
+    shared = {"batch_size": 8, "device": "cpu", "seed": seed}
+    distiller = Distiller(teacher, student, pool, steps=24, learning_rate=0.05, augment=Augment(1, False), **shared)
+    terms, generator = {"modulated": (1.0, modulated_class_term(pool))}, Generator((1, 8, 8), 4, 4)
+    weights = {"feature_weight": 1.0, "adversarial_weight": 1.0, "terms": terms}
+    maker = GenerativeSynthesizer(teacher, generator=generator, steps=3, latent_learning_rate=0.01, student=student, **weights, **shared)
+    return Alternation(maker, distiller, rounds=6, updates_per_round=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"prioritised": False}, {"weighs_loss": True, "normalised": True}])
+def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
+    torch.manual_seed(0)
+    whole = race(teacher, **options)
+    for turn in range(42):
+        if turn in (13, 26):
+            save_checkpoint(tmp_path / f"{turn}.pt", whole.state_dict())
+        whole.step()
+    assert whole.finished
+    for turn in (13, 26):
+        torch.manual_seed(99)
+        second = race(teacher, **options)
+        second.load_state_dict(load_checkpoint(tmp_path / f"{turn}.pt"))
+        for _ in range(42 - turn):
+            second.step()
+        for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values()):
+            assert torch.equal(a, b)
+        for name in ("images", "labels", "confidences", "priorities", "draws", "counts", "probabilities", "largest"):
+            assert torch.equal(getattr(whole.pool, name), getattr(second.pool, name)), name
+
+
+def test_one_file_holds_the_buffer(teacher, tmp_path):
+    pool = race(teacher, size=9, alpha=0.3, normalised=True).run(until=12).pool
+    pool.save(tmp_path / "pool.safetensors")
+    again = ReplayPool.load(tmp_path / "pool.safetensors", teacher)
+    for name in ("images", "labels", "confidences", "priorities", "draws", "counts", "probabilities", "largest"):
+        assert torch.equal(getattr(pool, name), getattr(again, name)), name
+    assert (again.size, again.added, again.alpha, again.normalised, again.weighs_loss) == (9, pool.added, 0.3, True, False)
+    assert torch.equal(ImageSet.load(tmp_path / "pool.safetensors").labels, pool.labels)
+    oldest = pool.added % 9
+    again.add(pictures(1))
+    assert torch.equal(again.images[oldest], pictures(1)[0])
+    pool.fetch(torch.arange(3)), next(pool.batches(4))
+    ImageSet(pool.images, pool.labels, DIGITS).save(tmp_path / "images.safetensors")
+    with pytest.raises(DFKDError, match="no replay buffer"):
+        ReplayPool.load(tmp_path / "images.safetensors")
+
+
+def test_the_buffer_in_numbers():
+    pool = filled(4, 4, [1.0, 1.0, 1.0, 1.0])
+    found = pool.describe()
+    assert found["images"] == 4 and found["classes"] == pytest.approx(4) and found["effective"] == pytest.approx(4)
+    assert found["confidence"] == pytest.approx(0.55) and found["priority"] == 1
+
+
+@pytest.mark.parametrize(
+    "mistake, says",
+    [
+        (lambda: ReplayPool(DIGITS, 0), "give 1 or more"),
+        (lambda: ReplayPool(DIGITS, 5, epsilon=0.0), "an epsilon above 0"),
+        (lambda: ReplayPool(DIGITS, 5, alpha=-1.0), "give 0 or more"),
+        (lambda: ReplayPool(DIGITS, 5, temperature=0.0), "give a positive one"),
+        (lambda: ReplayPool(DIGITS, 5).add(pictures(2)), "give the pool a teacher"),
+        (lambda: ReplayPool(DIGITS, 5).sample(2, torch.Generator()), "add some first"),
+        (lambda: ReplayPool(DIGITS, 5).describe(), "add images first"),
+        (lambda: filled().insert(torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.ones(2)), "give uint8"),
+        (lambda: filled().insert(pictures(0), torch.zeros(0).long(), torch.ones(0)), "give one or more"),
+        (lambda: filled().insert(pictures(2), torch.tensor([0, 10]), torch.ones(2)), "0 to 9"),
+        (lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)), "sample one first"),
+        (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), "give one of each"),
+        (lambda: filled().load_state_dict({"size": 7}), "same size"),
+        (lambda: setattr(filled(), "labels", torch.zeros(5)), "teacher's answers"),
+        (lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0), "give 0 or more"),
+        (lambda: modulation(torch.tensor([0]), torch.ones(2), torch.ones(2), 2), "one of each"),
+        (lambda: modulated_class_term(filled(), -1.0), "give 0 or more"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(mistake, says):
+    with pytest.raises(DFKDError, match=says) as error:
+        mistake()
+    assert "\n" not in str(error.value)
+
+
+def test_a_report_belongs_to_its_batch(teacher):
+    pool = filled()
+    pool.sample(3, torch.Generator().manual_seed(0))
+    with pytest.raises(DFKDError, match="batch of 3 images"):
+        pool.report(torch.zeros(2, 10), torch.zeros(2, 10))
+    pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
+    with pytest.raises(DFKDError, match="sample one first"):
+        pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
+    with pytest.raises(DFKDError, match="mixup_alpha"):
+        Distiller(teacher, network(1), filled(), steps=1, batch_size=2, mixup_alpha=0.2, device="cpu")
