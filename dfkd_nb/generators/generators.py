@@ -84,13 +84,13 @@ def activation_term(
     if view.embedding is None: raise DFKDError("this view has no embedding: give the synthesizer embedding='classifier'")
     return -view.embedding.abs().mean()
 
-# %% ../../nbs/generators/10_generators.ipynb #21a0ddbf
+# %% ../../nbs/generators/10_generators.ipynb #68e53b7d
 def balance_term(
     view: View, # needs `logits`
 ) -> Tensor: # scalar, nats, from -log K for evenly spread classes to 0
     "Minus the entropy of the batch's mean answer: all classes shall occur (DAFL's information entropy)."
-    mean = _full(view.logits).softmax(1).mean(0)
-    return torch.special.entr(mean).sum().neg()
+    log_mean = _full(view.logits).log_softmax(1).logsumexp(0) - math.log(len(view.logits)) # in log space: a class nobody names has no log
+    return (log_mean.exp() * log_mean).sum()
 
 # %% ../../nbs/generators/10_generators.ipynb #59820222
 DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {} # of a teacher's logits from a student's, one number an image
