@@ -1,0 +1,283 @@
+"""Contrast: InfoNCE against a plain loop and its bound, views that are parts, a bank that is a ring, batches that resume."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dfkd_nb.dreams.competition import GrowingPool
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.data import DOMAINS, Augment, Domain
+from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.generators.contrastive import (
+    PRESETS,
+    ContrastiveSynthesizer,
+    LocalView,
+    MemoryBank,
+    Summary,
+    info_nce,
+    preset,
+)
+from dfkd_nb.generators.generators import Alternation, Generator
+
+DIGITS = DOMAINS["digits"]
+
+
+def network(seed=0, domain=DIGITS, norm=True):
+    "Two convolutions; BatchNorm, where there is one, has seen something."
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(domain.channels, 6, 3, 2, 1), nn.BatchNorm2d(6) if norm else nn.GELU(), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1)]
+    layers += [nn.BatchNorm2d(5) if norm else nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, domain.num_classes)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for _ in range(10):
+            model(torch.randn(32, *domain.shape))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(network(), DIGITS, "tiny")
+
+
+def maker_of(teacher, **change):
+    torch.manual_seed(change.pop("weights", 0))
+    chosen = {"steps": 3, "batch_size": 6, "learning_rate": 5e-3, "latent_learning_rate": 5e-3}
+    chosen |= {"class_weight": 1.0, "feature_weight": 1.0, "labels": "wishes"}
+    chosen |= {"augment": Augment(1, False), "bank_size": 16, "negatives": 8, "head_size": 12, "device": "cpu"}
+    return ContrastiveSynthesizer(teacher, generator=Generator(teacher.domain.shape, 8, 4), **chosen | change)
+
+
+# --- InfoNCE ---
+
+
+def test_it_is_the_cross_entropy_of_finding_ones_own():
+    u, v = torch.randn(2, 7, 4, dtype=torch.float64)
+    likeness = torch.stack([torch.stack([F.cosine_similarity(a, b, dim=0) for b in v]) for a in u])
+    wanted = F.cross_entropy(likeness / 0.3, torch.arange(7), reduction="none")
+    assert torch.allclose(info_nce(u, v, 0.3), wanted, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda u, v: info_nce(u, v, 0.3), (u.requires_grad_(), v.requires_grad_()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([1e-3, 1.0, 1e6]))
+def test_its_bounds_and_that_length_and_order_do_not_count(seed, n, temperature, scale):
+    u, v = torch.randn(2, n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    prices = info_nce(u, v, temperature)
+    assert (prices >= 0).all() and (prices <= math.log(n) + 2 / temperature + 1e-9).all()
+    assert torch.allclose(info_nce(scale * u, v, temperature), prices, atol=1e-9)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(info_nce(u[order], v[order], temperature), prices[order], atol=1e-9)
+
+
+def test_a_guess_and_a_certainty():
+    assert torch.allclose(info_nce(torch.eye(8), torch.ones(8, 8)), torch.tensor(math.log(8)))
+    assert torch.allclose(info_nce(torch.eye(8), torch.eye(8), 0.1), torch.tensor(math.log(1 + 7 * math.exp(-10))), atol=1e-6)
+    assert info_nce(torch.zeros(3, 2), torch.zeros(3, 2)).isfinite().all()
+    with pytest.raises(DFKDError, match="one key an anchor"):
+        info_nce(torch.eye(3), torch.eye(4))
+    with pytest.raises(DFKDError, match="positive"):
+        info_nce(torch.eye(3), torch.eye(3), 0.0)
+
+
+# --- views ---
+
+
+def test_the_whole_is_a_view_of_itself_and_no_view_invents_pixels():
+    x, rng = torch.rand(40, 3, 12, 20), torch.Generator().manual_seed(0)
+    assert torch.allclose(LocalView((1.0, 1.0), (1.0, 1.0), False)(x, rng), x, atol=1e-5)
+    mirrored = LocalView((1.0, 1.0), (1.0, 1.0))(x, rng)
+    assert torch.allclose(mirrored.sort(3).values, x.sort(3).values, atol=1e-5) and not torch.allclose(mirrored, x, atol=1e-5)
+    parts = LocalView()(x, rng)
+    assert parts.shape == x.shape
+    assert (parts.amax((2, 3)) <= x.amax((2, 3)) + 1e-6).all() and (parts.amin((2, 3)) >= x.amin((2, 3)) - 1e-6).all()
+
+
+def test_a_part_has_the_area_that_was_asked_for():
+    rows = torch.linspace(0, 1, 64)
+    x = torch.stack([rows.expand(64, 64), rows[:, None].expand(64, 64)]).expand(200, 2, 64, 64)
+    parts = LocalView((0.25, 0.6), (0.75, 4 / 3), False)(x, torch.Generator().manual_seed(1))
+    width, height = (parts[:, 0, 32, 48] - parts[:, 0, 32, 16]) * 63 / 32, (parts[:, 1, 48, 32] - parts[:, 1, 16, 32]) * 63 / 32
+    area, ratio = width * height, width / height
+    assert 0.24 < area.min() and area.max() < 0.62 and area.std() > 0.05
+    assert 0.72 < ratio.min() and ratio.max() < 1.38
+
+
+def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
+    x = torch.rand(1, 1, 8, 8, dtype=torch.float64).expand(5, 1, 8, 8).clone().requires_grad_()
+    one, two, other = (LocalView()(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    assert torch.autograd.grad(one.sum(), x)[0].abs().sum() > 0
+    for wrong in ({"scale": (0.0, 1.0)}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}):
+        with pytest.raises(DFKDError, match="small to large"):
+            LocalView(**wrong)
+
+
+# --- summaries and the bank ---
+
+
+def test_summaries_are_means_of_what_enters_and_hooks_are_removed():
+    model, x = network(), torch.randn(4, 1, 8, 8)
+    with Summary(model, ["1", "4", "7"]) as summary:
+        model(x)
+        found = summary.vectors()
+        with pytest.raises(DFKDError, match="did not use layer '1'"):
+            summary.vectors()
+    wanted = torch.cat([model[:1](x).mean((2, 3)), model[:4](x).mean((2, 3)), model[:7](x)], 1)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    with pytest.raises(RuntimeError), summary:
+        raise RuntimeError
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.lists(st.integers(1, 20), max_size=6))
+def test_the_bank_keeps_the_last_and_never_grows(size, batches):
+    bank, ever = MemoryBank(size, 1), []
+    for n in batches:
+        new = torch.arange(len(ever), len(ever) + n).float()
+        bank.add(torch.stack([new, -new], 1)[..., None])
+        ever += new.tolist()
+    pairs = bank.draw(99, torch.Generator().manual_seed(0))
+    assert sorted(pairs[:, 0, 0].tolist()) == ever[-size:] and len(bank) == min(size, len(ever))
+    assert torch.equal(pairs[:, 0], -pairs[:, 1]) and bank.kept.shape == (size, 2, 1)
+
+
+def test_a_bank_that_does_not_fit_is_refused():
+    with pytest.raises(DFKDError, match=r"give \(n, 2, 3\)"):
+        MemoryBank(4, 3).add(torch.zeros(2, 2, 4))
+    with pytest.raises(DFKDError, match="same size and layers"):
+        MemoryBank(4, 3).load_state_dict(MemoryBank(5, 3).state_dict())
+    with pytest.raises(DFKDError, match="1 or more"):
+        MemoryBank(0, 3)
+
+
+# --- the synthesizer ---
+
+
+def test_batches_fill_the_bank_and_each_begins_anew(teacher):
+    maker = maker_of(teacher)
+    images = maker.synthesize(4)
+    assert len(images) == 24 and len(maker.bank) == 16 and maker.bank.added == 24
+    assert maker.features == 11 and not maker.bank.kept.requires_grad
+    assert all(row["contrast"] > 0 for row in maker.history)
+    weights, head = {k: v.clone() for k, v in maker.weights.items()}, [p.clone() for p in maker.head.parameters()]
+    maker.start()
+    assert all((maker.weights[k] != v).any() for k, v in weights.items() if v.ndim > 1)
+    assert all((a != b).any() for a, b in zip(maker.head.parameters(), head, strict=True))
+    assert not any(m._forward_pre_hooks for m in (*teacher.modules(), *maker.look.network.modules()))
+
+
+def test_the_head_learns_and_keys_stand_still(teacher):
+    maker = maker_of(teacher)
+    maker.synthesize()
+    maker.step()
+    before = [p.clone() for p in maker.head.parameters()]
+    maker.step()
+    assert all((a != b).any() for a, b in zip(maker.head.parameters(), before, strict=True))
+    images = maker.paint(maker.codes).detach().requires_grad_()
+    maker.local = lambda images, generator: images.detach()
+    _, values, _ = maker.judge(images, maker.targets)
+    assert torch.autograd.grad(values["contrast"], images, allow_unused=True)[0] is None
+
+
+def test_some_steps_lower_the_contrast_of_a_batch(teacher):
+    def price(maker, codes):
+        with torch.no_grad():
+            return sum(float(maker.judge(maker.paint(codes), torch.zeros(32, dtype=torch.long))[1]["contrast"]) for _ in range(10))
+
+    alone = {"class_weight": 0.0, "feature_weight": 0.0, "contrastive_weight": 1.0}
+    maker = maker_of(teacher, **alone, steps=30, batch_size=32, initialisation="default")
+    maker.start()
+    maker.bank.added, codes = 0, maker.codes.detach().clone()
+    before = price(maker, codes)
+    for _ in range(29):
+        maker.step()
+    assert price(maker, maker.codes.detach()) < before
+
+
+def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty(teacher):
+    maker = maker_of(teacher, contrastive_weight=0.0)
+    maker.synthesize(2)
+    assert not len(maker.bank) and "contrast" not in maker.history[0]
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+@pytest.mark.parametrize("reuse", ["restart", "continue"])
+def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, reuse, left):
+    whole, part, resumed = maker_of(teacher, reuse=reuse), maker_of(teacher, reuse=reuse), maker_of(teacher, reuse=reuse, weights=9)
+    wanted = whole.synthesize(4)
+    part.synthesize(1)
+    part.step()
+    while part.left > left:
+        part.step()
+    save_checkpoint(tmp_path / "state.pt", part.state_dict())
+    resumed.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    while resumed.left:
+        resumed.step()
+    assert torch.equal(torch.cat([resumed.finish().images, resumed.synthesize(2).images]), wanted.images[6:])
+    assert resumed.history == whole.history and torch.equal(resumed.bank.kept, whole.bank.kept)
+
+
+def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
+    def race():
+        student = network(1)
+        maker = maker_of(teacher, student=student, adversarial_weight=0.5, agreement=True)
+        distiller = Distiller(teacher, student, GrowingPool(DIGITS), steps=8, batch_size=4, learning_rate=0.05, device="cpu")
+        return Alternation(maker, distiller, rounds=2, updates_per_round=4)
+
+    whole, part, resumed = race(), race(), race()
+    whole.run()
+    part.run(until=4)
+    part.step()
+    save_checkpoint(tmp_path / "race.pt", part.state_dict())
+    resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
+    resumed.run()
+    assert torch.equal(resumed.pool.images, whole.pool.images)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.student.state_dict().values(), whole.student.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contrastive_weight": -1.0}, "give 0 or more"),
+        ({"contrastive_temperature": 0.0}, "a positive one"),
+        ({"bank_size": 0}, "1 or more of each"),
+        ({"initialisation": "ones"}, "use normal or default"),
+        ({"layers": ["9"]}, "no layer '9'"),
+        ({"reuse": "meta"}, "use continue, restart"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_work_is_told_at_once(teacher, change, message):
+    with pytest.raises(DFKDError, match=message):
+        maker_of(teacher, **change)
+
+
+def test_a_state_of_other_settings_is_refused(teacher):
+    with pytest.raises(DFKDError, match="contrastive_temperature"):
+        maker_of(teacher).load_state_dict(maker_of(teacher, contrastive_temperature=0.5).state_dict())
+    with pytest.raises(DFKDError, match="contrast"):
+        maker_of(teacher).load_state_dict(maker_of(teacher, contrastive_weight=0.5).state_dict())
+    with pytest.raises(DFKDError, match="same size"):
+        maker_of(teacher).load_state_dict(maker_of(teacher, bank_size=17).state_dict())
+
+
+def test_presets_are_settings(teacher):
+    for name in PRESETS:
+        chosen = preset(name) | {"steps": 1, "batch_size": 4, "student": network(1)}
+        assert len(ContrastiveSynthesizer(teacher, generator=Generator(DIGITS.shape, 8, 4), device="cpu", **chosen).synthesize()) == 4
+    with pytest.raises(DFKDError, match="use cmi"):
+        preset("best")
+
+
+def test_a_foreign_network_without_batchnorm_is_summarised_before_its_classifier():
+    domain = Domain("wide", (3, 24, 40), (0.5,) * 3, (0.3,) * 3, ("yes", "no", "perhaps"))
+    teacher = Teacher(network(0, domain, norm=False), domain)
+    maker = maker_of(teacher, feature_weight=0.0)
+    assert maker.synthesize(2).images.shape == (12, 3, 24, 40) and maker.features == 5
