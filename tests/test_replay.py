@@ -17,10 +17,14 @@ from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.generators import Alternation, Generator, GenerativeSynthesizer
 from dfkd_nb.generators.replay import (
     ReplayPool,
+    draw_buffer,
     importance_weights,
     modulated_class_term,
     modulation,
+    preset,
+    replay_explorer,
     sampling_probabilities,
+    ssd_kd,
 )
 
 DIGITS = DOMAINS["digits"]
@@ -67,8 +71,7 @@ made = st.lists(st.tuples(st.integers(0, 3), shares), min_size=1, max_size=20) #
 @settings(max_examples=60, deadline=None)
 def test_modulation_is_equation_3(images, counts, gamma):
     size = max(sum(counts), 1)
-    classes, confidences = (torch.tensor(column) for column in zip(*images))
-    confidences = confidences.double()
+    classes, confidences = torch.tensor([c for c, _ in images]), torch.tensor([p for _, p in images], dtype=torch.float64)
     phi = modulation(classes, confidences, torch.tensor(counts), size, gamma)
     for value, (c, p) in zip(phi.tolist(), images):
         assert value == pytest.approx((1 - counts[c] / size) * (1 - p) ** gamma, abs=1e-6)
@@ -446,3 +449,58 @@ def test_a_report_belongs_to_its_batch(teacher):
         pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
     with pytest.raises(DFKDError, match="mixup_alpha"):
         Distiller(teacher, network(1), filled(), steps=1, batch_size=2, mixup_alpha=0.2, device="cpu")
+
+
+# --- all of it ----------------------------------------------------------------------------------------------------
+
+SMALL = {"batch_size": 8, "steps": 2, "augment": None, "momentum": None, "reset_first_layer_at": None}
+
+
+def together(teacher, student, **changes):
+    maker = SMALL | {"generator": Generator((1, 8, 8), 4, 4)} | changes.pop("maker", {})
+    settings = {"size": 12, "rounds": 4, "updates_per_round": 2, "device": "cpu", "maker": maker, "distiller": {"batch_size": 8}}
+    return ssd_kd(teacher, student, **settings | changes)
+
+
+def test_the_settings_are_the_papers():
+    assert preset() == preset("ssd-kd-5") and preset()["steps"] == 5 and preset("ssd-kd-2")["steps"] == 2
+    assert preset()["labels"] == "answers" and preset("ssd-kd", "resnet34")["adversarial_weight"] == 1.33
+    with pytest.raises(DFKDError, match="unknown preset"):
+        preset("ssd-kd-3")
+
+
+@pytest.mark.parametrize("reuse", ["meta", "continue", "restart"])
+def test_parts_come_together(teacher, reuse):
+    race = together(teacher, network(1), maker={"reuse": reuse}, warmup_rounds=1, gamma=2.0, pool={"alpha": 0.3})
+    weights = race.maker.objective.weights
+    assert weights["modulated"] == 0.4 and weights["class"] == 0 and weights["adversarial"] == 1.1 and weights["features"] == 10
+    assert race.maker.student is race.student is race.pool.student and race.pool.alpha == 0.3
+    race.run()
+    assert race.finished and race.pool.added == 32 and len(race.pool) == 12 and race.pool.draws.sum() > 0
+    assert race.maker.history[-1]["modulated"] >= 0 and race.maker.history[-1]["adversarial"] <= 0
+
+
+def test_a_picture_of_the_buffer(teacher):
+    with pytest.raises(DFKDError, match="add images first"):
+        draw_buffer(ReplayPool(DIGITS, 3))
+    picture = draw_buffer(filled(), (600, 200))
+    assert picture.shape == (3, 200, 600) and picture.dtype == torch.uint8 and picture.float().std() > 10
+
+
+def test_the_explorer_turns_what_runs(teacher):
+    pytest.importorskip("ipywidgets")
+    settings = {"size": 12, "rounds": 3, "updates_per_round": 2, "device": "cpu", "distiller": {"batch_size": 8}}
+    play = replay_explorer(teacher, lambda: network(1), maker=SMALL | {"generator": Generator((1, 8, 8), 4, 4)}, **settings)
+    assert play.race.round == 1 and play.picture.value.startswith(b"\x89PNG")
+    before, even = play.picture.value, play.race.pool.probabilities.max()
+    play.alpha.value = 2.0
+    assert play.race.pool.alpha == 2.0 and play.picture.value != before and play.race.pool.probabilities.max() > even
+    play.gamma.value, play.beta.value = 4.0, 0.0
+    logits = torch.eye(10)[:2] * 3
+    _, term = play.race.maker.objective.terms["modulated"]
+    torch.testing.assert_close(term(view(logits)), modulated_class_term(play.race.pool, 4.0)(view(logits)))
+    for _ in range(4):
+        play.step()
+    assert play.race.finished and "round 3 of 3" in play.status.value
+    play.again.click()
+    assert play.race.round == 1 and play.race.pool.alpha == 2.0
