@@ -1,0 +1,181 @@
+"Timed ways compute the same thing: losses, gradients, and what a whole round or step leaves."
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dfkd_nb.dreams.statistics import batchnorm_layers
+from dfkd_nb.foundations.core import DFKDError
+from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.generators.generators import Generator
+from dfkd_nb.lab.speed import (
+    LESSON_WAYS,
+    SYNTHESIS_WAYS,
+    Doubling,
+    Lesson,
+    bench,
+    compare,
+    convolve_doubled,
+    describe,
+    doubling_kernel,
+    fold_batchnorm,
+    fresh_teacher,
+    make_round,
+    race,
+    stopwatch,
+)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return fresh_teacher("resnet8")
+
+
+@pytest.fixture(scope="module")
+def rounds(teacher):
+    torch.manual_seed(0)
+    generator, student, codes = Doubling((3, 32, 32), 32, 4), build_model("resnet8"), torch.randn(6, 32)
+    return [make_round(way, teacher, student, generator, codes, 2) for way in SYNTHESIS_WAYS]
+
+
+@pytest.fixture(scope="module")
+def lessons(teacher):
+    torch.manual_seed(0)
+    pictures = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
+    student = build_model("resnet8")
+    return [Lesson(way, teacher, student, pictures) for way in LESSON_WAYS if way != "compiled"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9))
+def test_a_doubled_map_need_not_be_made(height, width, inputs, outputs, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, inputs, height, width, generator=rng, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(outputs, inputs, 3, 3, generator=rng, dtype=torch.float64, requires_grad=True)
+    slow = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    quick = convolve_doubled(x, weight)
+    torch.testing.assert_close(quick, slow)
+    push = torch.randn(slow.shape, generator=rng, dtype=torch.float64)
+    pairs = [torch.autograd.grad((y * push).sum(), (x, weight)) for y in (slow, quick)]
+    torch.testing.assert_close(*pairs)
+
+
+def test_its_gradient_lies_in_memory_as_the_weight_does():
+    weight = torch.randn(5, 3, 3, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(doubling_kernel(weight).square().sum(), weight)
+    assert gradient.stride() == weight.stride()  # a fused Adam on the CPU takes it for granted
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 20, 28)])
+def test_both_generators_are_chapter_tens(shape):
+    torch.manual_seed(1)
+    generator, codes = Doubling(shape, 8, 3).double(), torch.randn(4, 8, dtype=torch.float64)
+    wanted = Generator.forward(generator, codes)
+    for generator.transposed in (False, True):
+        torch.testing.assert_close(generator(codes), wanted)
+
+
+def test_rounds_begin_equal(rounds):
+    errors = compare(rounds)
+    assert all(e["loss_error"] <= 1e-5 for way, e in errors.items() if way != "bfloat16")
+    assert all(e["gradient_error"] < 0.01 for way, e in errors.items() if way != "bfloat16")
+
+
+def test_rounds_end_equal_and_repeat(rounds):
+    wanted = rounds[0]().float()
+    for contestant in rounds[:5]:
+        images = contestant()
+        assert images.dtype == torch.uint8 and (images.float() - wanted).abs().mean() < 0.5, contestant.way
+        assert torch.equal(images, contestant()), contestant.way  # a second round starts where the first did
+
+
+def test_a_round_that_forgets_a_term_is_caught(rounds):
+    cheat = copy.deepcopy(rounds[2])
+    cheat.maker.objective = cheat.maker.objective.reweigh(features=0.0)
+    with pytest.raises(DFKDError, match="would mean nothing"):
+        compare([rounds[0], cheat])
+
+
+def test_lessons_are_equal(lessons):
+    before = lessons[0].gradient()[0]
+    compare(lessons, 2e-5)
+    torch.testing.assert_close(lessons[0].gradient()[0], before)  # looking changes nothing that counts
+
+
+def test_a_step_leaves_the_same_student(lessons):
+    for lesson in lessons:
+        lesson()
+    wanted = torch.cat([p.flatten() for p in lessons[0].distiller.student.parameters()])
+    for lesson in lessons[1:5]:
+        got = torch.cat([p.flatten() for p in lesson.distiller.student.parameters()])
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "left"), [("resnet20", 0), ("wrn16-1", 7), ("vgg11", 0), ("mobilenetv2", 0)])
+def test_folding_keeps_the_answers_and_the_teacher(name, left):
+    whole = fresh_teacher(name)
+    before = {k: v.clone() for k, v in whole.state_dict().items()}
+    lean, x = fold_batchnorm(whole), torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(lean(x), whole(x), rtol=1e-4, atol=1e-4)
+    assert len(batchnorm_layers(lean)) == left and lean.domain is whole.domain
+    assert all(torch.equal(v, before[k]) for k, v in whole.state_dict().items())
+
+
+def test_what_cannot_be_traced_is_told():
+    class Winding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(3, 10)
+
+        def forward(self, x):
+            return self.layer(x.mean((2, 3))) if x.sum() > 0 else self.layer(-x.mean((2, 3)))
+
+    with pytest.raises(DFKDError, match="cannot be traced"):
+        fold_batchnorm(Teacher(Winding(), fresh_teacher("resnet8").domain))
+
+
+def test_clocks():
+    with pytest.raises(DFKDError, match="unknown clock"):
+        stopwatch(lambda: None, torch.device("cpu"), "sun")
+    with pytest.raises(DFKDError, match="does not see a GPU"):
+        stopwatch(lambda: None, torch.device("cuda"), "processor")
+    times = race([_Idle("a"), _Idle("b")], 2, 0, "processor")
+    assert times["a"]["speed"] == 1 and times["b"]["seconds"] >= 0
+
+
+class _Idle:
+    device = torch.device("cpu")
+
+    def __init__(self, way):
+        self.way = way
+
+    def __call__(self):
+        return sum(range(10_000))
+
+    def gradient(self):
+        return torch.ones(1), torch.ones(1)
+
+
+@pytest.mark.parametrize("what", ["synthesis", "distillation"])
+def test_bench_keeps_what_it_measured(what, tmp_path, capsys):
+    words = ["--what", what, "--model", "resnet8", "--student", "resnet8", "--batch", "4", "--rounds", "1", "--width", "4"]
+    assert bench([*words, "--steps", "1", "--clock", "processor", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert path.name == {"synthesis": "synthesis-resnet8-width4-4.json", "distillation": "distillation-resnet8-4.json"}[what]
+    assert found["what"] == what and found["clock"] == "processor" and found["floor_seconds"] > 0
+    assert describe(found).splitlines()[0] in capsys.readouterr().out
+
+
+def test_bench_refuses_what_it_cannot_do():
+    with pytest.raises(DFKDError, match="memory of synthesis"):
+        bench(["--what", "synthesis", "--memory"])
+    with pytest.raises(DFKDError, match="no way 'compiled'"):
+        bench(["--what", "synthesis", "--compile"])
+    with pytest.raises(DFKDError, match="unknown way"):
+        make_round("guessed", fresh_teacher("resnet8"), build_model("resnet8"), Doubling((3, 32, 32), 8, 2), torch.randn(2, 8))
