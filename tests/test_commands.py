@@ -12,6 +12,7 @@ import torch
 from dfkd_nb.foundations.core import save_tensors
 from dfkd_nb.foundations.models import build_model
 from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.methods import compared
 from dfkd_nb.lab.runs import Recipe, recipe_names
 
 TINY = ["--set", "epochs=1", "--set", "evaluations=1"]
@@ -42,13 +43,29 @@ def test_looking_does_not_load_torch():
 
 
 def test_list_is_in_order_and_whole(dfkd):
-    code, out, _ = dfkd("list")
+    code, out, _ = dfkd("list", "--all")
     names = [line.split()[0] for line in out.splitlines()]
     assert (
         code == 0
         and sorted(names) == recipe_names()
         and names == sorted(names, key=lambda n: (Recipe.load(n).order, n))
     )
+
+
+def test_list_folds_the_comparison(dfkd):
+    code, out, _ = dfkd("list")
+    recipes, comparison = out.split("\n\n")
+    assert code == 0 and len(recipes.splitlines()) + len(compared()) == len(recipe_names())
+    assert "cifar10-wrn40-2-wrn16-1" in comparison and "ssd-kd-10" in comparison and str(len(compared())) in comparison
+
+
+def test_a_missing_teacher_is_trained_first_and_seeds_stand_beside_each_other(dfkd):
+    words = ["digits-transfer-noise", "--set", "images=20", "--set", "synthesis_steps=2", "--set", "updates=4", "--set", "evaluations=1", "--set", "picture=1"]
+    code, out, _ = dfkd("run", *words)
+    assert code == 0 and "first digits-teacher (quick)" in out and (dfkd.folder / "runs/digits-teacher/quick/result.json").is_file()
+    code, out, _ = dfkd("run", *words, "--seed", "2")
+    assert code == 0 and "first" not in out.splitlines()[0]
+    assert json.loads((dfkd.folder / "runs/digits-transfer-noise/quick-seed2/result.json").read_text())["settings"]["seed"] == 2
 
 
 def test_list_missing_full(dfkd):

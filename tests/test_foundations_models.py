@@ -33,6 +33,7 @@ from dfkd_nb.foundations.models import (
     build_model,
     count_parameters,
     in_eval_mode,
+    inherit,
     load_teacher,
     load_weights,
     save_weights,
@@ -526,3 +527,58 @@ def test_saved_weights_hold_names_only(tmp_path: Path) -> None:
     save_weights(tmp_path / "w.safetensors", tiny(), {"model": "tiny"})
     tensors, metadata = load_tensors(tmp_path / "w.safetensors")
     assert metadata == {"model": "tiny"} and set(tensors) == set(tiny().state_dict())
+
+
+@pytest.mark.parametrize("student,teacher", [("resnet14", "resnet20"), ("resnet8", "resnet20"), ("resnet18", "resnet34"), ("wrn16-1", "wrn40-1"), ("vgg11", "vgg11")])
+def test_a_student_takes_over_blocks_in_order(student: str, teacher: str) -> None:
+    torch.manual_seed(0)
+    small, large = build_model(student), build_model(teacher)
+    with torch.no_grad():
+        for number, value in enumerate(large.state_dict().values()):
+            value.fill_(number)  # every tensor can be told by its number
+    assert inherit(small, large) == 1.0
+    first = [float(v.flatten()[0]) for v in small.state_dict().values()]
+    assert first == sorted(first) and len(set(first)) == len(first)  # each from another place, in the teacher's order
+    with torch.no_grad():
+        for value in small.state_dict().values():
+            value.zero_()
+    assert float(next(iter(large.state_dict().values())).sum()) == 0 and float(list(large.state_dict().values())[-1].flatten()[0]) > 0  # a copy
+
+
+def test_inheriting_leaves_what_has_no_partner() -> None:
+    small, large = build_model("resnet14", 7), build_model("resnet20", 10)
+    before = small.get_parameter("fc.weight").clone()
+    share = inherit(small, Teacher(large, DOMAINS["cifar10"]))
+    assert 0.99 < share < 1 and small.get_parameter("fc.weight").equal(before)
+    with pytest.raises(DFKDError, match="no part of .* begin from random weights"):
+        inherit(build_model("digits-net", 10, 1), build_model("vgg11"))
+
+
+def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
+    class Listening(ImageSet):
+        heard: list[tuple[Tensor, Tensor]] = []
+
+        def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
+            self.heard.append((student_logits, teacher_logits))
+            self.loss_weights = torch.zeros(len(student_logits))
+
+    torch.manual_seed(0)
+    teacher = Teacher(build_model("digits-net", 10, 1), DOMAINS["digits"])
+    images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8)
+    source = Listening(images, None, DOMAINS["digits"])
+    distiller = Distiller(teacher, build_model("digits-net", 10, 1), source, steps=3, batch_size=8, device="cpu")
+    losses = [float(distiller.step()["distillation"]) for _ in range(3)]
+    assert losses == [0.0] * 3 and len(source.heard) == 3
+    assert all(s.shape == t.shape == (8, 10) and not s.requires_grad for s, t in source.heard)
+    with pytest.raises(DFKDError, match="mixup_alpha is 1.0, but a Listening"):
+        Distiller(teacher, build_model("digits-net", 10, 1), source, steps=3, mixup_alpha=1.0, device="cpu")
+
+
+def test_weights_of_a_loss() -> None:
+    torch.manual_seed(0)
+    student, teacher, weights = torch.randn(4, 10), torch.randn(4, 10), torch.tensor([1.0, 0.0, 2.0, 0.5])
+    each = torch.stack([distillation_loss(student[i : i + 1], teacher[i : i + 1], 3.0) for i in range(4)])
+    torch.testing.assert_close(distillation_loss(student, teacher, 3.0, weights), (each * weights).mean())
+    torch.testing.assert_close(distillation_loss(student, teacher, 3.0, torch.ones(4)), distillation_loss(student, teacher, 3.0))
+    with pytest.raises(DFKDError, match="give one an image"):
+        distillation_loss(student, teacher, 3.0, weights[:2])

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'INTERRUPTED', 'LARGE', 'REAL', 'ASKED', 'Parser', 'positive', 'list_recipes', 'hours', 'show_recipe',
-           'show_results', 'run_recipe', 'print_result', 'read_network', 'fill', 'own_teacher', 'own_domain', 'numbers',
-           'chosen_classes', 'usual_settings', 'inversion_settings', 'Dreams', 'read_lines', 'compare', 'open_dreams',
-           'clear', 'keep', 'png', 'table', 'finish', 'draw_grid', 'together', 'exchange', 'agreed', 'Clock',
-           'Dreaming', 'silent', 'request', 'invert', 'holding', 'fill_folder', 'inspect', 'bench', 'parser', 'main',
-           'kept', 'kept_images', 'report']
+           'show_results', 'run_recipe', 'missing_teacher', 'print_result', 'read_network', 'fill', 'own_teacher',
+           'own_domain', 'numbers', 'chosen_classes', 'usual_settings', 'inversion_settings', 'Dreams', 'read_lines',
+           'compare', 'open_dreams', 'clear', 'keep', 'png', 'table', 'finish', 'draw_grid', 'together', 'exchange',
+           'agreed', 'Clock', 'Dreaming', 'silent', 'request', 'invert', 'holding', 'fill_folder', 'inspect', 'bench',
+           'parser', 'main', 'kept', 'kept_images', 'report']
 
 # %% ../../nbs/lab/23_commands.ipynb #9ec9ccbe
 import argparse
@@ -95,17 +95,28 @@ def show_results(arguments: argparse.Namespace) -> int:
         print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {numbers}")
     return 0
 
-# %% ../../nbs/lab/23_commands.ipynb #7adae218
+# %% ../../nbs/lab/23_commands.ipynb #343d7a30
 def run_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd run RECIPE`: do it, or go on with it."
     recipe = Recipe.load(arguments.recipe)
     changes = dict(map(parse_assignment, arguments.set)) | ({} if arguments.seed is None else {'seed': arguments.seed})
-    run = Run(recipe, arguments.scale, changes, out=arguments.out, results=arguments.results,
-              device=arguments.device, save_every=arguments.save_every)
-    result = run.start(arguments.resume, arguments.fresh, arguments.max_minutes, arguments.command_line)
+    began, where = time.monotonic(), {'out': arguments.out, 'results': arguments.results, 'device': arguments.device, 'save_every': arguments.save_every}
+    run = Run(recipe, arguments.scale, changes, **where)
+    if (teacher := missing_teacher(run)) is not None:
+        print(f'first {teacher[0]} ({teacher[1]}): this recipe learns from its network', flush=True)
+        Run(Recipe.load(teacher[0]), teacher[1], **where).start(True, False, arguments.max_minutes, arguments.command_line)
+    result = run.start(arguments.resume, arguments.fresh, arguments.max_minutes - (time.monotonic() - began) / 60, arguments.command_line)
     print_result(result)
     print(f'kept in {run.folder}')
     return 0
+
+def missing_teacher(run: Run) -> tuple[str, str] | None: # recipe and scale
+    "The recipe whose network this one needs, if it has not been run here yet."
+    name = getattr(run.settings, 'teacher', '')
+    if not name.startswith('run:') or run.finished: return None
+    recipe, _, scale = name.removeprefix('run:').partition('/')
+    scale = scale or run.scale
+    return None if (run.root / recipe / scale / 'weights.safetensors').is_file() else (recipe, scale)
 
 def print_result(result: Result) -> None:
     "The numbers of a result, one a line."

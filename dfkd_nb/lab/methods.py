@@ -40,7 +40,7 @@ def compared() -> dict[str, tuple[str, str]]: # recipe to pair and method
     pairs, methods = tables()
     return {f'{pair}-{method}': (pair, method) for pair in pairs for method in methods if not method.startswith('common-')}
 
-# %% ../../nbs/lab/24_methods.ipynb #e32b3e69
+# %% ../../nbs/lab/24_methods.ipynb #12e43471
 def compose(
     name: str, # PAIR-METHOD, one of `compared`
 ) -> dict[str, Any]: # what the file of such a recipe would say
@@ -52,7 +52,7 @@ def compose(
     def merged(part: str) -> dict[str, Any]: # a later line wins
         found: dict[str, Any] = {}
         for source in (*parts, pair): found |= source.get(part, {})
-        return found | pair.get(method['task'], {}) | pair.get(method_name, {}) | pair.get(f'{method_name}-{part}', {})
+        return found | pair.get(method['task'], {}) | pair.get(method.get('base'), {}) | pair.get(method_name, {}) | pair.get(f'{method_name}-{part}', {})
     scales = {scale: merged(scale) for scale in ('quick', 'full') if runs_at(pair_name, scale)}
     settings = merged('settings') | method.get('always', {}) | {'pair': pair_name, 'method': method_name}
     return {'title': f"{pair['title']}: {method['title']}", 'task': method['task'], 'paper': method['paper'], 'order': pair['order'] + method['order'],

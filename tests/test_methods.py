@@ -1,0 +1,134 @@
+"The comparison: recipes composed from two tables, the generative task, and what a kill leaves of each method."
+
+import math
+from pathlib import Path
+
+import pytest
+from dfkd_nb.foundations.core import DFKDError, load_tensors
+from dfkd_nb.foundations.data import ImageSet
+from dfkd_nb.lab.methods import compared, compose, tables
+from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, find_task, read_history, recipe_names
+
+PAIRS, METHODS = tables()
+GENERATIVE = sorted(name for name, method in METHODS.items() if method.get("task") == "generative")
+TINY = {"picture": 2, "evaluations": 1, "rounds": 4, "warmup_rounds": 1, "updates_per_round": 3, "synthesis_batch_size": 16, "batch_size": 16, "test_limit": 100}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder of runs with a quickly trained teacher of digits."
+    out = tmp_path_factory.mktemp("runs")
+    Run(Recipe.load("digits-teacher"), "quick", {"epochs": 2.0, "evaluations": 1}, out=out, device="cpu", quiet=True).start()
+    return out
+
+
+def tiny(name: str) -> dict[str, object]:
+    "Settings that make a recipe end in a second or two."
+    if METHODS[name]["task"] == "generative":
+        extra = {"pool_size": 40} if "ssd" in name else {}
+        return TINY | extra | ({"warmup_rounds": 0} if name == "zskt" else {}) | {"synthesis_steps": 2}
+    changes: dict[str, object] = {"picture": 2, "evaluations": 1, "updates": 8, "batch_size": 16, "images": 32, "test_limit": 100, "synthesis_batch_size": 16}
+    return changes | {"adaptive": {"rounds": 2, "updates_between_rounds": 4, "synthesis_steps": 6}, "deepinversion": {"synthesis_steps": 6}}.get(name, {})
+
+
+def test_every_combination_is_a_recipe() -> None:
+    names = set(compared())
+    assert len(names) == len(PAIRS) * 13 and names <= set(recipe_names())
+    for name in names:
+        recipe = Recipe.load(name)
+        for scale in recipe.scales:
+            settings = recipe.resolve(scale)
+            assert f"{settings.pair}-{settings.method}" == name
+
+
+def test_the_papers_pairs_and_methods_are_there() -> None:
+    data = ("cifar10", "cifar100")
+    pairs = ("resnet34-resnet18", "vgg11-resnet18", "wrn40-2-wrn16-1", "wrn40-2-wrn40-1", "wrn40-2-wrn16-2")
+    assert {f"{d}-{p}" for d in data for p in pairs} < set(PAIRS)
+    for d in data:
+        for p in pairs:
+            settings = Recipe.load(f"{d}-{p}-ssd-kd-10").resolve("full")
+            assert settings.teacher.startswith(f"run:{d}-teacher-") and settings.test_data == d
+            assert Recipe.load(settings.teacher.removeprefix("run:")).resolve("full").data == d
+
+
+def test_settings_of_the_public_code() -> None:
+    "A few numbers of the field's code, as they come out of the tables."
+    fast = Recipe.load("cifar10-wrn40-2-wrn16-1-fast-5").resolve("full")
+    assert (fast.synthesis_steps, fast.synthesis_learning_rate, fast.latent_learning_rate) == (5, 3e-3, 0.01)
+    assert (fast.class_weight, fast.feature_weight, fast.adversarial_weight, fast.momentum) == (0.4, 10.0, 1.1, 0.1)
+    assert (fast.rounds - fast.warmup_rounds) * fast.updates_per_round == 80_000
+    assert Recipe.load("cifar10-resnet34-resnet18-fast-5").resolve("full").adversarial_weight == 1.33
+    assert Recipe.load("cifar10-wrn40-2-wrn16-1-ssd-kd-10").resolve("full").pool_size == 5000
+
+
+def test_a_wrong_entry_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAIRS["digits"], "generative", {"latnt_size": 3})
+    with pytest.raises(DFKDError, match="unknown key 'latnt_size', did you mean 'latent_size'"):
+        Recipe.check(compose("digits-dafl"), "digits-dafl")
+    with pytest.raises(DFKDError, match="unknown task 'generativ', did you mean 'generative'"):
+        find_task("generativ", "here")
+
+
+def test_one_budget_for_all_generative_methods() -> None:
+    "Quick runs on the shipped teacher: as many updates of synthesis and of the student for each, as many images in each."
+    found = {name: Recipe.load(f"cifar10-resnet20-resnet14-{name}").resolve("quick") for name in GENERATIVE}
+    assert {s.rounds * s.synthesis_steps for s in found.values()} == {80}
+    assert {(s.rounds - s.warmup_rounds) * s.updates_per_round for s in found.values()} == {120}
+    assert {(s.synthesis_batch_size, s.batch_size) for s in found.values()} == {(128, 128)}
+    for name in ("deepinversion", "adaptive", "vanilla", "scratch"):
+        settings = Recipe.load(f"cifar10-resnet20-resnet14-{name}").resolve("quick")
+        assert settings.updates == 120 and settings.batch_size == 128
+    for name in ("deepinversion", "adaptive"):
+        settings = Recipe.load(f"cifar10-resnet20-resnet14-{name}").resolve("quick")
+        assert settings.images * settings.synthesis_steps == 80 * 128
+
+
+@pytest.mark.parametrize("name", [*GENERATIVE, "deepinversion", "adaptive", "vanilla", "scratch"])
+def test_stopped_and_resumed_and_still_the_same_bits(root: Path, tmp_path: Path, name: str) -> None:
+    recipe, changes = Recipe.load(f"digits-{name}"), tiny(name)
+    whole = Run(recipe, "quick", changes, out=root, device="cpu", quiet=True)
+    expected = whole.start()
+    (tmp_path / "digits-teacher").symlink_to(root / "digits-teacher")
+    broken = Run(recipe, "quick", changes, out=tmp_path, device="cpu", quiet=True)
+    stops = 0
+    for minutes in (1e-6, 1e-6, 1e-6, 1e-3, math.inf):  # the first three stop at the first opportunity, in the middle of a batch or a round
+        broken = Run(recipe, "quick", changes, out=tmp_path, device="cpu", quiet=True)
+        try:
+            result = broken.start(resume=True, max_minutes=minutes)
+        except RunStopped:
+            stops += 1
+    assert stops > 1 and result.numbers == expected.numbers
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_history(run.folder / "history.csv")] for run in (whole, broken)]
+    assert rows[0] == rows[1]
+    first, second = (load_tensors(run.folder / "weights.safetensors")[0] for run in (whole, broken))
+    assert all(first[k].equal(second[k]) for k in first)
+    assert expected.numbers["images"] > 0 and 0 <= expected.numbers["student_accuracy"] <= 1
+    assert set(expected.seconds) >= {"distillation", "total"} and min(expected.seconds.values()) >= 0
+    if METHODS[name]["task"] == "generative":
+        assert expected.seconds["synthesis"] > 0 and len(ImageSet.load(whole.folder / "images.safetensors")) > 0
+
+
+def test_seeds_stand_side_by_side(root: Path, tmp_path: Path) -> None:
+    for seed in (None, 1):
+        changes = tiny("dafl") | {"rounds": 2, "updates_per_round": 2} | ({} if seed is None else {"seed": seed})
+        Run(Recipe.load("digits-dafl"), "quick", changes, out=tmp_path, device="cpu", quiet=True)
+    plain = Run(Recipe.load("digits-dafl"), "quick", out=tmp_path)
+    other = Run(Recipe.load("digits-dafl"), "quick", {"seed": 1}, out=tmp_path)
+    assert (plain.folder.name, other.folder.name) == ("quick", "quick-seed1")
+    (tmp_path / "digits-teacher").symlink_to(root / "digits-teacher")
+    result = Run(Recipe.load("digits-dafl"), "quick", tiny("dafl") | {"seed": 1}, out=tmp_path, results=tmp_path / "results", device="cpu", quiet=True).start()
+    assert result.scale == "quick" and result.settings["seed"] == 1
+    assert not (tmp_path / "results").exists()  # other settings were changed as well: not a result of the recipe
+
+
+def test_a_seed_alone_is_published(tmp_path: Path) -> None:
+    changes = {"seed": 3}
+    run = Run(Recipe.load("digits-teacher"), "quick", changes, out=tmp_path, results=tmp_path / "results", device="cpu", quiet=True)
+    run.start()
+    assert Result.load(tmp_path / "results" / "digits-teacher" / "quick-seed3").settings["seed"] == 3
+
+
+def test_modulation_without_a_replay_buffer_is_refused(root: Path) -> None:
+    with pytest.raises(DFKDError, match="set pool to 'replay'"):
+        Run(Recipe.load("digits-ssd-kd-10"), "quick", tiny("ssd-kd-10") | {"pool": "grows", "seed": 9}, out=root, device="cpu", quiet=True).start()
