@@ -101,7 +101,7 @@ class Summary:
         self.parts.clear()
         return found
 
-# %% ../../nbs/generators/11_contrastive.ipynb #37efb05c
+# %% ../../nbs/generators/11_contrastive.ipynb #fd5f8440
 class MemoryBank:
     "Features of the images that were made last, as pairs of a local and a global view: a ring of fixed size on the device."
 
@@ -137,12 +137,14 @@ class MemoryBank:
 
     def state_dict(self) -> dict[str, Any]:
         "What is in it and where the ring stands."
-        return {'kept': self.kept, 'added': self.added}
+        return {'kept': self.kept[:len(self)].clone(), 'added': self.added, 'size': len(self.kept)} # a view would save all the empty room
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on where `state_dict` stood."
-        if state['kept'].shape != self.kept.shape: raise DFKDError(f"the saved bank is {tuple(state['kept'].shape)}, this one {tuple(self.kept.shape)}: build it with the same size and layers")
-        self.kept, self.added = state['kept'].to(self.kept.device).clone(), state['added']
+        saved, own = (state['size'], *state['kept'].shape[1:]), tuple(self.kept.shape)
+        if saved != own: raise DFKDError(f'the saved bank is {saved}, this one {own}: build it with the same size and layers')
+        self.added = state['added']
+        self.kept.zero_()[:len(self)] = state['kept'].to(self.kept.device)
 
 # %% ../../nbs/generators/11_contrastive.ipynb #93703a6d
 class ContrastiveSynthesizer(GenerativeSynthesizer):
