@@ -306,7 +306,7 @@ def sections(
     pairs = dict.fromkeys(c.pair for c in cells)
     return '\n\n'.join(heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p]) for p in pairs)
 
-# %% ../../nbs/lab/21_results.ipynb #e0d68bba
+# %% ../../nbs/lab/21_results.ipynb #f1459386
 def points(
     pair: str, # data, teacher and student
     clock: str, # 'synthesis' or 'total'
@@ -323,18 +323,19 @@ def place_labels(
     "Words beside their points, each where the fewest others are."
     scale = ax.figure.dpi / 72
     places = [ax.transData.transform((x, y)) / scale for _, x, y, _ in labels] # in points of the page
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in places]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     low, high = ax.transAxes.transform((0, 0)) / scale, ax.transAxes.transform((1, 1)) / scale
-    for (text, x, y, colour), (px, py) in zip(labels, places):
-        width, boxes = 0.56 * size * len(text), []
-        for dx, dy in ((5, 2), (5, -size - 1), (-width - 5, 2), (-width - 5, -size - 1), (-width / 2, 6), (-width / 2, -size - 6), (9, 10), (9, -size - 9), (-width - 9, 10), (9, 18)):
-            box = (px + dx, py + dy, px + dx + width, py + dy + size)
+    for (text, x, y, colour), (px, py) in reversed(list(zip(labels, places))): # the last, which are ours, choose first
+        width, boxes = 0.58 * size * len(text) + 2, []
+        for dx, dy in ((6, -size / 2), (-width - 6, -size / 2), (5, 3), (5, -size - 2), (-width - 5, 3), (-width - 5, -size - 2), (-width / 2, 7), (-width / 2, -size - 7), (12, 12), (12, -size - 12), (-width - 12, 12), (-width - 12, -size - 12), (12, 22)):
+            box = (px + dx - 1, py + dy - 1, px + dx + width + 1, py + dy + size + 1)
             crossed = sum(max(0, min(box[2], o[2]) - max(box[0], o[0])) * max(0, min(box[3], o[3]) - max(box[1], o[1])) for o in taken)
             outside = max(0, low[0] - box[0]) + max(0, box[2] - high[0]) + max(0, low[1] - box[1]) + max(0, box[3] - high[1])
             boxes.append((crossed + 10 * outside + 0.01 * math.hypot(dx, dy), dx, dy, box))
         _, dx, dy, box = min(boxes)
         taken.append(box)
-        ax.annotate(text, (x, y), xytext=(dx, dy), textcoords='offset points', fontsize=size, color=colour)
+        line = {'arrowstyle': '-', 'color': colour, 'lw': 0.5, 'shrinkA': 0, 'shrinkB': 3} if abs(dx) == 12 or dx == -width - 12 else None
+        ax.annotate(text, (x, y), xytext=(dx, dy), textcoords='offset points', fontsize=size, color=colour, arrowprops=line)
 
 # %% ../../nbs/lab/21_results.ipynb #1489067e
 def draw_points(
@@ -358,14 +359,14 @@ def draw_points(
     ax.set(xscale='log', xlabel=f"hours, {'synthesis' if clock == 'synthesis' else 'everything'}", ylabel='student accuracy, %')
     return labels
 
-# %% ../../nbs/lab/21_results.ipynb #b817a619
+# %% ../../nbs/lab/21_results.ipynb #b5270307
 def draw_scatter(
     cells: Sequence[Cell], # see `comparison`
     pair: str, # which to draw
 ) -> Any: # matplotlib's figure
     "Accuracy against hours of synthesis, and against hours of everything (FastDFKD, Fig. 1)."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.6), sharey=True, layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.0), sharey=True, layout='constrained')
     labels = [draw_points(ax, cells, pair, clock) for ax, clock in zip(axes, ('synthesis', 'total'))]
     for ax in axes: ax.margins(0.12)
     axes[1].set_ylabel('')
