@@ -329,7 +329,7 @@ def ssd_kd(
     learner = Distiller(teacher, student, buffer, steps=(rounds - warmup_rounds) * updates_per_round, device=place, seed=seed, **dict(distiller or {}))
     return Alternation(painter, learner, rounds=rounds, updates_per_round=updates_per_round, warmup_rounds=warmup_rounds)
 
-# %% ../../nbs/generators/13_replay.ipynb #616f0d09
+# %% ../../nbs/generators/13_replay.ipynb #2125e16c
 def draw_buffer(
     pool: ReplayPool, # with images
     pixels: tuple[int, int] = (840, 260), # width and height
@@ -349,6 +349,7 @@ def draw_buffer(
         axis.bar(place.tolist(), (100 * held).tolist(), 0.85 * width, color=COLOURS['dream'], alpha=0.55, label='in the buffer')
         axis.bar(place.tolist(), (100 * drawn).tolist(), 0.85 * width, fill=False, edgecolor='black', label='of what is drawn')
         axis.set(xlabel=title, ylabel='share, %')
+    if len(pool.counts) <= 10: axes[0].set_xticks(range(len(pool.counts)))
     axes[1].legend(fontsize=7, loc='upper left')
     axes[2].plot((size * probabilities).sort(descending=True).values.tolist(), color='black', lw=1.5)
     axes[2].axhline(1, color='#999999', lw=0.8, ls=':')
