@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dfkd_nb.dreams.statistics import batchnorm_layers
 from dfkd_nb.foundations.core import DFKDError
+from dfkd_nb.foundations.data import DOMAINS
 from dfkd_nb.foundations.models import Teacher, build_model
 from dfkd_nb.generators.generators import Generator
 from dfkd_nb.lab.speed import (
@@ -116,11 +117,16 @@ def test_a_step_leaves_the_same_student(lessons):
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "left"), [("resnet20", 0), ("wrn16-1", 7), ("vgg11", 0), ("mobilenetv2", 0)])
+@pytest.mark.parametrize(("name", "left"), [("resnet20", 0), ("wrn16-1", 7), ("vgg11", 0)])
 def test_folding_keeps_the_answers_and_the_teacher(name, left):
-    whole = fresh_teacher(name)
+    torch.manual_seed(0)
+    network = build_model(name)
+    for layer in batchnorm_layers(network).values():
+        for values, low in ((layer.weight.data, 0.5), (layer.bias.data, -0.5), (layer.running_mean, -0.5), (layer.running_var, 0.5)):
+            values.uniform_(low, low + 1)
+    whole = Teacher(network, DOMAINS["cifar10"])
     before = {k: v.clone() for k, v in whole.state_dict().items()}
-    lean, x = fold_batchnorm(whole), torch.randn(3, 3, 32, 32)
+    lean, x = fold_batchnorm(whole), torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(lean(x), whole(x), rtol=1e-4, atol=1e-4)
     assert len(batchnorm_layers(lean)) == left and lean.domain is whole.domain
     assert all(torch.equal(v, before[k]) for k, v in whole.state_dict().items())
@@ -136,7 +142,7 @@ def test_what_cannot_be_traced_is_told():
             return self.layer(x.mean((2, 3))) if x.sum() > 0 else self.layer(-x.mean((2, 3)))
 
     with pytest.raises(DFKDError, match="cannot be traced"):
-        fold_batchnorm(Teacher(Winding(), fresh_teacher("resnet8").domain))
+        fold_batchnorm(Teacher(Winding(), DOMAINS["cifar10"]))
 
 
 def test_clocks():
