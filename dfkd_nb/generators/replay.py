@@ -63,7 +63,7 @@ def importance_weights(
     "What undoes the preference for some images (SSD-KD, Eq. 5)."
     return (size * probabilities) ** -beta
 
-# %% ../../nbs/generators/13_replay.ipynb #2cda7f15
+# %% ../../nbs/generators/13_replay.ipynb #88d519a8
 class ReplayPool(ImageSource):
     "Images as uint8 in a buffer of constant size; what the student still gets wrong is drawn more often (SSD-KD, section 3.4)."
 
@@ -183,7 +183,7 @@ class ReplayPool(ImageSource):
             ticket = torch.rand(batch_size, generator=generator, dtype=torch.float64).to(reach) * reach[-1]
             self.chosen = torch.searchsorted(reach, ticket, right=True).clamp_max(len(self) - 1)
             batch, self._weights = self._pick(self.chosen), self.weights(self.chosen, probabilities)
-        self._draws += torch.bincount(self.chosen, minlength=self.size)
+        self._draws.index_add_(0, self.chosen, torch.ones_like(self.chosen)) # a bincount would wait for the device
         if self.weighs_loss: self.loss_weights = self._weights
         return batch
 
