@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'CLOCKS', 'SYNTHESIS_WAYS', 'LESSON_WAYS', 'BENCHMARKS', 'textbook_moments', 'PlainLook', 'fresh_teacher',
-           'make_price', 'Update', 'Contestant', 'compare', 'count_operations', 'measure_peak', 'stopwatch', 'race',
-           'most_held', 'peak_memory', 'measure_memory', 'contest', 'benchmark', 'describe', 'doubling_kernel',
-           'convolve_doubled', 'Doubling', 'PlainRound', 'QuickRound', 'Steady', 'make_round', 'count_work',
-           'benchmark_synthesis', 'fold_batchnorm', 'Lesson', 'benchmark_distillation', 'bench']
+           'make_price', 'Update', 'Contestant', 'every_bit', 'compare', 'count_operations', 'measure_peak',
+           'stopwatch', 'race', 'most_held', 'peak_memory', 'measure_memory', 'contest', 'benchmark', 'describe',
+           'doubling_kernel', 'convolve_doubled', 'Doubling', 'PlainRound', 'QuickRound', 'Steady', 'make_round',
+           'count_work', 'benchmark_synthesis', 'fold_batchnorm', 'Lesson', 'benchmark_distillation', 'bench']
 
-# %% ../../nbs/lab/22_speed.ipynb #8a085b31
+# %% ../../nbs/lab/22_speed.ipynb #81b07777
 import argparse
 import copy
 import json
@@ -19,7 +19,8 @@ import statistics as middle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,7 +131,7 @@ class Update:
     @property
     def device(self) -> torch.device: return self.x.device
 
-# %% ../../nbs/lab/22_speed.ipynb #95d1d9db
+# %% ../../nbs/lab/22_speed.ipynb #da9786d3
 class Contestant(Protocol):
     "One way to do some work: `Update` here, rounds and lessons below."
     way: str # its name
@@ -142,15 +143,23 @@ class Contestant(Protocol):
 
     def gradient(self) -> tuple[Tensor, Tensor]: ... # losses and gradient, at a point that all share
 
+@contextmanager
+def every_bit() -> Iterator[None]:
+    "Convolutions in single precision also on GPUs that would round their inputs to ten bits (TF32); the race may do that, a comparison not."
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try: yield
+    finally: torch.backends.cudnn.allow_tf32 = before
+
 def compare(
     updates: Sequence[Contestant], # the first is the reference; all at the same point
     tolerance: float = 1e-5, # relative, of every loss; bfloat16 is reported, not judged
 ) -> dict[str, dict[str, float]]: # by way: the largest relative error of a loss, and of the gradient's norm
     "How far each way's losses and gradient are from the reference's; too far is a `DFKDError`."
     found: dict[str, dict[str, float]] = {}
-    wanted, slope = updates[0].gradient()
+    with every_bit(): wanted, slope = updates[0].gradient()
     for update in updates:
-        losses, gradient = update.gradient()
+        with every_bit(): losses, gradient = update.gradient()
         loss_error = float(((losses - wanted).abs() / wanted.abs().clamp_min(1e-12)).max()) if len(losses) == len(wanted) else float('inf') # a term is missing
         found[update.way] = {'loss_error': loss_error, 'gradient_error': float((gradient - slope).norm() / slope.norm())}
         if update.way != 'bfloat16' and not loss_error <= tolerance:
