@@ -60,7 +60,8 @@ def test_list_folds_the_comparison(dfkd):
 
 
 def test_a_missing_teacher_is_trained_first_and_seeds_stand_beside_each_other(dfkd):
-    words = ["digits-transfer-noise", "--set", "images=20", "--set", "synthesis_steps=2", "--set", "updates=4", "--set", "evaluations=1", "--set", "picture=1"]
+    changes = ["images=20", "synthesis_steps=2", "updates=4", "evaluations=1", "picture=1"]
+    words = ["digits-transfer-noise", *(word for change in changes for word in ("--set", change))]
     code, out, _ = dfkd("run", *words)
     assert code == 0 and "first digits-teacher (quick)" in out and (dfkd.folder / "runs/digits-teacher/quick/result.json").is_file()
     code, out, _ = dfkd("run", *words, "--seed", "2")

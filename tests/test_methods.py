@@ -11,7 +11,8 @@ from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, find_task, read_hi
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(name for name, method in METHODS.items() if method.get("task") == "generative")
-TINY = {"picture": 2, "evaluations": 1, "rounds": 4, "warmup_rounds": 1, "updates_per_round": 3, "synthesis_batch_size": 16, "batch_size": 16, "test_limit": 100}
+TINY: dict[str, object] = {"picture": 2, "evaluations": 1, "test_limit": 100}
+TINY |= {"rounds": 4, "warmup_rounds": 1, "updates_per_round": 3, "synthesis_batch_size": 16, "batch_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,10 @@ def tiny(name: str) -> dict[str, object]:
     if METHODS[name]["task"] == "generative":
         extra = {"pool_size": 40} if "ssd" in name else {}
         return TINY | extra | ({"warmup_rounds": 0} if name == "zskt" else {}) | {"synthesis_steps": 2}
-    changes: dict[str, object] = {"picture": 2, "evaluations": 1, "updates": 8, "batch_size": 16, "images": 32, "test_limit": 100, "synthesis_batch_size": 16}
-    return changes | {"adaptive": {"rounds": 2, "updates_between_rounds": 4, "synthesis_steps": 6}, "deepinversion": {"synthesis_steps": 6}}.get(name, {})
+    changes: dict[str, object] = {"picture": 2, "evaluations": 1, "test_limit": 100, "updates": 8, "batch_size": 16, "images": 32}
+    if name == "adaptive":
+        changes |= {"rounds": 2, "updates_between_rounds": 4}
+    return changes | ({"synthesis_batch_size": 16, "synthesis_steps": 6} if name in ("adaptive", "deepinversion") else {})
 
 
 def test_every_combination_is_a_recipe() -> None:
@@ -70,18 +73,16 @@ def test_a_wrong_entry_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         find_task("generativ", "here")
 
 
-def test_one_budget_for_all_generative_methods() -> None:
-    "Quick runs on the shipped teacher: as many updates of synthesis and of the student for each, as many images in each."
-    found = {name: Recipe.load(f"cifar10-resnet20-resnet14-{name}").resolve("quick") for name in GENERATIVE}
-    assert {s.rounds * s.synthesis_steps for s in found.values()} == {80}
-    assert {(s.rounds - s.warmup_rounds) * s.updates_per_round for s in found.values()} == {120}
-    assert {(s.synthesis_batch_size, s.batch_size) for s in found.values()} == {(64, 64)}
-    for name in ("deepinversion", "adaptive", "vanilla", "scratch"):
-        settings = Recipe.load(f"cifar10-resnet20-resnet14-{name}").resolve("quick")
-        assert settings.updates == 120 and settings.batch_size == 64
-    for name in ("deepinversion", "adaptive"):
-        settings = Recipe.load(f"cifar10-resnet20-resnet14-{name}").resolve("quick")
-        assert settings.images * settings.synthesis_steps == 80 * 64
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "quick" in PAIRS[pair]])
+def test_one_budget_for_all_methods(pair: str) -> None:
+    "Quick runs: as many updates of synthesis and of the student for each, as many images in each."
+    found = {name: Recipe.load(f"{pair}-{name}").resolve("quick") for name in METHODS if not name.startswith("common-")}
+    generative = [found.pop(name) for name in GENERATIVE]
+    assert {s.rounds * s.synthesis_steps for s in generative} == {80}
+    assert {(s.rounds - s.warmup_rounds) * s.updates_per_round for s in generative} == {120}
+    assert {(s.synthesis_batch_size, s.batch_size) for s in generative} == {(64, 64)}
+    assert {(s.updates, s.batch_size) for s in found.values()} == {(120, 64)}
+    assert {found[name].images * found[name].synthesis_steps for name in ("deepinversion", "adaptive")} == {80 * 64}
 
 
 @pytest.mark.parametrize("name", [*GENERATIVE, "deepinversion", "adaptive", "vanilla", "scratch"])
@@ -92,14 +93,15 @@ def test_stopped_and_resumed_and_still_the_same_bits(root: Path, tmp_path: Path,
     (tmp_path / "digits-teacher").symlink_to(root / "digits-teacher")
     broken = Run(recipe, "quick", changes, out=tmp_path, device="cpu", quiet=True)
     stops = 0
-    for minutes in (1e-6, 1e-6, 1e-6, 1e-3, math.inf):  # the first three stop at the first opportunity, in the middle of a batch or a round
+    for minutes in (1e-6, 1e-6, 1e-6, 1e-3, math.inf):  # first at every opportunity, in the middle of a batch or a round
         broken = Run(recipe, "quick", changes, out=tmp_path, device="cpu", quiet=True)
         try:
             result = broken.start(resume=True, max_minutes=minutes)
         except RunStopped:
             stops += 1
     assert stops > 0 and result.numbers == expected.numbers
-    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_history(run.folder / "history.csv")] for run in (whole, broken)]
+    tables = [read_history(run.folder / "history.csv") for run in (whole, broken)]
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in table] for table in tables]
     assert rows[0] == rows[1]
     first, second = (load_tensors(run.folder / "weights.safetensors")[0] for run in (whole, broken))
     assert all(first[k].equal(second[k]) for k in first)
@@ -117,7 +119,8 @@ def test_seeds_stand_side_by_side(root: Path, tmp_path: Path) -> None:
     other = Run(Recipe.load("digits-dafl"), "quick", {"seed": 1}, out=tmp_path)
     assert (plain.folder.name, other.folder.name) == ("quick", "quick-seed1")
     (tmp_path / "digits-teacher").symlink_to(root / "digits-teacher")
-    result = Run(Recipe.load("digits-dafl"), "quick", tiny("dafl") | {"seed": 1}, out=tmp_path, results=tmp_path / "results", device="cpu", quiet=True).start()
+    where = {"out": tmp_path, "results": tmp_path / "results", "device": "cpu", "quiet": True}
+    result = Run(Recipe.load("digits-dafl"), "quick", tiny("dafl") | {"seed": 1}, **where).start()
     assert result.scale == "quick" and result.settings["seed"] == 1
     assert not (tmp_path / "results").exists()  # other settings were changed as well: not a result of the recipe
 
@@ -131,4 +134,5 @@ def test_a_seed_alone_is_published(tmp_path: Path) -> None:
 
 def test_modulation_without_a_replay_buffer_is_refused(root: Path) -> None:
     with pytest.raises(DFKDError, match="set pool to 'replay'"):
-        Run(Recipe.load("digits-ssd-kd-10"), "quick", tiny("ssd-kd-10") | {"pool": "grows", "seed": 9}, out=root, device="cpu", quiet=True).start()
+        changes = tiny("ssd-kd-10") | {"pool": "grows", "seed": 9}
+        Run(Recipe.load("digits-ssd-kd-10"), "quick", changes, out=root, device="cpu", quiet=True).start()

@@ -6,11 +6,11 @@
 __all__ = ['METHODS', 'DISTANCES', 'Generator', 'Pixels', 'activation_term', 'balance_term', 'adversarial_term', 'Painting',
            'GenerativeSynthesizer', 'Alternation']
 
-# %% ../../nbs/generators/10_generators.ipynb #e8ed21a3
+# %% ../../nbs/generators/10_generators.ipynb #330ea970
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -251,7 +251,16 @@ class Painting:
 
     wants_student = False # set it where further terms ask for `view.student_logits`
 
-# %% ../../nbs/generators/10_generators.ipynb #fddf427e
+# %% ../../nbs/generators/10_generators.ipynb #53b3e1bf
+def _hand_over(
+    gradients: Iterable[Tensor | None], # one a leaf, None where it was not used
+    leaves: Iterable[Tensor], # whose `grad` to set
+) -> None:
+    "Gradients to their leaves, each in the order of memory that its leaf has: a fused Adam relies on it."
+    for leaf, gradient in zip(leaves, gradients):
+        leaf.grad = gradient if gradient is None or gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
+
+# %% ../../nbs/generators/10_generators.ipynb #f846d730
 class GenerativeSynthesizer(Painting):
     "Images from a generator that a teacher, and perhaps a student, teach to paint, batch after batch: weights and switches are the methods."
 
@@ -300,7 +309,7 @@ class GenerativeSynthesizer(Painting):
         optimizers = [o for o in (self.optimizer, self.latent_optimizer, *self.helpers) if o is not None]
         leaves = [leaf for o in optimizers for group in o.param_groups for leaf in group['params']]
         if not total.requires_grad: raise DFKDError('no gradient reaches the generator: it or a term detaches what it is given')
-        for leaf, gradient in zip(leaves, torch.autograd.grad(total, leaves, allow_unused=True)): leaf.grad = gradient # some networks have weights that they never use
+        _hand_over(torch.autograd.grad(total, leaves, allow_unused=True), leaves) # some networks have weights that they never use
         self._keep(images, total, values, view)
         for optimizer in optimizers: optimizer.step()
         self.updates, self.left = self.updates + 1, self.left - 1

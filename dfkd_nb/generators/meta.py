@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weights', 'META', 'adapt', 'meta_gradients', 'MetaSynthesizer', 'preset']
 
-# %% ../../nbs/generators/12_meta.ipynb #1fdb3d7c
+# %% ../../nbs/generators/12_meta.ipynb #318cba55
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ from ..dreams.statistics import RunningStatistics, Statistics
 from ..foundations.core import DFKDError
 from ..foundations.data import Augment
 from ..foundations.models import Teacher
-from .generators import GenerativeSynthesizer
+from .generators import GenerativeSynthesizer, _hand_over
 
 # %% ../../nbs/generators/12_meta.ipynb #fcf2b11a
 Weights = dict[str, Tensor] # tensors by name: a generator's weights, its codes, or their gradients
@@ -59,7 +59,7 @@ def meta_gradients(
 # %% ../../nbs/generators/12_meta.ipynb #755b1b7d
 META = 'sum', 'last', 'reptile' # words for the first-order gradients
 
-# %% ../../nbs/generators/12_meta.ipynb #bd535be7
+# %% ../../nbs/generators/12_meta.ipynb #605361c3
 class MetaSynthesizer(GenerativeSynthesizer):
     "Batches of images, each adapted in k steps from what earlier batches have in common (FastDFKD, Algorithm 1)."
 
@@ -176,7 +176,7 @@ class MetaSynthesizer(GenerativeSynthesizer):
             self._keep(images, total, values, view)
         elif self.meta == 'sum': found = {name: self.gathered.get(name) for name in learned}
         else: found = {name: begun.detach() - self._moving[name].detach() for name, begun in learned.items()}
-        for name, leaf in learned.items(): leaf.grad = found[name]
+        _hand_over([found[name] for name in learned], learned.values())
         assert self.meta_optimizer is not None
         self.meta_optimizer.step()
         self.gathered = {}

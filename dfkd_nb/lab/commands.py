@@ -84,10 +84,13 @@ def show_recipe(arguments: argparse.Namespace) -> int:
         print(resolved_toml(recipe, scale, recipe.resolve(scale)))
     return 0
 
-# %% ../../nbs/lab/23_commands.ipynb #59ce2326
+# %% ../../nbs/lab/23_commands.ipynb #7eace4db
 def show_results(arguments: argparse.Namespace) -> int:
-    "`dfkd results`: what finished runs left."
-    found = results(arguments.folder)
+    "`dfkd results`: what finished runs left; with `--compare` the table of methods and pairs (Chapter 21)."
+    if arguments.compare:
+        from dfkd_nb.lab.results import results_command
+        return results_command(arguments.folder, arguments.scale)
+    found = [result for result in results(arguments.folder) if arguments.scale in (None, result.scale)]
     if not found: raise problem(f"no results under '{arguments.folder}': `dfkd run RECIPE` makes one, --folder looks elsewhere")
     width = max(len(r.recipe) for r in found)
     for r in found:
@@ -610,7 +613,7 @@ def bench(arguments: argparse.Namespace) -> int:
     except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
     return speed.bench(arguments.rest)
 
-# %% ../../nbs/lab/23_commands.ipynb #7e710290
+# %% ../../nbs/lab/23_commands.ipynb #2a2df9e8
 def parser() -> Parser: # of the whole program
     "The words that `dfkd` understands."
     main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
@@ -670,6 +673,8 @@ def parser() -> Parser: # of the whole program
     sub = command('inspect', inspect, 'judge the images of a run or a folder (`dfkd inspect --help` shows its own options)', add_help=False)
 
     sub = command('results', show_results, 'the numbers of finished runs')
+    sub.add_argument('--compare', action='store_true', help='the table of methods and pairs, beside the papers\' figures')
+    sub.add_argument('--scale', choices=SCALES, help='only this one')
     sub.add_argument('--folder', default='results', metavar='DIR', help='results or runs (default: results)')
     return main
 

@@ -6,9 +6,8 @@
 __all__ = ['tables', 'compared', 'compose', 'runs_at', 'Painter', 'Buffer', 'GenerativeSettings', 'painter', 'waiting',
            'generative', 'painted']
 
-# %% ../../nbs/lab/24_methods.ipynb #612ff9c3
+# %% ../../nbs/lab/24_methods.ipynb #5e09d2e4
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -21,7 +20,6 @@ from dfkd_nb.lab.runs import (
 if TYPE_CHECKING:
     import torch
     from dfkd_nb.foundations.data import ImageSet, ImageSource
-    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.foundations.models import Teacher
     from dfkd_nb.generators.generators import GenerativeSynthesizer
 
@@ -173,12 +171,13 @@ def waiting(
     if settings.pool == 'grows': return GrowingPool(teacher.domain, newest_first=False, device=device)
     return ReplayPool(teacher.domain, settings.pool_size, teacher, student, prioritised=settings.prioritised, alpha=settings.alpha, beta=settings.beta, epsilon=settings.epsilon, device=device)
 
-# %% ../../nbs/lab/24_methods.ipynb #cecf9a63
+# %% ../../nbs/lab/24_methods.ipynb #ea26384d
 @task('generative', GenerativeSettings)
 def generative(
     run: Run, # with `GenerativeSettings`
 ) -> dict[str, Any]: # accuracies of teacher and student on real test images
     "A student learns while a generator paints for it, and is tested on real images."
+    import torch
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller, DrawnImages, evaluate
     from dfkd_nb.foundations.models import count_parameters
@@ -190,14 +189,15 @@ def generative(
     student = fresh_student(settings, teacher).to(run.device)
     pool = waiting(settings, teacher, student, run.device)
     maker = painter(settings, teacher, student, pool, run.device)
-    source: 'ImageSource' = DrawnImages(maker.draw, teacher.domain) if pool is None else pool
+    source: ImageSource = DrawnImages(maker.draw, teacher.domain) if pool is None else pool
     steps = (settings.rounds - settings.warmup_rounds) * settings.updates_per_round
     distiller = Distiller(teacher, student, source, steps=steps, temperature=settings.temperature, **learning(settings, run.device))
     race = Alternation(maker, distiller, rounds=settings.rounds, updates_per_round=settings.updates_per_round, warmup_rounds=settings.warmup_rounds)
     learned = learn(run, 'distillation', distiller, test, {'model': settings.student, 'domain': teacher.domain.name}, race)
     images = painted(run, race)
     numbers = run.phase('inspection', lambda state, spent: describe_images(images, teacher) | covered(images, test, teacher))
-    save_picture(run.folder, images, settings.picture)
+    first = max(0, len(images) - settings.picture) if settings.pool == 'grows' else 0 # a growing pool begins with what an untrained generator made
+    save_picture(run.folder, images.subset(torch.arange(first, len(images))), settings.picture)
     learned |= {f'student_{key}': learned.pop(key) for key in ('accuracy_first', 'accuracy', 'accuracy_half')}
     made = settings.rounds * settings.synthesis_batch_size if pool is not None else steps * settings.batch_size
     return numbers | {'images': made, 'synthesis_updates': settings.rounds * settings.synthesis_steps, 'teacher_accuracy': evaluate(teacher, test), 'teacher_parameters': count_parameters(teacher),
