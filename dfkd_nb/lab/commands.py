@@ -98,17 +98,18 @@ def show_results(arguments: argparse.Namespace) -> int:
         print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {numbers}")
     return 0
 
-# %% ../../nbs/lab/23_commands.ipynb #343d7a30
+# %% ../../nbs/lab/23_commands.ipynb #bdf5a279
 def run_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd run RECIPE`: do it, or go on with it."
     recipe = Recipe.load(arguments.recipe)
     changes = dict(map(parse_assignment, arguments.set)) | ({} if arguments.seed is None else {'seed': arguments.seed})
-    began, where = time.monotonic(), {'out': arguments.out, 'results': arguments.results, 'device': arguments.device, 'save_every': arguments.save_every}
+    began, left, where = time.monotonic(), arguments.max_minutes, {'out': arguments.out, 'results': arguments.results, 'device': arguments.device, 'save_every': arguments.save_every}
     run = Run(recipe, arguments.scale, changes, **where)
     if (teacher := missing_teacher(run)) is not None:
         print(f'first {teacher[0]} ({teacher[1]}): this recipe learns from its network', flush=True)
-        Run(Recipe.load(teacher[0]), teacher[1], **where).start(True, False, arguments.max_minutes, arguments.command_line)
-    result = run.start(arguments.resume, arguments.fresh, arguments.max_minutes - (time.monotonic() - began) / 60, arguments.command_line)
+        Run(Recipe.load(teacher[0]), teacher[1], **where).start(True, False, left, arguments.command_line)
+        left = max(left - (time.monotonic() - began) / 60, 1e-6)
+    result = run.start(arguments.resume, arguments.fresh, left, arguments.command_line)
     print_result(result)
     print(f'kept in {run.folder}')
     return 0
