@@ -5,7 +5,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 NB        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help tour lab todo-gpu setup setup-cpu test lint check-export check-clean notebooks export readme run site look clean
+.PHONY: help tour lab todo-gpu setup setup-cpu test lint check-export check-clean notebooks export readme run results site look clean
 
 help:             ## this list
 	@echo "dfkd_nb: data-free knowledge distillation, a book that is a package. Start with: make tour"
@@ -61,6 +61,9 @@ readme: dev       ## nbs/index.ipynb -> README.md
 
 run: dev          ## execute notebooks and store their outputs: make run NB=nbs/dreams/05_priors.ipynb (default: all)
 	$(BIN)/python tools/run_nbs.py $(NB)
+
+results: dev      ## the chapters that show results, again, after a run has left a new one
+	$(BIN)/python tools/run_nbs.py nbs/lab/21_results.ipynb nbs/lab/24_methods.ipynb
 
 # --- publishing ---------------------------------------------------------------------------------------------------
 site: dev         ## the site in _site, with Quarto where it is installed, else in pure Python
