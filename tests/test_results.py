@@ -286,4 +286,4 @@ def test_the_page_shows_every_run_of_the_comparison():
     cells = json.loads((ROOT / "nbs/lab/21_results.ipynb").read_text(encoding="utf-8"))["cells"]
     stored = json.dumps([cell.get("outputs", []) for cell in cells])
     absent = sorted(name for name in compared if f"`{name}`" not in stored)
-    assert not absent, f"run `python tools/run_nbs.py nbs/lab/21_results.ipynb`: {absent} are new"
+    assert not absent, f"run `make results`: {absent} are new"

@@ -6,8 +6,8 @@
 __all__ = ['WAYS', 'CLOCKS', 'SYNTHESIS_WAYS', 'LESSON_WAYS', 'BENCHMARKS', 'textbook_moments', 'PlainLook', 'fresh_teacher',
            'make_price', 'Update', 'Contestant', 'every_bit', 'compare', 'count_operations', 'measure_peak',
            'stopwatch', 'race', 'most_held', 'peak_memory', 'measure_memory', 'contest', 'benchmark', 'describe',
-           'doubling_kernel', 'convolve_doubled', 'Doubling', 'PlainRound', 'QuickRound', 'Steady', 'make_round',
-           'count_work', 'benchmark_synthesis', 'fold_batchnorm', 'Lesson', 'benchmark_distillation', 'bench']
+           'doubling_kernel', 'convolve_doubled', 'Doubling', 'PlainRound', 'QuickRound', 'make_round', 'count_work',
+           'benchmark_synthesis', 'fold_batchnorm', 'Lesson', 'benchmark_distillation', 'bench']
 
 # %% ../../nbs/lab/22_speed.ipynb #81b07777
 import argparse
@@ -425,13 +425,7 @@ class QuickRound:
         total, values, _ = self.maker.judge(self.maker.paint(self.maker.codes), None)
         return torch.stack([v.detach() for v in (total, *values.values())]), _in_a_row(torch.autograd.grad(total, [*self.maker.weights.values(), self.maker.codes]))
 
-# %% ../../nbs/lab/22_speed.ipynb #3181971e
-class Steady(GenerativeSynthesizer):
-    "The package's synthesizer with an Adam that does not care how gradients lie in memory."
-
-    def _adam(self, weights: Any) -> torch.optim.Adam: return torch.optim.Adam(weights.values(), self.learning_rate, betas=(0.5, 0.999))
-
-# %% ../../nbs/lab/22_speed.ipynb #08694ae1
+# %% ../../nbs/lab/22_speed.ipynb #dd7d1ad5
 SYNTHESIS_WAYS = ('plain', 'frozen', 'folded', 'transposed', 'channels last', 'bfloat16')
 
 def make_round(
@@ -444,7 +438,7 @@ def make_round(
 ) -> PlainRound | QuickRound:
     "One round of synthesis, done one way or another: class loss, features and competition, as FastDFKD has them."
     if way not in SYNTHESIS_WAYS: raise DFKDError(f"unknown way '{way}': use {', '.join(SYNTHESIS_WAYS)}")
-    maker = Steady(teacher, generator=copy.deepcopy(generator), steps=steps, batch_size=len(codes), learning_rate=3e-3, latent_learning_rate=0.01, class_weight=1., feature_weight=1.,
+    maker = GenerativeSynthesizer(teacher, generator=copy.deepcopy(generator), steps=steps, batch_size=len(codes), learning_rate=3e-3, latent_learning_rate=0.01, class_weight=1., feature_weight=1.,
                                   adversarial_weight=1., student=copy.deepcopy(student).requires_grad_(False), precision='bfloat16' if way == 'bfloat16' else 'float32', device=codes.device)
     return (PlainRound if way in ('plain', 'frozen') else QuickRound)(way, maker, codes)
 
