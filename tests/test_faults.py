@@ -116,7 +116,7 @@ COMMANDS = {
     "unknown model": ([*RUN, "--set", "model=resnet21"], "resnet21", "resnet20"),
     "unknown torchvision model": ([*RUN, "--set", "model=torchvision:resnet81"], "resnet81", "resnet18"),
     "unknown data": ([*RUN, "--set", "data=cifar11"], "cifar11", "cifar10"),
-    "untrained teacher": (["run", "digits-dream"], "dfkd run digits-teacher"),
+    "teacher of no recipe": (["run", "digits-dream", "--set", "teacher=run:digits-taecher"], "'digits-teacher'"),
     "unknown teacher": (["run", "digits-dream", "--set", "teacher=cifar10-resnet2"], "cifar10-resnet2"),
     "loss that explodes": ([*RUN, "--set", "learning_rate=1e30"], "learning_rate"),
     "no results": (["results"], "dfkd run"),

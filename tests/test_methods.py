@@ -7,7 +7,7 @@ import pytest
 from dfkd_nb.foundations.core import DFKDError, load_tensors
 from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.lab.methods import compared, compose, tables
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, find_task, read_history, recipe_names
+from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, find_task, open_teacher, read_history, recipe_names
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(name for name, method in METHODS.items() if method.get("task") == "generative")
@@ -136,3 +136,8 @@ def test_modulation_without_a_replay_buffer_is_refused(root: Path) -> None:
     with pytest.raises(DFKDError, match="set pool to 'replay'"):
         changes = tiny("ssd-kd-10") | {"pool": "grows", "seed": 9}
         Run(Recipe.load("digits-ssd-kd-10"), "quick", changes, out=root, device="cpu", quiet=True).start()
+
+
+def test_an_untrained_teacher_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DFKDError, match="train it with `dfkd run digits-teacher --scale quick`"):
+        open_teacher("run:digits-teacher", tmp_path, "quick")
