@@ -38,7 +38,7 @@ def compared() -> dict[str, tuple[str, str]]: # recipe to pair and method
     pairs, methods = tables()
     return {f'{pair}-{method}': (pair, method) for pair in pairs for method in methods if not method.startswith('common-')}
 
-# %% ../../nbs/lab/24_methods.ipynb #12e43471
+# %% ../../nbs/lab/24_methods.ipynb #f153989c
 def compose(
     name: str, # PAIR-METHOD, one of `compared`
 ) -> dict[str, Any]: # what the file of such a recipe would say
@@ -54,7 +54,8 @@ def compose(
     scales = {scale: merged(scale) for scale in ('quick', 'full') if runs_at(pair_name, scale)}
     settings = merged('settings') | method.get('always', {}) | {'pair': pair_name, 'method': method_name}
     return {'title': f"{pair['title']}: {method['title']}", 'task': method['task'], 'paper': method['paper'], 'order': pair['order'] + method['order'],
-            'hours': method['hours'] if 'full' in scales else 0.05, 'hardware': '1 GPU (an estimate)' if 'full' in scales else '2 CPU cores', 'settings': settings} | scales
+            'hours': method['hours'] if 'full' in scales else 0.05, 'hardware': '1 GPU (an estimate)' if 'full' in scales else '2 CPU cores',
+            'expected': "the paper's figure, which stands beside ours in chapter 21" if 'full' in scales else 'a row of the table in chapter 24; no paper has this pair', 'settings': settings} | scales
 
 # %% ../../nbs/lab/24_methods.ipynb #36a8ec59
 def runs_at(
