@@ -443,7 +443,7 @@ def load_teacher(
     teacher.about = about
     return teacher
 
-# %% ../../nbs/foundations/03_models.ipynb #62388006
+# %% ../../nbs/foundations/03_models.ipynb #121076b2
 def inherit(
     student: nn.Module, # filled in place where the teacher has a part of the same shapes
     teacher: nn.Module, # a `Teacher` or any network built from the same kind of blocks
@@ -461,8 +461,8 @@ def _take_over(student: nn.Module, teacher: nn.Module) -> int: # parameters that
         return count_parameters(student)
     partners, copied, place = list(teacher.named_children()), 0, 0
     for name, child in student.named_children():
-        in_order = not isinstance(student, nn.Sequential) # named parts are matched by name, blocks in a row by their shapes
-        fits = [i for i, (n, part) in enumerate(partners) if (n == name if in_order else i >= place and _shapes(part) == _shapes(child))]
+        by_name = not isinstance(student, nn.Sequential) # named parts are matched by name, blocks in a row by their shapes
+        fits = [i for i, (n, part) in enumerate(partners) if (n == name if by_name else i >= place and _shapes(part) == _shapes(child))]
         if not fits or type(partners[fits[0]][1]) is not type(child): continue
         copied, place = copied + _take_over(child, partners[fits[0]][1]), fits[0] + 1
     return copied
