@@ -334,9 +334,9 @@ class Task:
     settings: type # a dataclass
     function: Callable[['Run'], dict[str, Any]] # does the work, returns the numbers
 
-# %% ../../nbs/lab/20_runs.ipynb #b61fbd6e
+# %% ../../nbs/lab/20_runs.ipynb #c905479b
 TASKS: dict[str, Task] = {}
-ELSEWHERE = {'generative': 'dfkd_nb.lab.methods'} # tasks that another module registers when it is imported
+ELSEWHERE = {'generative': 'dfkd_nb.lab.methods', **dict.fromkeys(('pruning', 'continual', 'quantization', 'segmentation'), 'dfkd_nb.lab.applications')} # tasks that another module registers when it is imported
 
 def find_task(
     name: str, # as recipes call it
