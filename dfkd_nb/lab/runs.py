@@ -824,28 +824,33 @@ def learning(
     augment = Augment(settings.padding, settings.flip) if settings.augment else None
     return {name: getattr(settings, name) for name in names} | {'augment': augment, 'device': device}
 
-# %% ../../nbs/lab/20_runs.ipynb #5728303d
+# %% ../../nbs/lab/20_runs.ipynb #88c93a3c
 def learn(
     run: Run, # keeps the state and the history
     phase: str, # name of this phase
     distiller: 'Distiller', # ready to start
-    test: 'ImageSet', # real images
+    test: Any, # real images, as `evaluate` takes them
     about: dict[str, str], # model and domain, for the weights' file
     turns: Any = None, # who decides when the distiller may go on: see `Rounds`; None: it always may
-) -> dict[str, Any]: # accuracies and loss, first and last
+    evaluate: Callable[..., float] | None = None, # (network, test, domain=) -> one number; None: top-1 accuracy
+    metric: str = 'accuracy', # what that number is called
+    weights: str = 'weights', # the file of the last weights, without .safetensors
+) -> dict[str, Any]: # the metric and the loss, first and last
     "Drive a `Distiller` update by update: test now and then, save, stop when asked to, go on after a kill."
     turns = turns or distiller
-    from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.foundations import distillation
     from dfkd_nb.foundations.models import load_weights, save_weights
+    judge = evaluate or distillation.evaluate
     marks = [max(1, round(distiller.steps * i / run.settings.evaluations)) for i in range(1, run.settings.evaluations + 1)]
     every = min(20, marks[0]) # updates between two looks at the clock
 
     def report(seconds: float) -> None:
-        accuracy = evaluate(distiller.student, test, domain=distiller.domain)
+        found = judge(distiller.student, test, domain=distiller.domain)
         row: dict[str, Any] = distiller.history[-1] if distiller.done else {}
-        run.journal.add(phase, distiller.done, accuracy=accuracy, **{k: v for k, v in row.items() if k != 'step'}, seconds=round(seconds, 2))
+        numbers: dict[str, Any] = {metric: found} | {k: v for k, v in row.items() if k != 'step'}
+        run.journal.add(phase, distiller.done, **numbers, seconds=round(seconds, 2))
         loss = f"loss {row['loss']:.4f}, " if row else ''
-        run.say(f'{phase} {distiller.done}/{distiller.steps}: {loss}accuracy {accuracy:.4f}, {seconds:.0f} s')
+        run.say(f'{phase} {distiller.done}/{distiller.steps}: {loss}{metric} {found:.4f}, {seconds:.0f} s')
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         if state is not None: turns.load_state_dict(state)
@@ -859,11 +864,11 @@ def learn(
             report(spent())
         rows = [row for row in run.journal.rows.values() if row['phase'] == phase]
         if turns is not distiller: run.state['seconds']['synthesis'] = turns.seconds # part of this phase's, see `Run.finish`
-        path = run.folder / 'weights.safetensors'
-        save_weights(path, distiller.student, about | {'recipe': run.recipe.name, 'scale': run.scale, 'accuracy': f"{rows[-1]['accuracy']:.4f}"})
+        path = run.folder / f'{weights}.safetensors'
+        save_weights(path, distiller.student, about | {'recipe': run.recipe.name, 'scale': run.scale, metric: f"{rows[-1][metric]:.4f}"})
         load_weights(path, distiller.student) # what was saved is what is reported
-        return {'accuracy_first': rows[0]['accuracy'], 'accuracy': rows[-1]['accuracy'], 'loss': rows[-1]['loss'], 'updates': distiller.steps,
-                'accuracy_half': evaluate(distiller.student, test, domain=distiller.domain)}
+        return {f'{metric}_first': rows[0][metric], metric: rows[-1][metric], 'loss': rows[-1]['loss'], 'updates': distiller.steps,
+                f'{metric}_half': judge(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
 
 # %% ../../nbs/lab/20_runs.ipynb #bbebd36e
