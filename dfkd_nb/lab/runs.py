@@ -9,9 +9,9 @@ __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'STARTS', 'SCALES
            'parse_assignment', 'resolved_toml', 'Task', 'find_task', 'task', 'locked', 'Journal', 'RunStopped',
            'RunFolder', 'repeatable', 'SavedRun', 'Run', 'publish', 'environment', 'read_json', 'Result',
            'read_history', 'results', 'results_folder', 'open_teacher', 'real_images', 'learning', 'learn',
-           'synthesizer', 'measured', 'dream_part', 'wishes', 'drawn_goals', 'dream', 'train_teacher',
-           'describe_images', 'covered', 'save_picture', 'pool', 'verified', 'dream_images', 'Rounds', 'fresh_student',
-           'transfer']
+           'synthesizer', 'measured', 'dream_part', 'wishes', 'shares', 'drawn_goals', 'dream', 'train_teacher',
+           'describe_images', 'covered', 'save_picture', 'run_images', 'pool', 'verified', 'dream_images', 'Rounds',
+           'fresh_student', 'transfer']
 
 # %% ../../nbs/lab/20_runs.ipynb #af343dca
 import csv
@@ -113,17 +113,20 @@ class TeacherSettings(Learning):
     model: str = setting('resnet20', 'a name of `build_model`')
     epochs: float = setting(30., 'passes over the training images', low=0.001)
 
-# %% ../../nbs/lab/20_runs.ipynb #eca99ed6
+# %% ../../nbs/lab/20_runs.ipynb #4881fd18
 @dataclass(frozen=True)
 class Synthesis:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
     teacher: str = setting('cifar10-resnet20', "a shipped teacher, or 'run:RECIPE' for one from a finished run")
     source: str = setting('dreams', 'where the images come from', choices=SOURCES)
     real_data: str = setting('cifar10', "training images for source 'real': a name of `load_data`")
+    images_from: str = setting('', "'run:RECIPE' takes the first images of a finished run instead of making some")
     images: int = setting(256, 'number of images', low=1)
     synthesis_steps: int = setting(2000, 'updates of each batch of images', low=1)
     half_size_steps: int = setting(0, 'further updates before these, at half the size', low=0)
     quarter_size_steps: int = setting(0, 'further updates before those, at a quarter of the size', low=0)
+    single_share: float = setting(0., 'share of the images made at full size alone, without smaller stages (DeepInversion, supplement D)', low=0, high=1)
+    single_steps: int = setting(2000, 'updates of each batch of those', low=1)
     classes: str = setting('in turn', 'which classes, where images are fewer: the first ones, or evenly spread ones', choices=('in turn', 'spread'))
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
@@ -871,12 +874,13 @@ def learn(
                 f'{metric}_half': judge(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/20_runs.ipynb #bbebd36e
+# %% ../../nbs/lab/20_runs.ipynb #45690a34
 def synthesizer(
     settings: Any, # a `Synthesis`
     teacher: 'Teacher', # whose dreams
     device: 'torch.device', # where to compute
     seed: int, # of the first batch
+    single: bool = False, # at full size alone
     **more: Any, # further keywords of `DeepInversion`
 ) -> 'DeepInversion': # makes images
     "The part of a recipe that a `DeepInversion` is made with."
@@ -884,6 +888,7 @@ def synthesizer(
     names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'feature_scale', 'jitter', 'clip', 'compile')
     height, width = teacher.domain.size
     stages = [((height // part, width // part), steps) for part, steps in ((4, settings.quarter_size_steps), (2, settings.half_size_steps), (1, settings.synthesis_steps)) if steps]
+    if single: stages = [((height, width), settings.single_steps)]
     return DeepInversion(teacher, stages=stages, learning_rate=settings.synthesis_learning_rate, statistics=measured(settings, teacher), batch_size=settings.synthesis_batch_size,
                          flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision, device=device, seed=seed,
                          **{name: getattr(settings, name) for name in names}, **more)
@@ -919,7 +924,7 @@ def dream_part(
     return maker.synthesize(len(targets), targets, goals=goals, checkpoint=run.folder / 'parts' / f'{part:05}.pt', callback=callback, every=every,
                             save_every=run.save_every)
 
-# %% ../../nbs/lab/20_runs.ipynb #e9bf5808
+# %% ../../nbs/lab/20_runs.ipynb #a250ade0
 PART = 4096 # images in one file while a run is at it: checkpoints stay small however many images a recipe asks for
 
 def wishes(
@@ -930,6 +935,14 @@ def wishes(
     import torch
     images = torch.arange(settings.images)
     return images * classes // settings.images if settings.classes == 'spread' and settings.images < classes else images % classes
+
+def shares(
+    settings: Any, # a `Synthesis`
+) -> list[tuple[slice, bool]]: # which images, and whether they are made at full size alone
+    "The parts in which images are made: by the stages of the recipe first, then those without smaller stages."
+    size = max(1, PART // settings.synthesis_batch_size) * settings.synthesis_batch_size
+    cut = settings.images - round(settings.images * settings.single_share)
+    return [(slice(start, min(start + size, end)), single) for first, end, single in ((0, cut, False), (cut, settings.images, True)) for start in range(first, end, size)]
 
 def drawn_goals(
     run: Run, # with settings of `Synthesis`
@@ -963,17 +976,17 @@ def dream(
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         import torch
-        size = max(1, PART // settings.synthesis_batch_size) * settings.synthesis_batch_size
-        for part, start in enumerate(range(0, settings.images, size)):
+        for part, (place, single) in enumerate(shares(settings)):
             finished = folder / f'{part:05}.safetensors'
             if finished.is_file(): continue
-            place = slice(start, start + size)
-            maker = synthesizer(settings, teacher, run.device, settings.seed + part, **more)
+            maker = synthesizer(settings, teacher, run.device, settings.seed + part, single, **more)
             dream_part(run, maker, part, targets[place], spent, None if goals is None else goals[place]).save(finished)
             finished.with_suffix('.pt').unlink()
         sets = [ImageSet.load(part) for part in sorted(folder.glob('*.safetensors'))]
         labels = [images.labels for images in sets if images.labels is not None]
-        ImageSet(torch.cat([images.images for images in sets]), torch.cat(labels), teacher.domain).save(path)
+        joined = ImageSet(torch.cat([images.images for images in sets]), torch.cat(labels), teacher.domain)
+        if settings.single_share: joined = joined.subset(torch.randperm(len(joined), generator=torch.Generator().manual_seed(settings.seed))) # both schemes among any first images
+        joined.save(path)
         return {'images': settings.images}
 
     run.phase('synthesis', work)
@@ -1064,7 +1077,24 @@ def _save_large(path: Path, images: 'torch.Tensor') -> None:
         if buffer.tell() < 110_000: break
     with atomic_path(path) as temporary: temporary.write_bytes(buffer.getvalue())
 
-# %% ../../nbs/lab/20_runs.ipynb #283c3cfc
+# %% ../../nbs/lab/20_runs.ipynb #324f08d3
+def run_images(
+    root: Path, # folder of runs
+    name: str, # 'run:RECIPE' or 'run:RECIPE/SCALE'
+    scale: str, # where the name does not say
+    count: int, # the first so many
+) -> 'ImageSet': # on the CPU
+    "What a finished run left in images.safetensors. A run that left none, or too few, is a `DFKDError`."
+    from dfkd_nb.foundations.data import ImageSet
+    recipe, _, wanted = name.removeprefix('run:').partition('/')
+    path = root / recipe / (wanted or scale) / 'images.safetensors'
+    if not name.startswith('run:'): raise problem(f"images_from is '{name}': write 'run:RECIPE'")
+    if not path.is_file(): raise problem(f'no images at {path}: make them with `dfkd run {recipe} --scale {wanted or scale}`')
+    found = ImageSet.load(path)
+    if len(found) < count: raise problem(f'{path} holds {len(found)} images: set images to that or less')
+    return found.subset(count)
+
+# %% ../../nbs/lab/20_runs.ipynb #ccd22ee3
 def pool(
     run: Run, # with settings of `Synthesis`
     teacher: 'Teacher', # whose dreams, and who judges
@@ -1074,6 +1104,7 @@ def pool(
     if settings.source == 'real':
         images = real_images(settings.real_data, 'train', settings.images, run.device)
         if len(images) < settings.images: raise problem(f"'{settings.real_data}' has {len(images)} training images: set images to that or less")
+    elif settings.images_from: images = run_images(run.root, settings.images_from, run.scale, settings.images).to(run.device)
     else: images = dream(run, teacher).to(run.device)
     def describe(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         numbers = describe_images(images, teacher)
