@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from dfkd_nb.foundations.core import save_tensors
-from dfkd_nb.foundations.models import build_model
-from dfkd_nb.lab.commands import main
+from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.foundations.models import build_model, save_weights
+from dfkd_nb.lab.commands import main, missing_runs
 from dfkd_nb.lab.methods import compared
-from dfkd_nb.lab.runs import Recipe, recipe_names
+from dfkd_nb.lab.runs import Recipe, Run, recipe_names
 
 TINY = ["--set", "epochs=1", "--set", "evaluations=1"]
 
@@ -67,6 +68,22 @@ def test_a_missing_teacher_is_trained_first_and_seeds_stand_beside_each_other(df
     code, out, _ = dfkd("run", *words, "--seed", "2")
     assert code == 0 and "first" not in out.splitlines()[0]
     assert json.loads((dfkd.folder / "runs/digits-transfer-noise/quick-seed2/result.json").read_text())["settings"]["seed"] == 2
+
+
+def test_images_of_another_run(dfkd):
+    small = ["images=20", "updates=4", "evaluations=1", "picture=1", "images_from=run:digits-dream"]
+    run = Run(Recipe.load("digits-transfer-noise"), overrides={"images_from": "run:digits-dream"}, out=dfkd.folder / "runs")
+    assert missing_runs(run) == [("digits-teacher", "quick"), ("digits-dream", "quick")]  # the dream's own teacher comes first, once
+    save_weights(dfkd.folder / "runs/digits-teacher/quick/weights.safetensors", build_model("digits-net", 10, 1), {"model": "digits-net", "domain": "digits"})
+    assert missing_runs(run) == [("digits-dream", "quick")]
+    images = ImageSet(torch.randint(256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 10, DOMAINS["digits"])
+    images.save(dfkd.folder / "runs/digits-dream/quick/images.safetensors")
+    assert missing_runs(run) == []
+    words = ["run", "digits-transfer-noise", *(word for change in small for word in ("--set", change))]
+    code, out, _ = dfkd(*words)
+    assert code == 0 and "synthesis" not in out and not (dfkd.folder / "runs/digits-transfer-noise/quick/images.safetensors").exists()
+    code, _, error = dfkd(*words, "--set", "images=31", "--fresh")
+    assert code == 2 and "set images to that or less" in error
 
 
 def test_list_missing_full(dfkd):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'INTERRUPTED', 'LARGE', 'REAL', 'ASKED', 'Parser', 'positive', 'list_recipes', 'hours', 'show_recipe',
-           'show_results', 'run_recipe', 'missing_teacher', 'print_result', 'read_network', 'fill', 'own_teacher',
+           'show_results', 'run_recipe', 'missing_runs', 'print_result', 'read_network', 'fill', 'own_teacher',
            'own_domain', 'numbers', 'chosen_classes', 'usual_settings', 'inversion_settings', 'Dreams', 'read_lines',
            'compare', 'open_dreams', 'clear', 'keep', 'png', 'table', 'finish', 'draw_grid', 'together', 'exchange',
            'agreed', 'Clock', 'Dreaming', 'silent', 'request', 'invert', 'holding', 'fill_folder', 'inspect', 'bench',
@@ -98,29 +98,34 @@ def show_results(arguments: argparse.Namespace) -> int:
         print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {numbers}")
     return 0
 
-# %% ../../nbs/lab/23_commands.ipynb #bdf5a279
+# %% ../../nbs/lab/23_commands.ipynb #cd501569
 def run_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd run RECIPE`: do it, or go on with it."
     recipe = Recipe.load(arguments.recipe)
     changes = dict(map(parse_assignment, arguments.set)) | ({} if arguments.seed is None else {'seed': arguments.seed})
     began, left, where = time.monotonic(), arguments.max_minutes, {'out': arguments.out, 'results': arguments.results, 'device': arguments.device, 'save_every': arguments.save_every}
     run = Run(recipe, arguments.scale, changes, **where)
-    if (teacher := missing_teacher(run)) is not None:
-        print(f'first {teacher[0]} ({teacher[1]}): this recipe learns from its network', flush=True)
-        Run(Recipe.load(teacher[0]), teacher[1], **where).start(True, False, left, arguments.command_line)
+    for name, scale in missing_runs(run):
+        print(f'first {name} ({scale}): this recipe takes what it leaves', flush=True)
+        Run(Recipe.load(name), scale, **where).start(True, False, left, arguments.command_line)
         left = max(left - (time.monotonic() - began) / 60, 1e-6)
+        began = time.monotonic()
     result = run.start(arguments.resume, arguments.fresh, left, arguments.command_line)
     print_result(result)
     print(f'kept in {run.folder}')
     return 0
 
-def missing_teacher(run: Run) -> tuple[str, str] | None: # recipe and scale
-    "The recipe whose network this one needs, if it has not been run here yet."
-    name = getattr(run.settings, 'teacher', '')
-    if not name.startswith('run:') or run.finished: return None
-    recipe, _, scale = name.removeprefix('run:').partition('/')
-    scale = scale or run.scale
-    return None if (run.root / recipe / scale / 'weights.safetensors').is_file() else (recipe, scale)
+def missing_runs(run: Run) -> list[tuple[str, str]]: # recipes and scales, in the order in which to do them
+    "The recipes whose network or images this one takes, and which have not been run here yet."
+    if run.finished: return []
+    found: list[tuple[str, str]] = []
+    for key, value in dataclasses.asdict(run.settings).items():
+        for name in re.findall(r'run:([\w./-]+)', value) if isinstance(value, str) else ():
+            recipe, _, scale = name.partition('/')
+            scale, file = scale or run.scale, 'weights' if key == 'teacher' else 'images'
+            if (run.root / recipe / scale / f'{file}.safetensors').is_file() or (recipe, scale) in found: continue
+            found += [need for need in missing_runs(Run(Recipe.load(recipe), scale, out=run.root, quiet=True)) if need not in found] + [(recipe, scale)]
+    return found
 
 def print_result(result: Result) -> None:
     "The numbers of a result, one a line."
