@@ -74,7 +74,8 @@ def test_images_of_another_run(dfkd):
     small = ["images=20", "updates=4", "evaluations=1", "picture=1", "images_from=run:digits-dream"]
     run = Run(Recipe.load("digits-transfer-noise"), overrides={"images_from": "run:digits-dream"}, out=dfkd.folder / "runs")
     assert missing_runs(run) == [("digits-teacher", "quick"), ("digits-dream", "quick")]  # the dream's own teacher comes first, once
-    save_weights(dfkd.folder / "runs/digits-teacher/quick/weights.safetensors", build_model("digits-net", 10, 1), {"model": "digits-net", "domain": "digits"})
+    network = build_model("digits-net", 10, 1)
+    save_weights(dfkd.folder / "runs/digits-teacher/quick/weights.safetensors", network, {"model": "digits-net", "domain": "digits"})
     assert missing_runs(run) == [("digits-dream", "quick")]
     images = ImageSet(torch.randint(256, (30, 1, 8, 8), dtype=torch.uint8), torch.arange(30) % 10, DOMAINS["digits"])
     images.save(dfkd.folder / "runs/digits-dream/quick/images.safetensors")
