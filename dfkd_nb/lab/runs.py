@@ -1032,7 +1032,7 @@ def describe_images(
             distances.append(float(feature_loss(watch.moments, statistics)[0]))
     return numbers | {'r_feature': sum(distances) / len(distances)}
 
-# %% ../../nbs/lab/20_runs.ipynb #cb82d660
+# %% ../../nbs/lab/20_runs.ipynb #c68e89a5
 def covered(
     images: 'ImageSet', # a pool
     test: 'ImageSet', # real images
@@ -1040,8 +1040,10 @@ def covered(
     limit: int = 2000, # images of each kind
 ) -> dict[str, float]: # 'precision', 'recall', 'coverage' and 'area', by the real images' own
     "What a pool covers of real images: see `precision_recall`, `coverage` and `spread`."
+    import torch
     from dfkd_nb.dreams.competition import coverage, precision_recall, principal_plane, spread
-    made, real = (teacher.embed(some.subset(limit).images).cpu() for some in (images, test))
+    first = (some.fetch(torch.arange(min(limit, len(some)))) for some in (images, test)) # a test set may be files
+    made, real = (teacher.embed(some).cpu() for some in first)
     if min(len(made), len(real)) < 6: return {} # too few for five neighbours
     precision, recall = precision_recall(real, made)
     plane = principal_plane(real)
