@@ -559,7 +559,7 @@ class SavedRun(RunFolder):
         self.write('history.csv', self.journal.table())
         self.saved_at = time.monotonic()
 
-# %% ../../nbs/lab/20_runs.ipynb #7b25d442
+# %% ../../nbs/lab/20_runs.ipynb #a602cc29
 class Run(SavedRun):
     "A recipe being done, phase by phase: started, stopped, killed, resumed, finished."
 
@@ -655,6 +655,8 @@ class Run(SavedRun):
                         settings=dataclasses.asdict(self.settings), numbers=numbers, seconds=seconds | {'total': round(sum(seconds.values()), 2)},
                         environment=self.environment, changed=sorted(self.overrides))
         self.write('result.json', result.to_json())
+        from dfkd_nb.lab.cards import write_card
+        write_card(self.folder, result) # what was left, by whom, how good, what to mind
         if self.results is not None and not set(self.overrides) - {'seed'}: publish(self.folder, self.results / recipe.name / self.folder.name)
         return result
 
