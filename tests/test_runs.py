@@ -217,6 +217,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
         "checkpoint.pt",
         "history.csv",
         "weights.safetensors",
+        "model-card.md",
         "result.json",
     }
     published = tmp_path / "results/digits-teacher/quick"
