@@ -54,7 +54,13 @@ def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
 def test_other_peoples_images_are_real_and_static_is_not():
     assert training_images({"images_from": "flowers"}) == "Real images of flowers."
     assert "static" in training_images({"images_from": "noise"})
-    assert "new classes came with real images of digits" in training_images({"images_from": "run:a", "new_data": "digits"})
+
+
+def test_several_networks_of_one_run_are_told_apart():
+    told = training_images({"methods": "lwf-mc, oracle-distill", "new_data": "digits", "source": "dreams"})
+    assert "One network for each of: lwf-mc, oracle-distill" in told and "real images of the new classes, digits" in told
+    assert "run:a, noise" in training_images({"images_from": "run:a, noise"})
+    assert "labels, dreams" in training_images({"arms": "labels, dreams", "data": "scenes"})
 
 
 def test_licences():

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dfkd_nb.lab.runs import Result
 
-# %% ../../nbs/lab/26_cards.ipynb #a9745864
+# %% ../../nbs/lab/26_cards.ipynb #5326bb9c
 def training_images(
     settings: dict[str, Any], # of a run
 ) -> str: # one sentence
     "What the network was shown, and whether any of it was real."
     source = settings.get('images_from') or ''
+    if several := next((settings[key] for key in ('sources', 'arms', 'methods') if settings.get(key)), source if ',' in source else ''):
+        new = f" All were shown real images of the new classes, {settings['new_data']}." if settings.get('new_data') else ''
+        return f'One network for each of: {several}. Those called real, labels or oracle, or after a data set, were shown real images, the others none.{new}'
     if 'data' in settings: return f"Real images: the training set of {settings['data']}, with labels."
     if settings.get('source') == 'real': return f"Real images: {settings.get('images', 'some')} training images of {settings['real_data']}, labelled by the teacher."
     if source and not source.startswith(('run:', 'noise')): return f'Real images of {source}.'
@@ -26,7 +29,6 @@ def training_images(
     said = f"Images that the run `{source.removeprefix('run:')}` made; no real image was shown to the network" if source else 'Images made from the teacher; no real image was shown to the network'
     if settings.get('measured_images'): return f"{said}, but the feature statistics were measured on {settings['measured_images']} real images of {settings['measured_data']}."
     if settings.get('goal_weight'): return f"{said}, but metadata of {settings['metadata_images']} real training images took part."
-    if settings.get('new_data'): return f"{said} for the old classes; the new classes came with real images of {settings['new_data']}."
     return said + '.'
 
 # %% ../../nbs/lab/26_cards.ipynb #c98a7d6e

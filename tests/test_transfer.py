@@ -1,0 +1,164 @@
+"Transfer: pools by two schemes, learning curves, fidelity, and what a dream is worth."
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dfkd_nb.applications.transfer import fidelity, learning_curve, teaching_values, two_schemes
+from dfkd_nb.dreams.inversion import DeepInversion
+from dfkd_nb.foundations.core import DFKDError
+from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, load_data
+from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.lab.runs import Recipe, shares
+
+FAST = {"half_size_steps": 2, "full_size_steps": 1, "single_steps": 2, "jitter": 0, "flip": False, "device": "cpu", "feature_weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    return Teacher(build_model("digits-net", 10, 1), DOMAINS["digits"], "untrained")
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(1)
+    return build_model("digits-net", 10, 1)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data("digits", "test")
+
+
+def test_each_scheme_makes_its_share(teacher):
+    pool = two_schemes(teacher, 40, seed=3, **FAST)
+    asked = {name: FAST[name] for name in ("jitter", "flip", "device", "feature_weight")}
+    single = DeepInversion(teacher, stages=[(8, 2)], seed=3 + 1, **asked).synthesize(20)
+    multi = DeepInversion(teacher, stages=[(4, 2), (8, 1)], seed=3, **asked).synthesize(20)
+    made = {tuple(image.flatten().tolist()) for image in pool.images}
+    assert made == {tuple(image.flatten().tolist()) for image in torch.cat([single.images, multi.images])}
+    assert pool.labels.bincount().tolist() == [4] * 10
+    first = {tuple(image.flatten().tolist()) for image in pool.images[:10]}
+    ones = {tuple(image.flatten().tolist()) for image in single.images}
+    assert 0 < len(first & ones) < 10, "any first images hold both kinds"
+    again = two_schemes(teacher, 40, seed=3, **FAST)
+    assert torch.equal(pool.images, again.images) and torch.equal(pool.labels, again.labels)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_one_scheme_alone(teacher, share):
+    assert len(two_schemes(teacher, 10, single_share=share, **FAST)) == 10
+
+
+def test_shares_of_a_recipe():
+    recipe = Recipe.load("cifar10-transfer-schemes-both")
+    settings = recipe.resolve("quick", {"images": 300, "synthesis_batch_size": 4096, "single_share": 0.25})
+    assert shares(settings) == [(slice(0, 225), False), (slice(225, 300), True)]
+    large = shares(recipe.resolve("quick", {"images": 10000, "synthesis_batch_size": 4096}))
+    sizes = [(place.stop - place.start, single) for place, single in large]
+    assert sizes == [(4096, False), (904, False), (4096, True), (904, True)]
+
+
+def test_learning_curve_repeats_itself_and_varies_only_what_it_says(teacher, digits):
+    pool = ImageSet(digits.images[:60], None, digits.domain)
+    asked = {"steps": 3, "batch_size": 8, "device": "cpu"}
+
+    def build():
+        return build_model("digits-net", 10, 1)
+
+    rows = learning_curve(teacher, build, pool, [10, 60], digits.subset(100), seeds=(0, 1), probe=pool, **asked)
+    assert [(row["images"], row["seed"]) for row in rows] == [(10, 0), (60, 0), (10, 1), (60, 1)]
+    assert all({"accuracy", "agreement", "divergence"} <= set(row) for row in rows)
+    assert rows == learning_curve(teacher, build, pool, [10, 60], digits.subset(100), seeds=(0, 1), probe=pool, **asked)
+    with pytest.raises(DFKDError, match="61 images asked of a pool of 60"):
+        learning_curve(teacher, build, pool, [61], digits, **asked)
+
+
+def test_fidelity_by_hand():
+    domain = Domain("two", (1, 1, 1), (0.0,), (1.0,), ("a", "b"))
+
+    def linear(slope):
+        layer = nn.Linear(1, 2, bias=False)
+        layer.weight.data = torch.tensor([[slope], [0.0]])
+        return nn.Sequential(nn.Flatten(), layer)
+
+    images = torch.tensor([255, 0], dtype=torch.uint8).view(2, 1, 1, 1)
+    found = fidelity(Teacher(linear(1.0), domain), linear(-1.0), images)
+    # on white the teacher says (e, 1) / (e + 1), the student (1, e) / (e + 1); on black both say a half
+    p = torch.tensor([1.0, 0.0]).softmax(0)
+    assert found["divergence"] == pytest.approx(float((p * (p / p.flip(0)).log()).sum()) / 2, abs=1e-6)
+    assert found["agreement"] == 0.5  # at a tie both name the first
+    with pytest.raises(DFKDError, match="at least one"):
+        fidelity(Teacher(linear(1.0), domain), linear(1.0), images[:0])
+
+
+def naive(teacher, student, images, probe, temperature=3.0):
+    "One gradient an image, by the definition."
+    student = copy.deepcopy(student).eval()
+
+    def gradient(batch):
+        x = teacher.domain.normalize(batch)
+        told, answer = (network(x).div(temperature).log_softmax(1) for network in (teacher, student))
+        loss = F.kl_div(answer, told.detach(), reduction="batchmean", log_target=True) * temperature**2
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
+
+    direction = gradient(probe)
+    return torch.stack([gradient(image[None]) @ direction for image in images])
+
+
+@pytest.mark.parametrize("batch_size", [250, 3])
+def test_values_are_what_one_gradient_an_image_gives(teacher, student, digits, batch_size):
+    images, probe = digits.images[:7], digits.images[100:120]
+    found = teaching_values(teacher, student, images, probe, batch_size=batch_size)
+    expected = naive(teacher, student, images, probe)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_step_on_a_valuable_image_helps_elsewhere(teacher, student, digits):
+    images, probe = digits.images[:20], digits.images[100:150]
+    values = teaching_values(teacher, student, images, probe)
+    x = teacher.domain.normalize(probe)
+
+    def after(image):
+        "The probe's loss after one small step on one image."
+        learner = copy.deepcopy(student).eval()
+        told = teacher(teacher.domain.normalize(image[None])).div(3).log_softmax(1)
+        answer = learner(teacher.domain.normalize(image[None])).div(3).log_softmax(1)
+        loss = F.kl_div(answer, told, reduction="batchmean", log_target=True) * 9
+        for weight, g in zip(learner.parameters(), torch.autograd.grad(loss, list(learner.parameters()))):
+            weight.data -= 1e-2 * g
+        with torch.no_grad():
+            answer, told = learner(x).div(3).log_softmax(1), teacher(x).div(3).log_softmax(1)
+            return float(F.kl_div(answer, told, reduction="batchmean", log_target=True) * 9)
+
+    changes = torch.tensor([after(image) for image in images])
+    assert torch.corrcoef(torch.stack([values, -changes]))[0, 1] > 0.99, "what an image is worth is what a step on it gains elsewhere"
+
+
+def test_the_student_is_left_as_it_was(teacher, student, digits):
+    learner = copy.deepcopy(student).train()
+    before = copy.deepcopy(learner.state_dict())
+    teaching_values(teacher, learner, digits.images[:4], digits.images[4:8])
+    fidelity(teacher, learner, digits.images[:4])
+    assert all(torch.equal(before[k], v) for k, v in learner.state_dict().items())
+    assert all(module.training for module in learner.modules())
+    assert all(p.grad is None for p in learner.parameters())
+
+
+def test_values_of_networks_with_operations_in_place(digits):
+    domain = DOMAINS["cifar10"]
+    torch.manual_seed(0)
+    teacher, student = Teacher(build_model("resnet8"), domain), build_model("wrn16-1")
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    found, expected = teaching_values(teacher, student, images, images), naive(teacher, student, images, images)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_frozen_students_are_refused(teacher, student, digits):
+    frozen = copy.deepcopy(student).requires_grad_(False)
+    with pytest.raises(DFKDError, match="switch requires_grad on"):
+        teaching_values(teacher, frozen, digits.images[:2], digits.images[:2])
