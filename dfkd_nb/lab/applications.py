@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Supply', 'supply', 'PruningSettings', 'pruning_plan', 'pruned_start', 'pruning', 'ContinualSettings',
-           'class_set', 'old_network', 'shown_images', 'continual_method', 'continual', 'SegmentationSettings',
-           'source_of_scenes', 'segmentation_arm', 'segmentation_picture', 'segmentation']
+           'class_set', 'old_network', 'shown_images', 'continual_method', 'continual', 'QuantizationSettings',
+           'quantization_source', 'quantization_cost', 'quantization', 'SegmentationSettings', 'source_of_scenes',
+           'segmentation_arm', 'segmentation_picture', 'segmentation']
 
-# %% ../../nbs/lab/25_applications.ipynb #342c0253
+# %% ../../nbs/lab/25_applications.ipynb #937f5943
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfkd_nb.lab.runs import (
-    Learning, Run, fresh_student, learn, learning, open_teacher, problem, real_images, run_images, save_picture, setting, task,
+    Learning, Run, learn, learning, open_teacher, problem, real_images, run_images, save_picture, setting, task,
 )
 
 if TYPE_CHECKING:
     import torch
     from dfkd_nb.foundations.data import Domain, ImageSet
-    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.foundations.models import Teacher
 
 # %% ../../nbs/lab/25_applications.ipynb #c045d754
@@ -57,10 +57,12 @@ def supply(
     fitted = fitted if fitted.dtype == torch.uint8 else (fitted * 255).round().to(torch.uint8)
     return ImageSet(fitted, teacher.predict(fitted).argmax(1).to(fitted.device), teacher.domain).to(run.device)
 
-# %% ../../nbs/lab/25_applications.ipynb #f8c87317
+# %% ../../nbs/lab/25_applications.ipynb #dbc4e7df
+import json
+import math
 from pathlib import Path
 
-# %% ../../nbs/lab/25_applications.ipynb #37639094
+# %% ../../nbs/lab/25_applications.ipynb #9460457d
 @dataclass(frozen=True)
 class PruningSettings(Learning, Supply):
     "Filters that go, and images that repair what is left."
@@ -71,6 +73,7 @@ class PruningSettings(Learning, Supply):
     rankings: str = setting('error', "with commas: 'error', 'error and latency'")
     latency_weight: float = setting(1., 'of the share of latency, in the second', low=0)
     table: str = setting('', 'a latency table to use; empty: measure one')
+    table_step: int = setting(1, 'channels between its entries', low=1)
     criterion: str = setting('answers', 'what importance is measured on', choices=('labels', 'answers', 'divergence'))
     judged_images: int = setting(256, 'images that filters are ranked on', low=1)
     per_removal: int = setting(32, 'filters removed at once', low=1)
@@ -80,7 +83,7 @@ class PruningSettings(Learning, Supply):
     timed_networks: int = setting(8, 'smaller networks that compare table and stopwatch; 0 for none', low=0)
     updates: int = setting(100, 'of each smaller network', low=1)
 
-# %% ../../nbs/lab/25_applications.ipynb #e19d48c3
+# %% ../../nbs/lab/25_applications.ipynb #66c8e47a
 def pruning_plan(
     run: Run, # with `PruningSettings`
     share: float, # that is to go
@@ -91,7 +94,7 @@ def pruning_plan(
     settings, path = run.settings, run.folder / 'latency.json'
     weight = settings.latency_weight if ranking == 'error and latency' else 0.
     table = None
-    if weight or settings.measure == 'latency': table = LatencyTable.load(settings.table or path) if settings.table or path.is_file() else LatencyTable(run.device)
+    if weight or settings.measure == 'latency': table = LatencyTable.load(settings.table or path) if settings.table or path.is_file() else LatencyTable(run.device, step=settings.table_step)
     return Plan(share, settings.measure, settings.per_removal, settings.group_size, weight, table)
 
 # %% ../../nbs/lab/25_applications.ipynb #91f66a06
@@ -135,13 +138,12 @@ def pruned_start(
         learn(run, name, distiller, test, {'model': settings.model, 'domain': teacher.domain.name}, evaluate=judge, weights=f'masked-{name}')
     return path
 
-# %% ../../nbs/lab/25_applications.ipynb #77bdfda5
+# %% ../../nbs/lab/25_applications.ipynb #22c42a09
 @task('pruning', PruningSettings)
 def pruning(
     run: Run, # with `PruningSettings`
 ) -> dict[str, Any]: # a row for every share, ranking and source
     "Remove filters of a teacher's network, let what is left learn from different images, and measure what it costs."
-    import json
     from dfkd_nb.applications.pruning import LatencyTable, compare_latencies, filter_importance, find_filters, linear_fit, load_pruned, network_cost, rank_agreement, share_recovered
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller, evaluate
@@ -162,7 +164,8 @@ def pruning(
     found: dict[str, Any] = {'teacher_accuracy': evaluate(teacher, test), 'test_images': len(test), 'temperature': settings.temperature, 'filters': filters.total}
 
     def time_networks(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        table, cost = LatencyTable.load(settings.table) if settings.table else LatencyTable(run.device), network_cost(teacher, teacher.domain, 1.)
+        table, cost = LatencyTable.load(settings.table) if settings.table else LatencyTable(run.device, step=settings.table_step), network_cost(teacher, teacher.domain, 1.)
+        if settings.measure == 'latency' and not settings.table: table.scan(filters, settings.group_size)
         numbers: dict[str, Any] = {'teacher_parameters': cost.parameters, 'teacher_flops': cost.flops, 'teacher_milliseconds': cost.milliseconds}
         if settings.timed_networks:
             sums, measured = compare_latencies(teacher, filters, table, settings.timed_networks, 5, settings.seed)
@@ -193,13 +196,20 @@ def pruning(
                 else:
                     distiller = Distiller(teacher, small, images, steps=settings.updates, temperature=settings.temperature, **learning(settings, run.device))
                     accuracy = learn(run, f'learning-{name}', distiller, test, about, weights=f'student-{name}')['accuracy']
-                    small, about = load_pruned(run.folder / f'student-{name}.safetensors')
-                    small = small.to(run.device)
-                def price(state: dict[str, Any] | None, spent: Callable[[], float], network: Any = small, about: dict[str, str] = about) -> dict[str, Any]:
-                    cost, gone = network_cost(network, teacher.domain, 0.5), json.loads(about['removed'])
-                    removed = sum(filters.weight(layer) * len(numbers) for layer, numbers in gone.items()) / filters.total
-                    return {'parameters': cost.parameters, 'flops': cost.flops, 'milliseconds': cost.milliseconds, 'filters_removed': removed}
-                rows.append({'share': share, 'ranking': ranking, 'source': source, 'accuracy': accuracy} | run.phase(f'price-{name}', price))
+                rows.append({'share': share, 'ranking': ranking, 'source': source, 'accuracy': accuracy, 'start': start.name})
+
+    def price(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        for turn in range(5): # all in turn, and again: whatever slows the machine down for a while slows all of them
+            for name in dict.fromkeys(row['start'] for row in rows):
+                network, about = load_pruned(run.folder / name)
+                cost, gone = network_cost(network.to(run.device), teacher.domain, 0.2), json.loads(about['removed'])
+                removed = sum(filters.weight(layer) * len(missing) for layer, missing in gone.items()) / filters.total
+                before = numbers[name]['milliseconds'] if turn else math.inf
+                numbers[name] = {'parameters': cost.parameters, 'flops': cost.flops, 'milliseconds': min(before, cost.milliseconds), 'filters_removed': removed}
+        return numbers
+    prices = run.phase('prices', price)
+    for row in rows: row |= prices[row.pop('start')]
     for row in rows:
         alike = {other['source']: other['accuracy'] for other in rows if (other['share'], other['ranking']) == (row['share'], row['ranking'])}
         if 'real' in alike and row['source'] != 'none' and alike['real'] > alike['none']: row['share_recovered'] = share_recovered(alike['none'], row['accuracy'], alike['real'])
@@ -212,7 +222,7 @@ from pathlib import Path
 
 from .runs import SCHEDULES, Synthesis, dream_part, synthesizer, wishes
 
-# %% ../../nbs/lab/25_applications.ipynb #199ab02a
+# %% ../../nbs/lab/25_applications.ipynb #c36dc052
 @dataclass(frozen=True)
 class ContinualSettings(Learning, Synthesis):
     "Classes that come one set after the other; `DATA:A-B` is a part of the classes, `folder:PATH` may lie under $DFKD_DATA."
@@ -225,6 +235,7 @@ class ContinualSettings(Learning, Synthesis):
     dreams_from: str = setting('', "METHOD=run:RECIPE, with commas: images of finished runs for the first step")
     updates: int = setting(1000, 'of the network in each step', low=1)
     falls: str = setting('fifths', 'how the step size moves in them', choices=('fifths', *SCHEDULES))
+    rows: str = setting('random', 'what the new rows begin with: see `add_classes`', choices=('random', 'fitted'))
     gradient_clip: float = setting(0.1, 'largest norm of a gradient; 0: any', low=0)
     freeze_batchnorm: bool = setting(True, 'leave BatchNorm as it is')
     temperature: float = setting(1., 'of both divergences', low=0.01)
@@ -341,7 +352,7 @@ def _painted(run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | N
         run.tick(phase, maker.state_dict)
     return painted(maker, settings.images, settings.seed)
 
-# %% ../../nbs/lab/25_applications.ipynb #17c33490
+# %% ../../nbs/lab/25_applications.ipynb #a41b2ea7
 def continual_method(
     run: Run, # with `ContinualSettings`
     teacher: 'Teacher', # the old network
@@ -367,7 +378,7 @@ def continual_method(
         shown = shown_images(run, known, method, number, real)
         seed_everything(settings.seed)
         lesson = learning(settings, run.device) | {'schedule': settings.falls} | ({'learning_rate': settings.binary_learning_rate} if method == 'lwf-mc' else {})
-        learner = add_classes(known, train, method, shown, steps=settings.updates, clip=settings.gradient_clip, freeze_batchnorm=settings.freeze_batchnorm, temperature=settings.temperature, **lesson)
+        learner = add_classes(known, train, method, shown, steps=settings.updates, rows=settings.rows, clip=settings.gradient_clip, freeze_batchnorm=settings.freeze_batchnorm, temperature=settings.temperature, **lesson)
         tests[name], file = test, f'{method}-{number + 1}'
         watched = {k: v.subset(torch.arange(min(200, len(v))) * len(v) // min(200, len(v))) for k, v in tests.items()} # enough to see where it goes
         learn(run, f'{method} {number + 1}', learner, watched, {'classes': str(learner.domain.num_classes)}, evaluate=lambda network, sets, domain: measure_sets(network, domain, sets).combined, metric='combined', weights=file)
@@ -416,11 +427,121 @@ def continual(
     return {'accuracy': found[best][-1]['combined'], 'teacher_accuracy': found[best][0]['combined'], 'test_images': len(test) + sum(len(s[2]) for s in steps),
             **{f'combined_{m}': rows[-1]['combined'] for m, rows in found.items()}, 'steps': found}
 
+# %% ../../nbs/lab/25_applications.ipynb #2dd17786
+@dataclass(frozen=True)
+class QuantizationSettings(Learning, Supply):
+    "A teacher in few bits, from several sources of images."
+    images_from: str = setting('run:cifar10-transfer-deepinversion, noise, none', "as in `Supply`, several with commas; 'none': what BatchNorm knows")
+    bits: str = setting('8, 4', 'of weights and activations, with commas')
+    end_bits: int = setting(8, 'of the first and the last layer', low=2, high=8)
+    calibration: int = setting(256, 'images to calibrate on, drawn from each source', low=1)
+    mended_bits: int = setting(4, 'widths up to this are fine-tuned by distillation; 0: none', low=0, high=8)
+    updates: int = setting(200, 'of that fine-tuning', low=1)
+    learn_ranges: bool = setting(True, 'whether fine-tuning changes the ranges as well')
+    looked_at: int = setting(64, 'test images on which each layer is looked at', low=1)
+    latency_batch: int = setting(16, 'images a batch whose latency is measured on the processor; 0: not measured', low=0)
+    latency_repeats: int = setting(20, 'of which the fastest counts', low=1)
+
+# %% ../../nbs/lab/25_applications.ipynb #a7c7c40b
+def quantization_source(
+    run: Run, # with `QuantizationSettings`
+    teacher: 'Teacher', # the float network
+    test: 'ImageSet', # real images
+    source: str, # one of `images_from`
+    images: 'ImageSet | None', # what it supplies
+    bits: int, # of weights and activations
+) -> dict[str, Any]: # accuracies, and decibels and ranges of the layers
+    "One source at one width: calibrated, looked at, mended."
+    import torch
+    from dfkd_nb.applications.quantization import input_ranges, mend, quantize, signal_to_noise
+    from dfkd_nb.foundations.distillation import evaluate
+    settings: QuantizationSettings = run.settings
+    phase = f'{bits} bits, {source}'
+
+    def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+        order = None if images is None else torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[:settings.calibration]
+        network = quantize(teacher, None if images is None or order is None else images.subset(order), bits, seed=settings.seed, end_bits=settings.end_bits)
+        accuracy = evaluate(network, test)
+        numbers: dict[str, Any] = {'source': source, 'bits': bits, 'accuracy': accuracy}
+        ratios, ranges = signal_to_noise(network, test.subset(settings.looked_at)), input_ranges(network)
+        numbers['layers'] = [{'layer': name, 'decibels': round(ratios[name], 3), 'low': ranges[name][0], 'high': ranges[name][1]} for name in ratios]
+        run.journal.add(phase, 0, accuracy=accuracy, seconds=round(spent(), 2))
+        run.say(f'{phase}: accuracy {accuracy:.4f}, {spent():.0f} s')
+        if images is None or bits > settings.mended_bits: return numbers
+        distiller = mend(teacher, network, images, steps=settings.updates, temperature=settings.temperature, learn_ranges=settings.learn_ranges, **learning(settings, run.device))
+        if state is not None: distiller.load_state_dict(state)
+        distiller.run(every=min(20, settings.updates), callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None)
+        mended = evaluate(network, test)
+        run.journal.add(phase, settings.updates, accuracy=mended, loss=distiller.history[-1]['loss'], seconds=round(spent(), 2))
+        run.say(f'{phase}: mended {mended:.4f}, {spent():.0f} s')
+        return numbers | {'mended': mended, 'loss': distiller.history[-1]['loss']}
+    return run.phase(phase, work)
+
+# %% ../../nbs/lab/25_applications.ipynb #8e499fc8
+def quantization_cost(
+    run: Run, # with `QuantizationSettings`
+    teacher: 'Teacher', # the float network, on the CPU
+    images: 'ImageSet', # for the latency
+    widths: list[int], # bits
+) -> dict[str, Any]: # bytes of files, milliseconds a batch
+    "Size on disk at each width, and the time of floats and of byte kernels on this processor."
+    from tempfile import TemporaryDirectory
+    import torch
+    from dfkd_nb.applications.quantization import integers, lower, quantize, save_integers
+    from dfkd_nb.foundations.core import DFKDError
+    from dfkd_nb.foundations.models import save_weights
+    from dfkd_nb.lab.speed import fold_batchnorm, stopwatch
+    settings: QuantizationSettings = run.settings
+    about = {'model': teacher.about.get('model', teacher.name), 'domain': teacher.domain.name, 'recipe': run.recipe.name, 'scale': run.scale}
+    with TemporaryDirectory() as folder:
+        save_weights(Path(folder) / 'float.safetensors', teacher.model, about, half=False)
+        numbers: dict[str, Any] = {'bytes_float': (Path(folder) / 'float.safetensors').stat().st_size}
+    for bits in widths: numbers[f'bytes_{bits}'] = save_integers(run.folder / f'{bits}-bits.safetensors', integers(quantize(teacher, images, bits, end_bits=settings.end_bits)), about)
+    if not settings.latency_batch: return numbers
+    batch = images.subset(settings.latency_batch).images
+    x = teacher.domain.normalize(batch)
+    contestants: dict[str, Any] = {'float': teacher.model, 'folded': fold_batchnorm(teacher).model}
+    try: contestants['bytes'] = lower(integers(quantize(teacher, images, activation_bits=7, end_bits=7)), batch)
+    except DFKDError as error: run.say(f'not lowered: {error}') # another processor
+    with torch.no_grad():
+        for name, network in contestants.items():
+            times = [stopwatch(lambda network=network: network(x), torch.device('cpu'), 'processor') for _ in range(settings.latency_repeats + 2)][2:]
+            numbers[f'latency_ms_{name}'] = round(1000 * min(times), 3)
+    return numbers
+
+# %% ../../nbs/lab/25_applications.ipynb #fc178971
+@task('quantization', QuantizationSettings)
+def quantization(
+    run: Run, # with `QuantizationSettings`
+) -> dict[str, Any]: # a row for each source and width, and what the network costs
+    "A teacher in few bits: calibrated on each source of images, looked at layer by layer, mended by distillation; its size and its latency."
+    from dfkd_nb.foundations.core import seed_everything
+    from dfkd_nb.foundations.distillation import evaluate
+    settings: QuantizationSettings = run.settings
+    try: widths = [int(word) for word in settings.bits.split(',')]
+    except ValueError: raise problem(f"bits is '{settings.bits}': give whole numbers with commas, e.g. '8, 4'") from None
+    sources = [word.strip() for word in settings.images_from.split(',') if word.strip()]
+    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
+    if hasattr(test, 'in_memory'): test = test.in_memory().to(run.device)
+    seed_everything(settings.seed)
+    rows, first = [], None
+    for source in sources:
+        images = None if source == 'none' else supply(run, teacher, source, settings.images)
+        first = first or images
+        for bits in widths: rows.append(quantization_source(run, teacher, test, source, images, bits))
+    if first is not None: save_picture(run.folder, first.to('cpu'), settings.picture)
+    numbers = run.phase('float', lambda state, spent: {'teacher_accuracy': evaluate(teacher, test), 'test_images': len(test)})
+    shown = (first or test).to('cpu').subset(settings.calibration)
+    numbers = numbers | run.phase('cost', lambda state, spent: quantization_cost(run, open_teacher(settings.teacher, run.root, run.scale), shown, widths))
+    flat = {f"accuracy_{row['bits']}_{row['source']}": row['accuracy'] for row in rows} | {f"mended_{row['bits']}_{row['source']}": row['mended'] for row in rows if 'mended' in row}
+    return numbers | {'student_accuracy': rows[0]['accuracy'], 'temperature': settings.temperature, 'rows': rows} | flat
+
 # %% ../../nbs/lab/25_applications.ipynb #77c3b3e1
 if TYPE_CHECKING:
     from dfkd_nb.applications.segmentation import SceneSet
 
-# %% ../../nbs/lab/25_applications.ipynb #e406c62a
+# %% ../../nbs/lab/25_applications.ipynb #6c6a8eb5
 ARMS: dict[str, dict[str, Any]] = { # of a segmentation run: what the student learns from, and what differs from the recipe's synthesizer
     'labels': {}, 'real': {}, 'noise': {}, 'layouts': {}, 'dreams': {}, 'replay': {},
     'statistics': {'adversarial_weight': 0.}, 'adversarial': {'feature_weight': 0.}, 'one-hot': {'class_weight': 10.},
@@ -452,7 +573,7 @@ class SegmentationSettings(Learning):
     feature_weight: float = setting(10., 'of the feature statistics', low=0)
     adversarial_weight: float = setting(1.1, 'of the distance of the student from the teacher', low=0)
     agreement: bool = setting(True, 'count only pixels that both put into one class')
-    momentum: float = setting(0.1, 'weight of the new batch in running feature statistics', low=0.001, high=1)
+    feature_momentum: float = setting(0.1, 'weight of the new batch in running feature statistics', low=0.001, high=1)
     pool_size: int = setting(200, 'images in the buffer of the replay arm', low=1)
     layouts: int = setting(256, 'images of the layouts arm', low=1)
     layout_steps: int = setting(150, 'updates of each of them', low=1)
@@ -482,7 +603,7 @@ def source_of_scenes(
         parts.append(SceneSet.load(path))
     return SceneSet(torch.cat([p.images for p in parts]), torch.cat([p.masks for p in parts]), teacher.domain).to(run.device)
 
-# %% ../../nbs/lab/25_applications.ipynb #4d51dcba
+# %% ../../nbs/lab/25_applications.ipynb #d1fe0dd5
 def segmentation_arm(
     run: Run, # with `SegmentationSettings`
     arm: str, # a word of `ARMS`
@@ -504,8 +625,8 @@ def segmentation_arm(
     else:
         learned_rounds = settings.rounds - settings.warmup_rounds
         if learned_rounds < 1 or settings.updates % learned_rounds: raise problem(f'{settings.updates} updates in {learned_rounds} rounds after warming up: make updates a multiple of them')
-        same = {name: getattr(settings, name) for name in ('latent_learning_rate', 'feature_weight', 'adversarial_weight', 'agreement', 'momentum')}
-        maker = same | {'steps': settings.synthesis_steps, 'batch_size': settings.synthesis_batch_size, 'learning_rate': settings.synthesis_learning_rate} | ARMS[arm]
+        same = {name: getattr(settings, name) for name in ('latent_learning_rate', 'feature_weight', 'adversarial_weight', 'agreement')}
+        maker = same | {'steps': settings.synthesis_steps, 'batch_size': settings.synthesis_batch_size, 'learning_rate': settings.synthesis_learning_rate, 'momentum': settings.feature_momentum} | ARMS[arm]
         warmup = settings.warmup_rounds if maker['feature_weight'] else 0 # without statistics there is nothing to warm up for
         turns = scene_race(teacher, student, rounds=learned_rounds + warmup, updates_per_round=settings.updates // learned_rounds, warmup_rounds=warmup,
                            replay=settings.pool_size if arm == 'replay' else 0, generator_width=settings.generator_width, latent_size=settings.latent_size, maker=maker, distiller=lesson, device=run.device, seed=settings.seed)
