@@ -7,7 +7,7 @@ import pytest
 from dfkd_nb.foundations.core import DFKDError, load_tensors
 from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.lab.methods import compared, compose, tables
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, find_task, open_teacher, read_history, recipe_names
+from dfkd_nb.lab.runs import ELSEWHERE, Recipe, Result, Run, RunStopped, find_task, open_teacher, read_history, recipe_names
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(name for name, method in METHODS.items() if method.get("task") == "generative")
@@ -59,7 +59,8 @@ def test_settings_of_the_public_code() -> None:
     "A few numbers of the field's code, as they come out of the tables."
     fast = Recipe.load("cifar10-wrn40-2-wrn16-1-fast-5").resolve("full")
     assert (fast.synthesis_steps, fast.synthesis_learning_rate, fast.latent_learning_rate) == (5, 3e-3, 0.01)
-    assert (fast.class_weight, fast.feature_weight, fast.adversarial_weight, fast.momentum) == (0.4, 10.0, 1.1, 0.1)
+    assert (fast.class_weight, fast.feature_weight, fast.adversarial_weight, fast.feature_momentum) == (0.4, 10.0, 1.1, 0.1)
+    assert fast.momentum == 0.9  # the student's
     assert (fast.rounds - fast.warmup_rounds) * fast.updates_per_round == 80_000
     assert Recipe.load("cifar10-resnet34-resnet18-fast-5").resolve("full").adversarial_weight == 1.33
     assert Recipe.load("cifar10-wrn40-2-wrn16-1-ssd-kd-10").resolve("full").pool_size == 5000
@@ -141,3 +142,14 @@ def test_modulation_without_a_replay_buffer_is_refused(root: Path) -> None:
 def test_an_untrained_teacher_is_told(tmp_path: Path) -> None:
     with pytest.raises(DFKDError, match="train it with `dfkd run digits-teacher --scale quick`"):
         open_teacher("run:digits-teacher", tmp_path, "quick")
+
+
+@pytest.mark.parametrize("name", ["transfer", "dream", "teacher", *ELSEWHERE])
+def test_no_two_parts_of_a_task_mean_different_things_by_one_word(name: str) -> None:
+    "A word that two bases define would be one field, and one of them would get the other's value."
+    kind = find_task(name, "a test").settings
+    seen: dict[str, type] = {}
+    for part in kind.__mro__[1:-1]:
+        for word in part.__dict__.get("__annotations__", {}):
+            owner = seen.setdefault(word, part)
+            assert owner is part or issubclass(owner, part), f"{owner.__name__} and {part.__name__} both have '{word}'"

@@ -65,7 +65,7 @@ def runs_at(
     "The pairs of the papers run in full, on a GPU; those of the shipped and the digits teacher quickly, on a CPU."
     return (scale == 'quick') == ('quick' in tables()[0][pair])
 
-# %% ../../nbs/lab/24_methods.ipynb #4fac4529
+# %% ../../nbs/lab/24_methods.ipynb #9e6ec449
 @dataclass(frozen=True)
 class Painter:
     "How a generator learns to paint; defaults are those of plain generative methods."
@@ -78,7 +78,7 @@ class Painter:
     latent_learning_rate: float = setting(0., 'step size of Adam on the codes; 0 leaves them as drawn', low=0)
     reuse: str = setting('continue', 'what a batch begins from', choices=('continue', 'restart', 'meta'))
     meta: str = setting('sum', 'first-order gradient of the meta-weights', choices=('sum', 'last', 'reptile'))
-    momentum: float = setting(1., 'weight of the new batch in running feature statistics; 1: each batch by itself', low=0.001, high=1)
+    feature_momentum: float = setting(1., 'weight of the new batch in running feature statistics; 1: each batch by itself', low=0.001, high=1)
     reset_round: int = setting(0, 'the round before which the generator\'s first layers begin anew; 0: never', low=0)
     labels: str = setting('answers', 'classes: the teacher\'s answers, or wishes', choices=('answers', 'wishes'))
     class_weight: float = setting(0., 'of the class loss', low=0)
@@ -126,7 +126,7 @@ class GenerativeSettings(Learning, Painter, Buffer):
     updates_per_round: int = setting(10, 'of the student', low=1)
     picture: int = setting(40, 'images in the picture', low=1)
 
-# %% ../../nbs/lab/24_methods.ipynb #8106a6c4
+# %% ../../nbs/lab/24_methods.ipynb #4766b5f0
 def painter(
     settings: GenerativeSettings, # the switches
     teacher: 'Teacher', # on the run's device
@@ -156,7 +156,7 @@ def painter(
         return ContrastiveSynthesizer(teacher, contrastive_weight=settings.contrastive_weight, contrastive_temperature=settings.contrastive_temperature, **keywords)
     if settings.synthesizer != 'meta': return GenerativeSynthesizer(teacher, **keywords)
     from dfkd_nb.generators.meta import MetaSynthesizer
-    return MetaSynthesizer(teacher, meta=settings.meta, momentum=settings.momentum if settings.momentum < 1 else None, reset_first_layer_at=settings.reset_round or None, **keywords)
+    return MetaSynthesizer(teacher, meta=settings.meta, momentum=settings.feature_momentum if settings.feature_momentum < 1 else None, reset_first_layer_at=settings.reset_round or None, **keywords)
 
 # %% ../../nbs/lab/24_methods.ipynb #b3733619
 def waiting(
