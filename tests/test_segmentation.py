@@ -336,3 +336,61 @@ def test_a_layout_is_dreamed(teacher, scenes):
         seg.dream_layouts(teacher, masks[:, :8], device="cpu")
     with pytest.raises(DFKDError, match="nothing is drawn"):
         seg.layout_term((16, 16))(View(torch.zeros(1, 3, 16, 16), torch.zeros(1, 6, 16, 16), torch.zeros(1)))
+
+
+# as a run
+TINY = """
+title = "Scenes"
+task = "segmentation"
+[quick]
+height = 16
+width = 16
+limit = 16
+test_limit = 8
+arms = "labels, dreams, layouts"
+teacher_model = "deeplab-tiny"
+teacher_updates = 2
+batch_size = 4
+updates = 2
+rounds = 3
+warmup_rounds = 1
+synthesis_steps = 1
+synthesis_batch_size = 4
+generator_width = 4
+latent_size = 8
+layouts = 4
+layout_steps = 2
+evaluations = 1
+picture = 3
+"""
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path, monkeypatch):
+    from dfkd_nb.lab.runs import Recipe, Run, RunStopped
+
+    def run(out, **more):
+        recipe = Recipe.parse(TINY, "tiny")
+        return Run(recipe, "quick", more, out=tmp_path / out, results=tmp_path / "results", device="cpu", save_every=1e9, quiet=True)
+
+    whole, looks, stops = run("whole").start(), 0, 0
+
+    def third_look(self):
+        nonlocal looks
+        looks += 1
+        return looks % 3 == 0
+
+    monkeypatch.setattr(Run, "asked_to_stop", property(third_look))
+    again = None
+    while again is None:
+        try:
+            again = run("cut").start(resume=stops > 0)
+        except RunStopped:
+            stops += 1
+    assert stops > 1 and again.numbers == whole.numbers
+    assert set(again.numbers["class_iou"]) == {"teacher", "labels", "dreams", "layouts"}
+    left = {path.name for path in (tmp_path / "cut/tiny/quick").iterdir()}
+    assert {"images.png", "teacher.safetensors", "student-dreams.safetensors"} <= left
+    changes = {"unknown arm 'dream'": {"arms": "dream"}, "a multiple of them": {"updates": 5}, "leave 'layouts' out": {"data": "camvid"}}
+    for words, change in changes.items():
+        with pytest.raises(DFKDError, match=words):
+            run("wrong", **change).start(fresh=True)
