@@ -36,7 +36,12 @@ setuptools.setup(
     package_data={"dfkd_nb": ["py.typed", "recipes/*.toml", "recipes/compare/*.toml", "weights/*", "assets/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=requirements("requirements"),
-    extras_require={"applications": applications, "book": book, "imagenet": imagenet, "dev": book + imagenet + requirements("dev_requirements")},
+    extras_require={
+        "applications": applications,
+        "book": book,
+        "imagenet": imagenet,
+        "dev": book + imagenet + requirements("dev_requirements"),
+    },
     entry_points={
         "console_scripts": requirements("console_scripts"),
         "nbdev": [f"{settings['lib_name']}={settings['lib_path']}._modidx:d"],
