@@ -224,7 +224,7 @@ def show_rows(
         line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha='right', va='center', fontsize=8)
     return figure
 
-# %% ../../nbs/applications/18_segmentation.ipynb #92f79232
+# %% ../../nbs/applications/18_segmentation.ipynb #51a7fcf5
 def _decode_mask(
     encoded: bytes | Path, # contents of a file with one channel, or where it is
     size: tuple[int, int], # height and width that come out
@@ -270,7 +270,7 @@ def load_scenes(
     split: str = 'test', # 'train', 'val' or 'test'
     size: tuple[int, int] | None = None, # height and width; None: as usual, see `scene_domain`
     root: str | Path | None = None, # instead of `data_root()`
-    limit: int | None = None, # only the first so many
+    limit: int | None = None, # only the first so many (of drawn ones: so many are drawn)
 ) -> SceneSet: # in memory
     "Scenes with masks by name: drawn ones, or those under the data folder."
     domain = scene_domain(name, size)
