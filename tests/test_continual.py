@@ -39,6 +39,7 @@ from dfkd_nb.applications.continual import (
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import DOMAINS, Augment, ImageFiles, ImageSet
 from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.lab.runs import Recipe, Run, RunStopped
 
 DIGITS = DOMAINS["digits"]
 OLD = replace(DIGITS, classes=("a", "b", "c"))
@@ -489,3 +490,75 @@ def test_two_steps_end_with_all_classes(teacher):
         second.student, second.domain, {"one": pictures(OLD), "two": pictures(NEW), "three": pictures(last)}
     )
     assert len(sets.accuracy) == 3 and all(abs(sum(row) - 1) < 1e-6 for row in sets.crossed)
+
+
+# --- the task
+
+TOY = """
+title = "toy"
+task = "continual"
+[quick]
+old_network = "digits-net"
+old_data = "digits:0-2"
+old_epochs = 1.0
+old_limit = 300
+test_data = "digits:0-2"
+new_data = "digits:3-4, digits:9-9"
+new_tests = "digits:3-4, digits:9-9"
+methods = "lwf-mc, deepinversion, generator, oracle-classify"
+images = 12
+synthesis_steps = 3
+synthesis_batch_size = 12
+generator_rounds = 2
+generator_batch_size = 8
+binary_updates = 2
+batch_size = 8
+updates = 4
+learning_rate = 0.2
+padding = 1
+flip = false
+evaluations = 1
+"""
+
+
+def test_a_run_of_two_steps_stops_and_resumes_to_the_same_numbers(tmp_path, monkeypatch):
+    recipe = Recipe.parse(TOY, "toy")
+    whole = Run(recipe, "quick", out=tmp_path / "whole", results=tmp_path / "r", quiet=True, device="cpu").start()
+    ticks = []
+
+    def asked(run):
+        ticks.append(run)
+        return len(ticks) % 3 == 0
+
+    monkeypatch.setattr(Run, "asked_to_stop", property(asked))
+    stops = 0
+    while True:
+        again = Run(recipe, "quick", out=tmp_path / "parts", results=tmp_path / "s", quiet=True, device="cpu")
+        try:
+            result = again.start(resume=True)
+            break
+        except RunStopped:
+            stops += 1
+    assert stops >= 3 and result.numbers == whole.numbers
+    steps = whole.numbers["steps"]
+    assert set(steps) == {"lwf-mc", "deepinversion", "generator", "oracle-classify"}
+    assert [row["names"] for row in steps["deepinversion"]] == [
+        ["old"],
+        ["old", "digits:3-4"],
+        ["old", "digits:3-4", "digits:9-9"],
+    ]
+    assert (
+        whole.numbers["accuracy"] == steps["deepinversion"][-1]["combined"] == whole.numbers["combined_deepinversion"]
+    )
+
+
+def test_a_recipe_whose_lists_do_not_match_is_told(tmp_path):
+    for line, words in (
+        ('new_tests = "digits:3-4"', "as many to test on"),
+        ('methods = "magic"', "unknown method 'magic'"),
+        ('new_data = "digits:0-1, digits:9-9"', "exists already"),
+    ):
+        rows = [row for row in TOY.splitlines() if row.split(" = ")[0] != line.split(" = ")[0]]
+        recipe = Recipe.parse("\n".join([*rows, line]), "toy")
+        with pytest.raises(DFKDError, match=words):
+            Run(recipe, "quick", out=tmp_path / words[:4], quiet=True, device="cpu").start()

@@ -215,14 +215,15 @@ def pruning(
         if 'real' in alike and row['source'] != 'none' and alike['real'] > alike['none']: row['share_recovered'] = share_recovered(alike['none'], row['accuracy'], alike['real'])
     return found | {'rows': rows}
 
-# %% ../../nbs/lab/25_applications.ipynb #34d68cfe
+# %% ../../nbs/lab/25_applications.ipynb #1d822bcf
 import re
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 from .runs import SCHEDULES, Synthesis, dream_part, synthesizer, wishes
 
-# %% ../../nbs/lab/25_applications.ipynb #c36dc052
+# %% ../../nbs/lab/25_applications.ipynb #2d1e47cf
 @dataclass(frozen=True)
 class ContinualSettings(Learning, Synthesis):
     "Classes that come one set after the other; `DATA:A-B` is a part of the classes, `folder:PATH` may lie under $DFKD_DATA."
@@ -246,16 +247,17 @@ class ContinualSettings(Learning, Synthesis):
     generator_learning_rate: float = setting(3e-3, 'step size of Adam on it', low=0)
     old_network: str = setting('', 'train the old network first, on the old data: a name of `build_model`, in place of `teacher`')
     old_epochs: float = setting(3., 'passes over the old data in that', low=0.001)
-    old_limit: int = setting(0, 'real old images used; 0 takes all', low=0)
+    old_limit: int = setting(0, 'training images of the old data set that are looked at; 0 takes all', low=0)
+    new_limit: int = setting(0, 'likewise of each new one', low=0)
     picture: int = setting(40, 'images in the picture', low=1)
 
-# %% ../../nbs/lab/25_applications.ipynb #6fb4e4df
+# %% ../../nbs/lab/25_applications.ipynb #1c150748
 def class_set(
     name: str, # a name of `load_data`, perhaps with ':A-B', the first and the last of its classes
     split: str, # 'train' or 'test'
     domain: 'Domain', # of the network: size and normalisation
     device: 'torch.device', # where the images shall be
-    limit: int = 0, # that many, evenly spread over the set; 0 takes all
+    limit: int = 0, # that many of the whole set: the first of those that come mixed, of others evenly spread ones; 0 takes all
 ) -> 'ImageSet': # in memory, labels from 0, classes by their names
     "The images of one step."
     import torch
@@ -265,7 +267,8 @@ def class_set(
     part = re.fullmatch(r'(.+):(\d+)-(\d+)', name)
     name = part[1] if part else name
     if name.startswith('folder:') and not Path(place := name.removeprefix('folder:')).exists(): name = f'folder:{data_root() / place}'
-    found = load_data(name, 'test' if name == 'imagenet-sample' else split, domain=domain if name.startswith(('folder:', 'imagenet')) else None)
+    if name in ('cifar10', 'cifar100', 'fashion-mnist', 'digits'): found: Any = _mixed(name, split, limit or None)
+    else: found = load_data(name, 'test' if name == 'imagenet-sample' else split, domain=domain if name.startswith(('folder:', 'imagenet')) else None)
     if limit and limit < len(found) and found.labels is not None:
         chosen = torch.arange(limit) * len(found) // limit
         found = ImageSet(found.fetch(chosen), found.labels[chosen], found.domain)
@@ -274,6 +277,13 @@ def class_set(
     pixels = fit(found.images, domain)
     if pixels.dtype != torch.uint8: pixels = (pixels * 255).round().to(torch.uint8)
     return ImageSet(pixels.contiguous(), found.labels, replace(domain, classes=found.domain.classes)).to(device)
+
+@lru_cache(maxsize=2)
+def _mixed(name: str, split: str, limit: int | None) -> 'ImageSet':
+    "A set whose images come in random order, decoded once for all of its parts."
+    from dfkd_nb.foundations.data import ImageSet, load_data
+    found = load_data(name, split, limit=limit)
+    return found if isinstance(found, ImageSet) else found.in_memory()
 
 # %% ../../nbs/lab/25_applications.ipynb #3efa96e7
 def old_network(
@@ -400,7 +410,7 @@ def _binary(run: Run, teacher: 'Teacher', real: 'ImageSet', test: 'ImageSet') ->
     load_weights(run.folder / 'binary.safetensors', trainer.student)
     return Teacher(trainer.student, teacher.domain, teacher.name)
 
-# %% ../../nbs/lab/25_applications.ipynb #f9342beb
+# %% ../../nbs/lab/25_applications.ipynb #cf313d65
 @task('continual', ContinualSettings)
 def continual(
     run: Run, # with `ContinualSettings`
@@ -417,7 +427,7 @@ def continual(
         if not settings.rename: return images
         classes = tuple(settings.rename + c if c in teacher.domain.classes else c for c in images.domain.classes)
         return ImageSet(images.images, images.labels, replace(images.domain, classes=classes))
-    def part(name: str, split: str) -> ImageSet: return renamed(class_set(name, split, teacher.domain, run.device))
+    def part(name: str, split: str) -> ImageSet: return renamed(class_set(name, split, teacher.domain, run.device, settings.new_limit if split == 'train' else 0))
     steps = [(name.removeprefix('folder:').partition('/')[0], part(name, 'train'), part(test, 'test')) for name, test in zip(names, tests)]
     test = class_set(settings.test_data, 'test', teacher.domain, run.device, settings.test_limit)
     real = any(m.startswith('oracle') for m in methods) or 'lwf-mc' in methods and settings.binary_updates > 0
@@ -477,7 +487,7 @@ def quantization_source(
         return numbers | {'mended': mended, 'loss': distiller.history[-1]['loss']}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/25_applications.ipynb #8e499fc8
+# %% ../../nbs/lab/25_applications.ipynb #f7f97838
 def quantization_cost(
     run: Run, # with `QuantizationSettings`
     teacher: 'Teacher', # the float network, on the CPU
@@ -485,6 +495,7 @@ def quantization_cost(
     widths: list[int], # bits
 ) -> dict[str, Any]: # bytes of files, milliseconds a batch
     "Size on disk at each width, and the time of floats and of byte kernels on this processor."
+    from functools import partial
     from tempfile import TemporaryDirectory
     import torch
     from dfkd_nb.applications.quantization import integers, lower, quantize, save_integers
@@ -505,7 +516,7 @@ def quantization_cost(
     except DFKDError as error: run.say(f'not lowered: {error}') # another processor
     with torch.no_grad():
         for name, network in contestants.items():
-            times = [stopwatch(lambda network=network: network(x), torch.device('cpu'), 'processor') for _ in range(settings.latency_repeats + 2)][2:]
+            times = [stopwatch(partial(network, x), torch.device('cpu'), 'processor') for _ in range(settings.latency_repeats + 2)][2:]
             numbers[f'latency_ms_{name}'] = round(1000 * min(times), 3)
     return numbers
 
@@ -579,7 +590,7 @@ class SegmentationSettings(Learning):
     layout_steps: int = setting(150, 'updates of each of them', low=1)
     picture: int = setting(10, 'scenes in the picture', low=1)
 
-# %% ../../nbs/lab/25_applications.ipynb #f6d49943
+# %% ../../nbs/lab/25_applications.ipynb #adbe25f7
 def source_of_scenes(
     run: Run, # with `SegmentationSettings`
     arm: str, # a word of `ARMS` that has no generator
@@ -592,7 +603,6 @@ def source_of_scenes(
     settings = run.settings
     if arm in ('labels', 'real'): return scenes
     if arm == 'noise': return lambda n, rng: torch.randint(256, (n, *teacher.domain.shape), dtype=torch.uint8, generator=rng)
-    if settings.data != 'scenes': raise problem("only drawn scenes come with a painter of layouts: leave 'layouts' out of arms")
     masks, parts = draw_scenes(settings.layouts, teacher.domain.size, seed=1000 + settings.seed).masks, [] # of scenes that nobody else has seen; their pixels are thrown away
     for number, part in enumerate(masks.split(64)): # a part that is done is a file
         path = run.folder / f'layouts-{number:03}.safetensors'
@@ -603,7 +613,7 @@ def source_of_scenes(
         parts.append(SceneSet.load(path))
     return SceneSet(torch.cat([p.images for p in parts]), torch.cat([p.masks for p in parts]), teacher.domain).to(run.device)
 
-# %% ../../nbs/lab/25_applications.ipynb #d1fe0dd5
+# %% ../../nbs/lab/25_applications.ipynb #40b84d97
 def segmentation_arm(
     run: Run, # with `SegmentationSettings`
     arm: str, # a word of `ARMS`
@@ -624,7 +634,6 @@ def segmentation_arm(
         distiller = SceneDistiller(knows, student, source_of_scenes(run, arm, teacher, scenes), steps=settings.updates, device=run.device, seed=settings.seed, **lesson)
     else:
         learned_rounds = settings.rounds - settings.warmup_rounds
-        if learned_rounds < 1 or settings.updates % learned_rounds: raise problem(f'{settings.updates} updates in {learned_rounds} rounds after warming up: make updates a multiple of them')
         same = {name: getattr(settings, name) for name in ('latent_learning_rate', 'feature_weight', 'adversarial_weight', 'agreement')}
         maker = same | {'steps': settings.synthesis_steps, 'batch_size': settings.synthesis_batch_size, 'learning_rate': settings.synthesis_learning_rate, 'momentum': settings.feature_momentum} | ARMS[arm]
         warmup = settings.warmup_rounds if maker['feature_weight'] else 0 # without statistics there is nothing to warm up for
@@ -669,7 +678,7 @@ def segmentation_picture(
     with atomic_path(run.folder / 'images.png') as temporary: figure.savefig(temporary, format='png', dpi=100)
     plt.close(figure)
 
-# %% ../../nbs/lab/25_applications.ipynb #fc3c1153
+# %% ../../nbs/lab/25_applications.ipynb #a66c3c53
 @task('segmentation', SegmentationSettings)
 def segmentation(
     run: Run, # with `SegmentationSettings`
@@ -682,6 +691,9 @@ def segmentation(
     arms = [arm.strip() for arm in settings.arms.split(',') if arm.strip()]
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not arms: raise problem(f"unknown arm '{unknown[0] if unknown else ''}': use {', '.join(ARMS)}, with commas")
+    rounds = settings.rounds - settings.warmup_rounds
+    if rounds < 1 or settings.updates % rounds: raise problem(f'{settings.updates} updates in {rounds} rounds after warming up: make updates a multiple of them')
+    if 'layouts' in arms and settings.data != 'scenes': raise problem("only drawn scenes come with a painter of layouts: leave 'layouts' out of arms")
     size = settings.height, settings.width
     scenes = load_scenes(settings.data, 'train', size, limit=settings.limit or None).to(run.device)
     test = load_scenes(settings.test_data, 'test', size, limit=settings.test_limit or None).to(run.device)
