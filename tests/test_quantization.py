@@ -1,0 +1,284 @@
+"""Quantisation: the simulation against PyTorch's arithmetic, integers against the simulation, files, byte kernels, resuming to the bit."""
+
+import platform
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dfkd_nb.applications.quantization import (
+    QuantizedNetwork,
+    calibrate,
+    capture,
+    imagine,
+    input_ranges,
+    integers,
+    layer_inputs,
+    load_integers,
+    lower,
+    mend,
+    pack,
+    quantize,
+    save_integers,
+    signal_to_noise,
+    unpack,
+)
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.foundations.distillation import evaluate
+from dfkd_nb.foundations.models import Teacher, build_model
+
+pytest.importorskip("torchao")
+DIGITS = DOMAINS["digits"]
+
+
+def network(seed=0, channels=6):
+    "Two convolutions whose BatchNorms have seen something."
+    torch.manual_seed(seed)
+    first, second = nn.Conv2d(1, channels, 3, 1, 1, bias=False), nn.Conv2d(channels, channels, 3, 2, 1, bias=False)
+    bodies = [first, nn.BatchNorm2d(channels), nn.ReLU(), second, nn.BatchNorm2d(channels), nn.ReLU()]
+    model = nn.Sequential(*bodies, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+    with torch.no_grad():
+        model[-1].weight.mul_(8)
+        for bn in (model[1], model[4]):
+            bn.weight.uniform_(0.5, 2)
+            bn.bias.normal_()
+        for _ in range(50):
+            model(DIGITS.normalize(pictures(32)))
+    return model.eval()
+
+
+def pictures(n, seed=0, shape=(1, 8, 8)):
+    return torch.randint(256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher(network(), DIGITS, "tiny")
+
+
+@pytest.fixture(scope="module")
+def four(teacher):
+    return quantize(teacher, pictures(64), 4)
+
+
+def test_a_captured_network_answers_alike_for_any_batch(teacher):
+    graph = capture(teacher, DIGITS)
+    for n in (1, 2, 7):
+        x = DIGITS.normalize(pictures(n))
+        torch.testing.assert_close(graph(x), teacher(x))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn16-1", "mobilenetv2"])
+def test_residual_wide_and_inverted_networks(name):
+    torch.manual_seed(0)
+    fresh = build_model(name, 10, 3)
+    with torch.no_grad():
+        for _ in range(8):
+            fresh(torch.randn(8, 3, 32, 32))
+    model = Teacher(fresh, DOMAINS["cifar10"])
+    look = pictures(4, 1, (3, 32, 32))
+    x, dull = DOMAINS["cifar10"].normalize(look), quantize(model, pictures(8, shape=(3, 32, 32)), 8, ranges="extremes")
+    with torch.no_grad():
+        error = (dull(x) - model(x)).norm() / model(x).norm()
+        assert 0 < error < 0.2, error
+        entering = layer_inputs(dull, look) # floats: what torchao folds must not change them
+        hooked = {}
+        layers = {k: v for k, v in model.model.named_modules() if isinstance(v, (nn.Conv2d, nn.Linear))}
+        for k, v in layers.items():
+            v.register_forward_pre_hook(lambda module, inputs, k=k: hooked.__setitem__(k, inputs[0].clone()))
+        model(x)
+        for k, value in entering.items():
+            torch.testing.assert_close(value, hooked[k], rtol=1e-3, atol=1e-3)
+        if name == "resnet8": # the others take long: BatchNorm in front, and many layers
+            torch.testing.assert_close(integers(dull)(x), dull(x), rtol=1e-3, atol=1e-3)
+            assert imagine(QuantizedNetwork(model, DOMAINS["cifar10"], 8), draws=8).calibrated
+    convolutions = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
+    assert len(signal_to_noise(dull, look)) == convolutions
+
+
+
+def test_weights_and_inputs_lie_on_the_marks_that_were_asked_for(teacher, four):
+    whole = integers(four)
+    widths = [v.max().item() - v.min().item() + 1 for v in whole.state_dict().values() if v.dtype == torch.int8]
+    assert widths[0] > 16 and widths[1] <= 16 and widths[2] > 16 # 8 bits at both ends
+    rounded = layer_inputs(four, pictures(64, 2), rounded=True)
+    assert len(rounded["3"].unique()) <= 16 < len(layer_inputs(four, pictures(64, 2))["3"].unique())
+
+
+def test_the_first_layer_by_hand(teacher):
+    "Extremes of the images give the range; PyTorch's own rounding gives what enters."
+    images = pictures(64)
+    dull, x = quantize(teacher, images, 8, ranges="extremes"), DIGITS.normalize(images)
+    low, high = input_ranges(dull)["0"]
+    step = (x.max() - x.min()) / 255
+    torch.testing.assert_close(torch.tensor(high - low), 255 * step)
+    expected = torch.fake_quantize_per_tensor_affine(x, float(step), int((-x.min() / step).round()), 0, 255)
+    torch.testing.assert_close(layer_inputs(dull, images, rounded=True)["0"], expected, atol=1e-5, rtol=0)
+
+
+def test_weights_of_a_channel_by_hand(teacher, four):
+    bn, convolution = teacher.model[4], teacher.model[3]
+    folded = convolution.weight * (bn.weight / (bn.running_var + bn.eps).sqrt())[:, None, None, None]
+    step = folded.abs().amax((1, 2, 3)) / 7.5
+    stored = [v for v in integers(four).state_dict().values() if v.dtype == torch.int8][1]
+    expected = (folded / step[:, None, None, None]).round().clamp(-8, 7)
+    assert (stored - expected).abs().max() <= 1 and (stored == expected).float().mean() > 0.98 # ties may fall either way
+
+
+def test_six_decibels_a_bit(teacher):
+    dull = [quantize(teacher, pictures(64), 8, activation_bits=bits, ranges="extremes") for bits in (4, 5, 6)]
+    ratios = [signal_to_noise(network, pictures(64, 1))["3"] for network in dull]
+    assert all(4.5 < b - a < 7.5 for a, b in zip(ratios, ratios[1:]))
+
+
+def test_without_images_the_range_is_batchnorms(teacher):
+    "The largest of so many normal draws of each channel, rectified: three to five standard deviations above the mean."
+    bn = teacher.model[1]
+    high = input_ranges(imagine(QuantizedNetwork(teacher, DIGITS, 8, ranges="extremes"), draws=1024))["3"][1]
+    assert (bn.bias + 2.5 * bn.weight).max() < high < (bn.bias + 6 * bn.weight).max()
+
+
+def test_calibration_repeats_itself(teacher, four):
+    again = quantize(teacher, ImageSet(pictures(64), None, DIGITS), 4)
+    x = DIGITS.normalize(pictures(5, 3))
+    assert torch.equal(again(x), four(x)) and input_ranges(again) == input_ranges(four)
+    assert input_ranges(calibrate(again, pictures(64) // 4)) != input_ranges(four)
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=40))
+@settings(max_examples=50, deadline=None)
+def test_packing_is_undone(values):
+    whole = torch.tensor(values, dtype=torch.int8)
+    packed = pack(whole)
+    assert packed.dtype == torch.uint8 and len(packed) == (len(values) + 1) // 2
+    assert torch.equal(unpack(packed, tuple(whole.shape)), whole)
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}, {"bits": 3, "activation_bits": 5, "end_bits": 3, "weights": "per tensor"}])
+def test_a_file_gives_the_same_bits_back(teacher, tmp_path, options):
+    whole = integers(quantize(teacher, pictures(64), **options))
+    size = save_integers(tmp_path / "a.safetensors", whole, {"model": "tiny"})
+    again = load_integers(tmp_path / "a.safetensors", network(9), DIGITS)
+    x = DIGITS.normalize(pictures(20, 4))
+    assert torch.equal(again(x), whole(x)) and again.settings == whole.settings
+    assert size == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_fewer_bits_are_fewer_bytes(tmp_path):
+    big = Teacher(network(channels=64), DIGITS)
+    sizes = {bits: save_integers(tmp_path / f"{bits}", integers(quantize(big, None, bits))) for bits in (8, 4)}
+    weights = 64 * 64 * 9
+    assert abs((sizes[8] - sizes[4]) - weights / 2) < 500
+
+
+def test_foreign_files(teacher, four, tmp_path):
+    save_integers(tmp_path / "a.safetensors", integers(four))
+    with pytest.raises(DFKDError, match="another architecture"):
+        load_integers(tmp_path / "a.safetensors", network(channels=7), DIGITS)
+    from dfkd_nb.foundations.models import save_weights
+
+    save_weights(tmp_path / "b.safetensors", network())
+    with pytest.raises(DFKDError, match="holds no quantised network"):
+        load_integers(tmp_path / "b.safetensors", network(), DIGITS)
+
+
+def test_mending_lowers_the_loss_and_keeps_the_marks(teacher):
+    dull = quantize(teacher, pictures(64), 3)
+    distiller = mend(teacher, dull, pictures(64), steps=60, learning_rate=1e-3)
+    distiller.run(every=20)
+    assert distiller.history[-1]["loss"] < distiller.history[0]["loss"]
+    assert len(layer_inputs(dull, pictures(16), rounded=True)["3"].unique()) <= 8
+    x = DIGITS.normalize(pictures(20, 4))
+    torch.testing.assert_close(integers(dull)(x), dull(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("learn_ranges", [True, False])
+def test_mending_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
+    test = ImageSet(pictures(30, 5), torch.arange(30) % 10, DIGITS)
+
+    def begin():
+        dull, images = quantize(teacher, pictures(64), 4), ImageSet(pictures(64), None, DIGITS)
+        return mend(teacher, dull, images, steps=12, learning_rate=1e-3, learn_ranges=learn_ranges, batch_size=16)
+
+    whole = begin().run(every=4)
+    first = begin().run(until=5, every=4)
+    evaluate(first.student, test) # looking does not change it
+    save_checkpoint(tmp_path / "c.pt", first.state_dict())
+    second = begin()
+    second.load_state_dict(load_checkpoint(tmp_path / "c.pt"))
+    second.run(every=4)
+    for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values()):
+        assert torch.equal(a, b)
+    assert whole.history == second.history
+    fresh = dict(begin().student.named_parameters())
+    moved = [k for k, v in whole.student.named_parameters() if k.endswith("scale") and not torch.equal(v, fresh[k])]
+    assert bool(moved) == learn_ranges
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="byte kernels of oneDNN are for x86")
+def test_byte_kernels_answer_alike(teacher):
+    whole = integers(quantize(teacher, pictures(64), 8, activation_bits=7, end_bits=7))
+    fast, x = lower(whole, pictures(8, 6)), DIGITS.normalize(pictures(8, 6))
+    assert (fast(x) - whole(x)).norm() < 0.1 * whole(x).norm()
+    with pytest.raises(DFKDError, match="lower it again"):
+        fast(x[:3])
+    with pytest.raises(DFKDError, match="overflows"):
+        lower(whole, pictures(8, 6), tolerance=-1.0)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 16, 4.0, True, "4"])
+def test_widths_that_nobody_supports(teacher, bits):
+    for name in ("bits", "activation_bits", "end_bits"):
+        with pytest.raises(DFKDError, match="from 2 to 8"):
+            QuantizedNetwork(teacher, DIGITS, **{name: bits})
+
+
+def test_what_cannot_be_quantised(teacher, four):
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return self.net(x) if x.mean() > 0 else self.net(-x)
+
+    class Bare(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :10]
+
+    cases = [
+        (lambda: quantize(Teacher(Moody(), DIGITS, "moody"), pictures(4)), "'moody' cannot be traced"),
+        (lambda: quantize(Teacher(Bare(), DIGITS), pictures(4)), "nothing to quantise"),
+        (lambda: quantize(teacher, pictures(0)), "no images to calibrate on"),
+        (lambda: quantize(teacher, pictures(4, shape=(1, 9, 9))), "do not fit the domain"),
+        (lambda: quantize(teacher, ImageSet(pictures(4, shape=(3, 32, 32)), None, DOMAINS["cifar10"])), "resize them"),
+        (lambda: quantize(Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), DIGITS), None), "has no BatchNorm"),
+        (lambda: QuantizedNetwork(teacher, DIGITS, ranges="guess"), "unknown ranges 'guess'"),
+        (lambda: QuantizedNetwork(teacher, DIGITS, weights="all"), "unknown weights 'all'"),
+        (lambda: QuantizedNetwork(teacher, DIGITS)(torch.zeros(1, 1, 8, 8)), "does not know its ranges"),
+        (lambda: integers(QuantizedNetwork(teacher, DIGITS)), "does not know its ranges"),
+        (lambda: mend(teacher, QuantizedNetwork(teacher, DIGITS), pictures(4)), "does not know its ranges"),
+        (lambda: lower(integers(four), pictures(4)), "no kernels for weights of 4 bits"),
+    ]
+    for work, message in cases:
+        with pytest.raises(DFKDError, match=message) as caught:
+            work()
+        assert "\n" not in str(caught.value)
+
+
+def test_the_teacher_stays_as_it_was(teacher):
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    mend(teacher, quantize(teacher, pictures(64), 4), pictures(64), steps=3).run()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_linear_network_can_be_calibrated():
+    torch.manual_seed(0)
+    domain = Domain("toy", (1, 4, 4), (0.5,), (0.5,), ("a", "b"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    dull = quantize(Teacher(model, domain), pictures(32, shape=(1, 4, 4)), 8)
+    assert list(input_ranges(dull)) == ["1", "3"]
