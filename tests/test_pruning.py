@@ -46,8 +46,11 @@ DIGITS, CIFAR = DOMAINS["digits"], DOMAINS["cifar10"]
 def network(name="digits-net", seed=0):
     "A network whose BatchNorms are far from where they begin."
     torch.manual_seed(seed)
-    domain = DIGITS if name == "digits-net" else CIFAR
-    model = build_model(name, 10, domain.channels)
+    domain = DIGITS if name in ("digits-net", "flat") else CIFAR
+    if name == "flat":  # each filter becomes 16 inputs of the linear layer, as in VGG
+        model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU6(), nn.Flatten(), nn.Linear(96, 9), nn.Linear(9, 10))
+    else:
+        model = build_model(name, 10, domain.channels)
     with torch.no_grad():
         for _ in range(10 if name == "digits-net" else 2):
             model(torch.randn(16, *domain.shape))
@@ -79,7 +82,7 @@ def some(filters: Filters, seed=0):
 # removal
 
 
-@pytest.mark.parametrize("name", ["digits-net", "resnet20", "wrn16-1", "vgg11", "mobilenetv2", "resnet18"])
+@pytest.mark.parametrize("name", ["digits-net", "resnet20", "wrn16-1", "mobilenetv2", "resnet18", "flat"])
 def test_removal_is_what_closed_gates_compute(name):
     model, domain = network(name)
     filters, model = find_filters(model, domain), model.double()
@@ -308,7 +311,7 @@ def test_a_table_is_kept_and_belongs_to_its_machine(tmp_path):
         lambda text: "[1]",
         lambda text: text.replace("table 1", "table 9"),
         lambda text: text.replace('"8"', '"8xx"'),
-        lambda text: text.replace("[[", "").replace("]]", ""),
+        lambda text: text.replace('"3", ', ""),
         lambda text: text.replace("3, 5", "3, -5"),
     ],
 )
@@ -316,9 +319,9 @@ def test_damaged_tables(tmp_path, change):
     table = LatencyTable(seconds=0.0)
     table.measured = {ConvKey(3, 5, "3", "1", "8"): 0.5}
     table.save(path := tmp_path / "table.json")
-    if change(path.read_text()) == path.read_text():
-        pytest.skip("nothing to damage")
-    path.write_text(change(path.read_text()))
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
     with pytest.raises(DFKDError, match="truncated or no latency table"):
         LatencyTable.load(path)
     with pytest.raises(DFKDError, match="cannot read"):
