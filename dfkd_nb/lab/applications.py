@@ -138,7 +138,7 @@ def pruned_start(
         learn(run, name, distiller, test, {'model': settings.model, 'domain': teacher.domain.name}, evaluate=judge, weights=f'masked-{name}')
     return path
 
-# %% ../../nbs/lab/25_applications.ipynb #22c42a09
+# %% ../../nbs/lab/25_applications.ipynb #9bc381bc
 @task('pruning', PruningSettings)
 def pruning(
     run: Run, # with `PruningSettings`
@@ -195,7 +195,7 @@ def pruning(
                 if source == 'none': accuracy = evaluate(small, test, domain=teacher.domain)
                 else:
                     distiller = Distiller(teacher, small, images, steps=settings.updates, temperature=settings.temperature, **learning(settings, run.device))
-                    accuracy = learn(run, f'learning-{name}', distiller, test, about, weights=f'student-{name}')['accuracy']
+                    accuracy = learn(run, f'learning-{name}', distiller, test, about, weights=f'student-{name}'.replace(' ', '-'))['accuracy']
                 rows.append({'share': share, 'ranking': ranking, 'source': source, 'accuracy': accuracy, 'start': start.name})
 
     def price(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
@@ -362,7 +362,7 @@ def _painted(run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | N
         run.tick(phase, maker.state_dict)
     return painted(maker, settings.images, settings.seed)
 
-# %% ../../nbs/lab/25_applications.ipynb #a41b2ea7
+# %% ../../nbs/lab/25_applications.ipynb #9005b8ad
 def continual_method(
     run: Run, # with `ContinualSettings`
     teacher: 'Teacher', # the old network
@@ -405,7 +405,7 @@ def _binary(run: Run, teacher: 'Teacher', real: 'ImageSet', test: 'ImageSet') ->
     from dfkd_nb.foundations.models import Teacher, load_weights
     settings: ContinualSettings = run.settings
     seed_everything(settings.seed)
-    trainer = binary_trainer(teacher, real, **learning(settings, run.device) | {'steps': settings.binary_updates, 'batch_size': 128, 'learning_rate': 0.01, 'schedule': 'cosine'})
+    trainer = binary_trainer(teacher, real, **learning(settings, run.device) | {'steps': settings.binary_updates, 'batch_size': 64, 'learning_rate': 0.003, 'schedule': 'cosine'})
     learn(run, 'binary network', trainer, test, {'classes': str(teacher.domain.num_classes)}, weights='binary')
     load_weights(run.folder / 'binary.safetensors', trainer.student)
     return Teacher(trainer.student, teacher.domain, teacher.name)
@@ -487,7 +487,7 @@ def quantization_source(
         return numbers | {'mended': mended, 'loss': distiller.history[-1]['loss']}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/25_applications.ipynb #f7f97838
+# %% ../../nbs/lab/25_applications.ipynb #992c0d24
 def quantization_cost(
     run: Run, # with `QuantizationSettings`
     teacher: 'Teacher', # the float network, on the CPU
@@ -511,7 +511,9 @@ def quantization_cost(
     if not settings.latency_batch: return numbers
     batch = images.subset(settings.latency_batch).images
     x = teacher.domain.normalize(batch)
-    contestants: dict[str, Any] = {'float': teacher.model, 'folded': fold_batchnorm(teacher).model}
+    contestants: dict[str, Any] = {'float': teacher.model}
+    try: contestants['folded'] = fold_batchnorm(teacher).model
+    except DFKDError as error: run.say(f'not folded: {error}') # another kind of tracing than torch.export's
     try: contestants['bytes'] = lower(integers(quantize(teacher, images, activation_bits=7, end_bits=7)), batch)
     except DFKDError as error: run.say(f'not lowered: {error}') # another processor
     with torch.no_grad():
@@ -654,7 +656,7 @@ def segmentation_arm(
     if path.is_file(): numbers = numbers | {'images': settings.rounds * settings.synthesis_batch_size} | describe_scenes(SceneSet.load(path).images, teacher)
     return student, numbers
 
-# %% ../../nbs/lab/25_applications.ipynb #b9957468
+# %% ../../nbs/lab/25_applications.ipynb #041b37ae
 def segmentation_picture(
     run: Run, # with `SegmentationSettings`
     teacher: 'Teacher', # on the run's device
@@ -673,7 +675,7 @@ def segmentation_picture(
         path = run.folder / (f'images-{arm}.safetensors' if arm != 'layouts' else 'layouts-000.safetensors')
         if not path.is_file(): continue
         made = SceneSet.load(path)
-        rows |= {f'painted: {arm}': made.images[-run.settings.picture:], f'teacher on {arm}': colour_masks(made.masks[-run.settings.picture:], classes)}
+        rows |= {f'painted: {arm}': made.images[-run.settings.picture:], 'drawn for them' if arm == 'layouts' else f'teacher on {arm}': colour_masks(made.masks[-run.settings.picture:], classes)}
     figure = show_rows(rows)
     with atomic_path(run.folder / 'images.png') as temporary: figure.savefig(temporary, format='png', dpi=100)
     plt.close(figure)
