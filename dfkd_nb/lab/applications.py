@@ -138,7 +138,7 @@ def pruned_start(
         learn(run, name, distiller, test, {'model': settings.model, 'domain': teacher.domain.name}, evaluate=judge, weights=f'masked-{name}')
     return path
 
-# %% ../../nbs/lab/25_applications.ipynb #9bc381bc
+# %% ../../nbs/lab/25_applications.ipynb #5ee8b41b
 @task('pruning', PruningSettings)
 def pruning(
     run: Run, # with `PruningSettings`
@@ -206,7 +206,8 @@ def pruning(
                 cost, gone = network_cost(network.to(run.device), teacher.domain, 0.2), json.loads(about['removed'])
                 removed = sum(filters.weight(layer) * len(missing) for layer, missing in gone.items()) / filters.total
                 before = numbers[name]['milliseconds'] if turn else math.inf
-                numbers[name] = {'parameters': cost.parameters, 'flops': cost.flops, 'milliseconds': min(before, cost.milliseconds), 'filters_removed': removed}
+                numbers[name] = {'parameters': cost.parameters, 'flops': cost.flops, 'milliseconds': min(before, cost.milliseconds), 'filters_removed': removed,
+                                 'widths': {layer: group.count - len(gone.get(layer, ())) for layer, group in filters.groups.items()}}
         return numbers
     prices = run.phase('prices', price)
     for row in rows: row |= prices[row.pop('start')]
@@ -452,7 +453,7 @@ class QuantizationSettings(Learning, Supply):
     latency_batch: int = setting(16, 'images a batch whose latency is measured on the processor; 0: not measured', low=0)
     latency_repeats: int = setting(20, 'of which the fastest counts', low=1)
 
-# %% ../../nbs/lab/25_applications.ipynb #a7c7c40b
+# %% ../../nbs/lab/25_applications.ipynb #57a2b1a8
 def quantization_source(
     run: Run, # with `QuantizationSettings`
     teacher: 'Teacher', # the float network
@@ -480,7 +481,7 @@ def quantization_source(
         if images is None or bits > settings.mended_bits: return numbers
         distiller = mend(teacher, network, images, steps=settings.updates, temperature=settings.temperature, learn_ranges=settings.learn_ranges, **learning(settings, run.device))
         if state is not None: distiller.load_state_dict(state)
-        distiller.run(every=min(20, settings.updates), callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None)
+        distiller.run(every=max(1, min(20, settings.updates // 2)), callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None)
         mended = evaluate(network, test)
         run.journal.add(phase, settings.updates, accuracy=mended, loss=distiller.history[-1]['loss'], seconds=round(spent(), 2))
         run.say(f'{phase}: mended {mended:.4f}, {spent():.0f} s')
