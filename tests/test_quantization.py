@@ -276,9 +276,51 @@ def test_the_teacher_stays_as_it_was(teacher):
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_an_activation_that_is_called_twice():
+    class Thrifty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)])
+            self.relu, self.head = nn.ReLU6(), nn.Linear(4, 10)
+
+        def forward(self, x):
+            first = self.relu(self.convs[0](x))
+            return self.head((self.relu(self.convs[1](first)) + first).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Teacher(Thrifty(), DIGITS)
+    dull, x = quantize(model, pictures(32), 8), DIGITS.normalize(pictures(8))
+    assert list(input_ranges(dull)) == ["convs.0", "convs.1", "head"]
+    assert (dull(x) - model(x)).norm() < 0.05 * model(x).norm()
+
+
 def test_a_linear_network_can_be_calibrated():
     torch.manual_seed(0)
     domain = Domain("toy", (1, 4, 4), (0.5,), (0.5,), ("a", "b"))
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
     dull = quantize(Teacher(model, domain), pictures(32, shape=(1, 4, 4)), 8)
     assert list(input_ranges(dull)) == ["1", "3"]
+
+
+def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path):
+    from dfkd_nb.lab.runs import Recipe, Run, RunStopped
+
+    teachers = {"epochs": 2.0, "evaluations": 1}
+    Run(Recipe.load("digits-teacher"), "quick", teachers, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).start()
+    tiny = {"images_from": "noise, none", "bits": "8, 3", "images": 40, "calibration": 20, "updates": 6, "test_limit": 60}
+
+    def run():
+        return Run(Recipe.load("digits-quantization"), "quick", tiny, out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
+
+    whole = run().start()
+    stops = 0
+    while True:
+        try:
+            again = run().start(resume=stops > 0, fresh=stops == 0, max_minutes=1e-9)
+            break
+        except RunStopped:
+            stops += 1
+    assert stops >= 1 and again.numbers == whole.numbers
+    rows = {(row["source"], row["bits"]): row for row in whole.numbers["rows"]}
+    assert len(rows) == 4 and "mended" in rows["noise", 3] and "mended" not in rows["noise", 8] and "mended" not in rows["none", 3]
+    assert len(rows["noise", 8]["layers"]) == 4 and (run().folder / "3-bits.safetensors").stat().st_size == whole.numbers["bytes_3"]
