@@ -505,7 +505,7 @@ old_limit = 300
 test_data = "digits:0-2"
 new_data = "digits:3-4, digits:9-9"
 new_tests = "digits:3-4, digits:9-9"
-methods = "lwf-mc, deepinversion, generator, oracle-classify"
+methods = "lwf-mc, deepinversion, generator"
 images = 12
 synthesis_steps = 3
 synthesis_batch_size = 12
@@ -528,7 +528,7 @@ def test_a_run_of_two_steps_stops_and_resumes_to_the_same_numbers(tmp_path, monk
 
     def asked(run):
         ticks.append(run)
-        return len(ticks) % 3 == 0
+        return len(ticks) % 5 == 0
 
     monkeypatch.setattr(Run, "asked_to_stop", property(asked))
     stops = 0
@@ -539,9 +539,9 @@ def test_a_run_of_two_steps_stops_and_resumes_to_the_same_numbers(tmp_path, monk
             break
         except RunStopped:
             stops += 1
-    assert stops >= 3 and result.numbers == whole.numbers
+    assert stops >= 2 and result.numbers == whole.numbers
     steps = whole.numbers["steps"]
-    assert set(steps) == {"lwf-mc", "deepinversion", "generator", "oracle-classify"}
+    assert set(steps) == {"lwf-mc", "deepinversion", "generator"}
     assert [row["names"] for row in steps["deepinversion"]] == [
         ["old"],
         ["old", "digits:3-4"],
