@@ -1051,7 +1051,7 @@ def covered(
     plane = principal_plane(real)
     return {'precision': precision, 'recall': recall, 'coverage': coverage(real, made), 'area': spread(made, plane) / spread(real, plane)}
 
-# %% ../../nbs/lab/20_runs.ipynb #8c155975
+# %% ../../nbs/lab/20_runs.ipynb #b0258f44
 def save_picture(
     folder: Path, # of the run
     images: 'ImageSet', # the first of them are shown
@@ -1059,12 +1059,17 @@ def save_picture(
 ) -> None:
     "The first images as a grid: images.png, or images.jpg where they are large."
     import matplotlib.pyplot as plt
+    from PIL import Image
     from dfkd_nb.foundations.core import atomic_path, show_images
     first = images.subset(count)
     if max(images.domain.size) > 64: return _save_large(folder / 'images.jpg', first.images)
     names = None if first.labels is None else [images.domain.classes[i] for i in first.labels.tolist()]
     figure = show_images(first.images, names)
-    with atomic_path(folder / 'images.png') as temporary: figure.savefig(temporary, format='png', dpi=120)
+    with atomic_path(folder / 'images.png') as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
+        if temporary.stat().st_size > 190_000: # noise hardly compresses: 256 colours will do
+            with Image.open(temporary) as picture: few = picture.convert('RGB').quantize(256)
+            few.save(temporary, 'PNG', optimize=True)
     plt.close(figure)
 
 def _save_large(path: Path, images: 'torch.Tensor') -> None:
