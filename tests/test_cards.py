@@ -80,3 +80,11 @@ def test_a_card_is_written_only_beside_networks(tmp_path):
     save_tensors(tmp_path / "weights-half.safetensors", {"x": torch.zeros(1)})
     card = write_card(tmp_path, result())
     assert card is not None and "`weights-half.safetensors`, `weights.safetensors`" in card.read_text()
+
+
+OPENED = [("transfer", "open_teacher"), ("pruning", "load_pruned('a.st')"), ("quantization", "load_integers('a.st'")]
+
+
+@pytest.mark.parametrize(("task", "call"), OPENED)
+def test_the_card_says_how_to_open_the_file(task, call):
+    assert call in model_card(dataclasses.replace(result(), task=task), ["a.st"])
