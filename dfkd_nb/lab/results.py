@@ -9,8 +9,9 @@ __all__ = ['METHODS', 'DATA', 'Place', 'Row', 'Figure', 'papers', 'spread', 'sta
            'points', 'place_labels', 'draw_points', 'draw_scatter', 'teacher_recipe', 'detail_of', 'uncounted',
            'other_rows', 'results_text', 'results_command']
 
-# %% ../../nbs/lab/21_results.ipynb #d7e18f5b
+# %% ../../nbs/lab/21_results.ipynb #b5b9c462
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -22,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .runs import SCALES, Recipe, Result, problem, recipe_names, results, results_folder
+from .runs import SCALES, Recipe, Result, find_task, problem, recipe_names, results, results_folder
 
 # %% ../../nbs/lab/21_results.ipynb #d97a0a07
 @dataclass(frozen=True)
@@ -138,7 +139,13 @@ def hardware(
     threads = about.get('threads')
     return f"{about.get('processor', 'cpu')}, {threads} thread{'' if threads == 1 else 's'}"
 
-# %% ../../nbs/lab/21_results.ipynb #d5767cb1
+# %% ../../nbs/lab/21_results.ipynb #9bc8ed18
+def _usual(task: str) -> dict[str, Any]:
+    "The defaults of a task's settings; nothing for a task that is not known here."
+    try: return {f.name: f.default for f in dataclasses.fields(find_task(task, 'a result').settings)}
+    except ValueError: return {}
+
+# %% ../../nbs/lab/21_results.ipynb #fe01aa73
 _FREE = {'seed', 'picture', 'evaluations', 'pair', 'method'} # settings that may differ within a cell
 
 def comparison(
@@ -151,7 +158,7 @@ def comparison(
     for run in found:
         place = place_of(run.settings)
         if place is None or run.scale != scale: continue
-        fixed = json.dumps({k: v for k, v in run.settings.items() if k not in _FREE}, sort_keys=True)
+        fixed = json.dumps({k: v for k, v in (_usual(run.task) | run.settings).items() if k not in _FREE}, sort_keys=True)
         groups.setdefault(place, {}).setdefault(fixed, {}).setdefault(_seed(run), run)
     cells = []
     for (pair, method), kinds in groups.items():
