@@ -113,7 +113,7 @@ class TeacherSettings(Learning):
     model: str = setting('resnet20', 'a name of `build_model`')
     epochs: float = setting(30., 'passes over the training images', low=0.001)
 
-# %% ../../nbs/lab/20_runs.ipynb #4881fd18
+# %% ../../nbs/lab/20_runs.ipynb #18960c13
 @dataclass(frozen=True)
 class Synthesis:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
@@ -126,7 +126,7 @@ class Synthesis:
     half_size_steps: int = setting(0, 'further updates before these, at half the size', low=0)
     quarter_size_steps: int = setting(0, 'further updates before those, at a quarter of the size', low=0)
     single_share: float = setting(0., 'share of the images made at full size alone, without smaller stages (DeepInversion, supplement D)', low=0, high=1)
-    single_steps: int = setting(2000, 'updates of each batch of those', low=1)
+    single_size_steps: int = setting(2000, 'updates of each batch of those', low=1)
     classes: str = setting('in turn', 'which classes, where images are fewer: the first ones, or evenly spread ones', choices=('in turn', 'spread'))
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
@@ -876,7 +876,7 @@ def learn(
                 f'{metric}_half': judge(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
 
-# %% ../../nbs/lab/20_runs.ipynb #45690a34
+# %% ../../nbs/lab/20_runs.ipynb #53db5f46
 def synthesizer(
     settings: Any, # a `Synthesis`
     teacher: 'Teacher', # whose dreams
@@ -890,7 +890,7 @@ def synthesizer(
     names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'feature_scale', 'jitter', 'clip', 'compile')
     height, width = teacher.domain.size
     stages = [((height // part, width // part), steps) for part, steps in ((4, settings.quarter_size_steps), (2, settings.half_size_steps), (1, settings.synthesis_steps)) if steps]
-    if single: stages = [((height, width), settings.single_steps)]
+    if single: stages = [((height, width), settings.single_size_steps)]
     return DeepInversion(teacher, stages=stages, learning_rate=settings.synthesis_learning_rate, statistics=measured(settings, teacher), batch_size=settings.synthesis_batch_size,
                          flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision, device=device, seed=seed,
                          **{name: getattr(settings, name) for name in names}, **more)
