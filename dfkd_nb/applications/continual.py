@@ -369,7 +369,7 @@ def joined(
     parts = [renumber(some, domain) for some in sets]
     return ImageSet(torch.cat([s.fetch(torch.arange(len(s))) for s in parts]), torch.cat([s.labels for s in parts if s.labels is not None]), domain)
 
-# %% ../../nbs/applications/16_continual.ipynb #31ee7220
+# %% ../../nbs/applications/16_continual.ipynb #fcd0d5e8
 def add_classes(
     teacher: Teacher, # the old network
     new: ImageSource, # labelled images; their domain names the new classes
@@ -378,6 +378,7 @@ def add_classes(
     *,
     layer: str = '', # see `extend`
     rows: str = 'random', # what the new rows begin with: 'random', or 'fitted', see `fit_rows`
+    rows_decay: float = 1e-3, # on the squared weights of rows that are fitted
     seed: int = 0, # of new rows and batches
     **settings: Any, # of `ContinualDistiller` and `Distiller`: steps, batch_size, learning_rate ...
 ) -> ContinualDistiller: # ready to `run`; afterwards `.student`, `.domain`, `.as_teacher()`
@@ -386,7 +387,7 @@ def add_classes(
     layer = layer or answering_layer(teacher.model, teacher.domain)
     student, domain = extend(teacher, new.domain.classes, layer=layer, seed=seed)
     learner = ContinualDistiller(teacher, student, renumber(new, domain), old, domain=domain, lesson=method, seed=seed, **settings)
-    if rows == 'fitted': learner.fit_rows(layer)
+    if rows == 'fitted': learner.fit_rows(layer, decay=rows_decay)
     return learner
 
 # %% ../../nbs/applications/16_continual.ipynb #f3cf5f9f

@@ -224,7 +224,7 @@ from pathlib import Path
 
 from .runs import SCHEDULES, Synthesis, dream_part, synthesizer, wishes
 
-# %% ../../nbs/lab/25_applications.ipynb #2d1e47cf
+# %% ../../nbs/lab/25_applications.ipynb #84d51231
 @dataclass(frozen=True)
 class ContinualSettings(Learning, Synthesis):
     "Classes that come one set after the other; `DATA:A-B` is a part of the classes, `folder:PATH` may lie under $DFKD_DATA."
@@ -242,7 +242,10 @@ class ContinualSettings(Learning, Synthesis):
     freeze_batchnorm: bool = setting(True, 'leave BatchNorm as it is')
     temperature: float = setting(1., 'of both divergences', low=0.01)
     binary_updates: int = setting(100, "that turn the old network's outputs into yes and no for LwF.MC, on real old images; 0 for none", low=0)
+    binary_tuning_rate: float = setting(3e-3, 'step size of that', low=0)
     binary_learning_rate: float = setting(0.1, 'step size in LwF.MC', low=0)
+    binary_steps: int = setting(0, 'updates of LwF.MC in each step; 0: as many as the others', low=0)
+    binary_decay: float = setting(1e-3, 'on the squared weights of the new rows that LwF.MC fits', low=0)
     generator_rounds: int = setting(100, 'batches from which a generator learns to paint', low=1)
     generator_batch_size: int = setting(64, 'images in them', low=2)
     generator_learning_rate: float = setting(3e-3, 'step size of Adam on it', low=0)
@@ -363,7 +366,7 @@ def _painted(run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | N
         run.tick(phase, maker.state_dict)
     return painted(maker, settings.images, settings.seed)
 
-# %% ../../nbs/lab/25_applications.ipynb #9005b8ad
+# %% ../../nbs/lab/25_applications.ipynb #6ac52c5f
 def continual_method(
     run: Run, # with `ContinualSettings`
     teacher: 'Teacher', # the old network
@@ -388,8 +391,9 @@ def continual_method(
     for number, (name, train, test) in enumerate(steps):
         shown = shown_images(run, known, method, number, real)
         seed_everything(settings.seed)
-        lesson = learning(settings, run.device) | {'schedule': settings.falls} | ({'learning_rate': settings.binary_learning_rate} if method == 'lwf-mc' else {})
-        learner = add_classes(known, train, method, shown, steps=settings.updates, rows=settings.rows, clip=settings.gradient_clip, freeze_batchnorm=settings.freeze_batchnorm, temperature=settings.temperature, **lesson)
+        lesson = learning(settings, run.device) | {'schedule': settings.falls, 'steps': settings.updates}
+        if method == 'lwf-mc': lesson |= {'learning_rate': settings.binary_learning_rate, 'steps': settings.binary_steps or settings.updates, 'rows_decay': settings.binary_decay}
+        learner = add_classes(known, train, method, shown, rows=settings.rows, clip=settings.gradient_clip, freeze_batchnorm=settings.freeze_batchnorm, temperature=settings.temperature, **lesson)
         tests[name], file = test, f'{method}-{number + 1}'
         watched = {k: v.subset(torch.arange(min(200, len(v))) * len(v) // min(200, len(v))) for k, v in tests.items()} # enough to see where it goes
         learn(run, f'{method} {number + 1}', learner, watched, {'classes': str(learner.domain.num_classes)}, evaluate=lambda network, sets, domain: measure_sets(network, domain, sets).combined, metric='combined', weights=file)
@@ -406,7 +410,7 @@ def _binary(run: Run, teacher: 'Teacher', real: 'ImageSet', test: 'ImageSet') ->
     from dfkd_nb.foundations.models import Teacher, load_weights
     settings: ContinualSettings = run.settings
     seed_everything(settings.seed)
-    trainer = binary_trainer(teacher, real, **learning(settings, run.device) | {'steps': settings.binary_updates, 'batch_size': 64, 'learning_rate': 0.003, 'schedule': 'cosine'})
+    trainer = binary_trainer(teacher, real, **learning(settings, run.device) | {'steps': settings.binary_updates, 'batch_size': 64, 'learning_rate': settings.binary_tuning_rate, 'schedule': 'cosine'})
     learn(run, 'binary network', trainer, test, {'classes': str(teacher.domain.num_classes)}, weights='binary')
     load_weights(run.folder / 'binary.safetensors', trainer.student)
     return Teacher(trainer.student, teacher.domain, teacher.name)
