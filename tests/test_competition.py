@@ -21,6 +21,7 @@ from dfkd_nb.dreams.competition import (
     density,
     draw_toy,
     jensen_shannon,
+    nearest,
     nearest_distances,
     precision_recall,
     principal_plane,
@@ -269,7 +270,7 @@ def test_another_setting_is_not_resumed(teacher):
         compete(teacher, 5.0).load_state_dict(state)
     with pytest.raises(DFKDError, match="every"):
         compete(teacher, every=3).load_state_dict(state)
-    with pytest.raises(DFKDError, match="not written by a competition"):
+    with pytest.raises(DFKDError, match="not written by this kind of race .competition"):
         compete(teacher).load_state_dict({"kind": "synthesis"})
 
 
@@ -344,8 +345,9 @@ def test_measures_by_hand():
 
 def test_distances_match_the_plain_ones_and_skip_oneself():
     a, b = torch.randn(1203, 3), torch.randn(40, 3)
-    plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1).values[:, :4]
-    assert torch.allclose(nearest_distances(a, b, 4), plain, atol=1e-6)
+    plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1)
+    assert torch.allclose(nearest_distances(a, b, 4), plain.values[:, :4], atol=1e-6)
+    assert torch.equal(nearest(a, b, 4)[1], plain.indices[:, :4])
     own = torch.cdist(a.double(), a.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf).sort(1).values[:, :2]
     assert torch.equal(nearest_distances(a, neighbours=2), own)
     twins = torch.cat([b, b])

@@ -401,7 +401,7 @@ def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
 
 def test_a_checkpoint_of_another_race_is_refused(teacher):
     race = race_of(teacher, METHODS["dafl"])
-    with pytest.raises(DFKDError, match="not written by an alternation"):
+    with pytest.raises(DFKDError, match="not written by this kind of race .alternation"):
         race.load_state_dict({"kind": "competition"})
     with pytest.raises(DFKDError, match=r"rounds \(was 2, now 3\)"):
         race.load_state_dict(race_of(teacher, METHODS["dafl"], rounds=2).state_dict())

@@ -17,7 +17,6 @@ from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
 from dfkd_nb.foundations.distillation import learning_rate_at
 from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.lab import runs
-from dfkd_nb.lab.methods import compared
 from dfkd_nb.lab.runs import (
     PRECISIONS,
     SCHEDULES,
@@ -30,6 +29,7 @@ from dfkd_nb.lab.runs import (
     Task,
     TeacherSettings,
     check_settings,
+    compared,
     environment,
     locked,
     open_teacher,
