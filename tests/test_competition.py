@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from dfkd_nb.dreams.competition import (
     Competition,
@@ -30,21 +29,10 @@ from dfkd_nb.dreams.competition import (
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
-
-DIGITS = DOMAINS["digits"]
-
-
-def network(seed=0):
-    "One convolution whose BatchNorm has seen something."
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
-    with torch.no_grad():
-        for _ in range(10):
-            model(torch.randn(32, 1, 8, 8))
-    return model.eval()
+from tiny import DIGITS, network
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from PIL import Image
 from torch import nn
 
 from dfkd_nb.foundations.core import DFKDError, import_torchvision
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageFiles, ImageSet, ImageSource, fit
+from dfkd_nb.foundations.data import Domain, ImageFiles, ImageSet, ImageSource, fit
 from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.foundations.models import Teacher, build_model, save_weights
 from dfkd_nb.lab import diagnostics as d
-
-DIGITS = DOMAINS["digits"]
+from tiny import DIGITS, used
 
 
 def network(channels=1, classes=10, norm=True, seed=0):
@@ -31,10 +30,7 @@ def network(channels=1, classes=10, norm=True, seed=0):
         nn.Flatten(),
         nn.Linear(6, classes),
     )
-    with torch.no_grad():
-        for _ in range(30):
-            model(torch.randn(32, channels, 8, 8))
-    return model.eval()
+    return used(model, (channels, 8, 8), 30)
 
 
 def pictures(count, domain=DIGITS, seed=0, labels=True):

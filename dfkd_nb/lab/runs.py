@@ -80,7 +80,7 @@ def setting(
     return field(default=default, metadata={'help': help, 'low': low, 'high': high, 'choices': tuple(choices)})
 
 # %% ../../nbs/lab/20_runs.ipynb #9ffb8edf
-SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps')
+SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps') # those of chapter 4, without loading PyTorch; `tests/test_runs.py` holds both lists equal, and those of precisions
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 WORDS = {'int': 'a whole number', 'float': 'a number', 'str': 'a string', 'bool': 'true or false', 'dict': 'a table'}
 SOURCES = ('dreams', 'real')
