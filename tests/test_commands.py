@@ -13,8 +13,7 @@ from dfkd_nb.foundations.core import save_tensors
 from dfkd_nb.foundations.data import DOMAINS, ImageSet
 from dfkd_nb.foundations.models import build_model, save_weights
 from dfkd_nb.lab.commands import main, missing_runs
-from dfkd_nb.lab.methods import compared
-from dfkd_nb.lab.runs import Recipe, Run, recipe_names
+from dfkd_nb.lab.runs import Recipe, Run, compared, recipe_names
 
 TINY = ["--set", "epochs=1", "--set", "evaluations=1"]
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from dfkd_nb.dreams.competition import (
     Competition,
@@ -21,6 +20,7 @@ from dfkd_nb.dreams.competition import (
     density,
     draw_toy,
     jensen_shannon,
+    nearest,
     nearest_distances,
     precision_recall,
     principal_plane,
@@ -29,21 +29,10 @@ from dfkd_nb.dreams.competition import (
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
-
-DIGITS = DOMAINS["digits"]
-
-
-def network(seed=0):
-    "One convolution whose BatchNorm has seen something."
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
-    with torch.no_grad():
-        for _ in range(10):
-            model(torch.randn(32, 1, 8, 8))
-    return model.eval()
+from tiny import DIGITS, network
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +258,7 @@ def test_another_setting_is_not_resumed(teacher):
         compete(teacher, 5.0).load_state_dict(state)
     with pytest.raises(DFKDError, match="every"):
         compete(teacher, every=3).load_state_dict(state)
-    with pytest.raises(DFKDError, match="not written by a competition"):
+    with pytest.raises(DFKDError, match="not written by this kind of race .competition"):
         compete(teacher).load_state_dict({"kind": "synthesis"})
 
 
@@ -344,8 +333,9 @@ def test_measures_by_hand():
 
 def test_distances_match_the_plain_ones_and_skip_oneself():
     a, b = torch.randn(1203, 3), torch.randn(40, 3)
-    plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1).values[:, :4]
-    assert torch.allclose(nearest_distances(a, b, 4), plain, atol=1e-6)
+    plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1)
+    assert torch.allclose(nearest_distances(a, b, 4), plain.values[:, :4], atol=1e-6)
+    assert torch.equal(nearest(a, b, 4)[1], plain.indices[:, :4])
     own = torch.cdist(a.double(), a.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf).sort(1).values[:, :2]
     assert torch.equal(nearest_distances(a, neighbours=2), own)
     twins = torch.cat([b, b])

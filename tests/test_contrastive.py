@@ -11,7 +11,7 @@ from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, Augment, Domain
+from dfkd_nb.foundations.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.contrastive import (
@@ -24,8 +24,7 @@ from dfkd_nb.generators.contrastive import (
     preset,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
-
-DIGITS = DOMAINS["digits"]
+from tiny import DIGITS, used
 
 
 def network(seed=0, domain=DIGITS, norm=True):
@@ -34,10 +33,7 @@ def network(seed=0, domain=DIGITS, norm=True):
     layers = [nn.Conv2d(domain.channels, 6, 3, 2, 1), nn.BatchNorm2d(6) if norm else nn.GELU(), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1)]
     layers += [nn.BatchNorm2d(5) if norm else nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, domain.num_classes)]
     model = nn.Sequential(*layers)
-    with torch.no_grad():
-        for _ in range(10):
-            model(torch.randn(32, *domain.shape))
-    return model.eval()
+    return used(model, domain.shape)
 
 
 @pytest.fixture(scope="module")

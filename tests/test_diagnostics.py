@@ -12,11 +12,11 @@ from PIL import Image
 from torch import nn
 
 from dfkd_nb.foundations.core import DFKDError, import_torchvision
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageFiles, ImageSet, ImageSource
+from dfkd_nb.foundations.data import Domain, ImageFiles, ImageSet, ImageSource, fit
+from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.foundations.models import Teacher, build_model, save_weights
 from dfkd_nb.lab import diagnostics as d
-
-DIGITS = DOMAINS["digits"]
+from tiny import DIGITS, used
 
 
 def network(channels=1, classes=10, norm=True, seed=0):
@@ -30,10 +30,7 @@ def network(channels=1, classes=10, norm=True, seed=0):
         nn.Flatten(),
         nn.Linear(6, classes),
     )
-    with torch.no_grad():
-        for _ in range(30):
-            model(torch.randn(32, channels, 8, 8))
-    return model.eval()
+    return used(model, (channels, 8, 8), 30)
 
 
 def pictures(count, domain=DIGITS, seed=0, labels=True):
@@ -90,10 +87,10 @@ def test_a_witness_may_have_its_own_size_channels_and_normalisation():
     other = Domain("other", (3, 12, 12), (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), DIGITS.classes)
     judge, images = Teacher(network(3), other, "other"), pictures(5)
     seen = d.observe(images, judge)
-    wanted = judge(other.normalize(d.fit(images.images, other)))
+    wanted = judge(other.normalize(fit(images.images, other)))
     assert torch.allclose(seen.logits, wanted, atol=1e-5)
-    assert d.fit(images.images, other).shape == (5, 3, 12, 12)
-    assert 0 <= d.fit(images.images, other).min() and d.fit(images.images, other).max() <= 1
+    assert fit(images.images, other).shape == (5, 3, 12, 12)
+    assert 0 <= fit(images.images, other).min() and fit(images.images, other).max() <= 1
 
 
 def test_what_was_seen_is_not_looked_at_twice(teacher):
@@ -118,9 +115,9 @@ def test_accuracy_by_network_and_class_is_what_counting_gives(teacher):
 def test_intervals_hold_the_share_and_shrink_with_the_number():
     for count in (1, 10, 1000):
         for right in {0, 1, count // 2, count}:
-            low, high = d.wilson(right, count)
+            low, high = wilson(right, count)
             assert 0 <= low <= right / count + 1e-12 and right / count - 1e-12 <= high <= 1
-    widths = [high - low for low, high in (d.wilson(n // 2, n) for n in (10, 100, 1000))]
+    widths = [high - low for low, high in (wilson(n // 2, n) for n in (10, 100, 1000))]
     assert widths == sorted(widths, reverse=True)
 
 
@@ -197,14 +194,6 @@ def test_a_copy_is_its_own_neighbour(teacher):
     assert found.distances[:, 0].abs().max() < 1e-6 and found.numbers["smallest_ratio"] < 1e-6
     assert found.numbers["nearer_than_any_real"] == 1
     assert (found.usual > 0).all() # nobody is compared with itself
-
-
-def test_neighbours_are_those_that_brute_force_finds():
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(300, 5, generator=generator), torch.randn(40, 5, generator=generator)
-    distances, indices = d.nearest(x, y, 3, chunk=64)
-    full = (x[:, None] - y).norm(dim=2).sort(1)
-    assert torch.equal(indices, full.indices[:, :3]) and torch.allclose(distances, full.values[:, :3])
 
 
 def test_difficulty_keeps_its_digits_and_needs_no_labels():

@@ -12,7 +12,7 @@ from torch import nn
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, Augment, Domain
+from dfkd_nb.foundations.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller, DrawnImages
 from dfkd_nb.foundations.models import Teacher, count_parameters, load_teacher
 from dfkd_nb.generators.generators import (
@@ -26,19 +26,7 @@ from dfkd_nb.generators.generators import (
     adversarial_term,
     balance_term,
 )
-
-DIGITS = DOMAINS["digits"]
-
-
-def network(seed=0, domain=DIGITS):
-    "One convolution whose BatchNorm has seen something."
-    torch.manual_seed(seed)
-    layers = nn.Conv2d(domain.channels, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    model = nn.Sequential(*layers, nn.Linear(6, domain.num_classes))
-    with torch.no_grad():
-        for _ in range(10):
-            model(torch.randn(32, *domain.shape))
-    return model.eval()
+from tiny import DIGITS, network
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +389,7 @@ def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
 
 def test_a_checkpoint_of_another_race_is_refused(teacher):
     race = race_of(teacher, METHODS["dafl"])
-    with pytest.raises(DFKDError, match="not written by an alternation"):
+    with pytest.raises(DFKDError, match="not written by this kind of race .alternation"):
         race.load_state_dict({"kind": "competition"})
     with pytest.raises(DFKDError, match=r"rounds \(was 2, now 3\)"):
         race.load_state_dict(race_of(teacher, METHODS["dafl"], rounds=2).state_dict())

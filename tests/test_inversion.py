@@ -15,10 +15,9 @@ from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intend
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.foundations.data import Domain, ImageSet
 from dfkd_nb.foundations.models import Teacher, build_model
-
-DIGITS = DOMAINS["digits"]
+from tiny import DIGITS, used
 
 
 def network(channels=1, classes=10, norm=True):
@@ -36,10 +35,7 @@ def network(channels=1, classes=10, norm=True):
         nn.Flatten(),
         nn.Linear(8, classes),
     )
-    with torch.no_grad():
-        for _ in range(30):
-            model(torch.randn(32, channels, 8, 8))
-    return model.eval()
+    return used(model, (channels, 8, 8), 30)
 
 
 @pytest.fixture(scope="module")

@@ -99,15 +99,11 @@ def main(root: Path) -> None:
     import torchmetrics.classification  # noqa: F401
 
     from dfkd_nb.foundations.models import build_model, save_weights
+    from tiny import stirred
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = build_model("digits-net", 10, 1)
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.running_mean.normal_(0, 0.3)
-                layer.running_var.uniform_(0.5, 2)
+    model = stirred(build_model("digits-net", 10, 1))
     for chain in ("whole", *map(str, range(KILLS))):
         save_weights(
             root / chain / "digits-teacher/quick/weights.safetensors",

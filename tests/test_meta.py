@@ -12,13 +12,13 @@ from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, Domain
+from dfkd_nb.foundations.data import Domain
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.generators import Alternation, GenerativeSynthesizer, Generator, Pixels
 from dfkd_nb.generators.meta import META, MetaSynthesizer, adapt, meta_gradients, preset
+from tiny import DIGITS, used
 
-DIGITS = DOMAINS["digits"]
 SHAPE = (1, 8, 8)
 
 
@@ -27,10 +27,7 @@ def network(seed=0):
     torch.manual_seed(seed)
     layers = [nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
-    with torch.no_grad():
-        for _ in range(10):
-            model(torch.randn(32, 1, 8, 8))
-    return model.eval()
+    return used(model)
 
 
 @pytest.fixture(scope="module")

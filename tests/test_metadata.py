@@ -30,8 +30,8 @@ from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, data_root, load_data
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model
+from tiny import DIGITS, used
 
-DIGITS = DOMAINS["digits"]
 CPU = {"device": "cpu"}
 
 
@@ -47,10 +47,7 @@ def network(seed=0, width=8, domain=DIGITS):
         nn.Flatten(),
         nn.Linear(width, domain.num_classes),
     )
-    with torch.no_grad():
-        for _ in range(20):
-            model(torch.randn(64, *domain.shape))
-    return model.eval()
+    return used(model, domain.shape, 20, 64)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,20 @@ from pathlib import Path
 import pytest
 from dfkd_nb.foundations.core import DFKDError, load_tensors
 from dfkd_nb.foundations.data import ImageSet
-from dfkd_nb.lab.methods import compared, compose, tables
-from dfkd_nb.lab.runs import ELSEWHERE, Recipe, Result, Run, RunStopped, find_task, open_teacher, read_history, recipe_names
+from dfkd_nb.lab.runs import (
+    ELSEWHERE,
+    Recipe,
+    Result,
+    Run,
+    RunStopped,
+    compared,
+    compose,
+    find_task,
+    open_teacher,
+    read_history,
+    recipe_names,
+    tables,
+)
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(name for name, method in METHODS.items() if method.get("task") == "generative")

@@ -71,16 +71,12 @@ def main(root: Path) -> None:
     from dfkd_nb.dreams import inversion  # noqa: F401
     from dfkd_nb.foundations.core import import_torchvision
     from dfkd_nb.foundations.models import build_model, save_weights
+    from tiny import stirred
     from dfkd_nb.lab import commands  # noqa: F401
 
     import_torchvision()
     torch.manual_seed(0)
-    model = build_model("digits-net", 10, 1)
-    with torch.no_grad():
-        for layer in model.modules():
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                layer.running_mean.normal_(0, 0.3)
-                layer.running_var.uniform_(0.5, 2)
+    model = stirred(build_model("digits-net", 10, 1))
     save_weights(root / "own.safetensors", model, half=False)
     codes = {
         "one": workers(root, 1, "--out", str(root / "one")),

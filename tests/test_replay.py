@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, Augment, ImageSet
+from dfkd_nb.foundations.data import Augment, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.generators import Alternation, Generator, GenerativeSynthesizer
@@ -26,19 +25,16 @@ from dfkd_nb.generators.replay import (
     sampling_probabilities,
     ssd_kd,
 )
-
-DIGITS = DOMAINS["digits"]
+import tiny
+from tiny import DIGITS
 
 
 def network(seed=0):
-    "One convolution whose BatchNorm has seen something."
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    "A network that is sure of itself."
+    model = tiny.network(seed)
     with torch.no_grad():
         model[-1].weight.mul_(8)
-        for _ in range(10):
-            model(torch.randn(32, 1, 8, 8))
-    return model.eval()
+    return model
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
 from ..dreams.priors import Term, View
-from ..foundations.core import DFKDError, autocast, import_torchvision, load_tensors, pick_device, progress, save_tensors
+from ..foundations.core import DFKDError, import_torchvision, load_tensors, pick_device, progress, save_tensors
 from ..foundations.data import Augment, Domain, ImageSource, _decode, data_root
-from ..foundations.distillation import Distiller, _full, distillation_loss
+from ..foundations.distillation import Distiller, _full
 from ..foundations.models import CifarBlock, Teacher, _logits, build_model, in_eval_mode
 from ..generators import meta
 from ..generators.generators import Alternation, Generator
@@ -408,27 +408,17 @@ class SceneDistiller(Distiller):
         super().__init__(teacher, student, source, **settings)
         if (teacher is None or self.label_weight) and not isinstance(self.source, SceneSet): raise DFKDError(f'masks shall be learned but a {type(self.source).__name__} has none: give a SceneSet, or a teacher and label_weight=0')
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        "The batch's loss and its parts. Images and masks are moved alike."
-        weight = self.label_weight if self.teacher is not None else 1.
-        masks = labels if weight and labels is not None else None
+    def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        "Images and masks, moved alike."
+        masks = labels if self.weight_of_labels else None
         if self.augment is not None:
             if masks is None: images = self.augment(images, self.generator)
             else: images, masks = augment_scenes(images, masks, self.augment, self.generator)
-        x = self.domain.normalize(images)
-        parts: dict[str, Tensor] = {}
-        with autocast(self.device, self.precision):
-            answer = _logits(self.student(x))
-            total = answer.new_zeros((), dtype=torch.float32)
-            if self.teacher is not None:
-                with torch.no_grad(): known = self.teacher(x)
-                self.source.report(answer.detach(), known)
-                parts['distillation'] = distillation_loss(answer, known, self.temperature, self.source.loss_weights)
-                total = total + parts['distillation']
-            if masks is not None:
-                parts['labels'] = mask_loss(answer, masks, self.label_smoothing)
-                total = total + weight * parts['labels']
-        return total, parts
+        return self.domain.normalize(images), masks
+
+    def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
+        "`mask_loss`."
+        return mask_loss(answer, targets, self.label_smoothing)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #ca9eefd9
 def borders(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Images', 'soften', 'distillation_loss', 'learning_rate_at', 'DrawnImages', 'as_source', 'Distiller',
-           'distill', 'train', 'evaluate']
+           'distill', 'train', 'evaluate', 'wilson']
 
 # %% ../../nbs/foundations/04_distillation.ipynb #8b616101
 import math
@@ -166,15 +166,28 @@ class Distiller:
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {}
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        "The batch's loss and its parts, scalars with gradient; `images` are uint8 (or in [0, 1]) on the device."
+    @property
+    def weight_of_labels(self) -> float:
+        "Of the second term: all of the loss where there is no teacher."
+        return self.label_weight if self.teacher is not None else 1.0
+
+    def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        "What the networks see, and what `label_loss` compares their answers with; `images` are uint8 (or in [0, 1]) on the device."
         if self.augment is not None: images = self.augment(images, self.generator)
         x = self.domain.normalize(images)
-        weight = self.label_weight if self.teacher is not None else 1.0
-        targets = None if labels is None or not weight else F.one_hot(labels, self.domain.num_classes).float()
+        targets = None if labels is None or not self.weight_of_labels else F.one_hot(labels, self.domain.num_classes).float()
         if self.mixup_alpha: # the mixed image is what the teacher is asked about
             x, mixed = mixup(x, x.new_zeros(len(x), 1) if targets is None else targets, self.mixup_alpha, self.generator)
             targets = None if targets is None else mixed
+        return x, targets
+
+    def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
+        "Cross-entropy of the student's logits with what `prepare` made of the labels."
+        return F.cross_entropy(answer.float(), targets, label_smoothing=self.label_smoothing)
+
+    def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        "The batch's loss and its parts, scalars with gradient."
+        x, targets = self.prepare(images, labels)
         parts: dict[str, Tensor] = {}
         with autocast(self.device, self.precision):
             answer = _logits(self.student(x))
@@ -185,8 +198,8 @@ class Distiller:
                 parts['distillation'] = distillation_loss(answer, known, self.temperature, self.source.loss_weights)
                 total = total + parts['distillation']
             if targets is not None:
-                parts['labels'] = F.cross_entropy(answer.float(), targets, label_smoothing=self.label_smoothing)
-                total = total + weight * parts['labels']
+                parts['labels'] = self.label_loss(answer, targets)
+                total = total + self.weight_of_labels * parts['labels']
         return total, parts
 
     def step(self) -> dict[str, Tensor]:
@@ -286,3 +299,14 @@ def evaluate(
                 raise DFKDError(f"the network answers {tuple(logits.shape)}, '{domain.name}' has {domain.num_classes} classes: they must agree")
             metric.update(logits, labels.to(device))
     return float(metric.compute())
+
+# %% ../../nbs/foundations/04_distillation.ipynb #7e02ef24
+def wilson(
+    right: int, # successes
+    count: int, # trials
+) -> tuple[float, float]: # between which the true share lies, 19 times in 20
+    "Wilson's interval for a share, which stays inside [0, 1] (Wilson, 1927)."
+    z = 1.959964
+    share, middle = right / count, (right + z * z / 2) / (count + z * z)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0., middle - half), min(1., middle + half)

@@ -9,7 +9,6 @@ __all__ = ['METHODS', 'DISTANCES', 'Generator', 'Pixels', 'activation_term', 'ba
 # %% ../../nbs/generators/10_generators.ipynb #330ea970
 import copy
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..dreams.competition import jensen_shannon
+from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, Look
 from ..dreams.priors import Objective, Term, View, class_loss, tv_term
 from ..dreams.statistics import Statistics
@@ -385,8 +384,10 @@ class GenerativeSynthesizer(Painting):
         self.best = best and best | {'moments': best['moments'] and {k: tuple(pair) for k, pair in best['moments'].items()}}
 
 # %% ../../nbs/generators/10_generators.ipynb #6ee20975
-class Alternation:
+class Alternation(Turns):
     "Batches of images between a student's updates, round after round: the one loop of all methods that paint while the student learns."
+    kind = 'alternation'
+    maker: GenerativeSynthesizer
 
     def __init__(
         self,
@@ -403,76 +404,31 @@ class Alternation:
             raise DFKDError(f'the student has {distiller.steps} updates, {rounds - warmup_rounds} rounds of {updates_per_round} need {(rounds - warmup_rounds) * updates_per_round}: make them agree')
         if warmup_rounds and not any(weight for name, weight in maker.objective.weights.items() if name != 'adversarial'):
             raise DFKDError(f'{warmup_rounds} rounds to warm up, but there is nothing to paint for without a competition: give another term a weight, or set warmup_rounds to 0')
-        self.maker, self.distiller, self.rounds, self.updates_per_round, self.warmup_rounds = maker, distiller, rounds, updates_per_round, warmup_rounds
+        super().__init__(maker, distiller, rounds)
+        self.updates_per_round, self.warmup_rounds = updates_per_round, warmup_rounds
         self.pool: Any = distiller.source if hasattr(distiller.source, 'add') else None
-        self.round, self.seconds = 0, 0. # rounds whose images are made; spent on them
 
     @property
-    def student(self) -> nn.Module: return self.distiller.student
+    def mark(self) -> int: return max(0, self.round - self.warmup_rounds) * self.updates_per_round
 
-    @property
-    def done(self) -> int: return self.distiller.done
-
-    @property
-    def steps(self) -> int: return self.distiller.steps
-
-    @property
-    def finished(self) -> bool: return self.done >= self.steps
-
-    @property
-    def due(self) -> bool:
-        "Whether images have to be made before the student goes on."
-        return self.round < self.rounds and self.done >= max(0, self.round - self.warmup_rounds) * self.updates_per_round
-
-    def step(self) -> None:
-        "One update of whoever's turn it is."
-        if self.finished: raise DFKDError('the student has had all its updates: make a new Alternation')
-        if not self.due:
-            self.distiller.step()
-            return
-        began = time.perf_counter()
+    def make(self) -> None:
+        "One update of images; the last one of a batch hands them to the student."
         self.maker.competing = self.round >= self.warmup_rounds
         self.maker.step()
-        if not self.maker.left:
-            images = self.maker.finish()
-            if self.pool is not None: self.pool.add(images.images, images.labels)
-            self.round += 1
-        self.seconds += time.perf_counter() - began
+        if self.maker.left: return
+        images = self.maker.finish()
+        if self.pool is not None: self.pool.add(images.images, images.labels)
+        self.round += 1
 
-    def run(
-        self,
-        until: int | None = None, # stop after so many updates of the student; None: to the end
-        callback: Callable[['Alternation'], bool | None] | None = None, # called after each update of the generator, and every `every` of the student; True stops
-        every: int = 20, # updates of the student between two calls, and between rows of its history
-        deadline: float | None = None, # stop cleanly at this `time.monotonic()`
-    ) -> 'Alternation': # itself
-        "Take turns, from wherever it stands."
-        end, stop = min(self.steps, self.steps if until is None else until), False
-        def tick(_: Any = None) -> bool:
-            nonlocal stop
-            stop = bool(callback is not None and callback(self)) or stop
-            return stop
-        while self.done < end and not stop and not (deadline is not None and time.monotonic() > deadline):
-            if self.due:
-                self.step()
-                tick()
-                continue
-            mark = (self.round - self.warmup_rounds) * self.updates_per_round if self.round < self.rounds else end
-            self.distiller.run(until=min(mark, end), callback=tick, every=every, deadline=deadline)
-        return self
+    def settings(self) -> dict[str, Any]:
+        "What has to be the same when a checkpoint is taken up."
+        return {'rounds': self.rounds, 'updates_per_round': self.updates_per_round, 'warmup_rounds': self.warmup_rounds, 'seed': self.maker.seed, 'steps': self.steps}
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits: generator, student, pool, random streams. The tensors are alive: save them before the next update."
-        return {'kind': 'alternation', 'settings': self._settings(), 'maker': self.maker.state_dict(), 'distiller': self.distiller.state_dict(), 'round': self.round, 'seconds': self.seconds}
+        "See `Turns`; with the generator and all that goes with it."
+        return super().state_dict() | {'maker': self.maker.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same settings."
-        if state.get('kind') != 'alternation': raise DFKDError('this checkpoint was not written by an alternation: give another path')
-        changed = [f'{k} (was {v}, now {self._settings()[k]})' for k, v in state['settings'].items() if self._settings()[k] != v]
-        if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
+        super().load_state_dict(state)
         self.maker.load_state_dict(state['maker'])
-        self.distiller.load_state_dict(state['distiller'])
-        self.round, self.seconds = state['round'], state['seconds']
-
-    def _settings(self) -> dict[str, Any]:
-        return {'rounds': self.rounds, 'updates_per_round': self.updates_per_round, 'warmup_rounds': self.warmup_rounds, 'seed': self.maker.seed, 'steps': self.steps}

@@ -41,8 +41,7 @@ def supply(
 ) -> 'ImageSet': # on the run's device, labelled
     "Images by the name of their maker, in the size that the teacher takes. Too few, or a run that left none, are a `DFKDError`."
     import torch
-    from dfkd_nb.foundations.data import ImageSet
-    from dfkd_nb.lab.diagnostics import fit
+    from dfkd_nb.foundations.data import ImageSet, fit
     if images_from.startswith('run:'): found = run_images(run.root, images_from, run.scale, images)
     elif images_from == 'noise':
         static = torch.randint(256, (images, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(run.settings.seed))
@@ -53,8 +52,7 @@ def supply(
     if len(found) < images: raise problem(f"'{images_from}' has {len(found)} images: set images to that or less")
     found = found.subset(images)
     if found.domain.classes == teacher.domain.classes and found.domain.shape == teacher.domain.shape: return found.to(run.device)
-    fitted = fit(found.images, teacher.domain)
-    fitted = fitted if fitted.dtype == torch.uint8 else (fitted * 255).round().to(torch.uint8)
+    fitted = fit(found.images, teacher.domain, as_bytes=True)
     return ImageSet(fitted, teacher.predict(fitted).argmax(1).to(fitted.device), teacher.domain).to(run.device)
 
 # %% ../../nbs/lab/25_applications.ipynb #dbc4e7df
@@ -266,8 +264,7 @@ def class_set(
     "The images of one step."
     import torch
     from dfkd_nb.applications.continual import only_classes
-    from dfkd_nb.foundations.data import ImageSet, data_root, load_data
-    from dfkd_nb.lab.diagnostics import fit
+    from dfkd_nb.foundations.data import ImageSet, data_root, fit, load_data
     part = re.fullmatch(r'(.+):(\d+)-(\d+)', name)
     name = part[1] if part else name
     if name.startswith('folder:') and not Path(place := name.removeprefix('folder:')).exists(): name = f'folder:{data_root() / place}'
@@ -278,9 +275,7 @@ def class_set(
         found = ImageSet(found.fetch(chosen), found.labels[chosen], found.domain)
     if not isinstance(found, ImageSet): found = found.in_memory()
     if part: found = only_classes(found, range(int(part[2]), int(part[3]) + 1))
-    pixels = fit(found.images, domain)
-    if pixels.dtype != torch.uint8: pixels = (pixels * 255).round().to(torch.uint8)
-    return ImageSet(pixels.contiguous(), found.labels, replace(domain, classes=found.domain.classes)).to(device)
+    return ImageSet(fit(found.images, domain, as_bytes=True).contiguous(), found.labels, replace(domain, classes=found.domain.classes)).to(device)
 
 @lru_cache(maxsize=2)
 def _mixed(name: str, split: str, limit: int | None) -> 'ImageSet':
@@ -347,11 +342,8 @@ def shown_images(
 
 def _refit(images: 'ImageSet', teacher: 'Teacher') -> 'ImageSet':
     "Another run's dreams, in the size that this network takes."
-    import torch
-    from dfkd_nb.foundations.data import ImageSet
-    from dfkd_nb.lab.diagnostics import fit
-    pixels = fit(images.images, teacher.domain)
-    if pixels.dtype != torch.uint8: pixels = (pixels * 255).round().to(torch.uint8)
+    from dfkd_nb.foundations.data import ImageSet, fit
+    pixels = fit(images.images, teacher.domain, as_bytes=True)
     return ImageSet(pixels, teacher.predict(pixels).argmax(1).cpu(), teacher.domain)
 
 def _painted(run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | None) -> 'ImageSet':

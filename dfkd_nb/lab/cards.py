@@ -6,12 +6,9 @@
 __all__ = ['LICENCES', 'LIMITS', 'LOADERS', 'training_images', 'teacher_licence', 'model_card', 'write_card']
 
 # %% ../../nbs/lab/26_cards.ipynb #a44576be
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from dfkd_nb.lab.runs import Result
+from typing import Any
 
 # %% ../../nbs/lab/26_cards.ipynb #5326bb9c
 def training_images(
@@ -61,15 +58,16 @@ LOADERS = { # by task: how to open what it left
 }
 
 def model_card(
-    result: 'Result', # of a finished run
+    result: Mapping[str, Any], # what result.json holds
     files: Sequence[str] = ('weights.safetensors',), # the networks that it left
 ) -> str: # Markdown with a YAML head, as model hubs read it
     "One page about a network: teacher, method, numbers, limits, how to load it and how to make it again."
-    from dfkd_nb.lab.diagnostics import wilson
-    settings, numbers, environment = result.settings, result.numbers, result.environment
+    from dfkd_nb.foundations.distillation import wilson
+    settings, numbers, environment = result['settings'], result['numbers'], result['environment']
+    recipe, scale, changed = result['recipe'], result['scale'], result['changed']
     teacher, tested = settings.get('teacher', ''), numbers.get('test_images', 0)
-    command = f'dfkd run {result.recipe} --scale {result.scale}' + (f" --seed {settings['seed']}" if settings.get('seed') else '')
-    place = f'{result.recipe}/{result.scale}' + (f"-seed{settings['seed']}" if 'seed' in result.changed else '')
+    command = f'dfkd run {recipe} --scale {scale}' + (f" --seed {settings['seed']}" if settings.get('seed') else '')
+    place = f'{recipe}/{scale}' + (f"-seed{settings['seed']}" if 'seed' in changed else '')
     shares = {k: v for k, v in numbers.items() if isinstance(v, float) and ('accuracy' in k or 'miou' in k)}
     rows = [f'| {k.replace("_", " ")} | {100 * v:.2f} % |' + (f' {100 * (span := wilson(round(v * tested), tested))[0]:.1f} to {100 * span[1]:.1f} % |' if 'accuracy' in k and tested and 0 <= v <= 1 else ' |') for k, v in shares.items()]
     others = [f'| {k.replace("_", " ")} | {v:,.4g} | |' if isinstance(v, float) else f'| {k.replace("_", " ")} | {v:,} | |'
@@ -77,20 +75,20 @@ def model_card(
     told = [f'- **Teacher**: `{teacher}`. Licence: {teacher_licence(teacher)}.'] if teacher else []
     network = settings.get('student') or settings.get('model') or 'see the file'
     head = ['---', 'library_name: dfkd_nb', 'tags: [knowledge-distillation, data-free]', 'license: other', '---', '']
-    body = [f'# {result.title}', '', f'- **Network**: `{network}`, in {", ".join(f"`{name}`" for name in files)}.', *told,
-            f'- **Method**: recipe `{result.recipe}` at {result.scale} scale' + (f' ({result.paper})' if result.paper else '') + (f', changed: {", ".join(result.changed)}' if result.changed else '') + '.',
+    body = [f'# {result["title"]}', '', f'- **Network**: `{network}`, in {", ".join(f"`{name}`" for name in files)}.', *told,
+            f'- **Method**: recipe `{recipe}` at {scale} scale' + (f' ({result["paper"]})' if result['paper'] else '') + (f', changed: {", ".join(changed)}' if changed else '') + '.',
             f'- **Training images**: {training_images(settings)}', '',
             f"## Numbers\n\nOn {tested:,} real test images of {settings.get('test_data', 'the test set')}; intervals hold 95 % of the time.\n", '| | | 95 % |', '|---|---:|---:|', *rows, *others, '',
             '## Limits', '', *(f'- {limit}' for limit in LIMITS), *(['- Mind the licence of the teacher, above: what it allows bounds what may be done with a network made from it.'] if teacher else []), '',
-            '## Load it', '', '```python', *LOADERS.get(result.task, LOADERS['transfer']).format(place=place, file=files[0]).splitlines(), '```', '',
+            '## Load it', '', '```python', *LOADERS.get(result['task'], LOADERS['transfer']).format(place=place, file=files[0]).splitlines(), '```', '',
             '## Make it again', '', '```', command, '```', '',
-            f"{result.seconds.get('total', 0):,.0f} s on {environment.get('processor', 'an unknown processor')}, seed {settings.get('seed', 'none')}, dfkd_nb {environment.get('dfkd_nb', '?')}, PyTorch {environment.get('torch', '?')}.", '']
+            f"{result['seconds'].get('total', 0):,.0f} s on {environment.get('processor', 'an unknown processor')}, seed {settings.get('seed', 'none')}, dfkd_nb {environment.get('dfkd_nb', '?')}, PyTorch {environment.get('torch', '?')}.", '']
     return '\n'.join(head + body)
 
 # %% ../../nbs/lab/26_cards.ipynb #6b4933cd
 def write_card(
     folder: Path, # of a finished run
-    result: 'Result', # what came of it
+    result: Mapping[str, Any], # what result.json holds
 ) -> Path | None: # the card; None where the run left no network
     "Write model-card.md beside the networks of a run."
     from dfkd_nb.foundations.core import atomic_path

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfkd_nb.lab.runs import (
-    SCALES, Recipe, Result, Run, RunStopped, Synthesis, check_settings, environment, locked, open_teacher, parse_assignment, problem,
+    SCALES, Recipe, Result, Run, RunStopped, Synthesis, check_settings, compared, environment, locked, open_teacher, parse_assignment, problem,
     recipe_names, repeatable, resolved_toml, results, synthesizer, wishes,
 )
 
@@ -54,7 +54,6 @@ def positive(text: str) -> float:
 # %% ../../nbs/lab/23_commands.ipynb #1829a263
 def list_recipes(arguments: argparse.Namespace) -> int:
     "`dfkd list`: every recipe, cheapest first; those of the comparison in three lines."
-    from dfkd_nb.lab.methods import compared
     recipes = sorted(map(Recipe.load, recipe_names()), key=lambda r: (r.order, r.name))
     if arguments.missing_full: recipes = [r for r in recipes if 'full' in r.scales and not (Path(arguments.results) / r.name / 'full' / 'result.json').is_file()]
     folded = not (arguments.all or arguments.missing_full)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'STARTS', 'SCALES', 'HEAD', 'TASKS', 'ELSEWHERE', 'PART',
            'problem', 'nearest', 'setting', 'Learning', 'TeacherSettings', 'Synthesis', 'DreamSettings',
-           'TransferSettings', 'check_settings', 'toml_value', 'Recipe', 'recipe_folder', 'recipe_names',
-           'parse_assignment', 'resolved_toml', 'Task', 'find_task', 'task', 'locked', 'Journal', 'RunStopped',
-           'RunFolder', 'repeatable', 'SavedRun', 'Run', 'publish', 'environment', 'read_json', 'Result',
-           'read_history', 'results', 'results_folder', 'open_teacher', 'real_images', 'learning', 'learn',
+           'TransferSettings', 'check_settings', 'toml_value', 'Recipe', 'recipe_folder', 'recipe_names', 'tables',
+           'compared', 'compose', 'runs_at', 'parse_assignment', 'resolved_toml', 'Task', 'find_task', 'task', 'locked',
+           'Journal', 'RunStopped', 'RunFolder', 'repeatable', 'SavedRun', 'Run', 'publish', 'environment', 'read_json',
+           'Result', 'read_history', 'results', 'results_folder', 'open_teacher', 'real_images', 'learning', 'learn',
            'synthesizer', 'measured', 'dream_part', 'wishes', 'shares', 'drawn_goals', 'dream', 'train_teacher',
            'describe_images', 'covered', 'save_picture', 'run_images', 'pool', 'verified', 'dream_images', 'Rounds',
-           'fresh_student', 'transfer']
+           'fresh_student', 'graded', 'transfer']
 
 # %% ../../nbs/lab/20_runs.ipynb #af343dca
 import csv
@@ -34,8 +34,11 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from .cards import write_card
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +80,7 @@ def setting(
     return field(default=default, metadata={'help': help, 'low': low, 'high': high, 'choices': tuple(choices)})
 
 # %% ../../nbs/lab/20_runs.ipynb #9ffb8edf
-SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps')
+SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps') # those of chapter 4, without loading PyTorch; `tests/test_runs.py` holds both lists equal, and those of precisions
 PRECISIONS = ('float32', 'bfloat16', 'float16')
 WORDS = {'int': 'a whole number', 'float': 'a number', 'str': 'a string', 'bool': 'true or false', 'dict': 'a table'}
 SOURCES = ('dreams', 'real')
@@ -266,7 +269,6 @@ class Recipe:
         name: str, # of a recipe in the package, or the path of a .toml file
     ) -> 'Recipe': # checked
         "A recipe by its name, or from a file of one's own."
-        from dfkd_nb.lab.methods import compared, compose
         if name in compared(): return cls.check(compose(name), name)
         path = Path(name) if name.endswith('.toml') else recipe_folder() / f'{name}.toml'
         if not path.is_file():
@@ -298,13 +300,54 @@ def recipe_folder() -> Path: # where the package keeps its recipes
 
 def recipe_names() -> list[str]: # sorted
     "The names of all recipes that ship: one a file, and every method for every pair (Chapter 24)."
-    from dfkd_nb.lab.methods import compared
     return sorted([*(p.stem for p in recipe_folder().glob('*.toml')), *compared()])
 
 # %% ../../nbs/lab/20_runs.ipynb #c6f5442b
 def _package_folder() -> Path:
     import dfkd_nb
     return Path(dfkd_nb.__file__).parent
+
+# %% ../../nbs/lab/20_runs.ipynb #386ea960
+@cache
+def tables() -> tuple[dict[str, Any], dict[str, Any]]: # pairs, and methods with their common parts
+    "The two tables of the comparison."
+    folder = recipe_folder() / 'compare'
+    pairs, methods = (tomllib.loads((folder / f'{name}.toml').read_text(encoding='utf-8')) for name in ('pairs', 'methods'))
+    return pairs, methods
+
+# %% ../../nbs/lab/20_runs.ipynb #afb96adf
+@cache
+def compared() -> dict[str, tuple[str, str]]: # recipe to pair and method
+    "Every recipe of the comparison."
+    pairs, methods = tables()
+    return {f'{pair}-{method}': (pair, method) for pair in pairs for method in methods if not method.startswith('common-')}
+
+# %% ../../nbs/lab/20_runs.ipynb #f153989c
+def compose(
+    name: str, # PAIR-METHOD, one of `compared`
+) -> dict[str, Any]: # what the file of such a recipe would say
+    "One recipe out of the tables: the common settings of its task, its method's, its pair's, and what is peculiar to both."
+    pairs, methods = tables()
+    pair_name, method_name = compared()[name]
+    pair, method = pairs[pair_name], methods[method_name]
+    parts = [methods[f"common-{method['task']}"], *([methods[f"common-{method['base']}"]] if 'base' in method else []), method]
+    def merged(part: str) -> dict[str, Any]: # a later line wins
+        found: dict[str, Any] = {}
+        for source in (*parts, pair): found |= source.get(part, {})
+        return found | pair.get(method['task'], {}) | pair.get(method.get('base'), {}) | pair.get(method_name, {}) | pair.get(f'{method_name}-{part}', {})
+    scales = {scale: merged(scale) for scale in ('quick', 'full') if runs_at(pair_name, scale)}
+    settings = merged('settings') | method.get('always', {}) | {'pair': pair_name, 'method': method_name}
+    return {'title': f"{pair['title']}: {method['title']}", 'task': method['task'], 'paper': method['paper'], 'order': pair['order'] + method['order'],
+            'hours': method['hours'] if 'full' in scales else 0.05, 'hardware': '1 GPU (an estimate)' if 'full' in scales else '2 CPU cores',
+            'expected': "the paper's figure, which stands beside ours in chapter 21" if 'full' in scales else 'a row of the table in chapter 24; no paper has this pair', 'settings': settings} | scales
+
+# %% ../../nbs/lab/20_runs.ipynb #36a8ec59
+def runs_at(
+    pair: str, # of `pairs.toml`
+    scale: str, # 'quick' or 'full'
+) -> bool: # whether its recipes have that scale
+    "The pairs of the papers run in full, on a GPU; those of the shipped and the digits teacher quickly, on a CPU."
+    return (scale == 'quick') == ('quick' in tables()[0][pair])
 
 # %% ../../nbs/lab/20_runs.ipynb #d3350558
 def parse_assignment(
@@ -655,8 +698,7 @@ class Run(SavedRun):
                         settings=dataclasses.asdict(self.settings), numbers=numbers, seconds=seconds | {'total': round(sum(seconds.values()), 2)},
                         environment=self.environment, changed=sorted(self.overrides))
         self.write('result.json', result.to_json())
-        from dfkd_nb.lab.cards import write_card
-        write_card(self.folder, result) # what was left, by whom, how good, what to mind
+        write_card(self.folder, json.loads(result.to_json())) # what was left, by whom, how good, what to mind
         if self.results is not None and not set(self.overrides) - {'seed'}: publish(self.folder, self.results / recipe.name / self.folder.name)
         return result
 
@@ -1131,14 +1173,13 @@ def verified(
     images: 'ImageSet', # labelled with the classes they were meant to show
 ) -> dict[str, float]: # accuracy by teacher
     "What other networks see in the images, each at its own size (the instrument is Chapter 19's `verify`, which also gives intervals)."
-    import torch.nn.functional as F
+    from dfkd_nb.foundations.data import fit
     found = {}
     for name in (name.strip() for name in run.settings.verifiers.split(',')):
         network, right = open_teacher(name, run.root, run.scale).to(run.device), 0
         for batch, labels in images.batches(100):
             assert labels is not None
-            seen = F.interpolate(batch.float() / 255, network.domain.size, mode='bicubic', antialias=True).clamp(0, 1) if batch.shape[2:] != network.domain.size else batch
-            right += int((network.predict(seen, 100).argmax(1).cpu() == labels.cpu()).sum())
+            right += int((network.predict(fit(batch, network.domain), 100).argmax(1).cpu() == labels.cpu()).sum())
         found[f'accuracy_under_{name}'] = right / len(images)
     return found
 
@@ -1230,6 +1271,21 @@ def fresh_student(
     if settings.student_start == "teacher's blocks": inherit(student, teacher)
     return student
 
+# %% ../../nbs/lab/20_runs.ipynb #2095dd19
+def graded(
+    learned: dict[str, Any], # what `learn` says of the student
+    teacher: 'Teacher', # who taught
+    student: 'torch.nn.Module', # at the end
+    test: 'ImageSet', # real images
+    temperature: float, # of distillation
+) -> dict[str, Any]: # for the result
+    "A student's marks beside its teacher's."
+    from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.foundations.models import count_parameters
+    marks = {f'student_{key}': learned[key] for key in ('accuracy_first', 'accuracy', 'accuracy_half')}
+    return {'teacher_accuracy': evaluate(teacher, test), 'teacher_parameters': count_parameters(teacher), 'student_parameters': count_parameters(student),
+            'test_images': len(test), 'temperature': temperature} | {key: value for key, value in learned.items() if f'student_{key}' not in marks} | marks
+
 # %% ../../nbs/lab/20_runs.ipynb #fab19514
 @task('transfer', TransferSettings)
 def transfer(
@@ -1239,8 +1295,7 @@ def transfer(
     from dfkd_nb.dreams.competition import GrowingPool
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.data import ImageSet
-    from dfkd_nb.foundations.distillation import Distiller, evaluate
-    from dfkd_nb.foundations.models import count_parameters
+    from dfkd_nb.foundations.distillation import Distiller
     settings: TransferSettings = run.settings
     if settings.rounds > 1 and (settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'):
         raise problem('rounds answer to a student that learns from its teacher, by dreams without metadata: set rounds to 1')
@@ -1257,6 +1312,4 @@ def transfer(
     if turns is not None: numbers = turns.finish()
     def shown() -> ImageSet: return images if isinstance(images, ImageSet) else ImageSet.load(run.folder / 'images.safetensors')
     numbers = numbers | run.phase('coverage', lambda state, spent: covered(shown(), test, teacher))
-    learned |= {f'student_{key}': learned.pop(key) for key in ('accuracy_first', 'accuracy', 'accuracy_half')}
-    return numbers | {'teacher_accuracy': evaluate(teacher, test), 'teacher_parameters': count_parameters(teacher),
-                      'student_parameters': count_parameters(student), 'test_images': len(test), 'temperature': settings.temperature} | learned
+    return numbers | graded(learned, teacher, student, test, settings.temperature)
