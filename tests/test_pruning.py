@@ -24,6 +24,7 @@ from dfkd_nb.applications.pruning import (
     filter_importance,
     find_filters,
     gate_gradients,
+    latencies_in_turn,
     linear_fit,
     load_pruned,
     network_cost,
@@ -340,6 +341,18 @@ def test_the_table_is_compared_with_networks(digits):
     teacher, filters = digits
     sums, measured = compare_latencies(teacher, filters, LatencyTable(seconds=0.0), 3, 2)
     assert len(sums) == len(measured) == 3 and min(sums + measured) > 0 and sums[0] < sums[-1]
+
+
+def test_networks_take_turns(digits):
+    teacher, _ = digits
+    deep, threads = build_model("resnet20", 10, 1).train(), torch.get_num_threads()
+    times = latencies_in_turn([teacher.model, deep, teacher.model], DIGITS, rounds=20)
+    assert times[1] > 2 * max(times[0], times[2]), "twenty layers take longer than four, whenever they are asked"
+    assert deep.training and torch.get_num_threads() == threads, "everything is as it was"
+    assert all(int(layer.num_batches_tracked) == 0 for layer in deep.modules() if isinstance(layer, nn.BatchNorm2d))
+    for arguments in (([], DIGITS), ([deep], DIGITS, 1, 0)):
+        with pytest.raises(DFKDError, match="1 or more of each"):
+            latencies_in_turn(*arguments)
 
 
 # plans

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['Kept', 'CRITERIA', 'FORMAT', 'FilterGroup', 'Gates', 'removal_error', 'ConvKey', 'conv_shapes', 'Filters',
            'find_filters', 'removed_filters', 'remove_filters', 'gate_gradients', 'answer_direction', 'criterion_loss',
-           'filter_importance', 'rank_agreement', 'fastest', 'network_latency', 'LatencyTable', 'linear_fit',
-           'compare_latencies', 'Plan', 'prune_filters', 'PruningDistiller', 'save_pruned', 'load_pruned',
+           'filter_importance', 'rank_agreement', 'fastest', 'network_latency', 'latencies_in_turn', 'LatencyTable',
+           'linear_fit', 'compare_latencies', 'Plan', 'prune_filters', 'PruningDistiller', 'save_pruned', 'load_pruned',
            'export_network', 'Cost', 'network_cost', 'share_recovered']
 
-# %% ../../nbs/applications/15_pruning.ipynb #d78ac865
+# %% ../../nbs/applications/15_pruning.ipynb #913e5229
 import copy
 import io
 import json
 import math
 import platform
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -395,27 +396,31 @@ def rank_agreement(
     from scipy.stats import kendalltau
     return float(kendalltau(*(torch.cat([v[name] for name in sorted(one)]).numpy() for v in (one, other))).statistic)
 
-# %% ../../nbs/applications/15_pruning.ipynb #373111b4
-def fastest(
-    call: Callable[[], Any], # what to time
-    seconds: float = 0.03, # how long to go on
-    device: str | torch.device = 'cpu', # where it computes
-) -> float: # milliseconds
-    "The shortest of many single calls. On a CPU: of one thread's own time, without that in which others had the core; on a GPU until it is done."
-    cuda = torch.device(device).type == 'cuda'
+# %% ../../nbs/applications/15_pruning.ipynb #3d7538e9
+@contextmanager
+def _stopwatch(device: str | torch.device) -> Iterator[Callable[[], float]]:
+    "A clock, in seconds, and one thread meanwhile. CPU: the thread's own time, which stands still while others have the core. GPU: until it is done."
+    cuda, threads = torch.device(device).type == 'cuda', torch.get_num_threads()
     def now() -> float:
         if cuda: torch.cuda.synchronize()
         return time.perf_counter() if cuda else time.thread_time()
-    threads, best = torch.get_num_threads(), math.inf
     torch.set_num_threads(1)
-    try:
+    try: yield now
+    finally: torch.set_num_threads(threads)
+
+def fastest(
+    call: Callable[[], Any], # what to time
+    seconds: float = 0.03, # how long to go on, by the clock that it is timed with
+    device: str | torch.device = 'cpu', # where it computes
+) -> float: # milliseconds
+    "The shortest of many single calls, five at least."
+    with _stopwatch(device) as now:
         for _ in range(3): call()
-        end, calls = time.perf_counter() + seconds, 0
-        while calls < 5 or time.perf_counter() < end:
+        end, calls, best = now() + seconds, 0, math.inf
+        while calls < 5 or now() < end:
             began = now()
             call()
             best, calls = min(best, now() - began), calls + 1
-    finally: torch.set_num_threads(threads)
     return 1e3 * best
 
 def network_latency(
@@ -427,6 +432,26 @@ def network_latency(
     "How long a network takes for one batch, on its device and one thread."
     x = torch.zeros(batch_size, *domain.shape, device=next(model.parameters()).device)
     with torch.inference_mode(), in_eval_mode(model): return fastest(lambda: model(x), seconds, x.device)
+
+# %% ../../nbs/applications/15_pruning.ipynb #f8b01833
+def latencies_in_turn(
+    models: Sequence[nn.Module], # any networks, on one device
+    domain: Domain, # of their images
+    batch_size: int = 1, # images at a time
+    rounds: int = 100, # one call of each in every round
+) -> list[float]: # milliseconds a batch, of each
+    "How long each of several networks takes: the median of its calls, all networks in turn."
+    if not models or rounds < 1: raise DFKDError(f'{len(models)} networks, {rounds} rounds: give 1 or more of each')
+    x = torch.zeros(batch_size, *domain.shape, device=next(models[0].parameters()).device)
+    taken: list[list[float]] = [[] for _ in models]
+    with torch.inference_mode(), _stopwatch(x.device) as now, ExitStack() as modes:
+        for model in models: modes.enter_context(in_eval_mode(model))
+        for _ in range(rounds + 3):
+            for model, times in zip(models, taken):
+                began = now()
+                model(x)
+                times.append(now() - began)
+    return [1e3 * statistics.median(times[3:]) for times in taken] # the first rounds warm up
 
 # %% ../../nbs/applications/15_pruning.ipynb #35369a5b
 FORMAT = 'dfkd latency table 1'
@@ -532,13 +557,13 @@ def linear_fit(
     rest = b - b.mean() - slope * (a - a.mean())
     return float(slope), float(b.mean() - slope * a.mean()), float(1 - rest.square().sum() / (b - b.mean()).square().sum())
 
-# %% ../../nbs/applications/15_pruning.ipynb #e6e03553
+# %% ../../nbs/applications/15_pruning.ipynb #66022255
 def compare_latencies(
     model: nn.Module, # the whole network
     filters: Filters, # of it
     table: LatencyTable, # measured where it has no entry yet, and again in every pass
     networks: int = 8, # smaller ones to try, from an eighth of the filters to nearly all
-    passes: int = 3, # over all of them; the shortest times count
+    passes: int = 3, # over all entries, of which the shortest times count; and 40 rounds of the networks for each
     seed: int = 0, # of the cuts
 ) -> tuple[list[float], list[float]]: # milliseconds by the table's sum, and by the stopwatch
     "The table against the stopwatch, for networks that have lost filters at random."
@@ -547,12 +572,10 @@ def compare_latencies(
     for number in range(networks): # from an eighth of the filters to all of them, and each layer a little off
         eighths = (1 + 7 * number / max(1, networks - 1) + 4 * torch.rand(len(filters.groups), generator=generator) - 2).round().clamp(1, 8).int().tolist()
         kinds.append({name: torch.arange(group.count) < max(1, group.count * part // 8) for (name, group), part in zip(filters.groups.items(), eighths)})
-    smaller, best = [remove_filters(model, filters, kept).eval() for kept in kinds], [math.inf] * networks
+    smaller = [remove_filters(model, filters, kept).eval() for kept in kinds]
     for kept in kinds: table.network(filters.keys(kept))
-    for number in range(passes):
-        if number: table.again()
-        best = [min(old, network_latency(network, filters.domain, table.batch_size)) for old, network in zip(best, smaller)]
-    return [table.network(filters.keys(kept)) for kept in kinds], best
+    for _ in range(passes - 1): table.again()
+    return [table.network(filters.keys(kept)) for kept in kinds], latencies_in_turn(smaller, filters.domain, table.batch_size, 40 * passes)
 
 # %% ../../nbs/applications/15_pruning.ipynb #9ba467fd
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def learning_curve(
                         | ({} if probe is None else fidelity(teacher, network, probe)))
     return rows
 
-# %% ../../nbs/applications/14_transfer.ipynb #a762198e
+# %% ../../nbs/applications/14_transfer.ipynb #a2d87d09
 @torch.no_grad()
 def fidelity(
     teacher: Teacher, # who is imitated
@@ -79,7 +79,7 @@ def fidelity(
     images: Images, # not used in training; labels are not needed
     batch_size: int = 500, # images at once
 ) -> dict[str, float]: # 'agreement', 0 to 1, and 'divergence', KL of the student from the teacher in nats
-    "What can be said of a student without any real image: how closely it follows its teacher."
+    "What can be said of a student without any real image: how closely it follows its teacher, at temperature 1."
     agreement = divergence = count = 0.
     device = next(student.parameters()).device
     with in_eval_mode(student):
