@@ -152,13 +152,24 @@ def with_quarto(work: Path, quarto: str) -> Path:
 
 
 def localise(site: Path) -> None:
-    "Put KaTeX beside the pages and point them to it, so that nothing comes from the network."
+    "Put KaTeX beside the pages and point them to it, so that nothing comes from the network; refine the pages."
     shutil.copytree(ASSETS / "katex", site / "site_libs/katex", dirs_exist_ok=True)
     for path in site.rglob("*.html"):
         up = "../" * (len(path.relative_to(site).parts) - 1)
         page = path.read_text(encoding="utf-8")
         page = KATEX.sub(f"{up}site_libs/katex/", page).replace("site_libs/katex//", "site_libs/katex/")
-        path.write_text(page, encoding="utf-8")
+        path.write_text(refine(page), encoding="utf-8")
+
+
+def refine(page: str) -> str:
+    "Mark what the style sheet cannot tell by itself: inline commands, and printed text that is set in columns."
+
+    def columns(found: re.Match[str]) -> str:
+        aligned = sum(bool(re.search(r"\S {2,}\S", line)) for line in found[2].splitlines())
+        return f'{found[1]}<pre class="columns">{found[2]}' if aligned > 2 else found[0]
+
+    page = re.sub(r"(<div class=\"cell-output cell-output-stdout\">\s*)<pre>(.*?</pre>)", columns, page, flags=re.S)
+    return page.replace("<code>dfkd ", '<code class="command">dfkd ')
 
 
 def build(root: Path, out: Path, builder: str = "auto", work: Path | None = None) -> str:
