@@ -368,6 +368,14 @@ def test_fitted_rows_leave_the_rest_alone_and_cost_less(teacher):
     assert cost[1] < cost[0]
 
 
+def test_decay_keeps_fitted_rows_small(teacher):
+    sizes = [
+        learner(teacher, "lwf-mc", rows="fitted", rows_decay=decay).student[5].weight[3:].norm().item()
+        for decay in (1e-4, 1e-2, 1.0)
+    ]
+    assert sizes[0] > 1.5 * sizes[1] > 2 * sizes[2]
+
+
 def test_binary_training_teaches_yes_and_no(teacher):
     bright = pictures(OLD, 60)
     bright = ImageSet((bright.images // 8 + 80 * bright.labels.view(-1, 1, 1, 1).byte()), bright.labels, OLD)
@@ -512,6 +520,9 @@ synthesis_batch_size = 12
 generator_rounds = 2
 generator_batch_size = 8
 binary_updates = 2
+binary_steps = 6
+binary_decay = 0.1
+rows = "fitted"
 batch_size = 8
 updates = 4
 learning_rate = 0.2
@@ -540,6 +551,9 @@ def test_a_run_of_two_steps_stops_and_resumes_to_the_same_numbers(tmp_path, monk
         except RunStopped:
             stops += 1
     assert stops >= 2 and result.numbers == whole.numbers
+    table = next((tmp_path / "r").rglob("history.csv")).read_text().splitlines()
+    last = {row.split(",")[0]: int(row.split(",")[2]) for row in table[1:]}
+    assert last["lwf-mc 2"] == 6 and last["deepinversion 2"] == last["generator 1"] == 4  # a length of its own
     steps = whole.numbers["steps"]
     assert set(steps) == {"lwf-mc", "deepinversion", "generator"}
     assert [row["names"] for row in steps["deepinversion"]] == [
