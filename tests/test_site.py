@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tools"))
 from tools.website import SiteError  # noqa: E402
-from tools.website.build import adapt, build, check_sidebar  # noqa: E402
+from tools.website.build import adapt, build, check_sidebar, refine  # noqa: E402
 from tools.website.check import check  # noqa: E402
 from tools.website.citations import Citations, read_bibliography  # noqa: E402
 from tools.website.labels import Labels  # noqa: E402
@@ -222,6 +222,14 @@ def test_widgets_and_foreign_style_sheets_are_left_out() -> None:
     link = '<link rel="stylesheet" href="https://elsewhere.org/font-awesome/4.4.0/css/font-awesome.min.css">'
     text = page(code("show()", widget, shown(html=link + '<img src="data:,"><p>kept</p>')))
     assert "kept" in text and "elsewhere" not in text and '<img alt=""' in text
+
+
+def test_commands_and_printed_columns_are_marked() -> None:
+    printed = '<div class="cell-output cell-output-stdout">\n<pre><code>{}</code></pre>'
+    table, words = "a   b\n1   2\n3   4", "one sentence  with a gap\nand another\nand a third"
+    assert '<pre class="columns"><code>a   b' in refine(printed.format(table))
+    assert refine(printed.format(words)) == printed.format(words)
+    assert refine("<td><code>dfkd run x --scale quick</code></td>").startswith('<td><code class="command">dfkd run')
 
 
 def test_pages_lose_the_number_of_their_notebook() -> None:
