@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dfkd_nb.applications import pruning
 from dfkd_nb.applications.pruning import (
     ConvKey,
     Filters,
@@ -274,6 +275,12 @@ def test_importance_refuses_and_repeats(digits, pool):
 
 
 # latency
+
+
+def test_a_clock_that_stands_still_measures_nothing(monkeypatch):
+    ticks = iter([0.0, 0.0, 1.0, 1.0, 1.0, 2.0, *map(float, range(2, 99))])  # the second call seems to take no time
+    monkeypatch.setattr(pruning.time, "thread_time", lambda: next(ticks))
+    assert pruning.fastest(lambda: None, seconds=1.0) == 1000.0
 
 
 def keyed(inputs, outputs, groups=1):

@@ -401,9 +401,10 @@ def rank_agreement(
 def _stopwatch(device: str | torch.device) -> Iterator[Callable[[], float]]:
     "A clock, in seconds, and one thread meanwhile. CPU: the thread's own time, which stands still while others have the core. GPU: until it is done."
     cuda, threads = torch.device(device).type == 'cuda', torch.get_num_threads()
+    coarse = time.get_clock_info('thread_time').resolution > 1e-5 # as on Windows
     def now() -> float:
         if cuda: torch.cuda.synchronize()
-        return time.perf_counter() if cuda else time.thread_time()
+        return time.perf_counter() if cuda or coarse else time.thread_time()
     torch.set_num_threads(1)
     try: yield now
     finally: torch.set_num_threads(threads)
@@ -420,7 +421,8 @@ def fastest(
         while calls < 5 or now() < end:
             began = now()
             call()
-            best, calls = min(best, now() - began), calls + 1
+            taken, calls = now() - began, calls + 1
+            if taken > 0: best = min(best, taken) # virtual machines have clocks that stand still at times
     return 1e3 * best
 
 def network_latency(
