@@ -1,0 +1,72 @@
+"""What all tests share: one thread each, and notebooks that run beside the other tests.
+
+Notebooks take as long as everything else together. So they begin with the first test, in processes of their own on the
+cores that the other tests leave (`DFKD_JOBS` sets another number of them), and are asked for their outcome at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is loaded: many small tests gain nothing from more
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = int(os.environ.get("DFKD_NOTEBOOK_SECONDS", 400))
+PROGRAM = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1])"
+
+
+class Outcome(NamedTuple):
+    "What became of a notebook."
+
+    passed: bool
+    seconds: float
+    text: str
+
+
+def run_notebook(name: str, directory: Path) -> Outcome:
+    "Run one notebook in a process that works in `directory` for everything it keeps."
+    changes = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "IN_TEST": "1", "DFKD_PROGRESS": "0", "TMPDIR": str(directory)}
+    start = time.time()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(ROOT / "nbs" / name)],
+            cwd=ROOT,
+            env=os.environ | changes,
+            timeout=LIMIT,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    except subprocess.TimeoutExpired as error:
+        text = b"".join(part for part in (error.stdout, error.stderr) if isinstance(part, bytes)).decode(
+            errors="replace"
+        )
+        return Outcome(False, time.time() - start, f"took more than {LIMIT} s\n{text[-2000:]}")
+    text = result.stdout + result.stderr
+    return Outcome(result.returncode == 0, time.time() - start, f"exit {result.returncode}\n{text[-6000:]}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Notebooks are asked last."
+    items.sort(key=lambda item: item.get_closest_marker("notebook") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Outcome]]]:
+    "All notebooks that were asked for, begun at once."
+    asked = [item.callspec.params["name"] for item in request.session.items if item.get_closest_marker("notebook")]
+    cores = (os.cpu_count() or 1) - (len(asked) < len(request.session.items))
+    pool = ThreadPoolExecutor(int(os.environ.get("DFKD_JOBS", min(4, max(1, cores)))))
+    yield {name: pool.submit(run_notebook, name, tmp_path_factory.mktemp(Path(name).stem)) for name in asked}
+    pool.shutdown(cancel_futures=True)
