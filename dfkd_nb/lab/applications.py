@@ -33,6 +33,12 @@ class Supply:
     picture: int = setting(40, 'images in the picture', low=1)
 
 # %% ../../nbs/lab/25_applications.ipynb #4ae47208
+def _refit(images: 'ImageSet', teacher: 'Teacher') -> 'ImageSet':
+    "Images of another kind, in the size that this network takes, labelled by it."
+    from dfkd_nb.foundations.data import ImageSet, fit
+    pixels = fit(images.images, teacher.domain, as_bytes=True)
+    return ImageSet(pixels, teacher.predict(pixels).argmax(1).to(pixels.device), teacher.domain)
+
 def supply(
     run: Run, # its root holds the runs that made images
     teacher: 'Teacher', # who labels what has no labels of its own classes
@@ -41,7 +47,7 @@ def supply(
 ) -> 'ImageSet': # on the run's device, labelled
     "Images by the name of their maker, in the size that the teacher takes. Too few, or a run that left none, are a `DFKDError`."
     import torch
-    from dfkd_nb.foundations.data import ImageSet, fit
+    from dfkd_nb.foundations.data import ImageSet
     if images_from.startswith('run:'): found = run_images(run.root, images_from, run.scale, images)
     elif images_from == 'noise':
         static = torch.randint(256, (images, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(run.settings.seed))
@@ -52,8 +58,7 @@ def supply(
     if len(found) < images: raise problem(f"'{images_from}' has {len(found)} images: set images to that or less")
     found = found.subset(images)
     if found.domain.classes == teacher.domain.classes and found.domain.shape == teacher.domain.shape: return found.to(run.device)
-    fitted = fit(found.images, teacher.domain, as_bytes=True)
-    return ImageSet(fitted, teacher.predict(fitted).argmax(1).to(fitted.device), teacher.domain).to(run.device)
+    return _refit(found, teacher).to(run.device)
 
 # %% ../../nbs/lab/25_applications.ipynb #dbc4e7df
 import json
@@ -339,12 +344,6 @@ def shown_images(
     images = ImageSet.load(path).to(run.device)
     if method == 'deepinversion': save_picture(run.folder, images, settings.picture)
     return images
-
-def _refit(images: 'ImageSet', teacher: 'Teacher') -> 'ImageSet':
-    "Another run's dreams, in the size that this network takes."
-    from dfkd_nb.foundations.data import ImageSet, fit
-    pixels = fit(images.images, teacher.domain, as_bytes=True)
-    return ImageSet(pixels, teacher.predict(pixels).argmax(1).cpu(), teacher.domain)
 
 def _painted(run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | None) -> 'ImageSet':
     "What a generator paints that has learned from this network."
