@@ -302,14 +302,14 @@ def test_gradients_are_clipped_and_the_step_size_falls(teacher):
 
 def test_one_look_at_both_batches_is_two_looks(teacher):
     made = learner(teacher, clip=0.0)
-    images, labels = made.source.sample(8, made.generator)
+    images, labels = made.sampler.sample(8, made.generator)
     state = made.state_dict()
     generator, position = made.generator.get_state().clone(), copy.deepcopy(state["old"])
     made.student.train()
     total, parts = made.loss(images, labels)
     made.generator.set_state(generator)
-    made.old.load_state_dict(position)
-    old, _ = made.old.sample(8, made.generator)
+    made.old_sampler.load_state_dict(position)
+    old, _ = made.old_sampler.sample(8, made.generator)
     made.student.eval()
     x, z = made.domain.normalize(images), made.domain.normalize(old)
     expected = (

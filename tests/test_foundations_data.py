@@ -302,25 +302,38 @@ def source(count: int) -> ImageSet:
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 6))
 @settings(max_examples=30, deadline=None)
 def test_drawing_is_fair_and_resumes(count: int, batch: int, before: int) -> None:
-    images, generator = source(count), torch.Generator().manual_seed(0)
+    sampler, generator = source(count).sampler(), torch.Generator().manual_seed(0)
     for _ in range(before):
-        images.sample(batch, generator)
-    state, stream = images.state_dict(), generator.get_state()
-    drawn = [images.sample(batch, generator) for _ in range(5)]
+        sampler.sample(batch, generator)
+    state, stream = sampler.state_dict(), generator.get_state()
+    drawn = [sampler.sample(batch, generator) for _ in range(5)]
     for x, y in drawn:
         assert len(x) == batch and y is not None and torch.equal(x[:, 0, 0, 0].long(), y)
         seen = y.bincount(minlength=count)
         assert seen.max() - seen.min() <= 2 # at most one shuffle more, cut off
-    again, other = source(count), torch.Generator()
+    again, other = source(count).sampler(), torch.Generator()
     again.load_state_dict(state)
     other.set_state(stream)
     assert all(torch.equal(again.sample(batch, other)[1], y) for _, y in drawn)
 
 
+def test_samplers_of_one_set_do_not_touch_each_other() -> None:
+    images = source(10)
+    first, second = images.sampler(), images.sampler()
+    one, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    mixed = []
+    for _ in range(7):
+        mixed.append(first.sample(3, one)[1])
+        second.sample(4, torch.Generator().manual_seed(5))
+    alone = images.sampler()
+    assert all(torch.equal(y, alone.sample(3, other)[1]) for y in mixed)
+    assert not any(isinstance(value, int) for value in vars(images).values())  # a set has no state but its data
+
+
 def test_an_epoch_has_everything_once() -> None:
-    images, generator = source(12), torch.Generator().manual_seed(0)
+    sampler, generator = source(12).sampler(), torch.Generator().manual_seed(0)
     for _ in range(3):
-        labels = torch.cat([images.sample(4, generator)[1] for _ in range(3)])
+        labels = torch.cat([sampler.sample(4, generator)[1] for _ in range(3)])
         assert torch.equal(labels.sort().values, torch.arange(12))
 
 
@@ -332,7 +345,7 @@ def test_five_thousand_classes_and_no_labels(tmp_path: Path) -> None:
     bare = ImageSet(many.images, None, many.domain)
     bare.save(tmp_path / "bare.safetensors")
     assert ImageSet.load(tmp_path / "bare.safetensors").labels is None
-    assert bare.sample(3, torch.Generator())[1] is None and bare.to("cpu").subset(2).labels is None
+    assert bare.sampler().sample(3, torch.Generator())[1] is None and bare.to("cpu").subset(2).labels is None
 
 
 @pytest.mark.parametrize("labels", [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint, save_tensors, seed_everything
-from dfkd_nb.foundations.data import DOMAINS, Augment, Domain, ImageSet
+from dfkd_nb.foundations.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
 from dfkd_nb.foundations.distillation import (
     Distiller,
     as_source,
@@ -445,7 +445,7 @@ def test_any_source_of_images_teaches_the_same() -> None:
         students.append(student)
     assert same(*students)
     drawn = distill(Teacher(tiny(7), TOY), tiny(), lambda n, g: torch.rand(n, 1, 8, 8, generator=g), steps=5, batch_size=8, device="cpu")
-    assert drawn.done == 5 and drawn.source.state_dict().keys() == images().state_dict().keys()
+    assert drawn.done == 5 and drawn.sampler.state_dict() == {}
 
 
 def test_learning_from_labels_works() -> None:
@@ -558,7 +558,8 @@ def test_inheriting_leaves_what_has_no_partner() -> None:
 
 
 def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
-    class Listening(ImageSet):
+    class Listening(EpochSampler):
+        wants_report = True
         heard: list[tuple[Tensor, Tensor]] = []
 
         def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
@@ -568,13 +569,15 @@ def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
     torch.manual_seed(0)
     teacher = Teacher(build_model("digits-net", 10, 1), DOMAINS["digits"])
     images = torch.randint(0, 256, (32, 1, 8, 8), dtype=torch.uint8)
-    source = Listening(images, None, DOMAINS["digits"])
-    distiller = Distiller(teacher, build_model("digits-net", 10, 1), source, steps=3, batch_size=8, device="cpu")
+    images_set = ImageSet(images, None, DOMAINS["digits"])
+    source = Listening(images_set)
+    images_set.sampler = lambda: source  # type: ignore[method-assign]
+    distiller = Distiller(teacher, build_model("digits-net", 10, 1), images_set, steps=3, batch_size=8, device="cpu")
     losses = [float(distiller.step()["distillation"]) for _ in range(3)]
     assert losses == [0.0] * 3 and len(source.heard) == 3
     assert all(s.shape == t.shape == (8, 10) and not s.requires_grad for s, t in source.heard)
     with pytest.raises(DFKDError, match="mixup_alpha is 1.0, but a Listening"):
-        Distiller(teacher, build_model("digits-net", 10, 1), source, steps=3, mixup_alpha=1.0, device="cpu")
+        Distiller(teacher, build_model("digits-net", 10, 1), images_set, steps=3, mixup_alpha=1.0, device="cpu")
 
 
 def test_weights_of_a_loss() -> None:

@@ -243,6 +243,7 @@ class ContinualDistiller(Distiller):
         if self.lesson.on_old and self.old is None: raise DFKDError("this lesson needs images of old classes, or what stands for them: give `old`, or take 'lwf' or 'lwf-mc'")
         if self.lesson.on_old == 'labels' and (self.old is None or self.old.labels is None): raise DFKDError('the old images have no labels: give labelled ones, or learn from answers')
         if self.old is not None and self.old.domain.shape != teacher.domain.shape: raise DFKDError(f"the old images are {self.old.domain.shape}, the network's {teacher.domain.shape}: resize them")
+        if self.old is not None: self.old_sampler = self.old.sampler()
         if settings.get('mixup_alpha'): raise DFKDError('mixup would mix old and new classes: leave mixup_alpha at 0')
         super().__init__(teacher, student, new, domain=domain, label_weight=1., schedule='constant' if self.falls else schedule, temperature=temperature, **settings)
         if domain.num_classes <= teacher.domain.num_classes: raise DFKDError(f'{domain.num_classes} classes, the old network has {teacher.domain.num_classes}: extend it first')
@@ -256,7 +257,7 @@ class ContinualDistiller(Distiller):
         for layer in self.frozen: layer.eval() # `step` has put the network into training mode
         new, old, old_labels = len(images), None, None
         if self.old is not None:
-            old, old_labels = self.old.sample(self.batch_size, self.generator)
+            old, old_labels = self.old_sampler.sample(self.batch_size, self.generator)
             images = torch.cat([self._seen(images), self._seen(old.to(self.device))]) # one look at both: frozen BatchNorm does not mix them
         else: images = self._seen(images)
         with autocast(self.device, self.precision):
@@ -333,12 +334,12 @@ class ContinualDistiller(Distiller):
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, the place among old images included."
-        return super().state_dict() | ({} if self.old is None else {'old': self.old.state_dict()})
+        return super().state_dict() | ({} if self.old is None else {'old': self.old_sampler.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same sources, same settings."
         super().load_state_dict(state)
-        if self.old is not None: self.old.load_state_dict(state['old'])
+        if self.old is not None: self.old_sampler.load_state_dict(state['old'])
 
 # %% ../../nbs/applications/16_continual.ipynb #df361eeb
 def first_class(

@@ -684,7 +684,7 @@ class PruningDistiller(Distiller):
 
     def importance(self) -> dict[str, Tensor]:
         "Of the filters that are left, by some batches of the source."
-        batches = [self.source.sample(self.batch_size, self.generator) for _ in range(self.importance_batches)]
+        batches = [self.sampler.sample(self.batch_size, self.generator) for _ in range(self.importance_batches)]
         seed = int(torch.randint(2**62, (1,), generator=self.generator))
         return filter_importance(self.student, self.filters, batches, self.criterion, self.teacher, self.kept, temperature=self.temperature, seed=seed)
 

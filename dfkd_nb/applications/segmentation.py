@@ -69,7 +69,6 @@ class SceneSet(ImageSource):
         masks: Tensor, # integers `(N, H, W)`: class numbers, or `IGNORED`
         domain: Domain, # what both mean
     ) -> None:
-        super().__init__()
         if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
         self.images, self.domain = domain.check(images), domain
         if masks.shape != images[:, 0].shape: raise DFKDError(f'masks of shape {tuple(masks.shape)} for images of shape {tuple(images.shape)}: give one number a pixel, {tuple(images[:, 0].shape)}')

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .inversion import DeepInversion
 from .priors import Term, View
 from ..foundations.core import COLOURS, DFKDError
-from ..foundations.data import Domain, ImageSource, _check_labels
+from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, in_eval_mode
 
@@ -62,7 +62,7 @@ def competition_term(
     return competition
 
 # %% ../../nbs/dreams/08_competition.ipynb #b7411e78
-class GrowingPool(ImageSource):
+class GrowingPool(ImageSource, Sampler):
     "Everything that was ever made, as uint8 in memory: batches are drawn evenly from all of it, the newest images first."
 
     def __init__(
@@ -72,7 +72,7 @@ class GrowingPool(ImageSource):
         device: str | torch.device = 'cpu', # where the images are kept
         saves_images: bool = True, # whether `state_dict` holds them; False where somebody else keeps them and adds them again
     ) -> None:
-        super().__init__()
+        self._epochs = EpochSampler(self)
         self.domain, self.newest_first, self.device, self.saves_images = domain, newest_first, torch.device(device), saves_images
         self._images = torch.empty(0, *domain.shape, dtype=torch.uint8, device=self.device) # with room to grow
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
@@ -104,24 +104,29 @@ class GrowingPool(ImageSource):
             self._images = torch.cat([self._images, self._images.new_empty(room, *self.domain.shape)])
             self._labels = torch.cat([self._labels, self._labels.new_zeros(room)])
         self._images[self._count:total], self._labels[self._count:total] = images.to(self.device), checked.to(self.device) # type: ignore[union-attr]
-        if len(self._order): self._old = self._count
-        self._count, self._position, self._order = total, 0, self._order[:0]
+        if len(self._epochs.order): self._old = self._count
+        self._count, self._epochs = total, EpochSampler(self)
 
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, C, H, W)`."
         return self.images[indices.to(self.device)]
 
+    def sampler(self) -> Sampler:
+        "The pool itself: it knows what is new to its one consumer."
+        return self
+
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         "A random batch: after `add` what is new comes first, then the rest, then all in a new order, again and again."
-        if self.newest_first and not len(self._order) and 0 < self._old < self._count:
+        epochs = self._epochs
+        if self.newest_first and not len(epochs.order) and 0 < self._old < self._count:
             new = torch.randperm(self._count - self._old, generator=generator) + self._old
-            self._order, self._position = torch.cat([new, torch.randperm(self._old, generator=generator)]), 0
-        return super().sample(batch_size, generator)
+            epochs.order = torch.cat([new, torch.randperm(self._old, generator=generator)])
+        return epochs.sample(batch_size, generator)
 
     def state_dict(self) -> dict[str, Any]:
         "The images and where the drawing stands."
         kept = {'images': self.images.clone(), 'labels': self.labels.clone()} if self.saves_images else {} # a view would save all the empty room
-        return super().state_dict() | kept | {'count': self._count, 'old': self._old}
+        return self._epochs.state_dict() | kept | {'count': self._count, 'old': self._old}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood; without images in it, as many have to be here already."
@@ -130,7 +135,7 @@ class GrowingPool(ImageSource):
             self._images, self._labels, self._count = state['images'].to(self.device), state['labels'].to(self.device), len(state['images'])
         if self._count != state['count']: raise DFKDError(f"the pool holds {self._count} images, the saved state is about {state['count']}: add those first")
         self._old = state['old']
-        super().load_state_dict(state)
+        self._epochs.load_state_dict(state)
 
 # %% ../../nbs/dreams/08_competition.ipynb #09e9c0f2
 class Turns(ABC):

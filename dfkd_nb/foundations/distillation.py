@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import DFKDError, autocast, import_torchvision, pick_device, progress
-from .data import Augment, Domain, ImageSet, ImageSource, mixup
+from .data import Augment, Domain, ImageSet, ImageSource, Sampler, mixup
 from .models import Teacher, _logits, check_network, in_eval_mode
 
 # %% ../../nbs/foundations/04_distillation.ipynb #14dee959
@@ -82,7 +82,6 @@ class DrawnImages(ImageSource):
         draw: Callable[[int, torch.Generator], Tensor], # (batch size, CPU generator) to `(N, C, H, W)`, uint8 or intensities in [0, 1]
         domain: Domain, # what the images mean
     ) -> None:
-        super().__init__()
         self.draw, self.domain, self.labels = draw, domain, None
 
     def __len__(self) -> int: raise DFKDError('images that are drawn on demand have no number: collect some in an ImageSet')
@@ -91,9 +90,21 @@ class DrawnImages(ImageSource):
         "Not possible: nothing is kept."
         raise DFKDError('images that are drawn on demand have no order: collect some in an ImageSet')
 
+    def sampler(self) -> Sampler:
+        "It asks the function for each batch."
+        return _DrawingSampler(self)
+
+class _DrawingSampler(Sampler):
+    "Fresh batches from a function. All their randomness should come from the generator: then a resumed run draws the same."
+
+    def __init__(self, source: DrawnImages) -> None: self.source = source
+
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, None]:
-        "A fresh batch. All its randomness should come from `generator`: then a resumed run draws the same."
-        return self.domain.check(self.draw(batch_size, generator)).detach(), None
+        return self.source.domain.check(self.source.draw(batch_size, generator)).detach(), None
+
+    def state_dict(self) -> dict[str, Any]: return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: pass # the generator is the consumer's
 
 # %% ../../nbs/foundations/04_distillation.ipynb #d3c5e7c8
 def as_source(
@@ -146,7 +157,8 @@ class Distiller:
         if teacher is None and labels is None: raise DFKDError('neither a teacher nor labels to learn from: give one of them')
         if label_weight and labels is None: raise DFKDError(f'label_weight is {label_weight} but the images have no labels: set it to 0, or give labels')
         if not any(p.requires_grad for p in student.parameters()): raise DFKDError('the student has no weight that may change: switch requires_grad on')
-        if mixup_alpha and type(self.source).report is not ImageSource.report: raise DFKDError(f'mixup_alpha is {mixup_alpha}, but a {type(self.source).__name__} learns from the answers to its own images: set it to 0')
+        self.sampler = self.source.sampler()
+        if mixup_alpha and self.sampler.wants_report: raise DFKDError(f'mixup_alpha is {mixup_alpha}, but a {type(self.sampler).__name__} learns from the answers to its own images: set it to 0')
         learning_rate_at(0, steps, schedule, warmup)
         autocast(self.device, precision)
         self.domain = domain or (teacher.domain if teacher is not None else self.source.domain)
@@ -194,8 +206,8 @@ class Distiller:
             total = answer.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
                 with torch.no_grad(): known = self.teacher(x)
-                self.source.report(answer.detach(), known)
-                parts['distillation'] = distillation_loss(answer, known, self.temperature, self.source.loss_weights)
+                self.sampler.report(answer.detach(), known)
+                parts['distillation'] = distillation_loss(answer, known, self.temperature, self.sampler.loss_weights)
                 total = total + parts['distillation']
             if targets is not None:
                 parts['labels'] = self.label_loss(answer, targets)
@@ -205,7 +217,7 @@ class Distiller:
     def step(self) -> dict[str, Tensor]:
         "One update; returns the loss and its parts, detached, on the device."
         started = time.perf_counter()
-        images, labels = self.source.sample(self.batch_size, self.generator)
+        images, labels = self.sampler.sample(self.batch_size, self.generator)
         for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(self.done, self.steps, self.schedule, self.warmup)
         self.student.train()
         total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
@@ -244,7 +256,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits. The tensors are alive: save them (`save_checkpoint`) before the next update."
         return {'student': self.student.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
-                'generator': self.generator.get_state(), 'source': self.source.state_dict(), 'done': self.done, 'seconds': self.seconds,
+                'generator': self.generator.get_state(), 'sampler': self.sampler.state_dict(), 'done': self.done, 'seconds': self.seconds,
                 'history': list(self.history), 'sums': dict(self._sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -253,7 +265,7 @@ class Distiller:
         self.optimizer.load_state_dict(state['optimizer'])
         if state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
         self.generator.set_state(state['generator'].cpu())
-        self.source.load_state_dict(state['source'])
+        self.sampler.load_state_dict(state['sampler'])
         self.done, self.seconds, self.history = state['done'], state['seconds'], list(state['history'])
         self._sums = {k: v.to(self.device) for k, v in state['sums'].items()}
 

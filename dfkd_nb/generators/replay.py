@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..dreams.priors import Term, View
 from ..foundations.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
-from ..foundations.data import Domain, ImageSet, ImageSource, _check_labels
+from ..foundations.data import Domain, EpochSampler, ImageSet, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import Teacher, _logits, in_eval_mode
 from . import meta
@@ -64,7 +64,7 @@ def importance_weights(
     return (size * probabilities) ** -beta
 
 # %% ../../nbs/generators/13_replay.ipynb #88d519a8
-class ReplayPool(ImageSource):
+class ReplayPool(ImageSource, Sampler):
     "Images as uint8 in a buffer of constant size; what the student still gets wrong is drawn more often (SSD-KD, section 3.4)."
 
     def __init__(
@@ -83,10 +83,10 @@ class ReplayPool(ImageSource):
         temperature: float = 1., # of the softmaxes whose distance is the priority
         device: str | torch.device = 'cpu', # where everything is kept
     ) -> None:
-        super().__init__()
         if size < 1: raise DFKDError(f'a buffer of {size} images: give 1 or more')
         if min(alpha, beta) < 0 or epsilon <= 0: raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: give 0 or more, and an epsilon above 0')
         if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+        self._epochs = EpochSampler(self) # for even draws
         self.domain, self.size, self.teacher, self.student, self.device = domain, size, teacher, student, torch.device(device)
         self.prioritised, self.alpha, self.beta, self.epsilon = prioritised, alpha, beta, epsilon
         self.normalised, self.weighs_loss, self.temperature = normalised, weighs_loss, temperature
@@ -164,18 +164,24 @@ class ReplayPool(ImageSource):
         self._confidences[where], self._draws[where] = confidences[-n:].float().to(self.device), 0
         self.counts += torch.bincount(self._classes[where], minlength=len(self.counts))
         self.update(where, self.largest.expand(n) if priorities is None else priorities[-n:].to(self.device))
-        self._order, self._position, self.chosen = self._order[:0], 0, None
+        self._epochs, self.chosen = EpochSampler(self), None
 
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, C, H, W)`."
         return self.images[indices.to(self.device)]
 
+    wants_report = True
+
+    def sampler(self) -> Sampler:
+        "The buffer itself: priorities are learned from its one consumer."
+        return self
+
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         "A batch, each image of it drawn by `probabilities`; an image may come twice."
         if not len(self): raise DFKDError('there are no images to draw from: add some first')
         if not self.prioritised:
-            batch = super().sample(batch_size, generator)
-            self.chosen = self._order[self._position - batch_size:self._position].to(self.device)
+            self.chosen = self._epochs.next_indices(batch_size, generator).to(self.device)
+            batch = self._pick(self.chosen)
             self._weights = self.weights(self.chosen)
         else:
             probabilities = self.probabilities
@@ -234,13 +240,13 @@ class ReplayPool(ImageSource):
     def state_dict(self) -> dict[str, Any]:
         "The images, what is known about them, and where the drawing stands."
         kept = {name: getattr(self, name).clone() for name in ('images', 'labels', 'confidences', 'priorities', 'draws')}
-        return super().state_dict() | kept | {'added': self.added, 'largest': self.largest.clone(), 'size': self.size}
+        return self._epochs.state_dict() | kept | {'added': self.added, 'largest': self.largest.clone(), 'size': self.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same size, same settings."
         if state.get('size') != self.size: raise DFKDError(f"the saved buffer holds {state.get('size')} images, this one {self.size}: build it with the same size")
         self.domain.check(state['images'])
-        super().load_state_dict(state)
+        self._epochs.load_state_dict(state)
         self.added, self.largest = state['added'], state['largest'].to(self.device)
         for name, mine in (('images', '_images'), ('labels', '_classes'), ('confidences', '_confidences'), ('priorities', '_priorities'), ('draws', '_draws')):
             getattr(self, mine)[:len(self)] = state[name].to(self.device)
