@@ -63,7 +63,7 @@ def test_masks_are_exact():
 
 
 def test_a_batch_brings_masks_and_labels_are_one_an_image(scenes):
-    images, masks = scenes.sample(5, torch.Generator().manual_seed(0))
+    images, masks = scenes.sampler().sample(5, torch.Generator().manual_seed(0))
     assert images.dtype == torch.uint8 and masks.dtype == torch.int64 and masks.shape == (5, 16, 16)
     assert scenes.labels.shape == (24,)
     counts = torch.bincount(scenes.masks[3].flatten().long(), minlength=6)
