@@ -73,7 +73,7 @@ def _tied(layer: nn.Module) -> bool:
 def _mark_tied(network: nn.Module) -> dict[type, Any]:
     "Give tied convolutions a class of their own for a while, and torch-pruning a way to prune that class."
     function = import_extra('torch_pruning.pruner.function', 'torch-pruning')
-    class WholeGroups(function.ConvPruner):
+    class WholeGroups(function.ConvPruner): # type: ignore[name-defined]
         def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
             width = layer.out_channels // layer.groups
             super().prune_out_channels(layer, idxs)
@@ -935,7 +935,7 @@ def share_recovered(
     "What images give back of what real images give back. Where those give nothing back it is not a number."
     return (after - before) / (real - before) if real > before else math.nan
 
-# %% ../../nbs/applications/15_pruning.ipynb #eb9dec81
+# %% ../../nbs/applications/15_pruning.ipynb #ca204a03
 @torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module, # with BatchNorm layers; their running statistics are replaced
