@@ -100,7 +100,8 @@ def _grow(
     seed: int, # of their weights
 ) -> None:
     "New rows below the old ones, drawn as PyTorch draws a fresh layer's."
-    with seeded(seed): fresh = nn.Linear(layer.weight[0].numel(), rows, layer.bias is not None)
+    with seeded(seed):
+        fresh = nn.Linear(layer.weight[0].numel(), rows, layer.bias is not None)
     for kind, own in dict(layer.named_parameters()).items():
         more = getattr(fresh, kind).detach().to(own).view(rows, *own.shape[1:])
         setattr(layer, kind, nn.Parameter(torch.cat([own.detach(), more])))
@@ -167,7 +168,8 @@ class BinaryTrainer(Distiller):
         assert labels is not None
         if self.augment is not None: images = self.augment(images, self.generator)
         x = self.domain.normalize(images).contiguous(memory_format=self.memory_format)
-        with autocast(self.device, self.precision): answers = _full(_logits(self.student(x)))
+        with autocast(self.device, self.precision):
+            answers = _full(_logits(self.student(x)))
         targets = F.one_hot(labels, self.domain.num_classes).to(answers.dtype)
         loss = F.binary_cross_entropy_with_logits(answers, targets, reduction='sum') / len(labels)
         return loss, {'binary': loss}
@@ -242,7 +244,8 @@ class ContinualDistiller(Distiller):
         if self.lesson.on_old and self.old is None: raise DFKDError("this lesson needs images of old classes, or what stands for them: give `old`, or take 'lwf' or 'lwf-mc'")
         if self.lesson.on_old == 'labels' and (self.old is None or self.old.labels is None): raise DFKDError('the old images have no labels: give labelled ones, or learn from answers')
         if self.old is not None and self.old.domain.shape != teacher.domain.shape: raise DFKDError(f"the old images are {self.old.domain.shape}, the network's {teacher.domain.shape}: resize them")
-        if self.old is not None and self.lesson.on_old == 'labels': teacher.domain.check_classes(self.old.domain)
+        if self.old is not None and self.lesson.on_old == 'labels':
+            teacher.domain.check_classes(self.old.domain)
         if self.old is not None: self.old_sampler = self.old.sampler()
         if settings.get('mixup_alpha'): raise DFKDError('mixup would mix old and new classes: leave mixup_alpha at 0')
         super().__init__(teacher, student, new, domain=domain, label_weight=1., schedule='constant' if self.falls else schedule, temperature=temperature, **settings)
@@ -285,7 +288,7 @@ class ContinualDistiller(Distiller):
 
     def _before_update(self) -> None:
         "Clip the gradient, and take the step size of the moment."
-        for layer in self.frozen: # without a gradient the optimiser leaves a weight alone; its flag is the caller's
+        for layer in self.frozen: # the optimiser leaves a weight without gradient alone
             for parameter in layer.parameters(): parameter.grad = None
         if self.clip: nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.grad is not None], self.clip)
         if self.falls:
@@ -416,7 +419,8 @@ def only_classes(
 def _check_set(source: Any) -> None:
     "A `DFKDError` unless it is an `ImageSet`."
     if not isinstance(source, ImageSet):
-        raise DFKDError(f'a {type(source).__name__} is no ImageSet: collect its images with ImageSet.collect, or in_memory() of files')
+        raise DFKDError(f'a {type(source).__name__} is no ImageSet: make one with ImageSet.collect, '
+                        'or with in_memory() of files')
 
 def balanced(
     source: ImageSet, # labelled

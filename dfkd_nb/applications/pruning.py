@@ -48,14 +48,16 @@ class FilterGroup:
     count: int # filters
     makers: dict[str, Tensor] # convolutions whose outputs they are, and which output belongs to which filter: int64 `(outputs, 2)`
     readers: dict[str, Tensor] # layers that read them, and which input belongs to which filter: int64 `(inputs, 2)`
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0)) # int64 `(filters,)`: those of one number go together; by default each has its own
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0)) # int64 `(filters,)`: those of
+    # one number go together; by default each has its own
 
     def __post_init__(self) -> None:
-        if not len(self.blocks): object.__setattr__(self, 'blocks', torch.arange(self.count))
+        if len(self.blocks): return
+        object.__setattr__(self, 'blocks', torch.arange(self.count))
 
     @property
     def parts(self) -> int:
-        "How many blocks there are: as many as filters, unless a grouped convolution ties some together."
+        "How many blocks there are: as many as filters, unless a grouped convolution ties some."
         return int(self.blocks.max()) + 1
 
 # %% ../../nbs/applications/15_pruning.ipynb #e0d60c3b
@@ -67,41 +69,47 @@ def _black(model: nn.Module, domain: Domain, images: int) -> Tensor:
     return torch.zeros(images, *domain.shape, dtype=like.dtype, device=like.device)
 
 def _tied(layer: nn.Module) -> bool:
-    "A convolution whose groups have to stay or go as a whole; depthwise ones have groups of one."
-    return isinstance(layer, nn.Conv2d) and 1 < layer.groups < layer.in_channels == layer.out_channels
+    "A convolution whose groups stay or go as a whole; depthwise ones have groups of one."
+    if not isinstance(layer, nn.Conv2d): return False
+    return 1 < layer.groups < layer.in_channels == layer.out_channels
 
 def _mark_tied(network: nn.Module) -> dict[type, Any]:
-    "Give tied convolutions a class of their own for a while, and torch-pruning a way to prune that class."
+    "Give tied convolutions a class of their own for a while; and how torch-pruning prunes it."
     function = import_extra('torch_pruning.pruner.function', 'torch-pruning')
     class WholeGroups(function.ConvPruner): # type: ignore[name-defined]
         def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
             width = layer.out_channels // layer.groups
             super().prune_out_channels(layer, idxs)
-            layer.in_channels, layer.groups = layer.out_channels, layer.out_channels // width
+            layer.in_channels = layer.out_channels
+            layer.groups = layer.out_channels // width
             return layer
         prune_in_channels = prune_out_channels # what goes in and what comes out go together
     kinds: dict[type, type] = {}
     for layer in network.modules():
         if not _tied(layer): continue
         kind = type(layer)
-        layer.__class__ = kinds.setdefault(kind, type(kind.__name__, (kind,), {'unmarked': kind}))
+        if kind not in kinds: kinds[kind] = type(kind.__name__, (kind,), {'unmarked': kind})
+        layer.__class__ = kinds[kind]
     return {kind: WholeGroups() for kind in kinds.values()}
 
 def _unmark(network: nn.Module) -> None:
     for layer in network.modules():
-        if (kind := getattr(type(layer), 'unmarked', None)) is not None: layer.__class__ = kind
+        kind = getattr(type(layer), 'unmarked', None)
+        if kind is not None: layer.__class__ = kind
 
 def _graph(model: nn.Module, domain: Domain) -> tuple[Any, nn.Module]:
     "torch-pruning's dependency graph of a copy, and the copy, all of whose weights may change."
     pruning = import_extra('torch_pruning', 'torch-pruning')
     network = copy.deepcopy(_bare(model)).eval().requires_grad_(True)
-    example = torch.randn(2, *domain.shape, generator=torch.Generator().manual_seed(0)).to(_black(network, domain, 0))
+    rng = torch.Generator().manual_seed(0)
+    example = torch.randn(2, *domain.shape, generator=rng).to(_black(network, domain, 0))
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             network(example) # torch-pruning would hide what fails here
             return pruning.DependencyGraph().build_dependency(
-                network, (example,), output_transform=_logits, customized_pruners=_mark_tied(network), verbose=False), network
+                network, (example,), output_transform=_logits, verbose=False,
+                customized_pruners=_mark_tied(network)), network
     except Exception as error: # torch-pruning complains in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise DFKDError(f'torch-pruning cannot trace {type(network).__name__} ({reason}): check that it takes images of shape {tuple(domain.shape)} and is built of plain layers') from error
@@ -156,8 +164,10 @@ class Gates:
 
     def __enter__(self) -> 'Gates':
         layers = dict(self.model.named_modules())
-        foreign = [name for group in self.groups for name in group.readers if name not in layers]
-        if foreign: raise DFKDError(f"no layer '{foreign[0]}' in {type(self.model).__name__}: these filters belong to another network")
+        foreign = [n for group in self.groups for n in group.readers if n not in layers]
+        if foreign:
+            raise DFKDError(f"no layer '{foreign[0]}' in {type(self.model).__name__}: "
+                            'these filters belong to another network')
         for name in dict.fromkeys(n for group in self.groups for n in group.readers):
             found = [(group.layer, group.readers[name]) for group in self.groups if name in group.readers]
             def hook(layer: nn.Module, inputs: tuple[Tensor, ...], found: list[tuple[str, Tensor]] = found) -> tuple[Tensor, ...]:
@@ -180,7 +190,8 @@ def _cut(model: nn.Module, domain: Domain, removed: Mapping[str, Sequence[int]])
             raise DFKDError(f"'{name}' has {layer.out_channels} filters, and {len(set(filters))} of them shall go, up to number {max(filters)}: leave at least one, and number them from 0")
         if not filters: continue
         prune = graph.get_pruner_of_module(layer).prune_out_channels
-        _check_whole(name, _blocks(graph.get_pruning_group(layer, prune, range(layer.out_channels))), filters)
+        whole = graph.get_pruning_group(layer, prune, range(layer.out_channels))
+        _check_whole(name, _blocks(whole), filters)
         graph.get_pruning_group(layer, prune, sorted(set(filters))).prune()
     _unmark(network)
     return network
@@ -192,8 +203,9 @@ def _check_whole(name: str, blocks: Tensor, filters: Sequence[int]) -> None:
     for block in blocks[gone].unique():
         members = (blocks == block).nonzero().flatten()
         if gone[members].all(): continue
-        raise DFKDError(f"filter {int(members[gone[members]][0])} of '{name}' cannot go alone: a grouped convolution "
-                        f'needs all of {members.tolist()}; remove all of them or none (FilterGroup.blocks)')
+        raise DFKDError(
+            f"filter {int(members[gone[members]][0])} of '{name}' cannot go alone: a grouped "
+            f'convolution needs all of {members.tolist()}; remove all or none (FilterGroup.blocks)')
 
 # %% ../../nbs/applications/15_pruning.ipynb #38e0b59c
 def _stirred(model: nn.Module) -> nn.Module:
@@ -212,20 +224,23 @@ def removal_error(
     model: nn.Module, # any network
     domain: Domain, # of its images
     groups: Iterable[FilterGroup], # some filters of these are removed, in several choices
-) -> float: # largest difference of the answers, as a share of the largest answer; infinity where a smaller network fails
+) -> float: # largest difference, as a share of the largest answer; infinity where a network fails
     "Remove filters from one copy, close their gates in another, and compare what the two answer to noise."
     chosen, network = list(groups), _stirred(model)
-    x = torch.randn(4, *domain.shape, generator=torch.Generator().manual_seed(1)).to(_black(network, domain, 0))
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(4, *domain.shape, generator=rng).to(_black(network, domain, 0))
     return max(_choice_error(network, domain, chosen, gone, x) for gone in _choices(chosen))
 
 def _choices(groups: Sequence[FilterGroup]) -> Iterator[dict[str, list[int]]]:
     "Every second block of each group; the last one alone; half of them, drawn at random."
     rng = torch.Generator().manual_seed(2)
     draws: tuple[Callable[[int], Tensor], ...] = (
-        lambda parts: torch.arange(0, parts, 2)[:parts - 1], lambda parts: torch.tensor([parts - 1]),
+        lambda parts: torch.arange(0, parts, 2)[:parts - 1],
+        lambda parts: torch.tensor([parts - 1]),
         lambda parts: torch.randperm(parts, generator=rng)[:parts // 2])
     for draw in draws:
-        yield {g.layer: torch.isin(g.blocks, draw(g.parts)).nonzero().flatten().tolist() for g in groups}
+        yield {g.layer: torch.isin(g.blocks, draw(g.parts)).nonzero().flatten().tolist()
+               for g in groups}
 
 def _choice_error(
     network: nn.Module, # any
@@ -308,10 +323,10 @@ def _shared(model: nn.Module, domain: Domain) -> dict[str, str]:
     return {name: 'is used more than once in a pass' for name, number in calls.items() if number > 1} | found
 
 def _uneven(model: nn.Module) -> dict[str, str]:
-    "Grouped convolutions whose outputs are not as many as their inputs, and what to say about it."
-    return {name: f'has {layer.groups} groups that make {layer.out_channels} of {layer.in_channels} channels'
-            for name, layer in model.named_modules()
-            if isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.in_channels != layer.out_channels}
+    "Grouped convolutions of more outputs than inputs, or fewer, and what to say about it."
+    return {name: f'has {c.groups} groups that make {c.out_channels} of {c.in_channels} channels'
+            for name, c in model.named_modules()
+            if isinstance(c, nn.Conv2d) and c.groups > 1 and c.in_channels != c.out_channels}
 
 # %% ../../nbs/applications/15_pruning.ipynb #6b1fb07a
 class Filters:
@@ -366,7 +381,7 @@ def find_filters(
         if bad: left_alone[group.layer] = f"'{bad[0]}' {unfit[bad[0]]}"
         elif not group.readers: left_alone[group.layer] = 'no layer reads its filters: they are the answer'
         elif group.count < 2: left_alone[group.layer] = 'it has one filter'
-        elif group.parts < 2: left_alone[group.layer] = 'grouped convolutions tie all of its filters together'
+        elif group.parts < 2: left_alone[group.layer] = 'grouped convolutions tie all its filters'
     candidates = [group for group in groups if group.layer not in left_alone]
     if candidates and removal_error(network, domain, candidates) > 1e-3: # one by one, then
         for group in candidates:
@@ -439,7 +454,8 @@ def criterion_loss(
     if criterion == 'labels':
         if labels is None: raise DFKDError("criterion 'labels' needs labelled images: give labels, or take 'answers'")
         return lambda logits: F.cross_entropy(logits, labels.to(logits.device), reduction='sum')
-    seen = domain.renormalize(x, teacher.domain) if isinstance(teacher, Teacher) and domain is not None else x
+    own = teacher.domain if isinstance(teacher, Teacher) else domain
+    seen = x if domain is None or own is None else domain.renormalize(x, own)
     with torch.no_grad(): known = _logits(teacher(seen))
     if criterion == 'divergence': return lambda logits: len(x) * distillation_loss(logits, known, temperature)
     return lambda logits: (answer_direction(known, logits.detach(), generator) * logits).sum()
@@ -448,7 +464,7 @@ def criterion_loss(
 def filter_importance(
     model: nn.Module, # whose filters; not changed
     filters: Filters, # what `find_filters` found in it
-    batches: Images | Iterable[tuple[Tensor, Tensor | None]], # an `ImageSet`, or batches of uint8 images (or intensities) and labels
+    batches: Images | Iterable[tuple[Tensor, Tensor | None]], # an `ImageSet`, or images and labels
     criterion: str = 'answers', # a word of `CRITERIA`
     teacher: nn.Module | None = None, # who answers; None: the model itself, all its gates open
     kept: Kept | None = None, # filters that are still there; None: all
@@ -460,15 +476,17 @@ def filter_importance(
     if criterion not in CRITERIA: raise DFKDError(f"unknown criterion '{criterion}': use {', '.join(CRITERIA)}")
     if square not in ('image', 'batch'): raise DFKDError(f"unknown square '{square}': use 'image' or 'batch'")
     kept = kept or filters.all()
-    sums, images, like = {name: torch.zeros(len(still)) for name, still in kept.items()}, 0, _black(model, filters.domain, 0)
+    sums = {name: torch.zeros(len(still)) for name, still in kept.items()}
+    images, like, domain = 0, _black(model, filters.domain, 0), filters.domain
     generator = torch.Generator().manual_seed(seed)
     needed = [p.requires_grad for p in model.parameters()]
     with in_eval_mode(model):
         try:
             model.requires_grad_(False) # only the gates'
-            for pictures, labels in _judging(batches, filters.domain):
-                x = filters.domain.normalize(pictures.to(like.device)).to(like.dtype)
-                loss = criterion_loss(criterion, x, labels, teacher or model, generator, temperature, filters.domain)
+            for pictures, labels in _judging(batches, domain):
+                x = domain.normalize(pictures.to(like.device)).to(like.dtype)
+                asked = criterion, x, labels, teacher or model, generator, temperature
+                loss = criterion_loss(*asked, domain)
                 for name, gradient in gate_gradients(model, filters, x, loss, kept).items():
                     squares = gradient.square().sum(0) if square == 'image' else len(x) * gradient.mean(0).square()
                     sums[name] += squares.float().cpu() * kept[name].cpu()
@@ -482,13 +500,17 @@ def filter_importance(
 
 def _judging(images: Any, domain: Domain) -> Iterator[tuple[Tensor, Tensor | None]]:
     "Batches and their labels, checked, of all that filters can be judged by."
-    if isinstance(images, (ImageSource, Tensor)): images = as_source(images, domain).batches(100)
+    if isinstance(images, (ImageSource, Tensor)):
+        images = as_source(images, domain).batches(100)
     try: walk = iter(images)
-    except TypeError: raise DFKDError(f'no images in a {type(images).__name__}: give an ImageSet, or its batches(100)') from None
+    except TypeError:
+        kind = type(images).__name__
+        raise DFKDError(f'no images in a {kind}: give an ImageSet, or its batches(100)') from None
     for batch in walk:
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor)):
-            raise DFKDError(f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair of images '
-                            '(N, C, H, W) and labels: use ImageSet.collect(images, domain)')
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not pair or not isinstance(batch[0], Tensor):
+            raise DFKDError(f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair '
+                            'of images (N, C, H, W) and labels: use ImageSet.collect(images, domain)')
         yield domain.check(batch[0]), batch[1]
 
 # %% ../../nbs/applications/15_pruning.ipynb #9c299502
@@ -680,7 +702,8 @@ def compare_latencies(
     kinds = []
     for number in range(networks): # from an eighth of the filters to all of them, and each layer a little off
         eighths = (1 + 7 * number / max(1, networks - 1) + 4 * torch.rand(len(filters.groups), generator=generator) - 2).round().clamp(1, 8).int().tolist()
-        kinds.append({name: group.blocks < max(1, group.parts * part // 8) for (name, group), part in zip(filters.groups.items(), eighths)})
+        kinds.append({name: group.blocks < max(1, group.parts * part // 8)
+                      for (name, group), part in zip(filters.groups.items(), eighths)})
     smaller = [remove_filters(model, filters, kept).eval() for kept in kinds]
     for kept in kinds: table.network(filters.keys(kept))
     for _ in range(passes - 1): table.again()
@@ -693,7 +716,7 @@ class Plan:
     share: float = 0.5 # of the filters or of the latency
     measure: str = 'filters' # what `share` counts: 'filters' or 'latency'
     per_removal: int = 32 # filters that go at once
-    group_size: int | None = None # neighbours in rank that go together, so that layers keep a convenient size; None: 16, or fewer where the share asks for it, see `portion`
+    group_size: int | None = None # neighbours in rank that go together; None: see `portion`
     latency_weight: float = 0. # η of Eq. 10, between shares: of all importance, and of all latency
     table: LatencyTable | None = None # needed for 'latency', or for a weight on it
 
@@ -701,7 +724,8 @@ class Plan:
         if self.measure not in ('filters', 'latency'): raise DFKDError(f"unknown measure '{self.measure}': use 'filters' or 'latency'")
         if not 0 < self.share < 1: raise DFKDError(f'a share of {self.share} shall be removed: give one between 0 and 1')
         if self.per_removal < 1 or self.group_size is not None and self.group_size < 1:
-            raise DFKDError(f'per_removal {self.per_removal}, group_size {self.group_size}: give 1 or more of each')
+            raise DFKDError(f'per_removal {self.per_removal}, group_size {self.group_size}: '
+                            'give 1 or more of each')
         if self.latency_weight < 0: raise DFKDError(f'latency_weight {self.latency_weight}: give 0 or more')
         if self.table is None and (self.latency_weight or self.measure == 'latency'): raise DFKDError('latency counts, but there is no table of it: give table=LatencyTable()')
 
@@ -712,7 +736,7 @@ class Plan:
         return 1 - self.table.network(filters.keys(kept)) / self.table.network(filters.shapes.values())
 
     def portion(self, filters: Filters) -> int:
-        "Filters of a layer that go together: `group_size`, or the largest power of two up to 16 that is at most a tenth of what shall go."
+        "Filters that go together: `group_size`, or a power of two up to 16, a tenth of all that go."
         if self.group_size is not None: return self.group_size
         allowed = max(1, min(16, int(0.1 * self.share * filters.total)))
         return 1 << (allowed.bit_length() - 1)
@@ -723,7 +747,8 @@ class Plan:
         now = self.table.network(filters.keys(kept)) if self.table is not None and self.latency_weight else 1.
         found = []
         for name, still in kept.items():
-            size = min(self.portion(filters), max(1, len(still) // 2)) # one group is left, in narrow layers half of the filters
+            # one group is left, in narrow layers half of the filters
+            size = min(self.portion(filters), max(1, len(still) // 2))
             order = _cheapest(filters.groups[name].blocks, still, importance[name], size)
             if int(still.sum()) < 2 * len(order): continue
             price = float(importance[name][order].sum()) / whole
@@ -738,16 +763,20 @@ class Plan:
         kept, gone = dict(kept), 0
         while gone < self.per_removal and self.removed(filters, kept) < self.share:
             choice = self.candidates(filters, kept, importance)
-            if not choice: raise DFKDError(f"{self.removed(filters, kept):.0%} of the {self.measure} is all that can be removed in groups of {self.portion(filters)}, not {self.share:.0%}: ask for less, or for smaller groups")
+            if not choice:
+                raise DFKDError(
+                    f'{self.removed(filters, kept):.0%} of the {self.measure} is all that can be removed '
+                    f'in groups of {self.portion(filters)}, not {self.share:.0%}: ask for less, or for '
+                    'smaller groups')
             _, name, order = choice[0]
             kept[name] = kept[name].index_fill(0, order, False)
             gone += filters.weight(name) * len(order)
         removed = self.removed(filters, kept)
         if gone and removed > 1.25 * self.share:
             warnings.warn(
-                f"{removed:.1%} of the {self.measure} are removed instead of {self.share:.1%}: the last step took "
-                f"{len(order)} filters of '{name}', {filters.weight(name) * len(order)} with what hangs on them; "
-                'a smaller group_size comes closer', DFKDWarning, stacklevel=2)
+                f"{removed:.1%} of the {self.measure} are removed instead of {self.share:.1%}: the last "
+                f"step took {len(order)} filters of '{name}', {filters.weight(name) * len(order)} with "
+                'what hangs on them; a smaller group_size comes closer', DFKDWarning, stacklevel=2)
         return kept
 
 def _cheapest(
@@ -758,7 +787,8 @@ def _cheapest(
 ) -> Tensor: # numbers of filters, in whole blocks: at least `size` of them, if there are
     "The least important filters, block by block."
     there = still.nonzero().squeeze(1)
-    worth = torch.zeros(int(blocks.max()) + 1, dtype=importance.dtype).index_add_(0, blocks[there], importance[there])
+    worth = importance.new_zeros(int(blocks.max()) + 1)
+    worth.index_add_(0, blocks[there], importance[there])
     order, found = blocks[there].unique(), list[int]()
     for block in order[worth[order].argsort(stable=True)].tolist():
         if len(found) >= size: break
@@ -779,7 +809,7 @@ def prune_filters(
 
 # %% ../../nbs/applications/15_pruning.ipynb #6d9f16f8
 class PruningDistiller(Distiller):
-    "A `Distiller` whose student loses filters on the way: some every so many updates, until the plan's share is gone. What reads them is set to 0; `smaller` really removes them."
+    "A `Distiller` whose student loses filters: what reads them becomes 0; `smaller` removes them."
 
     def __init__(
         self,
@@ -795,7 +825,7 @@ class PruningDistiller(Distiller):
         **settings: Any, # see `Distiller`
     ) -> None:
         super().__init__(teacher, student, source, **settings)
-        self._readers: dict[str, Tensor] = {} # by name, their inputs that come from removed filters
+        self._readers: dict[str, Tensor] = {} # by name, inputs that come from removed filters
         if every < 1 or importance_batches < 1: raise DFKDError(f'every {every}, importance_batches {importance_batches}: give 1 or more of each')
         self.filters, self.plan, self.every, self.criterion, self.importance_batches = filters, plan, every, criterion, importance_batches
         self.kept: Kept = {}
@@ -807,7 +837,8 @@ class PruningDistiller(Distiller):
         found: dict[str, list[Tensor]] = {}
         for group in self.filters.groups.values():
             for name, pairs in group.readers.items():
-                found.setdefault(name, []).append(pairs[~kept[group.layer].cpu()[pairs[:, 1]], 0])
+                gone = ~kept[group.layer].cpu()[pairs[:, 1]]
+                found.setdefault(name, []).append(pairs[gone, 0])
         self._readers = {name: torch.cat(channels) for name, channels in found.items()}
         self._mask()
 
@@ -817,7 +848,9 @@ class PruningDistiller(Distiller):
         for name, channels in self._readers.items():
             layer = self.student.get_submodule(name)
             weight = dict(layer.named_parameters(recurse=False)).get('weight')
-            if weight is None: raise DFKDError(f"the weight of '{name}' is computed from others (a parametrisation): remove that first, torch.nn.utils.parametrize.remove_parametrizations")
+            if weight is None:
+                raise DFKDError(f"the weight of '{name}' is computed from others (a parametrisation): "
+                                'torch.nn.utils.parametrize.remove_parametrizations removes that')
             weight.index_fill_(1, channels.to(weight.device), 0.)
 
     @property
@@ -888,7 +921,8 @@ def export_network(
     import_extra('onnxscript', 'onnxscript')
     folder = Path(folder)
     network = copy.deepcopy(model).cpu().eval()
-    x = torch.randn(3, *domain.shape, generator=torch.Generator().manual_seed(0)).to(_black(network, domain, 0))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, *domain.shape, generator=rng).to(_black(network, domain, 0))
     sizes = {0: torch.export.Dim('images', min=1, max=4096)}
     with torch.no_grad(): wanted = _logits(network(x))
     try:
@@ -897,12 +931,13 @@ def export_network(
         with atomic_path(folder / 'network.pt2') as path: path.write_bytes(archive.getvalue())
         with atomic_path(folder / 'network.onnx') as path: torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False, input_names=['images'], output_names=['logits'])
     except DFKDError: raise # a disk that is full
-    except Exception as error: # of a dozen kinds, some pages long and coloured for a terminal
+    except Exception as error: # of a dozen kinds, some are pages long and coloured
         lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines()
-        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)[:100]
+        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
         raise DFKDError(
-            f'{type(network).__name__} cannot be exported ({reason}): export the float network, without branches on '
-            'pixels; a quantised one is kept by save_integers, or made of the exported file by its runtime') from error
+            f'{type(network).__name__} cannot be exported ({reason[:100]}): export the float network, '
+            'without branches on pixels; a quantised one is kept by save_integers, or made of the '
+            'exported file by its runtime') from error
     answers = {'torch.export': _logits(torch.export.load(folder / 'network.pt2').module()(x)),
                'ONNX': torch.from_numpy(runtime.InferenceSession(str(folder / 'network.onnx'), providers=['CPUExecutionProvider']).run(None, {'images': x.numpy()})[0])}
     return {name: float((answer.detach() - wanted).abs().max()) for name, answer in answers.items()}
@@ -940,46 +975,58 @@ def share_recovered(
 def reestimate_batchnorm(
     network: nn.Module, # with BatchNorm layers; their running statistics are replaced
     images: Images, # an `ImageSet` or what `as_source` makes one of; labels are not used
-    domain: Domain | None = None, # what the network expects; a `Teacher` and a set of images know their own
+    domain: Domain | None = None, # what the network expects; a `Teacher` and a set know their own
     batch_size: int = 100, # images at a time
 ) -> nn.Module: # the same network, in the modes it had
-    "Running means and variances of BatchNorm, measured anew as the moments over all images. Nothing else changes; a network without them is a `DFKDError`."
+    "Running means and variances of BatchNorm, measured anew over all images. Nothing else changes."
     domain = domain or (network.domain if isinstance(network, Teacher) else None)
     source = as_source(images, domain)
     domain = domain or source.domain
-    if source.domain.shape != domain.shape: raise DFKDError(f'the images are {source.domain.shape}, the network takes {domain.shape}: resize them with fit(images, domain)')
-    if len(source) < 2: raise DFKDError(f'{len(source)} images have no variance: give two or more')
-    layers = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    if not layers: raise DFKDError(f'{type(network).__name__} has no BatchNorm with running statistics: there is nothing to re-estimate')
-    before = [({k: v.clone() for k, v in layer.named_buffers(recurse=False)}, layer.momentum) for layer in layers]
+    if source.domain.shape != domain.shape:
+        raise DFKDError(f'the images are {source.domain.shape}, the network takes {domain.shape}: '
+                        'resize them with fit(images, domain)')
+    count, like = len(source), _black(network, domain, 0)
+    if count < 2: raise DFKDError(f'{count} images have no variance: give two or more')
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    layers = [m for m in norms if m.running_mean is not None]
+    if not layers:
+        raise DFKDError(f'{type(network).__name__} has no BatchNorm with running statistics: '
+                        'there is nothing to re-estimate')
+    before = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers()}) for layer in layers]
     moments = [_Moments() for _ in layers]
-    hooks, like = [layer.register_forward_pre_hook(m) for layer, m in zip(layers, moments)], _black(network, domain, 0)
-    parts = torch.arange(len(source)).tensor_split(-(-len(source) // batch_size)) # no last batch of one image
+    hooks = [layer.register_forward_pre_hook(m) for layer, m in zip(layers, moments)]
+    parts = torch.arange(count).tensor_split(-(-count // batch_size)) # no last one of one image
     try:
         with in_eval_mode(network):
             for layer in layers: layer.training, layer.momentum = True, 0.
-            for part in parts: network(domain.normalize(source.fetch(part).to(like.device)).to(like.dtype))
+            for part in parts:
+                x = domain.normalize(source.fetch(part).to(like.device))
+                network(x.to(like.dtype))
     finally:
         for hook in hooks: hook.remove()
-        for layer, (buffers, momentum) in zip(layers, before):
+        for layer, (momentum, buffers) in zip(layers, before):
             layer.momentum = momentum
             for name, value in buffers.items(): layer.get_buffer(name).copy_(value)
     for layer, found in zip(layers, moments):
         if not found.count: continue # no image has passed it
         layer.get_buffer('running_mean').copy_(found.mean)
         layer.get_buffer('running_var').copy_(found.squares / max(found.count - 1, 1))
-        if layer.num_batches_tracked is not None: layer.num_batches_tracked.fill_(len(parts))
+        if layer.num_batches_tracked is None: continue
+        layer.num_batches_tracked.fill_(len(parts))
     return network
 
 class _Moments:
-    "Mean and sum of squared deviations of each channel, over all that enters a layer; exact where the mean is large."
+    "Mean and sum of squared deviations of each channel, over all that enters a layer."
 
-    def __init__(self) -> None: self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x, count = inputs[0], inputs[0].numel() // inputs[0].shape[1]
-        dims = [d for d in range(x.ndim) if d != 1]
-        variance, mean = (v.cpu().double() for v in torch.var_mean(x if x.dtype == torch.float64 else x.float(), dims, correction=0))
-        total, apart = self.count + count, mean - self.mean
-        self.squares = self.squares + variance * count + apart.square() * self.count * count / total
+        x = inputs[0] if inputs[0].dtype == torch.float64 else inputs[0].float()
+        found = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        variance, mean = (v.cpu().double() for v in found)
+        count, apart = x.numel() // x.shape[1], mean - self.mean
+        total = self.count + count
+        between = apart.square() * self.count * count / total # exact where the mean is large
+        self.squares = self.squares + variance * count + between
         self.mean, self.count = self.mean + apart * count / total, total

@@ -296,7 +296,9 @@ def confusion(
     "What is taken for what, over all pixels that count (torchmetrics), in eval mode."
     import_torchvision()
     from torchmetrics.classification import MulticlassConfusionMatrix
-    if not isinstance(data, SceneSet): raise DFKDError(f'no masks in a {type(data).__name__}: give a SceneSet(images, masks, domain)')
+    if not isinstance(data, SceneSet):
+        kind = type(data).__name__
+        raise DFKDError(f'no masks in a {kind}: give a SceneSet(images, masks, domain)')
     domain = domain or (model.domain if isinstance(model, Teacher) else data.domain)
     domain.check_classes(data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
@@ -391,8 +393,9 @@ def mask_loss(
     label_smoothing: float = 0., # share of the target spread over all classes
 ) -> Tensor: # scalar, nats: mean over the pixels that count
     "Cross-entropy at every pixel that has a class."
-    pixels = _full(logits).movedim(1, -1).flatten(0, -2) # a row a pixel: on GPUs the loss on maps is not deterministic
-    total = F.cross_entropy(pixels, masks.flatten(), ignore_index=IGNORED, reduction='sum', label_smoothing=label_smoothing)
+    pixels = _full(logits).movedim(1, -1).flatten(0, -2) # on GPUs the loss on maps is not deterministic
+    total = F.cross_entropy(pixels, masks.flatten(), ignore_index=IGNORED, reduction='sum',
+                            label_smoothing=label_smoothing)
     return total / (masks != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #de8677de
@@ -416,7 +419,8 @@ class SceneDistiller(Distiller):
         if self.augment is not None:
             if masks is None: images = self.augment(images, self.generator)
             else: images, masks = augment_scenes(images, masks, self.augment, self.generator)
-        return self.domain.normalize(images).contiguous(memory_format=self.memory_format), masks
+        x = self.domain.normalize(images)
+        return x.contiguous(memory_format=self.memory_format), masks
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
         "`mask_loss`."
@@ -523,7 +527,8 @@ def scene_race(
     "Generator, pool and student of chapters 10 to 13, for pixels that have classes."
     place = pick_device(device)
     student = student.to(place)
-    with seeded(seed): network = Generator(teacher.domain.shape, latent_size, generator_width)
+    with seeded(seed):
+        network = Generator(teacher.domain.shape, latent_size, generator_width)
     pool = ScenePool(teacher.domain, replay, teacher, student, device=place) if replay else GrowingPool(teacher.domain, newest_first=False, device=place)
     painter = SceneSynthesizer(teacher, student=student, device=place, seed=seed, **preset() | {'generator': network} | dict(maker or {}))
     learner = SceneDistiller(teacher, student, pool, steps=(rounds - warmup_rounds) * updates_per_round, device=place, seed=seed, **dict(distiller or {}))

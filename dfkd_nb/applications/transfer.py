@@ -59,7 +59,9 @@ def learning_curve(
     **settings: Any, # of `Distiller`; the number of updates is the same for all
 ) -> list[dict[str, float]]: # one row a count and seed: 'images', 'seed', 'accuracy', and fidelity's
     "Accuracy against the number of images, all else being equal. A pool that is too small is a `DFKDError`."
-    if not isinstance(images, ImageSet): raise DFKDError(f'no pool in a {type(images).__name__}: give an ImageSet (ImageSet.collect makes one)')
+    if not isinstance(images, ImageSet):
+        kind = type(images).__name__
+        raise DFKDError(f'no pool in a {kind}: give an ImageSet (ImageSet.collect makes one)')
     rows = []
     for seed in seeds:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -117,7 +119,8 @@ def teaching_values(
         return F.kl_div((answer / temperature).log_softmax(1), told, reduction='none', log_target=True).flatten(1).sum(1) * temperature**2
     def batches(source: Images) -> Iterable[tuple[Tensor, Tensor]]:
         for batch, _ in as_source(source, teacher.domain).batches(batch_size):
-            with torch.no_grad(): told = (_full(teacher(_seen(teacher, batch, teacher.domain))) / temperature).log_softmax(1)
+            with torch.no_grad(): told = _full(teacher(_seen(teacher, batch, teacher.domain)))
+            told = (told / temperature).log_softmax(1)
             yield _seen(student, batch, domain or teacher.domain), told.to(like)
     with in_eval_mode(student):
         live = {name: w.clone().requires_grad_() for name, w in weights.items()}
