@@ -319,6 +319,7 @@ class Asking:
         if (domain.shape, domain.num_classes) != (self.domain.shape, self.domain.num_classes):
             raise DFKDError(f"the student takes images of shape {domain.shape} and knows {domain.num_classes} classes, the teacher {self.domain.shape} and {self.domain.num_classes}: "
                             "give a student for the same images and classes")
+        domain.check_classes(self.domain)
         rival = Teacher(student, domain, 'student').to(self.device)
         own, theirs = self.teacher.model.state_dict(), rival.model.state_dict()
         if own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v, theirs[k]) for k, v in own.items()):
