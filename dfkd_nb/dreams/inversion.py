@@ -71,6 +71,7 @@ class Look:
             with tap(teacher.model, embedding): embedding = classifier_layer(teacher.model) if embedding == 'classifier' else embedding
         path = 'model.' # from the network that is asked to the teacher's own
         if statistics is not None:
+            statistics.row(self.device) # before anything is compiled, which would be done again
             inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
             if not set(self.layers) <= inside and {f'model.{name}' for name in self.layers} <= inside: self.network, path = teacher.model, ''
             self.fused = self.at == 'input' and set(self.layers) <= set(batchnorm_layers(self.network))
