@@ -253,10 +253,10 @@ class Distiller:
             for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(self.done, self.steps, self.schedule, self.warmup)
             self.student.train()
             total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.done += 1
         self.seconds += time.perf_counter() - started
         return {'loss': total.detach()} | {k: v.detach() for k, v in parts.items()}
@@ -342,7 +342,7 @@ def evaluate(
     domain.check_classes(data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassAccuracy(domain.num_classes, average='micro').to(device)
-    confusion = torch.zeros(domain.num_classes**2, dtype=torch.long) # counts by label and prediction
+    pairs: list[Tensor] = [] # label and prediction as one number
     with in_eval_mode(model):
         for images, labels in progress(data.batches(batch_size), 'testing', total=-(-len(data) // batch_size)):
             assert labels is not None
@@ -350,22 +350,24 @@ def evaluate(
             if logits.shape[1:] != (domain.num_classes,):
                 raise DFKDError(f"the network answers {tuple(logits.shape)}, '{domain.name}' has {domain.num_classes} classes: they must agree")
             metric.update(logits, labels.to(device))
-            confusion += torch.bincount(labels.cpu() * domain.num_classes + logits.argmax(1).cpu(), minlength=len(confusion))
-    _warn_if_permuted(confusion.view(domain.num_classes, -1), domain)
+            pairs.append(labels.to(device) * domain.num_classes + logits.argmax(1))
+    _warn_if_permuted(torch.cat(pairs).cpu(), domain)
     return float(metric.compute())
 
 def _warn_if_permuted(
-    confusion: Tensor, # int64 `(K, K)`, images by label (rows) and prediction
-    domain: Domain, # knows the names
+    pairs: Tensor, # int64 `(N,)`, label times K plus prediction
+    domain: Domain, # knows the names of the K classes
 ) -> None:
     "A network that is right about classes but has them under other numbers: a few clear swaps, not mere confusion."
-    seen, first = confusion.sum(1), confusion.argmax(1)
-    sure = (seen >= 5) & (confusion.max(1).values > 0.5 * seen) # most images of the class get one answer
-    moved = [k for k in sure.nonzero().flatten().tolist() if int(first[k]) != k]
-    one_to_one = len({int(first[k]) for k in sure.nonzero().flatten()}) == int(sure.sum())
-    matched = int(confusion[sure].max(1).values.sum()) if sure.any() else 0
-    if len(moved) < 2 or not one_to_one or matched < 0.5 * int(seen.sum()): return # a poor network is no permuted one
-    examples = ', '.join(f"'{domain.classes[k]}' is answered as '{domain.classes[int(first[k])]}'" for k in moved[:3])
+    found, counts = pairs.unique(return_counts=True)
+    labels, predictions = found // domain.num_classes, found % domain.num_classes
+    seen = torch.zeros(domain.num_classes, dtype=torch.long).index_add_(0, labels, counts)
+    sure = (seen[labels] >= 5) & (counts > 0.5 * seen[labels]) # most images of the class get this answer
+    answers = dict(zip(labels[sure].tolist(), predictions[sure].tolist()))
+    moved = [(k, answer) for k, answer in answers.items() if answer != k]
+    if len(moved) < 2 or len(set(answers.values())) < len(answers): return
+    if int(counts[sure].sum()) < 0.5 * len(pairs): return # a poor network is no permuted one
+    examples = ', '.join(f"'{domain.classes[k]}' is answered as '{domain.classes[answer]}'" for k, answer in moved[:3])
     warnings.warn(f'the classes look permuted ({examples}): compare the order of the classes in the domain with that of the training', DFKDWarning, stacklevel=3)
 
 # %% ../../nbs/foundations/04_distillation.ipynb #7e02ef24
@@ -374,6 +376,7 @@ def wilson(
     count: int, # trials
 ) -> tuple[float, float]: # between which the true share lies, 19 times in 20
     "Wilson's interval for a share, which stays inside [0, 1] (Wilson, 1927)."
+    if not 0 <= right <= count or not count: raise DFKDError(f'{right} right answers of {count}: give one trial or more, and no more successes')
     z = 1.959964
     share, middle = right / count, (right + z * z / 2) / (count + z * z)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
