@@ -255,8 +255,8 @@ def _called(
     layers: Iterable[str], # by name
 ) -> list[str]: # those that work when it answers: not the heads that only helped in training
     "Two black images tell which layers take part."
-    black = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8, device=teacher.device)
-    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(teacher.domain.normalize(black))
+    black = next(_batches(teacher, torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8)))
+    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(black)
     return [name for name in watch.layers if name in watch.moments]
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d70e0f0e
