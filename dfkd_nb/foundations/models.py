@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'LITE', 'IMAGENET_TEACHERS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet',
-           'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'save_weights',
-           'load_weights', 'unwrap', 'why_no_hooks', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network',
-           'Teacher', 'shipped_weights', 'imagenet_domain', 'load_teacher', 'inherit']
+           'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'unwrap', 'save_weights',
+           'load_weights', 'why_no_hooks', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher',
+           'shipped_weights', 'imagenet_domain', 'load_teacher', 'inherit']
 
 # %% ../../nbs/foundations/03_models.ipynb #df0fac9f
 import copy
@@ -257,6 +257,17 @@ def count_parameters(
     "Trainable and frozen parameters, without buffers such as BatchNorm's statistics."
     return sum(p.numel() for p in model.parameters())
 
+# %% ../../nbs/foundations/03_models.ipynb #208a11c9
+def unwrap(
+    model: nn.Module, # any network
+) -> nn.Module: # the same layers and weights, under the names that they had before
+    "The network inside `torch.compile` and PyTorch's data-parallel wrappers; any other as it is."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or '_orig_mod' in model._modules:
+        inner = 'module' if isinstance(model, parallel) else '_orig_mod'
+        model = model.get_submodule(inner)
+    return model
+
 # %% ../../nbs/foundations/03_models.ipynb #d0bb9ec2
 def save_weights(
     path: str | Path, # a .safetensors file
@@ -307,16 +318,6 @@ def load_weights(
     return metadata
 
 # %% ../../nbs/foundations/03_models.ipynb #88353806
-def unwrap(
-    model: nn.Module, # any network
-) -> nn.Module: # the same layers and weights, under the names that they had before
-    "The network inside `torch.compile` and PyTorch's data-parallel wrappers; any other as it is."
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while isinstance(model, parallel) or '_orig_mod' in model._modules:
-        inner = 'module' if isinstance(model, parallel) else '_orig_mod'
-        model = model.get_submodule(inner)
-    return model
-
 def why_no_hooks(
     model: nn.Module, # any network, or one of its layers
 ) -> str: # one clause for a message; '' where they can
