@@ -198,11 +198,13 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
 
 
 def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
-    contest = compete(teacher)
-    contest.run(until=1)
-    assert contest.maker.student is None and contest.maker.objective.weights["competition"] == 0
+    contest, weight = compete(teacher), lambda: contest.maker.objective.weights["competition"]
+    contest.step()
+    assert contest.dreaming and contest.maker.student is None and weight() == 0
+    contest.run(until=4)
+    contest.step()
+    assert contest.dreaming and contest.maker.student is not None and weight() == 10
     contest.run(until=5)
-    assert contest.maker.student is not None and contest.maker.objective.weights["competition"] == 10
     plain = compete(teacher, 0.0).run()
     assert plain.maker.student is None
     assert torch.equal(plain.pool.images[:6], contest.pool.images[:6])

@@ -208,7 +208,7 @@ class Painting:
         seed: int = 0, # of everything random
     ) -> None:
         if min(steps, batch_size) < 1: raise DFKDError(f'{steps} updates of batches of {batch_size}: give 1 or more of each')
-        if learning_rate <= 0 or latent_learning_rate < 0: raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: give a positive one, and 0 or more')
+        if not 0 < learning_rate < math.inf or not 0 <= latent_learning_rate < math.inf: raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: give a positive one, and 0 or more')
         if reuse not in self.REUSE: raise DFKDError(f"unknown reuse '{reuse}': use {', '.join(self.REUSE)}")
         if labels not in ('answers', 'wishes'): raise DFKDError(f"unknown labels '{labels}': use 'answers' or 'wishes'")
         if feature_scale not in FEATURE_TERMS: raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
@@ -315,7 +315,8 @@ class Painting:
             theirs = self.domain.renormalize(x, self.student_domain or self.domain)
             with in_eval_mode(self.student), autocast(self.device, self.look.precision): answers = _logits(self.student(theirs))
         objective = self.objective if answers is not None or 'adversarial' not in self.objective.weights else self.objective.reweigh(adversarial=0.)
-        view = View(x, logits, logits.detach().argmax(1) if targets is None else targets, features, answers, embedding)
+        targets = logits.detach().argmax(1) if targets is None else targets
+        view = View(self.domain.to_pixels(x), logits, targets, features, answers, embedding)
         return *objective(view), view
 
     wants_student = False # set it where further terms ask for `view.student_logits`

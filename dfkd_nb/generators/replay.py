@@ -8,6 +8,7 @@ __all__ = ['modulation', 'sampling_probabilities', 'importance_weights', 'Replay
 
 # %% ../../nbs/generators/13_replay.ipynb #5ca33ee3
 import io
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def modulation(
     diversity: bool = True, # whether classes count
 ) -> Tensor: # `(N,)`, from 0 to 1
     "How much an image's class loss counts: little if its class is frequent or the teacher is sure (SSD-KD, Eq. 3)."
-    if gamma < 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
+    if not gamma >= 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
     if len(classes) != len(confidences): raise DFKDError(f'{len(classes)} classes, {len(confidences)} confidences: give one of each an image')
     phi = torch.ones_like(confidences)
     if diversity: phi = phi * (1 - counts.to(phi.device)[classes] / max(size, 1))
@@ -85,7 +86,7 @@ class ReplayPool(ImageSource, Sampler):
         device: str | torch.device = 'cpu', # where everything is kept
     ) -> None:
         if size < 1: raise DFKDError(f'a buffer of {size} images: give 1 or more')
-        if min(alpha, beta) < 0 or epsilon <= 0: raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: give 0 or more, and an epsilon above 0')
+        if not all(0 <= v < math.inf for v in (alpha, beta, epsilon)) or not epsilon: raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: give 0 or more, and an epsilon above 0')
         if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
         if student_domain is not None and student_domain.shape != domain.shape:
             raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, the images {domain.shape}: "
@@ -323,7 +324,7 @@ def modulated_class_term(
     through: bool = False, # let the gradient pass the weight too, as focal loss does
 ) -> Term: # at least 0
     "Cross-entropy of the teacher's own class, weighed by `modulation` (the last term of SSD-KD's Eq. 2)."
-    if gamma < 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
+    if not gamma >= 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
     def modulated(view: View) -> Tensor:
         logits = _full(view.logits)
         confidences, classes = logits.softmax(1).max(1)
