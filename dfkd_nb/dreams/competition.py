@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import Term, View
-from ..foundations.core import COLOURS, DFKDError, random_state, restore_random_state, seeded
+from ..foundations.core import COLOURS, DFKDError, seeded
 from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, in_eval_mode
@@ -222,18 +222,16 @@ class Turns(ABC):
         "What has to be the same when a checkpoint is taken up."
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits, also in the middle of a round: the global random streams too. The tensors are alive: save them before the next update."
-        return {'kind': self.kind, 'settings': self.settings(), 'distiller': self.distiller.state_dict(), 'random': random_state(),
-                'round': self.round, 'seconds': self.seconds}
+        "All that it takes to go on to the same bits, also in the middle of a round. The tensors are alive: save them before the next update."
+        return {'kind': self.kind, 'settings': self.settings(), 'distiller': self.distiller.state_dict(), 'round': self.round, 'seconds': self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood, the global random streams too: same networks, same settings."
+        "Go on where `state_dict` stood: same networks, same settings."
         if state.get('kind') != self.kind: raise DFKDError(f'this checkpoint was not written by this kind of race ({self.kind}): give another path')
         now = self.settings()
         changed = [f'{k} (was {v}, now {now[k]})' for k, v in state['settings'].items() if now[k] != v]
         if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
         self.distiller.load_state_dict(state['distiller'])
-        if 'random' in state: restore_random_state(state['random']) # a student with dropout draws from them
         self.round, self.seconds = state['round'], state['seconds']
 
 # %% ../../nbs/dreams/08_competition.ipynb #ffd72ad1

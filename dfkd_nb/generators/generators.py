@@ -21,9 +21,7 @@ from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, Look
 from ..dreams.priors import Objective, Term, View, class_loss, tv_term
 from ..dreams.statistics import Statistics
-from dfkd_nb.foundations.core import (
-    DFKDError, autocast, pick_device, random_state, restore_random_state, seeded,
-)
+from ..foundations.core import DFKDError, RandomStreams, autocast, pick_device, same_device, seeded
 from ..foundations.data import Augment, Domain, ImageSet
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import Teacher, _logits, in_eval_mode
@@ -128,8 +126,7 @@ def _same_scale(one: Domain, other: Domain) -> bool: return (one.mean, one.std) 
 
 def _teacher_at(teacher: Teacher, device: torch.device) -> Teacher:
     "The teacher itself where it is on the device already, otherwise a copy: the caller's is not moved."
-    here = torch.empty(0, device=device).device # 'cuda' by its full name, 'cuda:0'
-    return teacher if teacher.device == here else copy.deepcopy(teacher).to(device)
+    return teacher if same_device(teacher.device, device) else copy.deepcopy(teacher).to(device)
 
 def _check_student(
     student: nn.Module, # alive
@@ -139,14 +136,13 @@ def _check_student(
 ) -> None:
     "A `DFKDError` unless a student is on the device, for images of the teacher's shape and classes."
     place = next((p.device for p in student.parameters()), None)
-    if place is not None and place != torch.empty(0, device=device).device:
+    if place is not None and not same_device(place, device):
         raise DFKDError(f'the student is on {place}, images are made on {device}: move one of them')
     if student_domain is None: return
-    for what in ('shape', 'num_classes'):
-        mine, theirs = getattr(domain, what), getattr(student_domain, what)
-        if mine == theirs: continue
-        raise DFKDError(f"student_domain '{student_domain.name}' has {what} {theirs}, the teacher's "
-                        f"{mine}: they may differ in mean and std only")
+    if student_domain.shape != domain.shape:
+        raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, the "
+                        f"teacher's {domain.shape}: they may differ in mean and std only")
+    student_domain.check_classes(domain)
 
 def _copied(network: nn.Module) -> nn.Module:
     "A copy of a generator, or a `DFKDError` where it cannot be copied."
@@ -205,7 +201,7 @@ class Painting:
         embedding: str = '', # keep `view.embedding`, of which `activation_term` and further terms read: 'classifier' or a layer
         precision: str = 'float32', # 'bfloat16' or 'float16' for mixed precision
         device: str | torch.device = 'auto', # where to paint
-        seed: int = 0, # of everything random
+        seed: int = 0, # of everything random, what generator and terms draw themselves included (dropout)
     ) -> None:
         if min(steps, batch_size) < 1: raise DFKDError(f'{steps} updates of batches of {batch_size}: give 1 or more of each')
         if not 0 < learning_rate < math.inf or not 0 <= latent_learning_rate < math.inf: raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: give a positive one, and 0 or more')
@@ -242,6 +238,7 @@ class Painting:
         self.steps, self.batch_size, self.labels, self.augment, self.reuse = steps, batch_size, labels, augment, reuse
         self.learning_rate, self.latent_learning_rate, self.seed, self.competing = learning_rate, latent_learning_rate, seed, True
         self.rng = torch.Generator().manual_seed(seed) # of codes, wishes, augmentation and fresh weights
+        self.streams = RandomStreams(seed) # of whatever draws without a generator of its own
         self.updates = self.batches = 0 # made so far; batches finished
         self.history: list[dict[str, float]] = [] # one row a batch
         self._set(*self._tensors())
@@ -371,6 +368,9 @@ class GenerativeSynthesizer(Painting):
 
     def step(self) -> None:
         "One update of the batch in hand."
+        with self.streams: self._update()
+
+    def _update(self) -> None:
         if not self.left: self.start()
         images = self.paint(self.codes)
         total, values, view = self.judge(images, self.targets)
@@ -429,7 +429,7 @@ class GenerativeSynthesizer(Painting):
             'optimizer': self.optimizer.state_dict() if self.optimizer else None, 'codes': self.codes.detach(),
             'latent_optimizer': self.latent_optimizer.state_dict() if self.left and self.latent_optimizer else None,
             'targets': self.targets if self.left else None, 'best': self._plain_best(), 'rng': self.rng.get_state(),
-            'random': random_state(), # a generator with dropout draws from the global streams
+            'streams': self.streams.state_dict(),
             'left': self.left, 'updates': self.updates, 'batches': self.batches, 'competing': self.competing,
             'history': [dict(row) for row in self.history]}
 
@@ -438,7 +438,7 @@ class GenerativeSynthesizer(Painting):
         return self.best | {'moments': None if self.best['moments'] is None else {k: list(pair) for k, pair in self.best['moments'].items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood, the global random streams too: same teacher, same settings. Nothing of `state` is shared with it afterwards."
+        "Go on where `state_dict` stood: same teacher, same settings. Nothing of `state` is shared with it afterwards."
         changed = [f'{k} (was {v}, now {self._made_with.get(k)})' for k, v in state['settings'].items() if self._made_with.get(k) != v]
         if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
         for kind, own in (('weights', self.weights), ('buffers', self.buffers)):
@@ -447,7 +447,7 @@ class GenerativeSynthesizer(Painting):
         self._set({k: v.to(self.device) for k, v in state['weights'].items()}, {k: v.to(self.device) for k, v in state['buffers'].items()})
         if self.optimizer: self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
         self.rng.set_state(state['rng'].cpu())
-        if 'random' in state: restore_random_state(state['random'])
+        self.streams.load_state_dict(state['streams'])
         self.left, self.updates, self.batches, self.competing = state['left'], state['updates'], state['batches'], state['competing']
         self.history = [dict(row) for row in state['history']]
         self.codes, self.latent_optimizer = state['codes'].to(self.device).clone(), None

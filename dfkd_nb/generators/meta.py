@@ -163,9 +163,9 @@ class MetaSynthesizer(GenerativeSynthesizer):
         "All that the inner loop changes."
         return self.weights | ({'codes': self.codes} if self.latent_optimizer else {})
 
-    def step(self) -> None:
+    def _update(self) -> None:
         "One update of the batch in hand; after the last one the meta-weights learn from it."
-        super().step()
+        super()._update()
         if self.reuse != 'meta': return
         if self.meta == 'sum':
             for name, leaf in self._moving.items():
