@@ -55,7 +55,7 @@ def test_a_student_answers_to_what_the_teacher_saw(teacher):
     first.start(4)
     noise = first._begin().x.detach()
     with torch.no_grad():
-        torch.testing.assert_close(views[0].student_logits.detach(), student.eval()(noise))
+        torch.testing.assert_close(views[0].student_logits.detach(), student.eval()(DIGITS.from_pixels(noise)))
     assert x.shape == (4, 1, 8, 8)
 
 

@@ -298,7 +298,7 @@ class GoalSeeker(DeepInversion):
         self.start(len(goals), labels, goals)
         if first is not None and len(self.stages) > 1: raise DFKDError(f'images to start from have full size, the first of {len(self.stages)} stages has not: use one stage')
         if first is not None and len(first) != len(goals): raise DFKDError(f'{len(first)} images to start from, {len(goals)} goals: give one image a goal')
-        self.first = None if first is None else self.domain.normalize(self.domain.check(first)).to(self.device)
+        self.first = None if first is None else self.domain.to_pixels(self.domain.normalize(self.domain.check(first))).to(self.device)
         self.run(**settings)
         return self.gather()
 
