@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import Term, View
-from ..foundations.core import COLOURS, DFKDError, seeded
+from ..foundations.core import COLOURS, DFKDError, random_state, restore_random_state, seeded
 from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, in_eval_mode
@@ -273,7 +273,7 @@ class Competition(Turns):
         self.dreaming = False # whether a round is under way
         self.history: list[dict[str, float]] = [] # one row a round
         if self.weight: # a competition against oneself is told now
-            maker.compete_with(distiller.student)
+            maker.compete_with(distiller.student, distiller.domain)
             maker.student = None
 
     @property
@@ -287,7 +287,7 @@ class Competition(Turns):
     def _begin_round(self) -> None:
         "Plan the next images. In the first round the student knows nothing, so there is nothing to look for: no competition."
         if self.weight:
-            if self.round: self.maker.compete_with(self.student)
+            if self.round: self.maker.compete_with(self.student, self.distiller.domain)
             self.maker.reweigh(competition=self.weight if self.round else 0.)
         self.maker.seed = self.maker.settings['seed'] = self.seed * 100_003 + self.round # other noise in every round, and for every seed
         first = self.round * self.images_per_round
@@ -332,8 +332,8 @@ class Competition(Turns):
         return {'rounds': self.rounds, 'images_per_round': self.images_per_round, 'every': self.every, 'seed': self.seed, 'competition': self.weight, 'steps': self.steps}
 
     def state_dict(self) -> dict[str, Any]:
-        "See `Turns`; with the images in hand, where a round is under way."
-        return super().state_dict() | {'dreaming': self.dreaming, 'maker': self.maker.state_dict() if self.dreaming else None,
+        "See `Turns`; with the images in hand, where a round is under way, and the global random streams, from which a maker's terms may draw."
+        return super().state_dict() | {'random': random_state(), 'dreaming': self.dreaming, 'maker': self.maker.state_dict() if self.dreaming else None,
                                        'scaler': self.maker.scaler.state_dict(), 'history': [dict(row) for row in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -344,6 +344,7 @@ class Competition(Turns):
         if state['dreaming']:
             self._begin_round() # the student stands still while images are made: it is the rival that they had
             self.maker.load_state_dict(state['maker'])
+        restore_random_state(state['random'])
 
 # %% ../../nbs/dreams/08_competition.ipynb #3d7ee56d
 ARMS = 3

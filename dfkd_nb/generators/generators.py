@@ -144,6 +144,11 @@ def _check_student(
                         f"teacher's {domain.shape}: they may differ in mean and std only")
     student_domain.check_classes(domain)
 
+def _answers(student: nn.Module, x: Tensor) -> Tensor:
+    "A student's logits for images on its own scale, which it gets in the precision of its weights."
+    like = next((p for p in student.parameters() if p.is_floating_point()), x)
+    return _logits(student(x.to(like.dtype)))
+
 def _copied(network: nn.Module) -> nn.Module:
     "A copy of a generator, or a `DFKDError` where it cannot be copied."
     try: return copy.deepcopy(network)
@@ -310,7 +315,7 @@ class Painting:
         answers = None
         if self.student is not None and (self.competing and self.objective.weights.get('adversarial') or self.wants_student):
             theirs = self.domain.renormalize(x, self.student_domain or self.domain)
-            with in_eval_mode(self.student), autocast(self.device, self.look.precision): answers = _logits(self.student(theirs))
+            with in_eval_mode(self.student), autocast(self.device, self.look.precision): answers = _answers(self.student, theirs)
         objective = self.objective if answers is not None or 'adversarial' not in self.objective.weights else self.objective.reweigh(adversarial=0.)
         targets = logits.detach().argmax(1) if targets is None else targets
         view = View(self.domain.to_pixels(x), logits, targets, features, answers, embedding)

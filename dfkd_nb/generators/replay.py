@@ -22,9 +22,9 @@ from ..dreams.priors import Term, View
 from ..foundations.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
 from ..foundations.data import Domain, EpochSampler, ImageSet, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full
-from ..foundations.models import Teacher, _logits, in_eval_mode
+from ..foundations.models import Teacher, in_eval_mode
 from . import meta
-from .generators import DISTANCES, Alternation
+from .generators import DISTANCES, Alternation, _answers
 
 # %% ../../nbs/generators/13_replay.ipynb #7f45f39c
 def modulation(
@@ -156,7 +156,7 @@ class ReplayPool(ImageSource, Sampler):
         "What the student says to images, shown to it in its own normalisation."
         if self.student is None: raise DFKDError('nobody to ask: give the pool a student')
         place = next((p.device for p in self.student.parameters()), images.device)
-        return _logits(self.student((self.student_domain or self.domain).normalize(images.to(place))))
+        return _answers(self.student, (self.student_domain or self.domain).normalize(images.to(place)))
 
     def insert(
         self,
