@@ -71,6 +71,7 @@ class Look:
             with tap(teacher.model, embedding): embedding = classifier_layer(teacher.model) if embedding == 'classifier' else embedding
         path = 'model.' # from the network that is asked to the teacher's own
         if statistics is not None:
+            statistics.row(self.device) # before anything is compiled, which would be done again
             inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
             if not set(self.layers) <= inside and {f'model.{name}' for name in self.layers} <= inside: self.network, path = teacher.model, ''
             self.fused = self.at == 'input' and set(self.layers) <= set(batchnorm_layers(self.network))
@@ -319,6 +320,7 @@ class Asking:
         if (domain.shape, domain.num_classes) != (self.domain.shape, self.domain.num_classes):
             raise DFKDError(f"the student takes images of shape {domain.shape} and knows {domain.num_classes} classes, the teacher {self.domain.shape} and {self.domain.num_classes}: "
                             "give a student for the same images and classes")
+        domain.check_classes(self.domain)
         rival = Teacher(student, domain, 'student').to(self.device)
         own, theirs = self.teacher.model.state_dict(), rival.model.state_dict()
         if own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v, theirs[k]) for k, v in own.items()):

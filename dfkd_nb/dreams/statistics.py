@@ -370,6 +370,11 @@ class Statistics(Mapping[str, Moments]):
         try: return cls({name: (tensors[f'{name}.mean'], tensors[f'{name}.var']) for name in json.loads(about['layers'])}, about['at'])
         except (KeyError, json.JSONDecodeError): raise DFKDError(f'{path} holds no statistics: give a file that Statistics.save wrote') from None
 
+    def row(self, device: torch.device) -> Tensor:
+        "All means and variances, one after the other, kept on the device after the first time."
+        if device not in self._targets: self._targets[device] = torch.cat([v.to(device) for pair in self.values() for v in pair])
+        return self._targets[device]
+
     def distance(
         self,
         moments: Mapping[str, Moments], # of a batch, by layer name; layers not in these statistics are left out
@@ -380,8 +385,7 @@ class Statistics(Mapping[str, Moments]):
             if moments[name][0].shape != mean.shape:
                 raise DFKDError(f"layer '{name}' has {len(moments[name][0])} channels, its statistics {len(mean)}: they belong to another network")
         found = torch.cat([v for name in self for v in moments[name]])
-        if found.device not in self._targets: self._targets[found.device] = torch.cat([v.to(found.device) for pair in self.values() for v in pair])
-        parts = (found - self._targets[found.device]).split([len(v) for pair in self.values() for v in pair])
+        parts = (found - self.row(found.device)).split([len(v) for pair in self.values() for v in pair])
         lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts]) # at length 0 its gradient is 0
         return lengths.view(len(self), 2).sum(1)
 

@@ -41,7 +41,7 @@ TESTING = bool(os.environ.get('IN_TEST')) # notebooks run as tests: take the sma
 
 # %% ../../nbs/foundations/01_core.ipynb #ebf02595
 def import_torchvision() -> ModuleType: # the package `torchvision`
-    "Import torchvision, also beside a PyTorch that its wheel was not compiled for; needed before `import timm` there."
+    "Import torchvision beside any build of PyTorch; there, call it before `import timm`."
     try:
         import torchvision
     except RuntimeError as error:
@@ -225,9 +225,10 @@ def save_tensors(
     tensors: dict[str, Tensor], # what to keep
     metadata: dict[str, str] | None = None, # text that travels along
 ) -> None:
-    "Tensors as a safetensors file, atomically, equal bytes for equal content; two names for the same memory are a `DFKDError`."
+    "A safetensors file, atomically; equal content, equal bytes. Shared memory is a `DFKDError`."
     other = [name for name, text in (metadata or {}).items() if not isinstance(text, str)]
-    if other: raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
+    if other:
+        raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
     with atomic_path(path) as temporary:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error: raise OSError(str(error)) from error
@@ -238,14 +239,16 @@ def save_tensors(
 def _sort_metadata(
     path: Path, # a safetensors file
 ) -> None:
-    "Put the metadata of a file in alphabetical order: the library writes it in an order that differs between processes."
+    "Sort the metadata of a file by name: the library writes them in a random order."
     with open(path, 'rb+') as file:
         length = int.from_bytes(file.read(8), 'little')
         header = json.loads(file.read(length))
-        if '__metadata__' in header: header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        if '__metadata__' in header:
+            header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
         text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
-        # the same characters in another order; were it longer, the tensors behind it would be overwritten
-        if len(text) > length: raise DFKDError(f'{path} not written: the metadata cannot be sorted; give plain text')
+        # the same characters in another order; were they more, they would cover the tensors
+        if len(text) > length:
+            raise DFKDError(f'{path} not written, its metadata cannot be sorted: give plain text')
         file.seek(8)
         file.write(text.ljust(length)) # the format pads its header with spaces
 
@@ -257,12 +260,14 @@ def load_tensors(
     if not Path(path).is_file(): raise DFKDError(f'no file {path}: check the path')
     try:
         with safe_open(path, 'pt') as file:
-            about = dict(sorted((file.metadata() or {}).items())) # a fixed order, for those who print it
+            about = dict(sorted((file.metadata() or {}).items())) # a fixed order for who prints it
             return {k: file.get_tensor(k) for k in file.keys()}, about
     except (SafetensorError, OSError) as error:
         if kind := _pytorch_file(path):
-            raise DFKDError(f'{path} is {kind}, not a safetensors file: read it with torch.load(path, weights_only=True), '
-                            'give the tensors to model.load_state_dict and keep them with save_weights') from error
+            raise DFKDError(
+                f'{path} is {kind}, not a safetensors file: read it with '
+                'torch.load(path, weights_only=True), give the tensors to model.load_state_dict, '
+                'and keep them with save_weights') from error
         raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
 
 def _pytorch_file(
@@ -272,8 +277,9 @@ def _pytorch_file(
     with open(path, 'rb') as file: start = file.read(8)
     if start.startswith(b'PK\x03\x04'): return 'a PyTorch checkpoint (a zip archive)'
     is_pickle = start[:1] == b'\x80' and start[1:2] in b'\x02\x03\x04\x05'
-    # a damaged safetensors file may begin with the same two bytes: a length of 8 bytes, the last ones 0
-    return 'an old PyTorch checkpoint (a pickle)' if is_pickle and start[4:] != bytes(4) else ''
+    # a damaged safetensors file may begin with these two bytes: a length of 8, the last ones 0
+    is_pickle = is_pickle and start[4:] != bytes(4)
+    return 'an old PyTorch checkpoint (a pickle)' if is_pickle else ''
 
 # %% ../../nbs/foundations/01_core.ipynb #2f074453
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
@@ -300,7 +306,7 @@ def save_checkpoint(
     "Everything a run needs to go on, atomically; a `DFKDError` for what could not be read again."
     _check_plain(state, 'state')
     with atomic_path(path) as temporary, open(temporary, 'wb') as file:
-        # given a path, torch writes its name into the file: no two temporary files would be equal
+        # given a path, torch writes its name into the file, and no two files would be equal
         try: torch.save(state, file)
         except RuntimeError as error: raise OSError(str(error).splitlines()[0]) from error # torch's word for a full disk
 
@@ -311,10 +317,12 @@ def load_checkpoint(
 ) -> dict[str, Any]: # the state
     "Read a checkpoint without unpickling code; a missing, truncated or foreign file is a `DFKDError`."
     if not Path(path).is_file(): raise DFKDError(f'no checkpoint {path}: check the path')
+    with open(path, 'rb') as file: start = file.read(9)
+    if start[4:] == bytes(4) + b'{': # torch.load would read the tensors of such a file, too
+        raise DFKDError(f'{path} is a safetensors file, not a checkpoint: '
+                        'use load_weights or load_tensors')
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error: # torch raises six kinds, from EOFError to UnpicklingError
-        with open(path, 'rb') as file: start = file.read(9)
-        if start[8:] == b'{': raise DFKDError(f'{path} is a safetensors file, not a checkpoint: use load_weights or load_tensors') from error
         raise DFKDError(f'{path} is truncated or no checkpoint of ours ({type(error).__name__}): '
                         'delete it and start again, or put back a copy') from error
     if not isinstance(state, dict): raise DFKDError(f'{path} holds a {type(state).__name__}, not a checkpoint: check the path')
