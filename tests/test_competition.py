@@ -41,16 +41,33 @@ def teacher():
     return Teacher(network(), DIGITS, "tiny")
 
 
-def compete(teacher, weight=10.0, rounds=3, every=4, steps=14, domain=DIGITS, student=None, maker=None, terms=None, **settings):
+def compete(
+    teacher,
+    weight=10.0,
+    rounds=3,
+    every=4,
+    steps=14,
+    domain=DIGITS,
+    student=None,
+    maker=None,
+    terms=None,
+    **settings,
+):
     terms = {"competition": (weight, competition_term(3.0))} | (terms or {})
-    maker = maker or DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms)
-    pool, shared = GrowingPool(DIGITS, **settings), {"batch_size": 4, "learning_rate": 0.05, "device": "cpu"}
-    distiller = Distiller(teacher, student or network(1), pool, steps=steps, domain=domain, **shared)
+    maker = maker or DeepInversion(
+        teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms
+    )
+    pool, shared = (
+        GrowingPool(DIGITS, **settings),
+        {"batch_size": 4, "learning_rate": 0.05, "device": "cpu"},
+    )
+    student = student or network(1)
+    distiller = Distiller(teacher, student, pool, steps=steps, domain=domain, **shared)
     return Competition(maker, distiller, rounds=rounds, images_per_round=6, every=every)
 
 
 def forgetful(model):
-    "The network with dropout before its last layer: in training mode it draws from PyTorch's global streams."
+    "With dropout before the last layer: in training mode it draws from the global streams."
     return torch.nn.Sequential(*model[:-1], torch.nn.Dropout(0.4), model[-1])
 
 
@@ -184,10 +201,22 @@ def test_a_pool_without_its_images_says_so():
         (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), "8"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 10]), "0 to 9"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0]), "one label an image"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), "no images to add"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.tensor([0]),
+            "one label an image",
+        ),
+        (
+            torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+            torch.zeros(0, dtype=torch.long),
+            "no images to add",
+        ),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "give the wished classes"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0.0, 1.0]), "as integers"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.tensor([0.0, 1.0]),
+            "as integers",
+        ),
     ],
 )
 def test_a_pool_refuses_what_does_not_fit(images, labels, message):
@@ -211,7 +240,10 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
 
 
 def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
-    contest, weight = compete(teacher), lambda: contest.maker.objective.weights["competition"]
+    contest, weight = (
+        compete(teacher),
+        lambda: contest.maker.objective.weights["competition"],
+    )
     contest.step()
     assert contest.dreaming and contest.maker.student is None and weight() == 0
     contest.run(until=4)
@@ -236,7 +268,9 @@ def test_weight_zero_is_deepinversion_without_the_term(teacher):
 def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
     def fresh():
         torch.manual_seed(5)  # the term's noise begins here
-        return compete(teacher, student=forgetful(network(1)), terms={"noise": (1.0, noise_term)})
+        return compete(
+            teacher, student=forgetful(network(1)), terms={"noise": (1.0, noise_term)}
+        )
 
     whole, part = fresh().run(), fresh()
     for _ in range(turns):
@@ -262,35 +296,68 @@ def test_a_maker_is_put_back_for_whoever_comes_next(teacher):
 
 
 def test_each_network_is_asked_on_its_own_scale(teacher):
-    "In the loop the student answers as outside: while images are made, about what is fresh, and on the test set."
+    "In the loop the student answers as outside: to dreams, to fresh images, on the test set."
     other = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
-    seen, test = [], ImageSet(torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8), torch.arange(20) % 10, DIGITS)
+    seen, test = (
+        [],
+        ImageSet(
+            torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8),
+            torch.arange(20) % 10,
+            DIGITS,
+        ),
+    )
 
     def remember(view):
-        seen.append([v.detach().clone() for v in (view.x, view.logits, view.logits if view.student_logits is None else view.student_logits)])
+        seen.append(
+            [
+                v.detach().clone()
+                for v in (
+                    view.x,
+                    view.logits,
+                    view.logits if view.student_logits is None else view.student_logits,
+                )
+            ]
+        )
         return view.x.mean()
 
     terms = {"competition": (10.0, competition_term(3.0)), "remember": (1.0, remember)}
-    maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=0, flip=False, device="cpu", terms=terms)
+    maker = DeepInversion(
+        teacher, steps=5, batch_size=4, jitter=0, flip=False, device="cpu", terms=terms
+    )
     contest = compete(teacher, domain=other, maker=maker, rounds=2, steps=8)
     contest.test = test
     contest.run(until=4)
     seen.clear()
     contest.step()  # the first update of the second round
-    (pixels, known, guessed), = seen
+    ((pixels, known, guessed),) = seen
     contest.student.eval()
     with torch.no_grad():
-        torch.testing.assert_close(known, teacher(DIGITS.from_pixels(pixels)), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(guessed, contest.student(other.from_pixels(pixels)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            known, teacher(DIGITS.from_pixels(pixels)), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            guessed, contest.student(other.from_pixels(pixels)), rtol=1e-4, atol=1e-5
+        )
     while contest.dreaming:
         contest.step()
     fresh = ImageSet(contest.pool.images[6:], contest.pool.labels[6:], DIGITS)
     with torch.no_grad():
-        known, guessed = teacher.predict(fresh.images), contest.student(other.normalize(fresh.images))
-        right = (contest.student(other.normalize(test.images)).argmax(1) == test.labels).float().mean()
+        known, guessed = (
+            teacher.predict(fresh.images),
+            contest.student(other.normalize(fresh.images)),
+        )
+        right = (
+            (contest.student(other.normalize(test.images)).argmax(1) == test.labels)
+            .float()
+            .mean()
+        )
     row = contest.history[1]
-    assert row["divergence"] == pytest.approx(float(jensen_shannon(known, guessed).mean()), rel=1e-4)
-    assert row["student_fresh"] == pytest.approx(float((guessed.argmax(1) == fresh.labels).float().mean()))
+    assert row["divergence"] == pytest.approx(
+        float(jensen_shannon(known, guessed).mean()), rel=1e-4
+    )
+    assert row["student_fresh"] == pytest.approx(
+        float((guessed.argmax(1) == fresh.labels).float().mean())
+    )
     assert row["accuracy"] == pytest.approx(float(right))
 
 

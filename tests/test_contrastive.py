@@ -42,7 +42,7 @@ def teacher():
 
 
 def forgetful(model):
-    "The network with dropout before its last layer: in training mode it draws from PyTorch's global streams."
+    "With dropout before the last layer: in training mode it draws from the global streams."
     return nn.Sequential(*model[:-1], nn.Dropout(0.4), model[-1])
 
 
@@ -111,9 +111,13 @@ def test_a_part_has_the_area_that_was_asked_for():
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 12)], ids=str)
 def test_a_view_is_the_resampling_of_an_affine_grid(size):
-    "PyTorch's own resampling, whose gradient is not the same bits twice on a GPU, gives the same images and gradients."
+    "The same images and gradients as by PyTorch's resampling, which has no order on a GPU."
     x = torch.rand(30, 2, *size, dtype=torch.float64).requires_grad_()
-    part, asked, view = LocalView()(x, torch.Generator().manual_seed(4)), torch.Generator().manual_seed(4), LocalView()
+    part, asked, view = (
+        LocalView()(x, torch.Generator().manual_seed(4)),
+        torch.Generator().manual_seed(4),
+        LocalView(),
+    )
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(30, generator=asked)
@@ -122,12 +126,16 @@ def test_a_view_is_the_resampling_of_an_affine_grid(size):
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     width, zero = torch.where(uniform(0, 1) < 0.5, -width, width), torch.zeros(30)
-    places = torch.stack([torch.stack([width, zero, right], 1), torch.stack([zero, height, down], 1)], 1).double()
+    places = torch.stack(
+        [torch.stack([width, zero, right], 1), torch.stack([zero, height, down], 1)], 1
+    ).double()
     grid = F.affine_grid(places, list(x.shape), align_corners=False)
     wanted = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12)
     slope = torch.randn_like(x)
-    torch.testing.assert_close(*(torch.autograd.grad(y, x, slope)[0] for y in (part, wanted)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, x, slope)[0] for y in (part, wanted)), rtol=0, atol=1e-12
+    )
 
 
 def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
@@ -172,11 +180,14 @@ class Excite(nn.Module):
 
 
 class Named(nn.Module):
-    "Layers called `fc` before the classifier `fc`; a head that is not called in eval mode; a layer with two names."
+    "An `fc` before the classifier `fc`, a head not called in eval mode, a layer of two names."
 
     def __init__(self, norm):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.conv, self.norm = (
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.BatchNorm2d(6) if norm else nn.Identity(),
+        )
         self.se, self.AuxLogits = Excite(), nn.Sequential()
         self.AuxLogits.add_module("norm", nn.BatchNorm1d(6) if norm else nn.Identity())
         self.AuxLogits.add_module("fc", nn.Linear(6, 10))
@@ -199,10 +210,17 @@ def test_the_right_layer_is_read(norm):
         found = maker.summary.vectors()
     with torch.no_grad():
         entered = teacher.model.norm(teacher.model.conv(x)).relu()
-        wanted = [teacher.embed(images), entered.mean((2, 3)), teacher.model.conv(x).mean((2, 3))]
+        wanted = [
+            teacher.embed(images),
+            entered.mean((2, 3)),
+            teacher.model.conv(x).mean((2, 3)),
+        ]
     torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-5, atol=1e-5)
     default = maker_of(teacher, feature_weight=float(norm))
-    assert list(default.summary.modules) == (["norm"] if norm else ["fc"]) and default.features == 6
+    assert (
+        list(default.summary.modules) == (["norm"] if norm else ["fc"])
+        and default.features == 6
+    )
     for layers in ([".fc"], ["c"], [""], ["model.fc"], []):
         with pytest.raises(DFKDError, match="layer"):
             maker_of(teacher, feature_weight=0.0, layers=layers)
@@ -282,7 +300,9 @@ def test_the_head_learns_from_anchors_alone(teacher):
     anchors = maker.head(torch.cat([vectors[0], seen["old"][:, 0]]))
     keys = maker.head(torch.cat([vectors[1], seen["old"][:, 1]])).detach()
     prices = info_nce(anchors, keys, maker.contrastive_temperature)
-    wanted = torch.autograd.grad(prices[:6].mean() + prices[6:].mean(), list(maker.head.parameters()))
+    wanted = torch.autograd.grad(
+        prices[:6].mean() + prices[6:].mean(), list(maker.head.parameters())
+    )
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 

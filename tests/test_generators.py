@@ -46,7 +46,7 @@ def maker_of(teacher, weights=METHODS["dafl"], **settings):
 
 
 def forgetful(model):
-    "The network with dropout before its last layer: in training mode it draws from PyTorch's global streams."
+    "With dropout before the last layer: in training mode it draws from the global streams."
     return nn.Sequential(*model[:-1], nn.Dropout(0.4), model[-1])
 
 
@@ -292,7 +292,13 @@ class Stubborn(Pixels):
         ({"distance": "cosine"}, "use kl, l1, js"),
         ({"temperature": 0.0}, "temperature 0.0"),
         ({"student_domain": DIGITS}, "give a student"),
-        ({"student": network(1), "student_domain": dataclasses.replace(DIGITS, shape=(1, 9, 9))}, "mean and std only"),
+        (
+            {
+                "student": network(1),
+                "student_domain": dataclasses.replace(DIGITS, shape=(1, 9, 9)),
+            },
+            "mean and std only",
+        ),
         ({"student": network(1), "student_domain": SWAPPED}, "number the labels alike"),
         ({"generator": Computed()}, "cannot be copied"),
         ({"reuse": "never"}, "use continue, restart"),
@@ -300,7 +306,10 @@ class Stubborn(Pixels):
         ({"adversarial_weight": 1.0}, "give a student"),
         ({"adversarial_weight": 1.0, "student": network()}, "the student is the teacher"),
         ({"feature_weight": 1.0, "feature_scale": "huge"}, "unknown feature_scale"),
-        ({"class_weight": 0.0, "balance_weight": 0.0, "activation_weight": 0.0}, "no term has a weight"),
+        (
+            {"class_weight": 0.0, "balance_weight": 0.0, "activation_weight": 0.0},
+            "no term has a weight",
+        ),
         ({"generator": nn.Linear(4, 64)}, "give it latent_shape"),
         ({"generator": Generator((1, 16, 16), 4, 2)}, "build it with that shape"),
         ({"generator": Tanh()}, "end it with a sigmoid"),
@@ -328,29 +337,46 @@ def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
 KINDS = {
     "continue": (GenerativeSynthesizer, {}),
     "restart": (GenerativeSynthesizer, {"reuse": "restart"}),
-    "meta": (MetaSynthesizer, {"reset_first_layer_at": 2, "latent_learning_rate": 0.1, "latent_life": 2}),
+    "meta": (
+        MetaSynthesizer,
+        {"reset_first_layer_at": 2, "latent_learning_rate": 0.1, "latent_life": 2},
+    ),
     "meta restart": (MetaSynthesizer, {"reuse": "restart"}),
     "contrast": (ContrastiveSynthesizer, {"bank_size": 8, "negatives": 4, "head_size": 8}),
 }
 
 
 def snapshot(network):
-    "All of a network that somebody could change: tensors and their layout, modes, flags, hooks."
-    tensors = {k: (v.clone(), v.stride(), v.device) for k, v in network.state_dict(keep_vars=False).items()}
-    modes = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in network.modules()]
+    "What somebody could change: tensors and their layout, modes, flags, hooks."
+    tensors = {
+        k: (v.clone(), v.stride(), v.device)
+        for k, v in network.state_dict(keep_vars=False).items()
+    }
+    modes = [
+        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in network.modules()
+    ]
     return tensors, modes, [(p.requires_grad, p.grad is None) for p in network.parameters()]
 
 
 def unchanged(network, before):
     tensors, *rest = snapshot(network)
-    alike = all(torch.equal(v, w) and s == t and d == e for (v, s, d), (w, t, e) in zip(tensors.values(), before[0].values(), strict=True))
+    alike = all(
+        torch.equal(v, w) and s == t and d == e
+        for (v, s, d), (w, t, e) in zip(tensors.values(), before[0].values(), strict=True)
+    )
     return alike and rest == list(before[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(teacher, kind):
+def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
+    teacher, kind
+):
     torch.manual_seed(0)
-    generator, student = Generator(DIGITS.shape, 8, 4), network(1).to(memory_format=torch.channels_last).train()
+    generator, student = (
+        Generator(DIGITS.shape, 8, 4),
+        network(1).to(memory_format=torch.channels_last).train(),
+    )
     generator.blocks[0][1].eval()  # modes need not be alike
     student[1].eval()
     generator.register_forward_hook(lambda module, inputs, output: output)
@@ -358,13 +384,27 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(t
     before = [snapshot(m) for m in handed_in]
     maker_class, settings = KINDS[kind]
     weights = {"class_weight": 1.0, "feature_weight": 1.0, "adversarial_weight": 1.0}
-    maker = maker_class(teacher, generator=generator, student=student, steps=2, batch_size=6, device="cpu", **weights | settings)
+    maker = maker_class(
+        teacher,
+        generator=generator,
+        student=student,
+        steps=2,
+        batch_size=6,
+        device="cpu",
+        **weights | settings,
+    )
     maker.synthesize(2)
     assert all(unchanged(m, b) for m, b in zip(handed_in, before, strict=True))
-    trained, codes = maker.generator, torch.randn(3, 8, generator=torch.Generator().manual_seed(2))
+    trained, codes = (
+        maker.generator,
+        torch.randn(3, 8, generator=torch.Generator().manual_seed(2)),
+    )
     assert not any(m.training for m in trained.modules())
     assert torch.equal(trained(codes), maker.draw(3, torch.Generator().manual_seed(2)))
-    assert all((p != q).any() for p, q in zip(trained.parameters(), generator.parameters(), strict=True))
+    assert all(
+        (p != q).any()
+        for p, q in zip(trained.parameters(), generator.parameters(), strict=True)
+    )
     kept = [v.clone() for v in trained.state_dict().values()]
     maker.synthesize(1)
     assert same(trained.state_dict().values(), kept), "later updates do not reach it"
@@ -373,6 +413,7 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(t
 
 class Elsewhere(Teacher):
     "Says that it is on another device, and notes which of its copies is moved."
+
     moved: list[Teacher] = []
 
     @property
@@ -401,7 +442,12 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
             generator.get_submodule(trained).requires_grad_(True)
 
         def make(generator=generator, reuse=reuse):
-            return maker_of(teacher, generator=copy.deepcopy(generator), reuse=reuse, latent_learning_rate=0.1)
+            return maker_of(
+                teacher,
+                generator=copy.deepcopy(generator),
+                reuse=reuse,
+                latent_learning_rate=0.1,
+            )
 
         whole, part, resumed = make(), make(), make()
         wanted = whole.synthesize(3).images
@@ -411,12 +457,18 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
         resumed.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
         while resumed.left:
             resumed.step()
-        assert torch.equal(torch.cat([resumed.finish().images, resumed.synthesize(1).images]), wanted[6:])
+        assert torch.equal(
+            torch.cat([resumed.finish().images, resumed.synthesize(1).images]), wanted[6:]
+        )
         now = dict(resumed.generator.named_parameters())
-        changed = {name for name, p in generator.named_parameters() if (now[name] != p).any()}
+        changed = {
+            name for name, p in generator.named_parameters() if (now[name] != p).any()
+        }
         assert changed == ({"last.weight", "last.bias"} if trained else set())
         if not trained:
-            assert same(resumed.generator.buffers(), generator.buffers()), "it paints in eval mode"
+            assert same(resumed.generator.buffers(), generator.buffers()), (
+                "it paints in eval mode"
+            )
     with pytest.raises(DFKDError, match="no weights that may change"):
         maker_of(teacher, generator=generator)
 
@@ -429,27 +481,50 @@ OTHER = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
 @pytest.mark.parametrize("augment", [None, Augment(2, True)])
 def test_a_student_sees_images_on_its_own_scale(teacher, augment):
     "In the loop it answers as outside, and terms see pixels in units that no network sets."
-    student, images = network(1), torch.rand(5, *DIGITS.shape, generator=torch.Generator().manual_seed(0))
-    maker = maker_of(teacher, METHODS["dfq"], student=student, student_domain=OTHER, augment=augment)
+    student, images = (
+        network(1),
+        torch.rand(5, *DIGITS.shape, generator=torch.Generator().manual_seed(0)),
+    )
+    maker = maker_of(
+        teacher, METHODS["dfq"], student=student, student_domain=OTHER, augment=augment
+    )
     _, values, view = maker.judge(images, None)
     shown = images if augment is None else augment(images, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        known, said, wrong = teacher.predict(shown), student.eval()(OTHER.normalize(shown)), student(DIGITS.normalize(shown))
+        known, said, wrong = (
+            teacher.predict(shown),
+            student.eval()(OTHER.normalize(shown)),
+            student(DIGITS.normalize(shown)),
+        )
     torch.testing.assert_close(view.student_logits.detach(), said, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(view.logits.detach(), known, rtol=1e-4, atol=1e-5)
     assert (said - wrong).abs().max() > 0.1
-    torch.testing.assert_close(values["adversarial"], adversarial_term()(view_of(known, said)), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        values["adversarial"],
+        adversarial_term()(view_of(known, said)),
+        rtol=1e-3,
+        atol=1e-5,
+    )
     torch.testing.assert_close(view.x, (shown - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
-    maker_of(teacher, METHODS["zskt"], student=network(), student_domain=OTHER)  # the same weights, but another network
+    maker_of(
+        teacher, METHODS["zskt"], student=network(), student_domain=OTHER
+    )  # the same weights, but another network
 
 
 def test_a_race_shows_the_student_one_scale(teacher):
     def parts(domain, maker_domain=None, pool_domain=None):
         student = network(1)
-        maker = maker_of(teacher, METHODS["dfq"], student=student, student_domain=maker_domain)
+        maker = maker_of(
+            teacher, METHODS["dfq"], student=student, student_domain=maker_domain
+        )
         pool = ReplayPool(DIGITS, 20, teacher, student, student_domain=pool_domain)
         settings = {"steps": 4, "batch_size": 4, "device": "cpu", "domain": domain}
-        return Alternation(maker, Distiller(teacher, student, pool, **settings), rounds=1, updates_per_round=4)
+        return Alternation(
+            maker,
+            Distiller(teacher, student, pool, **settings),
+            rounds=1,
+            updates_per_round=4,
+        )
 
     race = parts(OTHER)
     assert race.maker.student_domain == race.pool.student_domain == OTHER
@@ -457,12 +532,17 @@ def test_a_race_shows_the_student_one_scale(teacher):
     while race.maker.left:
         race.step()
     with torch.no_grad():
-        known, said = teacher.predict(race.pool.images), race.student.eval()(OTHER.normalize(race.pool.images))
+        known, said = (
+            teacher.predict(race.pool.images),
+            race.student.eval()(OTHER.normalize(race.pool.images)),
+        )
     wanted = F.kl_div(said.log_softmax(1), known.softmax(1), reduction="none").sum(1)
     torch.testing.assert_close(race.pool.priorities, wanted, rtol=1e-3, atol=1e-5)
     assert parts(None).maker.student_domain == DIGITS
     for change in ({"maker_domain": DIGITS}, {"pool_domain": DIGITS}):
-        with pytest.raises(DFKDError, match="make student_domain and the domain of the Distiller agree") as error:
+        with pytest.raises(
+            DFKDError, match="make student_domain and the domain of the Distiller agree"
+        ) as error:
             parts(OTHER, **change)
         assert "\n" not in str(error.value)
 
@@ -472,17 +552,31 @@ def test_a_race_shows_the_student_one_scale(teacher):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_finite_and_close(kind):
-    """The first price differs by what bfloat16's 8 bits leave of networks of some layers, and prices still fall.
+    """The first price differs by what 8 bits leave of some layers, and prices still fall.
 
-    A product is rounded by 2^-9 = 0.2 %, some twenty layers partly cancel: 0.4 % at most were seen, 2 % are allowed.
+    A product is rounded by 2^-9 = 0.2 %; over twenty layers that partly cancels:
+    0.4 % at most were seen, 2 % are allowed.
     """
     teacher, prices = load_teacher("cifar10-resnet20"), []
     for precision in ("float32", "bfloat16"):
         torch.manual_seed(0)
         maker_class, settings = KINDS[kind]
-        weights = {"class_weight": 1.0, "feature_weight": 0.1, "adversarial_weight": 0.1, "balance_weight": 1.0}
-        shared = {"steps": 3, "batch_size": 8, "device": "cpu", "precision": precision, "student": network(1, teacher.domain)}
-        maker = maker_class(teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings)
+        weights = {
+            "class_weight": 1.0,
+            "feature_weight": 0.1,
+            "adversarial_weight": 0.1,
+            "balance_weight": 1.0,
+        }
+        shared = {
+            "steps": 3,
+            "batch_size": 8,
+            "device": "cpu",
+            "precision": precision,
+            "student": network(1, teacher.domain),
+        }
+        maker = maker_class(
+            teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings
+        )
         maker.step()
         prices.append(maker.best["cost"])
         while maker.left:
@@ -536,7 +630,13 @@ def test_a_state_of_other_settings_is_refused(teacher):
         maker_of(teacher).load_state_dict(maker_of(teacher, steps=4).state_dict())
     with pytest.raises(DFKDError, match="another generator"):
         maker_of(teacher).load_state_dict(maker_of(teacher, generator=Generator((1, 8, 8), 8, 5)).state_dict())
-    for change in ({"temperature": 2.0}, {"augment": Augment(1, False)}, {"distance": "js"}, {"agreement": True}, {"feature_scale": "relative"}):
+    for change in (
+        {"temperature": 2.0},
+        {"augment": Augment(1, False)},
+        {"distance": "js"},
+        {"agreement": True},
+        {"feature_scale": "relative"},
+    ):
         with pytest.raises(DFKDError, match=next(iter(change))):
             maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
 
@@ -547,11 +647,13 @@ def test_a_state_of_other_settings_is_refused(teacher):
 @pytest.mark.parametrize("pooled", [False, True], ids=["drawn", "pooled"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_race_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
-    "Wherever it was cut, with a student and a generator that draw from the global streams, whatever was drawn since."
+    "Wherever it was cut; student and generator draw from the global streams."
 
     def race():
         torch.manual_seed(5)
-        return race_of(teacher, METHODS[method], pooled, generator=Noisy(DIGITS.shape, 8, 4))
+        return race_of(
+            teacher, METHODS[method], pooled, generator=Noisy(DIGITS.shape, 8, 4)
+        )
 
     whole = race().run()
     for turns in (1, 3, 5, 9, 17):

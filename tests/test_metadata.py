@@ -352,11 +352,13 @@ def test_images_can_start_elsewhere(teacher, metadata, digits):
     first = digits.images[:10]
     goals, labels = metadata.sample(10)[:2]
     made = GoalSeeker(teacher, metadata, steps=1, batch_size=4, learning_rate=0.01, **CPU).seek(goals, labels, first)
-    assert (made.images.int() - first.int()).abs().max() <= 1  # one step of 0.01, in units of 0.25 * 255
+    assert (made.images.int() - first.int()).abs().max() <= 1  # a step of 0.01 * 0.25 * 255
     with pytest.raises(DFKDError, match="3 images to start from"):
         GoalSeeker(teacher, metadata, steps=1, **CPU).seek(goals, labels, first[:3])
     with pytest.raises(DFKDError, match="use one stage"):
-        GoalSeeker(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(goals, labels, first)
+        GoalSeeker(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
+            goals, labels, first
+        )
 
 
 def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
@@ -364,9 +366,18 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
     for mistake, message in (
         (lambda: nearest(torch.zeros(2, 8), torch.zeros(3, 7)), "of the same layer"),
         (lambda: nearest(torch.zeros(8), torch.zeros(3, 8)), "of the same layer"),
-        (lambda: suspicion(metadata, torch.zeros(2, 7), torch.zeros(2).long()), r"give \(N, 8\)"),
-        (lambda: suspicion(metadata, torch.zeros(2, 8), torch.zeros(3).long()), "one label each"),
-        (lambda: goal_distance(teacher, digits.images[:3], torch.zeros(2, 8)), "one goal an image"),
+        (
+            lambda: suspicion(metadata, torch.zeros(2, 7), torch.zeros(2).long()),
+            r"give \(N, 8\)",
+        ),
+        (
+            lambda: suspicion(metadata, torch.zeros(2, 8), torch.zeros(3).long()),
+            "one label each",
+        ),
+        (
+            lambda: goal_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
+            "one goal an image",
+        ),
         (lambda: walk(seeker, metadata, []), "give one or more of 0 to"),
         (lambda: walk(seeker, metadata, [len(metadata)]), "give one or more of 0 to"),
     ):

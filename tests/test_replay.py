@@ -45,7 +45,7 @@ def teacher():
 
 
 def forgetful(model):
-    "The network with dropout before its last layer: in training mode it draws from PyTorch's global streams."
+    "With dropout before the last layer: in training mode it draws from the global streams."
     return torch.nn.Sequential(*model[:-1], torch.nn.Dropout(0.4), model[-1])
 
 
@@ -248,19 +248,33 @@ def test_no_number_below_one_draws_beyond_the_last_image():
 
 
 def test_draws_add_whole_numbers(monkeypatch):
-    "Sums of floats depend on their order, and a GPU has none. An image's share of 2^53 is its probability."
+    "A sum of floats depends on its order, and a GPU has none."
     added = []
     plain = torch.Tensor.cumsum
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: added.append(x) or plain(x, dim))
+    monkeypatch.setattr(
+        torch.Tensor, "cumsum", lambda x, dim: added.append(x) or plain(x, dim)
+    )
     size = 20_000
     pool = ReplayPool(DIGITS, size)
-    pool.insert(pictures(1).expand(size, -1, -1, -1), torch.zeros(size).long(), torch.ones(size), torch.linspace(0, 9, size))
+    pool.insert(
+        pictures(1).expand(size, -1, -1, -1),
+        torch.zeros(size).long(),
+        torch.ones(size),
+        torch.linspace(0, 9, size),
+    )
     pool.sample(64, torch.Generator().manual_seed(0))
     (share,) = added
     assert not share.is_floating_point()
-    torch.testing.assert_close(share.double() / 2**53, pool.probabilities, rtol=1e-9, atol=0)
-    assert 0 <= 2**53 - int(share.sum()) <= size, "what rounding takes is far below the smallest share"
-    shares, numbers = share.tolist(), torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(
+        share.double() / 2**53, pool.probabilities, rtol=1e-9, atol=0
+    )
+    assert 0 <= 2**53 - int(share.sum()) <= size, (
+        "what rounding takes is far below the smallest share"
+    )
+    shares, numbers = (
+        share.tolist(),
+        torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
     for index, ticket in zip(pool.chosen.tolist(), (numbers * 2**53).long().tolist()):
         assert sum(shares[:index]) <= ticket < sum(shares[: index + 1])
 
@@ -320,8 +334,14 @@ def test_first_priorities(teacher):
 def test_networks_of_other_scales_and_precisions(teacher):
     other = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
     fresh, found = pictures(6), []
-    for domain, precision in ((other, torch.float32), (other, torch.float64), (DIGITS, torch.float32)):
-        pool = ReplayPool(DIGITS, 6, teacher, network(1).to(precision), student_domain=domain)
+    for domain, precision in (
+        (other, torch.float32),
+        (other, torch.float64),
+        (DIGITS, torch.float32),
+    ):
+        pool = ReplayPool(
+            DIGITS, 6, teacher, network(1).to(precision), student_domain=domain
+        )
         pool.add(fresh)
         found.append(pool.priorities.tolist())
     with torch.no_grad():
@@ -422,13 +442,15 @@ def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
             assert torch.equal(getattr(whole.pool, name), getattr(second.pool, name)), name
 
 
-@pytest.mark.parametrize("options", [{}, {"prioritised": False}, {"weighs_loss": True, "normalised": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prioritised": False}, {"weighs_loss": True, "normalised": True}]
+)
 def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
     "A state that is taken between `sample` and `report`."
     first = ReplayPool(DIGITS, 9, teacher, network(1), **options)
     first.add(pictures(9))
     generator = torch.Generator().manual_seed(0)
-    for turn in range(2): # the second time with priorities that differ
+    for turn in range(2):  # the second time with priorities that differ
         first.sample(6, generator)
         answers = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(turn))
         if turn:
@@ -439,9 +461,13 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
     if options.get("weighs_loss"):
         assert torch.equal(second.loss_weights, first.loss_weights)
     second.report(*answers)
-    assert torch.equal(first.priorities, second.priorities) and torch.equal(first.largest, second.largest)
+    assert torch.equal(first.priorities, second.priorities) and torch.equal(
+        first.largest, second.largest
+    )
     with pytest.raises(DFKDError, match=r"alpha \(was 0.6, now 0.5\)"):
-        ReplayPool(DIGITS, 9, **options | {"alpha": 0.5}).load_state_dict(first.state_dict())
+        ReplayPool(DIGITS, 9, **options | {"alpha": 0.5}).load_state_dict(
+            first.state_dict()
+        )
 
 
 def test_one_file_holds_the_buffer(teacher, tmp_path):
@@ -476,26 +502,67 @@ def test_the_buffer_in_numbers():
         (lambda: ReplayPool(DIGITS, 5, alpha=-1.0), "give 0 or more"),
         (lambda: ReplayPool(DIGITS, 5, temperature=0.0), "give a positive one"),
         (lambda: ReplayPool(DIGITS, 5, beta=math.nan), "give 0 or more"),
-        (lambda: ReplayPool(DIGITS, 5, student_domain=dataclasses.replace(DIGITS, shape=(1, 9, 9))), "mean and std only"),
+        (
+            lambda: ReplayPool(
+                DIGITS, 5, student_domain=dataclasses.replace(DIGITS, shape=(1, 9, 9))
+            ),
+            "mean and std only",
+        ),
         (lambda: filled().sample(0, torch.Generator()), "draw 1 or more"),
         (lambda: filled().ask_student(pictures(1)), "give the pool a student"),
-        (lambda: filled().insert(pictures(2), torch.zeros(2).long(), torch.ones(3)), r"confidences of shape \(3,\)"),
-        (lambda: filled().insert(pictures(2), torch.zeros(2).long(), torch.ones(2), torch.ones(2, 1)), r"priorities of shape \(2, 1\)"),
-        (lambda: filled().update(torch.tensor([5]), torch.ones(1)), "a buffer that holds 5"),
+        (
+            lambda: filled().insert(pictures(2), torch.zeros(2).long(), torch.ones(3)),
+            r"confidences of shape \(3,\)",
+        ),
+        (
+            lambda: filled().insert(
+                pictures(2), torch.zeros(2).long(), torch.ones(2), torch.ones(2, 1)
+            ),
+            r"priorities of shape \(2, 1\)",
+        ),
+        (
+            lambda: filled().update(torch.tensor([5]), torch.ones(1)),
+            "a buffer that holds 5",
+        ),
         (lambda: filled().update(torch.tensor([-1]), torch.ones(1)), "count from 0"),
-        (lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan), "give 0 or more"),
+        (
+            lambda: modulation(
+                torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan
+            ),
+            "give 0 or more",
+        ),
         (lambda: ReplayPool(DIGITS, 5).add(pictures(2)), "give the pool a teacher"),
         (lambda: ReplayPool(DIGITS, 5).sample(2, torch.Generator()), "add some first"),
         (lambda: ReplayPool(DIGITS, 5).describe(), "add images first"),
-        (lambda: filled().insert(torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.ones(2)), "give uint8"),
-        (lambda: filled().insert(pictures(0), torch.zeros(0).long(), torch.ones(0)), "give one or more"),
-        (lambda: filled().insert(pictures(2), torch.tensor([0, 10]), torch.ones(2)), "0 to 9"),
-        (lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)), "sample one first"),
+        (
+            lambda: filled().insert(
+                torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.ones(2)
+            ),
+            "give uint8",
+        ),
+        (
+            lambda: filled().insert(pictures(0), torch.zeros(0).long(), torch.ones(0)),
+            "give one or more",
+        ),
+        (
+            lambda: filled().insert(pictures(2), torch.tensor([0, 10]), torch.ones(2)),
+            "0 to 9",
+        ),
+        (
+            lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)),
+            "sample one first",
+        ),
         (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), "give one of each"),
         (lambda: filled().load_state_dict({"size": 7}), "same size"),
         (lambda: setattr(filled(), "labels", torch.zeros(5)), "teacher's answers"),
-        (lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0), "give 0 or more"),
-        (lambda: modulation(torch.tensor([0]), torch.ones(2), torch.ones(2), 2), "one of each"),
+        (
+            lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0),
+            "give 0 or more",
+        ),
+        (
+            lambda: modulation(torch.tensor([0]), torch.ones(2), torch.ones(2), 2),
+            "one of each",
+        ),
         (lambda: modulated_class_term(filled(), -1.0), "give 0 or more"),
     ],
 )
@@ -554,12 +621,29 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
     domain = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
 
     def race():
-        maker = {"momentum": 0.1, "reset_first_layer_at": 2, "augment": Augment(1, False), "seed": 3}
+        maker = {
+            "momentum": 0.1,
+            "reset_first_layer_at": 2,
+            "augment": Augment(1, False),
+            "seed": 3,
+        }
         shared = {"pool": {"weighs_loss": True}, "warmup_rounds": 1}
         student = forgetful(network(1))
-        built = ssd_kd(teacher, student, size=12, rounds=4, updates_per_round=2, device="cpu", **shared, distiller={"batch_size": 8, "domain": domain},
-                       maker=SMALL | maker | {"generator": copy.deepcopy(GENERATOR)})
-        assert built.maker.seed == 3 and built.maker.student_domain is built.pool.student_domain is domain
+        built = ssd_kd(
+            teacher,
+            student,
+            size=12,
+            rounds=4,
+            updates_per_round=2,
+            device="cpu",
+            **shared,
+            distiller={"batch_size": 8, "domain": domain},
+            maker=SMALL | maker | {"generator": copy.deepcopy(GENERATOR)},
+        )
+        assert (
+            built.maker.seed == 3
+            and built.maker.student_domain is built.pool.student_domain is domain
+        )
         return built
 
     whole = race().run()
@@ -572,7 +656,10 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
         resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
         resumed.run()
         for name in ("images", "priorities", "draws"):
-            assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (turns, name)
+            assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
+                turns,
+                name,
+            )
         states = (race.student.state_dict().values() for race in (resumed, whole))
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
         assert resumed.maker.history == whole.maker.history

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import Term, View
-from ..foundations.core import COLOURS, DFKDError, random_state, restore_random_state, seeded
+from dfkd_nb.foundations.core import (
+    COLOURS,
+    DFKDError,
+    random_state,
+    restore_random_state,
+    seeded,
+)
 from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, in_eval_mode
@@ -97,14 +103,16 @@ class GrowingPool(ImageSource, Sampler):
         "Keep more images, from any device."
         if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
         images, checked = self.domain.check(images), _check_labels(labels, len(images), self.domain)
-        if checked is None: raise DFKDError('images without labels: give the wished classes with them')
+        if checked is None:
+            raise DFKDError('images without labels: give the wished classes with them')
         if not len(images): raise DFKDError('no images to add: give one or more')
         total = self._count + len(images)
         if total > len(self._images): # twice the room, so that n images are copied about n times in all
             room = max(total, 2 * self._count) - len(self._images)
             self._images = torch.cat([self._images, self._images.new_empty(room, *self.domain.shape)])
             self._labels = torch.cat([self._labels, self._labels.new_zeros(room)])
-        self._images[self._count:total], self._labels[self._count:total] = images.to(self.device), checked.to(self.device)
+        self._images[self._count:total] = images.to(self.device)
+        self._labels[self._count:total] = checked.to(self.device)
         if len(self._epochs.order): self._old = self._count
         self._count, self._epochs = total, EpochSampler(self)
 
@@ -269,7 +277,8 @@ class Competition(Turns):
             raise DFKDError(f'round {rounds} comes after {(rounds - 1) * every} updates, the student has {distiller.steps}: fewer rounds, a smaller every, or more steps')
         super().__init__(maker, distiller, rounds)
         self.pool, self.test, self.images_per_round, self.every, self.seed = distiller.source, test, images_per_round, every, maker.seed
-        self.weight = maker.objective.weights.get('competition', 0.) # a round changes it and the seed; both are put back after it
+        # a round changes the maker's weight and seed; both are put back after it
+        self.weight = maker.objective.weights.get('competition', 0.)
         self.dreaming = False # whether a round is under way
         self.history: list[dict[str, float]] = [] # one row a round
         if self.weight: # a competition against oneself is told now
@@ -306,10 +315,11 @@ class Competition(Turns):
         row = {'round': self.round, 'updates': self.done, 'images': len(self.pool), 'teacher_fresh': teacher, 'student_fresh': student,
                'divergence': float(jensen_shannon(known, guessed).mean())}
         if self.distiller.history: row['loss'] = self.distiller.history[-1]['loss']
-        if self.test is not None: row['accuracy'] = evaluate(self.student, self.test, domain=self.distiller.domain)
+        if self.test is not None:
+            row['accuracy'] = evaluate(self.student, self.test, domain=self.distiller.domain)
         self.history.append(row)
         self.round, self.dreaming = self.round + 1, False
-        self.maker.seed = self.maker.settings['seed'] = self.seed # another competition may begin with the same maker
+        self.maker.seed = self.maker.settings['seed'] = self.seed # for another competition
         if self.weight: self.maker.reweigh(competition=self.weight)
 
     def make(self) -> None:
@@ -332,9 +342,13 @@ class Competition(Turns):
         return {'rounds': self.rounds, 'images_per_round': self.images_per_round, 'every': self.every, 'seed': self.seed, 'competition': self.weight, 'steps': self.steps}
 
     def state_dict(self) -> dict[str, Any]:
-        "See `Turns`; with the images in hand, where a round is under way, and the global random streams, from which a maker's terms may draw."
-        return super().state_dict() | {'random': random_state(), 'dreaming': self.dreaming, 'maker': self.maker.state_dict() if self.dreaming else None,
-                                       'scaler': self.maker.scaler.state_dict(), 'history': [dict(row) for row in self.history]}
+        "See `Turns`; with the images of a round that is under way, and the global random streams."
+        return super().state_dict() | {
+            'random': random_state(), # a maker's terms may draw from them
+            'dreaming': self.dreaming,
+            'maker': self.maker.state_dict() if self.dreaming else None,
+            'scaler': self.maker.scaler.state_dict(),
+            'history': [dict(row) for row in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same settings."

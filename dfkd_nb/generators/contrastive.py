@@ -66,7 +66,8 @@ class LocalView:
     ) -> Tensor: # `(N, C, H, W)`
         "Each image cut at its own random place and size."
         if images.ndim != 4 or not images.is_floating_point():
-            raise DFKDError(f'views of a {images.dtype} tensor of shape {tuple(images.shape)}: give floats (N, C, H, W)')
+            raise DFKDError(f'views of a {images.dtype} tensor of shape {tuple(images.shape)}: '
+                            'give floats (N, C, H, W)')
         def uniform(low: float, high: float) -> Tensor: return low + (high - low) * torch.rand(len(images), generator=generator)
         area, ratio = uniform(*self.scale), uniform(*map(math.log, self.ratio)).exp()
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -79,22 +80,24 @@ class LocalView:
 
 # %% ../../nbs/generators/11_contrastive.ipynb #5c13879d
 class Summary:
-    "One vector an image while a `with` block lasts: the mean of every channel that enters some layers of a network, at their last call."
+    "One vector an image while a `with` block lasts: the mean of each channel that enters some layers (at their last call)."
 
     def __init__(
         self,
         network: nn.Module, # any, also a `Teacher` or `FusedTeacher`; its forward pass is not changed
-        layers: Sequence[str], # exact names in `named_modules()` of the network itself, which a `Teacher` calls 'model'
+        layers: Sequence[str], # exact names in `named_modules()` of the network inside a `Teacher`
     ) -> None:
         if isinstance(layers, str) or not layers:
-            raise DFKDError(f'layers={layers!r} to summarise images by: give a list of one or more layer names')
+            raise DFKDError(f'layers={layers!r} to summarise images by: give a list of layer names')
         inside = network
         while isinstance(inside, (Teacher, FusedTeacher)): inside = inside.model
         self.modules: dict[str, nn.Module] = {}
         for layer in layers:
             try: found = inside.get_submodule(layer)
             except AttributeError: found = inside
-            if found is inside: raise DFKDError(f"no layer '{layer}' in {type(inside).__name__}: use names of named_modules()")
+            if found is inside:
+                raise DFKDError(f"no layer '{layer}' in {type(inside).__name__}: "
+                                'use names of named_modules()')
             self.modules[layer] = found
         self.parts: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
@@ -104,8 +107,8 @@ class Summary:
 
     def __enter__(self) -> 'Summary':
         for layer, module in self.modules.items():
-            def take(module: nn.Module, inputs: Any, words: Any, layer: str = layer) -> None:
-                self._take(layer, (*inputs, *words.values())[0])
+            def take(module: nn.Module, given: Any, named: Any, layer: str = layer) -> None:
+                self._take(layer, (*given, *named.values())[0])
             self._hooks.append(module.register_forward_pre_hook(take, with_kwargs=True))
         return self
 
@@ -115,9 +118,10 @@ class Summary:
         self.parts.clear()
 
     def drop_unused(self) -> None:
-        "Forget the layers that the last forward pass did not call, such as a second classifier that only helped in training."
-        self.modules = {layer: module for layer, module in self.modules.items() if layer in self.parts}
-        if not self.modules: raise DFKDError('the network called none of the layers: name layers that its forward pass calls')
+        "Forget the layers that the last forward pass did not call, such as a head that only helped in training."
+        self.modules = {name: layer for name, layer in self.modules.items() if name in self.parts}
+        if not self.modules:
+            raise DFKDError('the network called none of the layers: name some that its forward pass calls')
 
     def vectors(self) -> Tensor: # `(N, D)`, with graph
         "What the last forward pass left, layer by layer in one row."
@@ -217,7 +221,8 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
         "A fresh projection, from the synthesizer's random stream, and its Adam."
         seed = int(torch.randint(2**62, (), generator=self.rng))
         sizes = self.features, self.head_size
-        with seeded(seed): first, second = nn.Linear(*sizes), nn.Linear(self.head_size, self.head_size)
+        with seeded(seed):
+            first, second = nn.Linear(*sizes), nn.Linear(self.head_size, self.head_size)
         self.head = nn.Sequential(first, nn.ReLU(), second).to(self.device)
         self.helpers = [torch.optim.Adam(self.head.parameters(), self.learning_rate, betas=(0.5, 0.999))]
 

@@ -21,7 +21,14 @@ from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, Look
 from ..dreams.priors import Objective, Term, View, class_loss, tv_term
 from ..dreams.statistics import Statistics
-from ..foundations.core import DFKDError, RandomStreams, autocast, pick_device, same_device, seeded
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    RandomStreams,
+    autocast,
+    pick_device,
+    same_device,
+    seeded,
+)
 from ..foundations.data import Augment, Domain, ImageSet
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import Teacher, _logits, in_eval_mode
@@ -122,7 +129,8 @@ def _same_network(teacher: Teacher, student: nn.Module) -> bool:
     own, theirs = teacher.model.state_dict(), (student.model if isinstance(student, Teacher) else student).state_dict()
     return own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v.cpu(), theirs[k].cpu()) for k, v in own.items())
 
-def _same_scale(one: Domain, other: Domain) -> bool: return (one.mean, one.std) == (other.mean, other.std)
+def _same_scale(one: Domain, other: Domain) -> bool:
+    return (one.mean, one.std) == (other.mean, other.std)
 
 def _teacher_at(teacher: Teacher, device: torch.device) -> Teacher:
     "The teacher itself where it is on the device already, otherwise a copy: the caller's is not moved."
@@ -173,8 +181,8 @@ def _check_generator(network: nn.Module, domain: Domain, device: torch.device) -
 class Painting:
     """A generator, its judges, and what every answer costs.
 
-    What is handed in stays as it is: the generator is copied, and the copy is trained (`.generator`
-    is the trained one); a teacher on another device is copied there; the student is only asked.
+    What is handed in stays as it is: the generator is copied and the copy trained (`.generator`
+    is the trained one); a teacher on another device is copied there; the student is asked.
     """
 
     def __init__(
@@ -209,15 +217,20 @@ class Painting:
         seed: int = 0, # of everything random, what generator and terms draw themselves included (dropout)
     ) -> None:
         if min(steps, batch_size) < 1: raise DFKDError(f'{steps} updates of batches of {batch_size}: give 1 or more of each')
-        if not 0 < learning_rate < math.inf or not 0 <= latent_learning_rate < math.inf: raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: give a positive one, and 0 or more')
+        if not 0 < learning_rate < math.inf or not 0 <= latent_learning_rate < math.inf:
+            raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: '
+                            'give a positive one, and 0 or more')
         if reuse not in self.REUSE: raise DFKDError(f"unknown reuse '{reuse}': use {', '.join(self.REUSE)}")
         if labels not in ('answers', 'wishes'): raise DFKDError(f"unknown labels '{labels}': use 'answers' or 'wishes'")
-        if feature_scale not in FEATURE_TERMS: raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
+        if feature_scale not in FEATURE_TERMS:
+            raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
         if adversarial_weight and student is None: raise DFKDError('adversarial_weight needs somebody to compete with: give a student')
         if student_domain is not None and student is None:
             raise DFKDError('student_domain says what a student expects: give a student')
         alike = student_domain is None or _same_scale(student_domain, teacher.domain)
-        if student is not None and alike and _same_network(teacher, student): raise DFKDError('the student is the teacher: they never disagree, so there is nothing to compete for; give another network')
+        if student is not None and alike and _same_network(teacher, student):
+            raise DFKDError('the student is the teacher: they never disagree, so there is nothing to '
+                            'compete for; give another network')
         self.device = pick_device(device)
         self.teacher, self.domain = _teacher_at(teacher, self.device), teacher.domain
         self.student, self.student_domain = student, student_domain
@@ -225,13 +238,13 @@ class Painting:
         if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher)
         self.look = Look(self.teacher, statistics, precision, embedding or ('classifier' if activation_weight else ''))
         with seeded(seed):
-            network = Generator(self.domain.shape) if generator is None else _copied(generator) # type: ignore[arg-type]
-        self.network = network.to(self.device) # lends its form; `weights` and `buffers` are its tensors
+            network = Generator(self.domain.shape) if generator is None else _copied(generator)
+        self.network = network.to(self.device) # its form; `weights` and `buffers` are its tensors
         _check_generator(self.network, self.domain, self.device)
         self.latent_shape: tuple[int, ...] = tuple(network.latent_shape) # type: ignore[arg-type]
         known: dict[str, tuple[float, Term]] = {'class': (class_weight, class_loss), 'balance': (balance_weight, balance_term), 'activation': (activation_weight, activation_term), 'tv_l2': (tv_l2, tv_term('l2'))}
         if statistics is not None: known['features'] = feature_weight, self._feature_term(statistics, feature_scale)
-        adversary = adversarial_term(distance, agreement, temperature) # says what is wrong with them, also without a student
+        adversary = adversarial_term(distance, agreement, temperature) # checked without a student too
         if student is not None: known['adversarial'] = adversarial_weight, adversary
         self.objective = Objective(known | dict(terms or {}))
         self._made_with = {
@@ -248,7 +261,8 @@ class Painting:
         self.history: list[dict[str, float]] = [] # one row a batch
         self._set(*self._tensors())
         if not self.weights and not latent_learning_rate:
-            raise DFKDError('this generator has no weights that may change: give a latent_learning_rate above 0')
+            raise DFKDError('this generator has no weights that may change: '
+                            'give a latent_learning_rate above 0')
         self.codes = torch.empty(0, device=self.device)
         self.targets: Tensor | None = None
         self.latent_optimizer: torch.optim.Adam | None = None
@@ -258,17 +272,18 @@ class Painting:
 
     REUSE: tuple[str, ...] = ('continue', 'restart')
 
-    def _feature_term(self, statistics: Statistics, scale: str) -> Term: return FEATURE_TERMS[scale](statistics, 1.)
+    def _feature_term(self, statistics: Statistics, scale: str) -> Term:
+        return FEATURE_TERMS[scale](statistics, 1.)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         "The network's weights that may change, and all its other tensors."
-        named = dict(self.network.named_parameters())
-        frozen = {k: p for k, p in named.items() if not p.requires_grad}
+        named: dict[str, Tensor] = dict(self.network.named_parameters())
         moving = {k: p for k, p in named.items() if p.requires_grad}
+        frozen = {k: p for k, p in named.items() if not p.requires_grad}
         return moving, frozen | dict(self.network.named_buffers())
 
     def _set(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        "Copies of these weights and of the tensors that no gradient changes, and an Adam that knows nothing of the old ones."
+        "Copies of these weights and of what no gradient changes, and an Adam that knows nothing of the old ones."
         self.weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
         self.buffers = {k: v.detach().clone() for k, v in buffers.items()}
         self.optimizer = self._adam(self.weights)
@@ -309,13 +324,14 @@ class Painting:
         images: Tensor, # intensities in [0, 1], `(N, C, H, W)`
         targets: Tensor | None, # wished classes; None takes the teacher's answers
     ) -> tuple[Tensor, dict[str, Tensor], View]: # the total, each term, and all that was seen
-        "What the images cost. The student answers in eval mode and gets no gradient; it sees them in its own normalisation."
+        "What the images cost. The student answers in eval mode, on its own scale, and gets no gradient."
         x = self.domain.normalize(images if self.augment is None else self.augment(images, self.rng))
         logits, features, embedding = self.look(x)
         answers = None
         if self.student is not None and (self.competing and self.objective.weights.get('adversarial') or self.wants_student):
             theirs = self.domain.renormalize(x, self.student_domain or self.domain)
-            with in_eval_mode(self.student), autocast(self.device, self.look.precision): answers = _answers(self.student, theirs)
+            with in_eval_mode(self.student), autocast(self.device, self.look.precision):
+                answers = _answers(self.student, theirs)
         objective = self.objective if answers is not None or 'adversarial' not in self.objective.weights else self.objective.reweigh(adversarial=0.)
         targets = logits.detach().argmax(1) if targets is None else targets
         view = View(self.domain.to_pixels(x), logits, targets, features, answers, embedding)
@@ -429,13 +445,22 @@ class GenerativeSynthesizer(Painting):
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, also in the middle of a batch. The tensors are alive: save them before the next update."
         def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: return {k: v.detach() for k, v in tensors.items()}
+        latent = self.latent_optimizer if self.left else None # a new batch has a new one
         return {
-            'settings': dict(self._made_with), 'weights': detached(self.weights), 'buffers': detached(self.buffers),
-            'optimizer': self.optimizer.state_dict() if self.optimizer else None, 'codes': self.codes.detach(),
-            'latent_optimizer': self.latent_optimizer.state_dict() if self.left and self.latent_optimizer else None,
-            'targets': self.targets if self.left else None, 'best': self._plain_best(), 'rng': self.rng.get_state(),
+            'settings': dict(self._made_with),
+            'weights': detached(self.weights),
+            'buffers': detached(self.buffers),
+            'optimizer': self.optimizer.state_dict() if self.optimizer else None,
+            'codes': self.codes.detach(),
+            'latent_optimizer': latent.state_dict() if latent else None,
+            'targets': self.targets if self.left else None,
+            'best': self._plain_best(),
+            'rng': self.rng.get_state(),
             'streams': self.streams.state_dict(),
-            'left': self.left, 'updates': self.updates, 'batches': self.batches, 'competing': self.competing,
+            'left': self.left,
+            'updates': self.updates,
+            'batches': self.batches,
+            'competing': self.competing,
             'history': [dict(row) for row in self.history]}
 
     def _plain_best(self) -> dict[str, Any] | None:
@@ -465,7 +490,7 @@ class GenerativeSynthesizer(Painting):
         if best is not None: # a checkpoint may have been read on another device
             moved = {k: v.to(self.device) for k, v in best.items() if isinstance(v, Tensor)}
             moments = best['moments'] and {
-                k: (mean.to(self.device), var.to(self.device)) for k, (mean, var) in best['moments'].items()}
+                k: (m.to(self.device), v.to(self.device)) for k, (m, v) in best['moments'].items()}
             best = best | moved | {'moments': moments}
         self.best = best
 
@@ -493,13 +518,15 @@ class Alternation(Turns):
         super().__init__(maker, distiller, rounds)
         self.updates_per_round, self.warmup_rounds = updates_per_round, warmup_rounds
         self.pool: Any = distiller.source if hasattr(distiller.source, 'add') else None
-        for part in (maker, self.pool): # whoever asks the student shows it what the distiller shows it
-            if part is None or getattr(part, 'student', None) is not distiller.student: continue
+        askers: list[Any] = [maker, self.pool]
+        for part in askers: # whoever asks the student shows it what the distiller shows it
+            if getattr(part, 'student', None) is not distiller.student: continue
             given = getattr(part, 'student_domain', None) or distiller.domain
             if not _same_scale(given, distiller.domain):
-                raise DFKDError(f"the student learns with mean {distiller.domain.mean} and std {distiller.domain.std}, "
-                                f'the {type(part).__name__} asks it with {given.mean} and {given.std}: '
-                                'make student_domain and the domain of the Distiller agree')
+                raise DFKDError(
+                    f'the student learns with mean {distiller.domain.mean} and std {distiller.domain.std}, '
+                    f'the {type(part).__name__} asks it with {given.mean} and {given.std}: '
+                    'make student_domain and the domain of the Distiller agree')
             part.student_domain = distiller.domain
 
     @property

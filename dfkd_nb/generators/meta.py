@@ -83,18 +83,20 @@ class MetaSynthesizer(GenerativeSynthesizer):
         for name, rate in {'meta_learning_rate': meta_learning_rate, 'meta_latent_learning_rate': meta_latent_learning_rate}.items():
             if rate is not None and not rate > 0: raise DFKDError(f'{name} {rate}: give a positive one, or None')
         if reuse != 'meta' and (latent_life != 1 or meta_learning_rate is not None):
-            raise DFKDError(f"latent_life {latent_life}, meta_learning_rate {meta_learning_rate}: nothing is meta-learned "
-                            f"with reuse='{reuse}'; leave them out, or set reuse='meta'")
+            raise DFKDError(f'latent_life {latent_life}, meta_learning_rate {meta_learning_rate}: '
+                            f"nothing is meta-learned with reuse='{reuse}'; leave them out, or set reuse='meta'")
         if meta_latent_learning_rate is not None and (reuse != 'meta' or latent_life == 1):
-            raise DFKDError(f'meta_latent_learning_rate {meta_latent_learning_rate}, but codes that serve one batch are not '
-                            "meta-learned: set latent_life to 2 or more and reuse='meta', or leave it out")
+            raise DFKDError(f'meta_latent_learning_rate {meta_latent_learning_rate}, but codes that serve one '
+                            "batch are not meta-learned: set latent_life to 2 or more and reuse='meta', or leave it out")
         if reset_first_layer_at is not None and reset_first_layer_at < 1: raise DFKDError(f'reset_first_layer_at {reset_first_layer_at}: batches count from 1; give None for never')
         self.running = None if momentum is None else RunningStatistics(momentum)
         super().__init__(teacher, reuse=reuse, **settings)
         self._made_with |= {'meta': meta, 'latent_life': latent_life, 'momentum': momentum, 'reset_first_layer_at': reset_first_layer_at}
         self.meta, self.latent_life, self.reset_first_layer_at = meta, latent_life, reset_first_layer_at
         if self.learns_codes and not self.latent_learning_rate: raise DFKDError('codes that live for more than one batch are learned: give a latent_learning_rate above 0, or latent_life=1')
-        if reuse == 'meta' and not self.weights and not self.learns_codes: raise DFKDError("this generator has no weights to learn from batch to batch: give latent_life=None, or reuse='continue'")
+        if reuse == 'meta' and not self.weights and not self.learns_codes:
+            raise DFKDError('this generator has no weights to learn from batch to batch: '
+                            "give latent_life=None, or reuse='continue'")
         self.meta_learning_rate = meta_learning_rate or self.learning_rate * self.steps
         self.meta_latent_learning_rate = meta_latent_learning_rate or self.latent_learning_rate * self.steps
         self._made_with |= {'meta_learning_rate': self.meta_learning_rate, 'meta_latent_learning_rate': self.meta_latent_learning_rate}

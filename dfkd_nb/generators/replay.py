@@ -86,11 +86,13 @@ class ReplayPool(ImageSource, Sampler):
         device: str | torch.device = 'cpu', # where everything is kept
     ) -> None:
         if size < 1: raise DFKDError(f'a buffer of {size} images: give 1 or more')
-        if not all(0 <= v < math.inf for v in (alpha, beta, epsilon)) or not epsilon: raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: give 0 or more, and an epsilon above 0')
+        if not all(0 <= v < math.inf for v in (alpha, beta, epsilon)) or not epsilon:
+            raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: '
+                            'give 0 or more, and an epsilon above 0')
         if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
         if student_domain is not None and student_domain.shape != domain.shape:
-            raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, the images {domain.shape}: "
-                            'they may differ in mean and std only')
+            raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, "
+                            f'the images {domain.shape}: they may differ in mean and std only')
         self.student_domain = student_domain
         self._epochs = EpochSampler(self) # for even draws
         self.domain, self.size, self.teacher, self.student, self.device = domain, size, teacher, student, torch.device(device)
@@ -145,7 +147,8 @@ class ReplayPool(ImageSource, Sampler):
         confidences, classes = _full(known).softmax(1).max(1)
         priorities = None
         if self.student is not None:
-            with in_eval_mode(self.student): said = torch.cat([self.ask_student(part).to(known) for part in images.split(500)])
+            with in_eval_mode(self.student):
+                said = torch.cat([self.ask_student(part).to(known) for part in images.split(500)])
             priorities = self._distance(said, known)
         self.insert(images, classes, confidences, priorities)
 
@@ -156,7 +159,8 @@ class ReplayPool(ImageSource, Sampler):
         "What the student says to images, shown to it in its own normalisation."
         if self.student is None: raise DFKDError('nobody to ask: give the pool a student')
         place = next((p.device for p in self.student.parameters()), images.device)
-        return _answers(self.student, (self.student_domain or self.domain).normalize(images.to(place)))
+        domain = self.student_domain or self.domain
+        return _answers(self.student, domain.normalize(images.to(place)))
 
     def insert(
         self,
@@ -172,7 +176,8 @@ class ReplayPool(ImageSource, Sampler):
         assert checked is not None
         for name, given in {'confidences': confidences, 'priorities': priorities}.items():
             if given is not None and tuple(given.shape) != (len(images),):
-                raise DFKDError(f'{len(images)} images but {name} of shape {tuple(given.shape)}: give one number an image')
+                raise DFKDError(f'{len(images)} images but {name} of shape {tuple(given.shape)}: '
+                                'give one number an image')
         before, n = len(self), min(len(images), self.size) # of more than there is room for, the newest
         self.added += len(images)
         where = (torch.arange(self.added - n, self.added) % self.size).to(self.device)
@@ -203,12 +208,13 @@ class ReplayPool(ImageSource, Sampler):
             self._weights = self.weights(self.chosen)
         else:
             probabilities = self.probabilities
-            # image i owns the whole numbers from reach[i - 1] up to reach[i], 2**53 of them in all: a sum of
-            # integers is the same in whatever order a GPU adds, one of floats is not
+            # image i owns the whole numbers from reach[i - 1] up to reach[i], 2**53 in all:
+            # a sum of integers is the same in whatever order a GPU adds, one of floats is not
             reach = (probabilities * 2**53).long().cumsum(0)
             numbers = torch.rand(batch_size, generator=generator, dtype=torch.float64)
             ticket = (numbers * 2**53).long().to(reach.device)
-            self.chosen = torch.searchsorted(reach, ticket, right=True).clamp_max(len(self) - 1) # rounding leaves a few beyond
+            found = torch.searchsorted(reach, ticket, right=True)
+            self.chosen = found.clamp_max(len(self) - 1) # rounding leaves a few beyond the last
             batch, self._weights = self._pick(self.chosen), self.weights(self.chosen, probabilities)
         self._draws.index_add_(0, self.chosen, torch.ones_like(self.chosen)) # a bincount would wait for the device
         if self.weighs_loss: self.loss_weights = self._weights
@@ -233,8 +239,8 @@ class ReplayPool(ImageSource, Sampler):
         "New priorities for the last batch, by what it was answered: importance weight times distance (SSD-KD, Eq. 4)."
         if self.chosen is None: raise DFKDError('no batch to report on: sample one first')
         if student_logits.shape != teacher_logits.shape:
-            raise DFKDError(f'the student answers {tuple(student_logits.shape)}, the teacher {tuple(teacher_logits.shape)}: '
-                            'give both the same classes')
+            raise DFKDError(f'the student answers {tuple(student_logits.shape)}, the teacher '
+                            f'{tuple(teacher_logits.shape)}: give both the same classes')
         if len(student_logits) != len(self.chosen): raise DFKDError(f'{len(student_logits)} answers to a batch of {len(self.chosen)} images: report on the batch that was sampled last')
         self.update(self.chosen, self._weights * self._distance(student_logits, teacher_logits).to(self.device))
         self.chosen = None
@@ -246,8 +252,10 @@ class ReplayPool(ImageSource, Sampler):
     ) -> None:
         "Give images new priorities."
         if indices.shape != priorities.shape: raise DFKDError(f'{len(indices)} images, {len(priorities)} priorities: give one of each')
-        if indices.device.type == 'cpu' and len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self): # elsewhere one would wait for the device
-            raise DFKDError(f'images {int(indices.min())} to {int(indices.max())} of a buffer that holds {len(self)}: count from 0')
+        if indices.device.type == 'cpu' and len(indices): # elsewhere one would wait for the device
+            low, high = int(indices.min()), int(indices.max())
+            if low < 0 or high >= len(self):
+                raise DFKDError(f'images {low} to {high} of a buffer that holds {len(self)}: count from 0')
         indices, priorities = indices.to(self.device), priorities.float().to(self.device)
         good = priorities.isfinite()
         total, number = torch.zeros_like(self._priorities), torch.zeros_like(self._priorities)
@@ -266,16 +274,22 @@ class ReplayPool(ImageSource, Sampler):
     def state_dict(self) -> dict[str, Any]:
         "The images, what is known about them, and where the drawing stands."
         kept = {name: getattr(self, name).clone() for name in ('images', 'labels', 'confidences', 'priorities', 'draws')}
-        waiting = None if self.chosen is None else [self.chosen.clone(), self._weights.clone()] # a batch not reported on yet
-        settings = {name: getattr(self, name) for name in _SETTINGS}
+        batch = None if self.chosen is None else [self.chosen.clone(), self._weights.clone()]
         return self._epochs.state_dict() | kept | {
-            'added': self.added, 'largest': self.largest.clone(), 'size': self.size, 'waiting': waiting, 'settings': settings}
+            'added': self.added,
+            'largest': self.largest.clone(),
+            'size': self.size,
+            'waiting': batch, # for its report
+            'settings': {name: getattr(self, name) for name in _SETTINGS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same size, same settings."
         if state.get('size') != self.size: raise DFKDError(f"the saved buffer holds {state.get('size')} images, this one {self.size}: build it with the same size")
-        changed = [f'{k} (was {v}, now {getattr(self, k)})' for k, v in state.get('settings', {}).items() if getattr(self, k) != v]
-        if changed: raise DFKDError(f'the buffer was saved with other settings: {", ".join(changed)}; set them back or give another path')
+        settings = state.get('settings', {})
+        changed = [f'{k} (was {v}, now {now})' for k, v in settings.items() if (now := getattr(self, k)) != v]
+        if changed:
+            raise DFKDError(f'the buffer was saved with other settings: {", ".join(changed)}; '
+                            'set them back or give another path')
         self.domain.check(state['images'])
         self._epochs.load_state_dict(state)
         self.added, self.largest = state['added'], state['largest'].to(self.device)
@@ -308,7 +322,8 @@ class ReplayPool(ImageSource, Sampler):
         images = ImageSet.load(path)
         tensors, about = load_tensors(path)
         if not {'size', 'added', *_SETTINGS} <= about.keys(): raise DFKDError(f'{path} holds images but no replay buffer: give a file that ReplayPool.save wrote')
-        pool = cls(images.domain, int(about['size']), teacher, student, device=device, student_domain=student_domain,
+        pool = cls(images.domain, int(about['size']), teacher, student,
+                   device=device, student_domain=student_domain,
                    **{name: kind(about[name]) for name, kind in _SETTINGS.items()})
         pool.load_state_dict({'order': torch.empty(0, dtype=torch.long), 'position': 0, 'size': pool.size, 'added': int(about['added'])} | tensors)
         return pool
@@ -366,11 +381,12 @@ def ssd_kd(
     buffer = ReplayPool(teacher.domain, size, teacher, student, **{'device': place} | dict(pool or {}))
     settings = preset() | dict(maker or {})
     term = {'modulated': (settings.pop('class_weight'), modulated_class_term(buffer, gamma, difficulty, diversity))}
-    shared = {'device': place, 'seed': seed}
-    further = term | dict(settings.pop('terms', None) or {})
-    painter = meta.MetaSynthesizer(teacher, **{'student': student} | shared | settings | {'terms': further})
+    shared: dict[str, Any] = {'device': place, 'seed': seed}
+    settings['terms'] = term | dict(settings.pop('terms', None) or {})
+    painter = meta.MetaSynthesizer(teacher, **{'student': student} | shared | settings)
     updates = (rounds - warmup_rounds) * updates_per_round
-    learner = Distiller(teacher, student, buffer, **{'steps': updates} | shared | dict(distiller or {}))
+    learning = {'steps': updates} | shared | dict(distiller or {})
+    learner = Distiller(teacher, student, buffer, **learning)
     return Alternation(painter, learner, rounds=rounds, updates_per_round=updates_per_round, warmup_rounds=warmup_rounds)
 
 # %% ../../nbs/generators/13_replay.ipynb #2125e16c
