@@ -68,14 +68,16 @@ class Look:
         self.dtype = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), torch.float32)
         self.statistics, self.layers, self.at, self.fused = statistics, list(statistics or ()), statistics.at if statistics else 'input', False
         if embedding:
-            with tap(teacher.model, embedding): embedding = classifier_layer(teacher.model) if embedding == 'classifier' else embedding
-        path = 'model.' # from the network that is asked to the teacher's own
+            with tap(teacher, embedding): embedding = classifier_layer(teacher) if embedding == 'classifier' else embedding
+        path = '' # from the network that is asked to the teacher's own
         if statistics is not None:
             statistics.row(self.device) # before anything is compiled, which would be done again
             inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
-            if not set(self.layers) <= inside and {f'model.{name}' for name in self.layers} <= inside: self.network, path = teacher.model, ''
+            if not set(self.layers) <= inside and {f'model.{name}' for name in self.layers} <= inside: self.network = teacher.model
             self.fused = self.at == 'input' and set(self.layers) <= set(batchnorm_layers(self.network))
-            if self.fused: self.network, path = fuse_statistics(self.network), f'model.{path}'
+            if self.fused:
+                path = 'model.' if self.network is teacher.model else 'model.model.'
+                self.network = fuse_statistics(self.network)
             else: Watch(self.network, self.layers, self.at) # a wrong name is told before the first update
         self.embedding = embedding and f'{path}{embedding}'
 

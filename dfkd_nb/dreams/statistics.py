@@ -25,7 +25,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .priors import Term, View, _exact
 from ..foundations.core import DFKDError, DFKDWarning, load_tensors, progress, save_tensors
 from ..foundations.data import ImageSource
-from ..foundations.models import Teacher, _logits, in_eval_mode
+from ..foundations.models import Teacher, _logits, _sealed, in_eval_mode, unwrap, why_no_hooks
 
 # %% ../../nbs/dreams/06_statistics.ipynb #2040c560
 Moments = tuple[Tensor, Tensor] # mean and biased variance of each channel, `(C,)` both
@@ -111,11 +111,11 @@ def batch_moments(
 def batchnorm_layers(
     model: nn.Module, # any network
 ) -> dict[str, nn.Module]: # by name, in the order in which the network lists them
-    "All BatchNorm layers: of vectors, sequences, images, volumes, synchronised or frozen ones."
+    "All BatchNorm layers: of vectors, sequences, images, volumes, synchronised or frozen ones. A compiled or parallel network has the names of the one inside."
     def is_batchnorm(layer: nn.Module) -> bool:
         frozen = 'running_mean' in layer._buffers and 'running_var' in layer._buffers and not isinstance(layer, _InstanceNorm)
         return isinstance(layer, _BatchNorm) or frozen # torchvision's frozen kind is a class of its own
-    return {name: layer for name, layer in model.named_modules() if is_batchnorm(layer)}
+    return {name: layer for name, layer in unwrap(model).named_modules() if is_batchnorm(layer)}
 
 def find_layers(
     model: nn.Module, # any network
@@ -123,16 +123,24 @@ def find_layers(
 ) -> dict[str, nn.Module]: # by name, in the given order
     "Layers by name; an unknown name is a `DFKDError` that lists its neighbours."
     if layers is None:
+        if reason := why_no_hooks(model): raise DFKDError(_unreadable(model, reason))
         found = batchnorm_layers(model)
         if not found: raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: name the layers to watch, e.g. layers={_suggest(model)}')
         return found
     if isinstance(layers, str) or not layers: raise DFKDError(f'layers={layers!r}: give a list of one or more layer names')
-    modules = dict(model.named_modules(remove_duplicate=False)) # a layer may have several names
+    modules = dict(unwrap(model).named_modules(remove_duplicate=False)) # a layer may have several names
     for name in layers:
+        parts = str(name).split('.')
+        for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)): # the network, its parts, the layer
+            if part in modules and (reason := _sealed(modules[part])): raise DFKDError(_unreadable(model, reason))
         if name not in modules or not name:
             near = difflib.get_close_matches(str(name), modules, 3, 0.3) or [n for n in modules if n][:3]
             raise DFKDError(f"no layer '{name}' in {type(model).__name__}: use names of named_modules(), e.g. {', '.join(near)}")
     return {name: modules[name] for name in layers}
+
+def _unreadable(model: nn.Module, reason: str) -> str:
+    who = model.name if isinstance(model, Teacher) else type(model).__name__
+    return f'what enters the layers of {who} cannot be read: {reason}, or do without statistics (feature_weight=0)'
 
 def _suggest(model: nn.Module) -> list[str]:
     "A few layers worth watching in a network without BatchNorm."
@@ -229,6 +237,7 @@ def read_batchnorm(
     "What BatchNorm remembers of the training data (DeepInversion, Eq. 5 and the one after it)."
     moments, found = {}, batchnorm_layers(model)
     if not found:
+        if reason := why_no_hooks(model): raise DFKDError(_unreadable(model, reason))
         who = 'teacher' if isinstance(model, Teacher) else 'model'
         raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: give statistics=Statistics.measure({who}, images, layers={_suggest(model)}), or do without (feature_weight=0)')
     for name, layer in found.items():
@@ -246,8 +255,8 @@ def _called(
     layers: Iterable[str], # by name
 ) -> list[str]: # those that work when it answers: not the heads that only helped in training
     "Two black images tell which layers take part."
-    black = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8, device=teacher.device)
-    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(teacher.domain.normalize(black))
+    black = next(_batches(teacher, torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8)))
+    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(black)
     return [name for name in watch.layers if name in watch.moments]
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d70e0f0e
@@ -305,8 +314,8 @@ def measure_moments(
 ) -> dict[str, Moments]: # as if all images had been one batch
     "Moments of all images together, from batches of any size: the law of total variance."
     unions: dict[str, list[_Union]] = {} # one for each call of a layer
-    seen = 0
-    with in_eval_mode(model), Watch(model, layers, at) as watch:
+    watch, seen = Watch(model, layers, at), 0
+    with in_eval_mode(model), watch:
         for x in progress(_batches(model, images), 'statistics'):
             model(x)
             seen += len(x)
@@ -544,7 +553,7 @@ class FusedTeacher(nn.Module):
     ) -> None:
         super().__init__()
         self.names = tuple(find_layers(model))
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
         plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         aliases = list(self.model.named_modules(remove_duplicate=False)) # a layer may be called by another of its names
         for name in self.names:
