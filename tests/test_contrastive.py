@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
+from dfkd_nb.dreams.statistics import fuse_statistics
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller
@@ -228,6 +229,16 @@ def test_the_right_layer_is_read(norm):
         maker_of(teacher, feature_weight=0.0, layers=["AuxLogits.fc"])
     with pytest.raises(DFKDError, match="give a list"):
         maker_of(teacher, feature_weight=0.0, layers="fc")
+
+
+def test_a_sequence_is_averaged_over_its_places_on_either_path():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 6, 3), nn.Flatten(2), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(216, 10)
+    teacher, x = Teacher(used(nn.Sequential(*layers)), DIGITS), torch.randn(3, *DIGITS.shape)
+    for network in (teacher.model, teacher, fuse_statistics(teacher.model), fuse_statistics(teacher)):
+        with Summary(network, ["2"]) as summary:
+            network(x)
+            torch.testing.assert_close(summary.vectors(), teacher.model[:2](x).mean(2))
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import View
-from ..dreams.statistics import FusedTeacher, batchnorm_layers
+from ..dreams.statistics import FusedBatchNorm, FusedTeacher, _Observed, batchnorm_layers
 from ..foundations.core import DFKDError, seeded
 from ..foundations.data import Augment
 from ..foundations.distillation import _full
-from ..foundations.models import Teacher, classifier_layer
+from ..foundations.models import Teacher, _pooled, classifier_layer
 from .generators import GenerativeSynthesizer
 
 # %% ../../nbs/generators/11_contrastive.ipynb #0132337c
@@ -103,7 +103,9 @@ class Summary:
         self._hooks: list[Any] = []
 
     def _take(self, layer: str, x: Tensor) -> None:
-        self.parts[layer] = x.float().mean(1 if x.ndim == 3 else tuple(range(2, x.ndim))) if x.ndim > 2 else x.float() # tokens `(N, T, D)` over T
+        module = self.modules[layer]
+        of_maps = x.ndim > 2 and isinstance(module, (FusedBatchNorm, _Observed))
+        self.parts[layer] = (x.flatten(2).mean(2) if of_maps else _pooled(module, x)).float()
 
     def __enter__(self) -> 'Summary':
         for layer, module in self.modules.items():
@@ -201,7 +203,7 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
         further = settings.pop('terms', None) or {}
         super().__init__(teacher, reuse=reuse, terms={**further, 'contrast': (contrastive_weight, self._contrast)}, **settings)
         norms = list(batchnorm_layers(self.teacher.model))
-        names = layers if layers is not None else norms or [classifier_layer(self.teacher.model)]
+        names = layers if layers is not None else norms or [classifier_layer(self.teacher)]
         self.summary = Summary(self.look.network, names)
         augment: Augment | None = self.augment
         self.local = local or LocalView(flip=augment is None or augment.flip)
