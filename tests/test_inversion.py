@@ -487,7 +487,12 @@ def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
 
 def test_terms_see_pixel_units(teacher):
     views = []
-    make(teacher, steps=3, learning_rate=5.0, terms={"look": (1e-9, lambda view: views.append(view.x.detach().clone()) or view.x.sum())}).synthesize(4)
+
+    def look(view):
+        views.append(view.x.detach().clone())
+        return view.x.sum()
+
+    make(teacher, steps=3, learning_rate=5.0, terms={"look": (1e-9, look)}).synthesize(4)
     assert views[-1].min() == -2 and views[-1].max() == 2  # clipped at black and at white
 
 
@@ -724,10 +729,11 @@ FORMS = {
     "compiled": lambda net: torch.compile(net, backend="eager"),
     "parallel": nn.DataParallel,
 }
+BATCH = torch.export.Dim("batch", min=1, max=512)
 SEALED = {
     "script": torch.jit.script,
     "trace": lambda net: torch.jit.trace(net, torch.randn(2, *DIGITS.shape)),
-    "export": lambda net: torch.export.export(net, (torch.randn(2, *DIGITS.shape),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=512)},)).module(),
+    "export": lambda net: torch.export.export(net, (torch.randn(2, *DIGITS.shape),), dynamic_shapes=({0: BATCH},)).module(),
 }
 
 
@@ -740,7 +746,8 @@ def test_a_teacher_in_another_form_dreams_the_same(teacher, form):
 
 
 def test_a_teacher_made_double_afterwards_still_dreams(teacher):
-    maker = make(Teacher(teacher.model, DIGITS).double(), student=build_model("digits-net", 10, 1), embedding="classifier", stages=[(4, 2), (8, 3)])
+    settings = {"student": build_model("digits-net", 10, 1), "embedding": "classifier", "stages": [(4, 2), (8, 3)]}
+    maker = make(Teacher(teacher.model, DIGITS).double(), **settings)
     assert maker.synthesize(4).images.float().std() > 20
 
 
@@ -748,7 +755,12 @@ def test_a_teacher_made_double_afterwards_still_dreams(teacher):
 @pytest.mark.filterwarnings("ignore")
 def test_a_sealed_teacher_says_what_to_do_and_dreams_without_statistics(teacher, form):
     sealed = Teacher(SEALED[form](network()), DIGITS)
-    for ask in (lambda: make(sealed), lambda: Statistics.measure(sealed, torch.randn(4, *DIGITS.shape)), lambda: make(sealed, feature_weight=0.0, embedding="classifier")):
+    asked = (
+        lambda: make(sealed),
+        lambda: Statistics.measure(sealed, torch.randn(4, *DIGITS.shape)),
+        lambda: make(sealed, feature_weight=0.0, embedding="classifier"),
+    )
+    for ask in asked:
         with pytest.raises(DFKDError, match="(cannot|can) be read.*give the network it was made from") as caught:
             ask()
         assert "\n" not in str(caught.value)

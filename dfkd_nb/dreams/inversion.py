@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Stage', 'FEATURE_TERMS', 'preset', 'Look', 'read_stages', 'intended_classes', 'Dream', 'relative_feature_term',
-           'same_device', 'Asking', 'world', 'Batches', 'Progress', 'DeepInversion', 'tile', 'Film', 'kept_bytes',
-           'images_that_fit', 'draw_dream', 'Explorer', 'explorer']
+           'precision_of', 'same_device', 'Asking', 'world', 'Batches', 'Progress', 'DeepInversion', 'tile', 'Film',
+           'kept_bytes', 'images_that_fit', 'draw_dream', 'Explorer', 'explorer']
 
 # %% ../../nbs/dreams/07_inversion.ipynb #74b0cb45
 import base64
@@ -41,11 +41,12 @@ def preset(
 ) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
     "Three methods are three sets of weights."
     left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
-    tv_l2, l2 = (per_image_weight(weight, 256) for weight in (2.5e-5, 3e-8)) # the paper's are of one norm over 256 images
+    tv_l2, l2 = (per_image_weight(w, 256) for w in (2.5e-5, 3e-8)) # the paper's: one norm of 256
     chosen: dict[str, dict[str, Any]] = {
         'book': {'tv_l2': 0.1, 'feature_weight': 3.},
         'paper': {'tv_l2': tv_l2, 'feature_weight': 10.},
-        'imagenet': {'tv_l2': 0.1, 'feature_weight': 2., 'feature_scale': 'relative', 'first_layer_weight': 3.}}
+        'imagenet': {'tv_l2': 0.1, 'feature_weight': 2., 'feature_scale': 'relative',
+                     'first_layer_weight': 3.}}
     if method not in left_out: raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
     if source not in chosen: raise DFKDError(f"unknown source '{source}': use {', '.join(chosen)}")
     weights = {'class_weight': 1., 'tv_l1': 0., 'l2': l2} | chosen[source]
@@ -65,20 +66,23 @@ class Look:
         self.device, self.precision = teacher.device, precision
         autocast(self.device, precision) # says now what is wrong with it
         self.network: nn.Module = teacher
-        self.dtype = next((p.dtype for p in teacher.parameters() if p.is_floating_point()), torch.float32)
+        self.dtype = precision_of(teacher)
         self.statistics, self.layers, self.at, self.fused = statistics, list(statistics or ()), statistics.at if statistics else 'input', False
         if embedding:
-            with tap(teacher, embedding): embedding = classifier_layer(teacher) if embedding == 'classifier' else embedding
+            with tap(teacher, embedding): pass # a wrong name is told now
+            if embedding == 'classifier': embedding = classifier_layer(teacher)
         path = '' # from the network that is asked to the teacher's own
         if statistics is not None:
             statistics.row(self.device) # before anything is compiled, which would be done again
             inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
-            if not set(self.layers) <= inside and {f'model.{name}' for name in self.layers} <= inside: self.network = teacher.model
-            self.fused = self.at == 'input' and set(self.layers) <= set(batchnorm_layers(self.network))
+            longer = {f'model.{name}' for name in self.layers}
+            if not set(self.layers) <= inside and longer <= inside: self.network = teacher.model
+            normed = set(batchnorm_layers(self.network))
+            self.fused = self.at == 'input' and set(self.layers) <= normed
             if self.fused:
                 path = 'model.' if self.network is teacher.model else 'model.model.'
                 self.network = fuse_statistics(self.network)
-            else: Watch(self.network, self.layers, self.at) # a wrong name is told before the first update
+            else: Watch(self.network, self.layers, self.at) # a wrong name is told now
         self.embedding = embedding and f'{path}{embedding}'
 
     def __call__(
@@ -87,7 +91,8 @@ class Look:
     ) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None]: # logits `(N, K)`; mean and variance by layer name; embeddings `(N, D)`
         x = x.to(self.dtype)
         if not self.embedding: return *self._feel(x), None
-        with tap(self.network, self.embedding) as taken: return *self._feel(x), taken[-1] if taken else None
+        with tap(self.network, self.embedding) as taken:
+            return *self._feel(x), taken[-1] if taken else None
 
     def _feel(self, x: Tensor) -> tuple[Tensor, Mapping[str, Moments] | None]:
         with autocast(self.device, self.precision):
@@ -130,7 +135,7 @@ def intended_classes(
 
 # %% ../../nbs/dreams/07_inversion.ipynb #6cd1a84d
 class Dream:
-    "One batch in the making: pixels, from -2 for black to 2 for white, Adam, and the random stream that shifts and mirrors them."
+    "One batch in the making: pixels (black -2, white 2), Adam, the stream that shifts and mirrors."
 
     def __init__(
         self,
@@ -171,7 +176,7 @@ class Dream:
         return len(self.stages) - 1, self.stages[-1][1]
 
     def look_at(self) -> Tensor:
-        "The pixels as they are shown this time, in pixel units: enlarged if a stage begins, shifted, perhaps mirrored."
+        "The pixels as they are shown this time: enlarged if a stage begins, shifted, maybe mirrored."
         index, done = self.stage
         size, updates = self.stages[index]
         if index and not done and tuple(self.x.shape[2:]) != size: self._take(F.interpolate(self.x.detach(), size, mode='nearest'))
@@ -198,7 +203,9 @@ class Dream:
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits."
-        return {'pixels': self.x.detach().clone(), 'done': self.done, 'optimizer': copy.deepcopy(self.optimizer.state_dict()), 'generator': self.generator.get_state()}
+        return {'pixels': self.x.detach().clone(), 'done': self.done,
+                'optimizer': copy.deepcopy(self.optimizer.state_dict()),
+                'generator': self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
@@ -234,6 +241,11 @@ def relative_feature_term(
 FEATURE_TERMS: dict[str, Callable[[Statistics, float], Term]] = {'absolute': feature_term, 'relative': relative_feature_term}
 
 # %% ../../nbs/dreams/07_inversion.ipynb #12e21fc6
+def precision_of(
+    network: nn.Module, # any
+) -> torch.dtype: # of its weights; float32 where it has none
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
 def same_device(a: torch.device, b: torch.device) -> bool:
     "Whether both are one device: `cuda` is the current one of `cuda:0`, `cuda:1`, ..."
     def number(device: torch.device) -> int:
@@ -250,10 +262,10 @@ class Asking:
         teacher: Teacher, # the network that is asked; it is not changed
         *,
         steps: int = 2000, # updates of each batch
-        learning_rate: float = 0.1, # of Adam, in pixel units (from black to white: 4); the paper's text says 0.05
+        learning_rate: float = 0.1, # of Adam, where black is -2 and white 2; the paper's text says 0.05
         batch_size: int = 256, # images optimised together, at most
         class_weight: float = 1., # of the class loss
-        tv_l2: float = 0.1, # of the total variation, Euclidean norm; the paper's 2.5e-5 on the norm of 256 images is 4e-4 here
+        tv_l2: float = 0.1, # of the total variation, Euclidean; the paper's 2.5e-5 (of a norm of 256 images) is 4e-4 here
         tv_l1: float = 0., # of the total variation, mean absolute jump
         l2: float = 4.8e-7, # of the images' norm; the paper's 3e-8 on the norm of 256 images
         feature_weight: float = 3., # of the feature statistics, Eq. 4; the paper lists 1, 5, 10 and 100
@@ -271,7 +283,7 @@ class Asking:
         statistics: Statistics | None = None, # to be matched; None reads the teacher's BatchNorm layers
         terms: Mapping[str, tuple[float, Term]] | None = None, # further terms: name to weight and term
         student: nn.Module | None = None, # whose answers the terms may ask for, as `view.student_logits`; a frozen copy is kept
-        student_domain: Domain | None = None, # the normalisation that it expects; None: its own if it is a `Teacher`, or else the teacher's
+        student_domain: Domain | None = None, # what it expects; None: its own if it is a `Teacher`, else the teacher's
         embedding: str = '', # a layer whose input the terms may ask for, as `view.embedding`: a name, or 'classifier' for the last linear one
     ) -> None:
         self.device, self.domain = pick_device(device), teacher.domain
@@ -285,7 +297,8 @@ class Asking:
         learning_rate_at(0, steps, schedule)
         self.stages, self.batch_size, self.seed = read_stages(stages, steps, self.domain.size), batch_size, seed
         self.pixel_settings: dict[str, Any] = {'learning_rate': learning_rate, 'schedule': schedule, 'jitter': jitter, 'flip': flip, 'clip': clip}
-        self.teacher = teacher if same_device(teacher.device, self.device) else copy.deepcopy(teacher).to(self.device)
+        here = same_device(teacher.device, self.device)
+        self.teacher = teacher if here else copy.deepcopy(teacher).to(self.device)
         if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher) # given ones are felt also where only `terms` ask for them
         self.look = Look(self.teacher, statistics, precision, embedding)
         self.student: Teacher | None = None
@@ -307,21 +320,24 @@ class Asking:
     def _try_sizes(self) -> None:
         "A stage too small for the network is told before the first update."
         for (height, width), _ in self.stages[:-1]:
+            shape = 2, self.domain.channels, height, width
             try:
-                with torch.no_grad(): self.teacher(torch.zeros(2, self.domain.channels, height, width, device=self.device, dtype=self.look.dtype))
+                grey = torch.zeros(shape, device=self.device, dtype=self.look.dtype)
+                with torch.no_grad(): self.teacher(grey)
             except (RuntimeError, ValueError) as error:
                 raise DFKDError(f"'{self.teacher.name}' does not take images of {height} x {width} pixels ({str(error).splitlines()[0][:80]}): use larger stages") from error
 
     def compete_with(
         self,
         student: nn.Module, # as it is now; it may go on learning, the copy kept here does not
-        domain: Domain | None = None, # the normalisation that it expects; None: its own if it is a `Teacher`, or else the teacher's
+        domain: Domain | None = None, # what it expects; None: its own if it is a `Teacher`, else the teacher's
     ) -> None:
         "Let the terms see this student's answers from now on."
         if domain is None: domain = student.domain if isinstance(student, Teacher) else self.domain
         if (domain.shape, domain.num_classes) != (self.domain.shape, self.domain.num_classes):
-            raise DFKDError(f"the student takes images of shape {domain.shape} and knows {domain.num_classes} classes, the teacher {self.domain.shape} and {self.domain.num_classes}: "
-                            "give a student for the same images and classes")
+            raise DFKDError(f'the student knows {domain.num_classes} classes in images of shape {domain.shape}, '
+                            f'the teacher {self.domain.num_classes} in {self.domain.shape}: '
+                            'give one for the same images and classes')
         domain.check_classes(self.domain)
         rival = Teacher(student, domain, 'student').to(self.device)
         own, theirs = self.teacher.model.state_dict(), rival.model.state_dict()
@@ -330,12 +346,15 @@ class Asking:
         if self.student is None or self.student.domain != domain: self.student = rival
         else: self.student.load_state_dict(rival.state_dict()) # in place: a compiled update stays valid
 
-    def _ask(self, seen: Tensor) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None, Tensor | None]:
-        "What teacher and student say to images in pixel units; each gets its own normalisation."
-        logits, features, embedding = self.look(self.domain.from_pixels(seen))
-        if self.student is None: return logits, features, embedding, None
-        like = next((p for p in self.student.parameters() if p.is_floating_point()), seen)
-        with autocast(self.device, self.look.precision): return logits, features, embedding, self.student(self.student.domain.from_pixels(seen).to(like.dtype))
+    def _ask(
+        self,
+        seen: Tensor, # in pixel units; teacher and student get their own normalisation
+    ) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None, Tensor | None]:
+        "The teacher's logits, moments and embedding, and the student's logits."
+        found = self.look(self.domain.from_pixels(seen))
+        if self.student is None: return *found, None
+        x = self.student.domain.from_pixels(seen).to(precision_of(self.student))
+        with autocast(self.device, self.look.precision): return *found, self.student(x)
 
     def _price(self, seen: Tensor, x: Tensor, targets: Tensor, goals: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "The total, with its graph; and the total and each term, without."
@@ -395,7 +414,7 @@ class Batches(Asking):
         return self.turn * self.steps + (self.dream.done if self.dream else 0)
 
     def work(self, updates: int | None = None) -> int:
-        "Pixels times updates, of one image and the first `updates` of a batch (None: all): what time goes with."
+        "Pixels times updates of an image, in the first `updates` of a batch: as time goes."
         left, total = self.steps if updates is None else updates, 0
         for (height, width), steps in self.stages:
             total, left = total + height * width * min(steps, left), max(left - steps, 0)
@@ -442,7 +461,9 @@ class Batches(Asking):
             try:
                 with torch.no_grad(): self._ask(seen)
             except ValueError as error:
-                raise DFKDError(f'a batch of {len(dream.x)} is too small for this network ({str(error).splitlines()[0][:80]}): dream more images at once') from error
+                reason = str(error).splitlines()[0][:80]
+                raise DFKDError(f'a batch of {len(dream.x)} is too small for this network ({reason}): '
+                                'dream more images at once') from error
             raise
         self._rows.append(values)
         if dream.done == dream.steps:
@@ -481,7 +502,7 @@ class Progress:
     steps: int # updates that it gets
     batch: int # which batch, from 0
     batches: int # how many there are
-    share: float # of this batch's work that is done, 0 to 1: an update at half the size is a quarter of one
+    share: float # of this batch's work that is done, 0 to 1; an update at half the size is a quarter
     losses: dict[str, float] # each term before its weight, and their weighted 'total', as the last update found them
     labels: Tensor # int64 `(n,)`, what this batch shall show
     look: Callable[[], Tensor] = field(repr=False) # makes `images`
@@ -532,11 +553,14 @@ class DeepInversion(Batches):
         "Go on from wherever it stands."
         if every < 1: raise DFKDError(f'every is {every}: give 1 or more')
         def save() -> None:
-            if checkpoint is not None: save_checkpoint(checkpoint, self.state_dict() | {'random': random_state()}) # terms may draw from the global streams
+            if checkpoint is None: return
+            streams = {'random': random_state()} # terms and networks may draw from the global ones
+            save_checkpoint(checkpoint, self.state_dict() | streams)
         save() # a folder that cannot be written is told now
         saved = time.monotonic()
-        total = len(self.own) * self.work()
-        with progress(total=total, description='dreaming', initial=self.work_done, unit='pixel', unit_scale=True) as bar:
+        total, done = len(self.own) * self.work(), self.work_done
+        with progress(total=total, description='dreaming', initial=done,
+                      unit='pixel', unit_scale=True) as bar:
             while not self.finished and not (deadline is not None and time.monotonic() >= deadline):
                 batch = self.batch
                 self.step()
@@ -563,7 +587,8 @@ class DeepInversion(Batches):
             if self.done != done: raise DFKDError('these images have grown on: ask for .images inside the callback')
             return dream.images()
         step = dream.done if dream else self.steps
-        return Progress(step, self.steps, batch, len(self.sizes), self.work(step) / self.work(), losses, self._wishes(batch), look)
+        share = self.work(step) / self.work()
+        return Progress(step, self.steps, batch, len(self.sizes), share, losses, self._wishes(batch), look)
 
     def _fingerprint(self) -> str:
         "Changes with the weights of teacher and student, the statistics and the goals."
@@ -585,7 +610,8 @@ class DeepInversion(Batches):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood; another teacher, other settings or other wishes are a `DFKDError`."
         if state.get('kind') != 'synthesis': raise DFKDError('this checkpoint was not written by a synthesis: give another path')
-        if state['dream'] is not None and 'pixels' not in state['dream']: raise DFKDError('this checkpoint was written by an earlier version, in other units: delete it and begin again')
+        if state['dream'] is not None and 'pixels' not in state['dream']:
+            raise DFKDError('this checkpoint is of an earlier version, in other units: begin again')
         changed = [f'{k} (was {v!r}, now {self.settings.get(k)!r})' for k, v in state['settings'].items() if self.settings.get(k) != v]
         if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
         if state['teacher'] != self._fingerprint(): raise DFKDError('the checkpoint was made with another teacher, student, statistics or goals: load those or give another path')

@@ -225,7 +225,7 @@ def save_tensors(
     tensors: dict[str, Tensor], # what to keep
     metadata: dict[str, str] | None = None, # text that travels along
 ) -> None:
-    "A safetensors file, atomically; equal content, equal bytes. Shared memory is a `DFKDError`."
+    "A safetensors file, atomically; equal content makes equal bytes."
     other = [name for name, text in (metadata or {}).items() if not isinstance(text, str)]
     if other:
         raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
@@ -248,7 +248,8 @@ def _sort_metadata(
         text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
         # the same characters in another order; were they more, they would cover the tensors
         if len(text) > length:
-            raise DFKDError(f'{path} not written, its metadata cannot be sorted: give plain text')
+            raise DFKDError(f'{path} not written, its metadata cannot be sorted: '
+                            'give plain text')
         file.seek(8)
         file.write(text.ljust(length)) # the format pads its header with spaces
 
@@ -260,14 +261,14 @@ def load_tensors(
     if not Path(path).is_file(): raise DFKDError(f'no file {path}: check the path')
     try:
         with safe_open(path, 'pt') as file:
-            about = dict(sorted((file.metadata() or {}).items())) # a fixed order for who prints it
+            about = dict(sorted((file.metadata() or {}).items())) # a fixed order
             return {k: file.get_tensor(k) for k in file.keys()}, about
     except (SafetensorError, OSError) as error:
         if kind := _pytorch_file(path):
             raise DFKDError(
                 f'{path} is {kind}, not a safetensors file: read it with '
-                'torch.load(path, weights_only=True), give the tensors to model.load_state_dict, '
-                'and keep them with save_weights') from error
+                'torch.load(path, weights_only=True), give it to model.load_state_dict, '
+                'and keep it with save_weights') from error
         raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
 
 def _pytorch_file(
@@ -277,7 +278,7 @@ def _pytorch_file(
     with open(path, 'rb') as file: start = file.read(8)
     if start.startswith(b'PK\x03\x04'): return 'a PyTorch checkpoint (a zip archive)'
     is_pickle = start[:1] == b'\x80' and start[1:2] in b'\x02\x03\x04\x05'
-    # a damaged safetensors file may begin with these two bytes: a length of 8, the last ones 0
+    # a damaged safetensors file may begin with these two bytes: of a length, 8 bytes
     is_pickle = is_pickle and start[4:] != bytes(4)
     return 'an old PyTorch checkpoint (a pickle)' if is_pickle else ''
 
