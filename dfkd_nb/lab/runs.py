@@ -198,6 +198,7 @@ def check_settings(
         if key not in fields: raise problem(f"{where}: unknown key '{key}'{nearest(key, list(fields))}")
         wanted, rules = str(getattr(fields[key].type, '__name__', fields[key].type)), fields[key].metadata
         if wanted == 'float' and type(value) is int: value = float(value)
+        if wanted == 'str' and type(value) in (int, float): value = str(value) # a list of one number: `--set bits=4`
         if type(value) is not types[wanted]:
             raise problem(f"{where}: '{key}' is {toml_value(value)}: give {WORDS[wanted]} ({rules['help']})")
         if wanted == 'float' and not math.isfinite(value): raise problem(f"{where}: '{key}' is {value}: give a finite number")
@@ -383,7 +384,7 @@ class Task:
     name: str # as recipes call it
     settings: type # a dataclass
     function: Callable[['Run'], dict[str, Any]] # does the work, returns the numbers
-    check: Callable[[Any], None] | None = None # raises for settings that do not go together
+    check: Callable[[Any], Any] | None = None # raises for settings that do not go together
 
 # %% ../../nbs/lab/20_runs.ipynb #c905479b
 TASKS: dict[str, Task] = {}
@@ -401,7 +402,7 @@ def find_task(
 def task(
     name: str, # as recipes call it
     settings: type, # a dataclass of `setting` fields
-    check: Callable[[Any], None] | None = None, # raises for settings that do not go together
+    check: Callable[[Any], Any] | None = None, # raises for settings that do not go together
 ) -> Callable[[Callable[['Run'], dict[str, Any]]], Callable[['Run'], dict[str, Any]]]:
     "Register a function as a task that recipes can name."
     def register(function: Callable[['Run'], dict[str, Any]]) -> Callable[['Run'], dict[str, Any]]:
@@ -410,32 +411,32 @@ def task(
     return register
 
 # %% ../../nbs/lab/20_runs.ipynb #c8febf33
-def find_network(name: str, channels: int, device: 'torch.device') -> None:
+def find_network(name: str, channels: int, device: Any) -> None:
     "Build a network without its numbers; an unknown one is a `DFKDError`."
     import torch
     from dfkd_nb.foundations.models import build_model
     with torch.device('meta'): build_model(name, 10, channels)
 
-def find_segmenter(name: str, channels: int, device: 'torch.device') -> None:
+def find_segmenter(name: str, channels: int, device: Any) -> None:
     "Likewise for one that answers each pixel."
     import torch
     from dfkd_nb.applications.segmentation import build_segmenter
     with torch.device('meta'): build_segmenter(name, 10)
 
-def find_teacher(name: str, channels: int, device: 'torch.device') -> None:
+def find_teacher(name: str, channels: int, device: Any) -> None:
     "A teacher that ships; those of other runs are looked for when they are opened."
     from dfkd_nb.foundations.models import IMAGENET_TEACHERS, load_teacher, shipped_weights
     known = name.startswith('run:') or name in IMAGENET_TEACHERS or name in shipped_weights()
     if not known: load_teacher(name) # says which there are
 
-def find_data(name: str, channels: int, device: 'torch.device') -> None:
+def find_data(name: str, channels: int, device: Any) -> None:
     "The name of a data set; whether its files are there is seen when they are read."
     from dfkd_nb.foundations.data import DOMAINS
     known = ['cifar10-mini', *DOMAINS, 'imagenet-sample']
     if name not in known and not name.startswith('folder:'):
         raise problem(f"unknown data set '{name}'{nearest(name, known)}, or folder:PATH")
 
-def find_precision(name: str, channels: int, device: 'torch.device') -> None:
+def find_precision(name: str, channels: int, device: Any) -> None:
     "A precision that the device has."
     from dfkd_nb.foundations.core import autocast
     autocast(device, name)
@@ -664,7 +665,8 @@ class SavedRun(RunFolder):
         from dfkd_nb.foundations.core import load_checkpoint, pick_device
         self.same_recipe()
         self.environment = read_json(self.folder / 'environment.json')
-        was = str(self.environment.get('device'))
+        was = str(self.environment.get('device', ''))
+        if not was: raise problem(f"{self.folder / 'environment.json'} names no device: start over with --fresh")
         if self.device_name == 'auto': self.device = pick_device(was)
         if self.device.type != was: raise problem(f"{self.folder} was started on '{was}': use --device {was}, or start over with --fresh")
         checkpoint = self.folder / 'checkpoint.pt'
