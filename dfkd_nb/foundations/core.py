@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TESTING', 'PRECISIONS', 'COLOURS', 'DFKDError', 'DFKDWarning', 'import_torchvision', 'import_extra', 'pick_device',
-           'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'autocast', 'progress', 'atomic_path',
-           'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint', 'show_images']
+           'same_device', 'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'RandomStreams',
+           'autocast', 'progress', 'atomic_path', 'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint',
+           'show_images']
 
 # %% ../../nbs/foundations/01_core.ipynb #a64d39a7
 import importlib
@@ -77,6 +78,17 @@ def pick_device(
         raise DFKDError(f"device '{name}' is not on this machine ({device.type} devices found: {count}): use 'auto' or 'cpu'")
     return device
 
+# %% ../../nbs/foundations/01_core.ipynb #6b48ce4a
+def same_device(
+    one: torch.device, # e.g. 'cuda'
+    other: torch.device, # e.g. 'cuda:0'
+) -> bool:
+    "Whether two names mean one device: without a number the current one is meant."
+    def number(device: torch.device) -> int:
+        if device.index is not None: return device.index
+        return torch.cuda.current_device() if device.type == 'cuda' else 0
+    return one.type == other.type and number(one) == number(other)
+
 # %% ../../nbs/foundations/01_core.ipynb #57136e48
 def seed_everything(
     seed: int, # 0 to 2**64 - 1
@@ -130,6 +142,35 @@ def seeded(
         torch.manual_seed(seed)
         yield
     finally: _restore_torch_state(before)
+
+# %% ../../nbs/foundations/01_core.ipynb #16c55059
+class RandomStreams:
+    "PyTorch's global streams, of all devices, for one consumer: `with streams:` draws from them and from nowhere else."
+
+    def __init__(
+        self,
+        seed: int, # where they begin, 0 to 2**64 - 1
+    ) -> None:
+        with seeded(seed): self._own = _torch_state()
+        self._outside: list[dict[str, Any]] = [] # of those who entered, the last one on top
+
+    def __enter__(self) -> 'RandomStreams':
+        self._outside.append(_torch_state())
+        if len(self._outside) == 1: _restore_torch_state(self._own)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if len(self._outside) == 1: self._own = _torch_state()
+        outside = self._outside.pop()
+        if not self._outside: _restore_torch_state(outside)
+
+    def state_dict(self) -> dict[str, Any]:
+        "Where the streams stand, ready for a checkpoint."
+        return dict(self._own)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        "Go on where `state_dict` stood."
+        self._own = self._own | state
 
 # %% ../../nbs/foundations/01_core.ipynb #e1b20066
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}

@@ -9,7 +9,9 @@ __all__ = ['DOMAINS', 'Domain', 'fit', 'ImageSource', 'Sampler', 'EpochSampler',
 # %% ../../nbs/foundations/02_data.ipynb #8013829d
 import io
 import json
+import math
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .core import DFKDError, import_torchvision, load_tensors, progress, save_tensors
+from .core import DFKDError, DFKDWarning, import_torchvision, load_tensors, progress, save_tensors
 
 # %% ../../nbs/foundations/02_data.ipynb #cbaad9f7
 def _per_channel(
@@ -99,11 +101,34 @@ class Domain:
         black = torch.zeros(1, self.channels, 1, 1, device=device)
         return self.normalize(black), self.normalize(black + 1)
 
-    def check(self, images: Tensor) -> Tensor:
+    def check_shape(self, images: Tensor) -> Tensor:
         "`images` again, or a `DFKDError` unless they are `(N, C, H, W)` of this domain's channels and size."
         if images.ndim != 4 or tuple(images.shape[1:]) != tuple(self.shape):
             raise DFKDError(f"images of shape {tuple(images.shape)} do not fit the domain '{self.name}': give (N, {', '.join(map(str, self.shape))})")
         return images
+
+    def check(self, images: Tensor) -> Tensor:
+        "As `check_shape`; and floats have to be intensities in [0, 1], neither 0 to 255 nor normalised already."
+        self.check_shape(images)
+        if not images.is_floating_point() or not images.numel(): return images
+        low, high = (float(v) for v in images.detach().aminmax())
+        if -1e-3 <= low and high <= 1 + 1e-3: return images # what rounding and resizing may add
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise DFKDError('the images hold NaN or infinity: repair what made them')
+        way = 'divide by 255, or give uint8' if low >= 0 and high > 16 else (
+            'clamp them to [0, 1]' if -0.25 < low and high < 1.25 else
+            f"they look normalised already: undo it with DOMAINS['{self.name}'].denormalize(x)" if self.name in DOMAINS
+            else 'they look normalised already: undo it with domain.denormalize(x)')
+        raise DFKDError(f'float images from {low:.3g} to {high:.3g}, expected intensities in [0, 1]: {way}')
+
+    def check_classes(self, labelled: 'Domain') -> None:
+        "A `DFKDError` if images of the domain `labelled` give one of this domain's classes another number."
+        if labelled.classes == self.classes: return
+        numbers = {name: i for i, name in reversed(list(enumerate(self.classes)))} # of two of one name, the first
+        for i, name in enumerate(labelled.classes):
+            if (own := numbers.get(name, i)) != i and self.classes[i:i + 1] != (name,):
+                raise DFKDError(f"'{name}' is class {i} of '{labelled.name}' and class {own} of '{self.name}': "
+                                'number the labels alike with images.relabel(domain)')
 
 # %% ../../nbs/foundations/02_data.ipynb #bc76538b
 _CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -221,6 +246,20 @@ class EpochSampler(Sampler):
         self.order, self.position = state['order'].cpu(), int(state['position'])
 
 # %% ../../nbs/foundations/02_data.ipynb #50da7966
+def _labels_by_name(
+    labels: Tensor | None, # numbers in `given`
+    given: Domain, # whose classes they number
+    wanted: Domain, # whose classes they shall number
+) -> Tensor | None: # numbers in `wanted`
+    "The same classes by another domain's numbers. One that it does not have is a `DFKDError`."
+    if labels is None: return None
+    numbers = {name: i for i, name in reversed(list(enumerate(wanted.classes)))}
+    used = labels.unique().tolist()
+    missing = [given.classes[i] for i in used if given.classes[i] not in numbers]
+    if missing: raise DFKDError(f"'{wanted.name}' has no class '{missing[0]}': leave those images out, or name the classes alike")
+    places = torch.tensor([numbers.get(name, -1) for name in given.classes], device=labels.device)
+    return places[labels]
+
 def _check_labels(
     labels: Tensor | None, # one an image
     count: int, # of images
@@ -268,6 +307,34 @@ class ImageSet(ImageSource):
         images, labels = self._pick(indices)
         return ImageSet(images, labels, self.domain)
 
+    def relabel(self, domain: Domain) -> 'ImageSet':
+        "The same images, their labels as `domain` numbers the classes of the same names."
+        labels = _labels_by_name(self.labels, self.domain, domain)
+        return ImageSet(self.images, labels, replace(self.domain, classes=domain.classes))
+
+    @classmethod
+    def collect(
+        cls,
+        items: Any, # a Dataset, a DataLoader or a list: images, or pairs of image and label, one by one or in batches
+        domain: Domain, # size and meaning; PIL images of another size are resized and cropped as files are
+        limit: int | None = None, # stop after so many images
+    ) -> 'ImageSet':
+        "Images from anywhere, in memory: PIL images, uint8 tensors, or floats in [0, 1]. What is none of them is a `DFKDError`."
+        images: list[Tensor] = []
+        labels: list[int] = []
+        walk = (items[i] for i in range(len(items))) if hasattr(items, '__getitem__') and hasattr(items, '__len__') else items
+        try: iterator = iter(walk)
+        except TypeError: raise DFKDError(f'no images in a {type(items).__name__}: give a Dataset, a DataLoader or a list of images') from None
+        for item in iterator:
+            image, *rest = item if isinstance(item, (tuple, list)) else (item,)
+            batch = _bytes_of(image, domain, f'image {len(images)} (from 0)')
+            images += batch
+            if rest: labels += torch.as_tensor(rest[0]).flatten().tolist()
+            if limit is not None and len(images) >= limit: break
+        if not images: raise DFKDError('there are no images to collect: give one or more')
+        if len(labels) not in (0, len(images)): raise DFKDError(f'{len(images)} images but {len(labels)} labels: give one each, or none')
+        return cls(torch.stack(images[:limit]), torch.tensor(labels[:limit]) if labels else None, domain)
+
     def save(self, path: str | Path) -> None:
         "One safetensors file with images, labels and the domain."
         tensors = {'images': self.images} | ({} if self.labels is None else {'labels': self.labels})
@@ -293,14 +360,19 @@ def _decode(
     name: str, # what to call it in a message
 ) -> Tensor: # uint8 `(C, H, W)`
     "One image file as bytes: shorter side resized, centre kept, grey or RGB as the domain has it."
-    height, width = domain.size
-    try:
-        picture: Image.Image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
-        if picture.mode.startswith('I'): # 16 bits of grey, which Pillow would cut off at 255
-            picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
-        picture = picture.convert('L' if domain.channels == 1 else 'RGB')
+    try: return _pixels(Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded), domain)
     except Exception as error: # each of Pillow's decoders has its own: OSError, SyntaxError, struct.error ...
         raise DFKDError(f'{name} is no readable image ({_first_line(error)}): remove or replace it') from error
+
+def _pixels(
+    picture: Image.Image, # of any size and mode
+    domain: Domain, # channels and size that come out
+) -> Tensor: # uint8 `(C, H, W)`
+    "A picture as bytes: shorter side resized, centre kept, grey or RGB as the domain has it."
+    height, width = domain.size
+    if picture.mode.startswith('I'): # 16 bits of grey, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    picture = picture.convert('L' if domain.channels == 1 else 'RGB')
     if picture.size != (width, height):
         scale = max(height / picture.height, width / picture.width)
         larger = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
@@ -308,6 +380,20 @@ def _decode(
         picture = picture.resize(larger, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
+
+def _bytes_of(
+    image: Any, # a PIL image, a tensor `(C, H, W)`, or a batch `(N, C, H, W)`
+    domain: Domain, # that it has to fit
+    name: str, # what to call it in a message
+) -> list[Tensor]: # uint8 `(C, H, W)` each
+    "What users hold, as bytes."
+    if isinstance(image, Image.Image): return [_pixels(image, domain)]
+    if not isinstance(image, Tensor):
+        raise DFKDError(f'{name} is a {type(image).__name__}: give PIL images, uint8 tensors, or floats in [0, 1]')
+    batch = domain.check(image[None] if image.ndim == 3 else image)
+    if batch.dtype != torch.uint8 and not batch.is_floating_point():
+        raise DFKDError(f'{name} is {batch.dtype}: give uint8, or floats in [0, 1]')
+    return list(batch if batch.dtype == torch.uint8 else (batch * 255).round().clamp(0, 255).to(torch.uint8))
 
 def _first_line(error: Exception) -> str:
     "What an error says, without its further lines, paths in memory and addresses."
@@ -336,6 +422,11 @@ class ImageFiles(ImageSource):
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, C, H, W)`; one that cannot be read is a `DFKDError` that names it."
         return torch.stack(list(self._pool.map(self._decoded, indices.tolist())))
+
+    def relabel(self, domain: Domain) -> 'ImageFiles':
+        "The same images, their labels as `domain` numbers the classes of the same names."
+        labels = _labels_by_name(self.labels, self.domain, domain)
+        return ImageFiles(self.encoded, labels, replace(self.domain, classes=domain.classes))
 
     def in_memory(self) -> ImageSet:
         "All of them, decoded."
@@ -463,6 +554,18 @@ def data_root() -> Path:
     "Where data sets are looked for: `$DFKD_DATA`, or `.data` in the working directory."
     return Path(os.environ.get('DFKD_DATA') or '.data')
 
+def _domain_of(
+    classes: tuple[str, ...], # as the data call them; may be empty
+    name: str, # of the data, for the message
+) -> Domain:
+    "The known domain with these classes; ImageNet's size and normalisation where there is none, which is said."
+    found = next((d for d in DOMAINS.values() if set(d.classes) == set(classes)), None)
+    if found is not None: return found
+    domain = DOMAINS['imagenet']
+    if len(classes) not in (0, domain.num_classes):
+        warnings.warn(f"{name} is read as ImageNet's images are, {domain.shape[1]} pixels and its normalisation: give domain= if the network expects another", DFKDWarning, stacklevel=3)
+    return domain
+
 def load_data(
     name: str, # 'digits', 'cifar10-mini', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet', 'imagenet-sample' or 'folder:PATH' (images or Parquet)
     split: str = 'test', # 'train' or 'test'
@@ -475,10 +578,13 @@ def load_data(
     if limit is not None and limit < 1: raise DFKDError(f'limit {limit} leaves no image: use 1 or more')
     base = Path(root) if root is not None else data_root()
     if name.startswith('folder:') and (tables := _tables(Path(name.removeprefix('folder:')))):
-        domain = domain or DOMAINS['imagenet']
-        return ImageFiles(*read_parquet(tables, limit), replace(domain, classes=class_names(tables[0]) or domain.classes))
+        classes = class_names(tables[0])
+        domain = domain or _domain_of(classes, name)
+        return ImageFiles(*read_parquet(tables, limit), replace(domain, classes=classes or domain.classes))
     if name.startswith('folder:'):
-        files = read_folder(name.removeprefix('folder:'), domain or DOMAINS['imagenet'])
+        folder = Path(name.removeprefix('folder:'))
+        inside = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ()
+        files = read_folder(folder, domain or _domain_of(inside, name))
         return files if limit is None else ImageFiles(files.encoded[:limit], None if files.labels is None else files.labels[:limit], files.domain)
     if name == 'imagenet-sample': return _imagenet_sample(base, split, limit, domain or DOMAINS['imagenet'])
     if name in ('digits', 'cifar10-mini'):

@@ -7,16 +7,21 @@ __all__ = ['SCHEDULES', 'Images', 'soften', 'distillation_loss', 'learning_rate_
            'distill', 'train', 'evaluate', 'wilson']
 
 # %% ../../nbs/foundations/04_distillation.ipynb #8b616101
+import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from .core import DFKDError, autocast, import_torchvision, pick_device, progress
+from dfkd_nb.foundations.core import (
+    DFKDError, DFKDWarning, RandomStreams, autocast, import_torchvision, pick_device, progress, same_device,
+)
 from .data import Augment, Domain, ImageSet, ImageSource, Sampler, mixup
 from .models import Teacher, _logits, check_network, in_eval_mode
 
@@ -62,7 +67,7 @@ def learning_rate_at(
 ) -> float: # factor on the peak rate, 0 to 1
     "The factor on the peak learning rate: one cycle rises and falls linearly; steps divide by 10 at 1/2 and 3/4. Other words are a `DFKDError`."
     if schedule not in SCHEDULES: raise DFKDError(f"unknown schedule '{schedule}': use one of {', '.join(SCHEDULES)}")
-    done = (step + 1) / max(steps, 1)
+    done = min((step + 1) / steps, 1 - 0.5 / steps) # the last update, taken at the very end, would change nothing
     if warmup and done < warmup: return done / warmup
     left = (done - warmup) / (1 - warmup) if warmup < 1 else 1.
     if schedule == 'constant': return 1.0
@@ -97,10 +102,13 @@ class DrawnImages(ImageSource):
 class _DrawingSampler(Sampler):
     "Fresh batches from a function. All their randomness should come from the generator: then a resumed run draws the same."
 
-    def __init__(self, source: DrawnImages) -> None: self.source = source
+    def __init__(self, source: DrawnImages) -> None: self.source, self.checked = source, False
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, None]:
-        return self.source.domain.check(self.source.draw(batch_size, generator)).detach(), None
+        images = self.source.draw(batch_size, generator).detach()
+        check = self.source.domain.check_shape if self.checked else self.source.domain.check # reads values: once
+        self.checked = True
+        return check(images), None
 
     def state_dict(self) -> dict[str, Any]: return {}
 
@@ -111,12 +119,14 @@ def as_source(
     images: Images, # a source, a uint8 tensor `(N, C, H, W)`, or a function (batch size, generator) -> images
     domain: Domain | None = None, # what a tensor or a function means; a source knows its own
 ) -> ImageSource: # something to draw batches from
-    "Any source of images as an `ImageSource`."
+    "Any source of images as an `ImageSource`. Whatever is none is a `DFKDError` that says how to make one."
     if isinstance(images, ImageSource): return images
+    if isinstance(images, (Dataset, DataLoader, list, tuple)):
+        raise DFKDError(f'images in a {type(images).__name__} do not say what they mean: use ImageSet.collect(images, domain)')
+    known = isinstance(images, Tensor) or callable(images) and not isinstance(images, nn.Module)
+    if not known: raise DFKDError(f'no images in a {type(images).__name__}: give an ImageSource, a uint8 tensor, or a function of batch size and generator')
     if domain is None: raise DFKDError('these images do not say what they mean: give a domain, or an ImageSet')
-    if isinstance(images, Tensor): return ImageSet(images, None, domain)
-    if callable(images): return DrawnImages(images, domain)
-    raise DFKDError(f'no images in a {type(images).__name__}: give an ImageSource, a uint8 tensor, or a function of batch size and generator')
+    return ImageSet(images, None, domain) if isinstance(images, Tensor) else DrawnImages(images, domain)
 
 # %% ../../nbs/foundations/04_distillation.ipynb #093d2006
 class Distiller:
@@ -124,7 +134,7 @@ class Distiller:
 
     def __init__(
         self,
-        teacher: Teacher | None, # None: labels only; moved to `device`
+        teacher: Teacher | None, # None: labels only; copied where it is on another device than `device`
         student: nn.Module, # trained in place; moved to `device`
         source: Images, # see `as_source`; labels where they are used
         *,
@@ -142,8 +152,8 @@ class Distiller:
         augment: Augment | None = None, # None: images as they are
         precision: str = 'float32', # see `autocast`
         device: str | torch.device = 'auto', # where the student is trained
-        seed: int = 0, # of batches and augmentation
-        domain: Domain | None = None, # normalisation; the teacher's, or the source's
+        seed: int = 0, # of batches, augmentation, and what the student itself draws (dropout)
+        domain: Domain | None = None, # what the student expects: normalisation and classes; the teacher's, or the source's
     ) -> None:
         self.device = pick_device(device)
         if teacher is not None and not hasattr(teacher, 'domain'):
@@ -162,21 +172,36 @@ class Distiller:
         learning_rate_at(0, steps, schedule, warmup)
         autocast(self.device, precision)
         self.domain = domain or (teacher.domain if teacher is not None else self.source.domain)
-        if self.domain.shape != self.source.domain.shape:
-            raise DFKDError(f"the source's images are {self.source.domain.shape}, the teacher's {self.domain.shape}: resize one of them")
-        if labels is not None and (teacher is None or label_weight) and len(labels) and int(labels.max()) >= self.domain.num_classes:
-            raise DFKDError(f"label {int(labels.max())} in the images, but '{self.domain.name}' has {self.domain.num_classes} classes: give the domain of the images")
-        self.teacher = None if teacher is None else teacher.to(self.device)
-        self.student = student.to(self.device, memory_format=torch.channels_last) # type: ignore[call-overload]
+        for owner, other in (('source', self.source.domain), ('teacher', self.domain if teacher is None else teacher.domain)):
+            if self.domain.shape != other.shape: raise DFKDError(f"the student takes {self.domain.shape}, the {owner}'s images are {other.shape}: resize one of them")
+        if labels is not None and (teacher is None or label_weight):
+            if len(labels) and int(labels.max()) >= self.domain.num_classes:
+                raise DFKDError(f"label {int(labels.max())} in the images, but '{self.domain.name}' has {self.domain.num_classes} classes: give the domain of the images")
+            self.domain.check_classes(self.source.domain)
+        if teacher is not None: self.domain.check_classes(teacher.domain)
+        away = teacher is not None and not same_device(teacher.device, self.device)
+        self.teacher = copy.deepcopy(teacher).to(self.device) if teacher is not None and away else teacher
+        self.student = student.to(self.device)
         check_network(self.student, self.domain, type(student).__name__)
+        self.memory_format = self._fastest_layout()
         self.steps, self.batch_size, self.learning_rate, self.schedule, self.warmup = steps, batch_size, learning_rate, schedule, warmup
         self.temperature, self.label_weight, self.label_smoothing, self.mixup_alpha = temperature, label_weight, label_smoothing, mixup_alpha
         self.augment, self.precision, self.done, self.seconds = augment, precision, 0, 0.0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator, self.streams = torch.Generator().manual_seed(seed), RandomStreams(seed)
         self.optimizer = torch.optim.SGD(self.student.parameters(), learning_rate, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
         self.scaler = torch.amp.GradScaler('cuda', enabled=precision == 'float16') # half-precision gradients underflow unless scaled up
         self.history: list[dict[str, float]] = []
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {} # of the losses since the last row
+        self._summed = 0 # updates in them
+
+    def _fastest_layout(self) -> torch.memory_format:
+        "Channels last where the student takes it: convolutions are faster, and its weights stay as they are."
+        x = self.domain.normalize(torch.zeros(2, *self.domain.shape, dtype=torch.uint8, device=self.device))
+        like = next(p for p in self.student.parameters() if p.is_floating_point())
+        try:
+            with torch.no_grad(), in_eval_mode(self.student): self.student(x.to(like.dtype).contiguous(memory_format=torch.channels_last))
+        except Exception: return torch.contiguous_format # such as x.view(len(x), -1), which needs the usual order
+        return torch.channels_last
 
     @property
     def weight_of_labels(self) -> float:
@@ -186,12 +211,18 @@ class Distiller:
     def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         "What the networks see, and what `label_loss` compares their answers with; `images` are uint8 (or in [0, 1]) on the device."
         if self.augment is not None: images = self.augment(images, self.generator)
-        x = self.domain.normalize(images)
+        x = self.domain.normalize(images).contiguous(memory_format=self.memory_format)
         targets = None if labels is None or not self.weight_of_labels else F.one_hot(labels, self.domain.num_classes).float()
         if self.mixup_alpha: # the mixed image is what the teacher is asked about
             x, mixed = mixup(x, x.new_zeros(len(x), 1) if targets is None else targets, self.mixup_alpha, self.generator)
             targets = None if targets is None else mixed
         return x, targets
+
+    @torch.no_grad()
+    def teacher_logits(self, x: Tensor) -> Tensor:
+        "What the teacher says of images on the student's scale, `(N, K)`; it sees them on its own."
+        assert self.teacher is not None
+        return self.teacher(self.domain.renormalize(x, self.teacher.domain))
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
         "Cross-entropy of the student's logits with what `prepare` made of the labels."
@@ -205,7 +236,7 @@ class Distiller:
             answer = _logits(self.student(x))
             total = answer.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
-                with torch.no_grad(): known = self.teacher(x)
+                known = self.teacher_logits(x)
                 self.sampler.report(answer.detach(), known)
                 parts['distillation'] = distillation_loss(answer, known, self.temperature, self.sampler.loss_weights)
                 total = total + parts['distillation']
@@ -217,14 +248,15 @@ class Distiller:
     def step(self) -> dict[str, Tensor]:
         "One update; returns the loss and its parts, detached, on the device."
         started = time.perf_counter()
-        images, labels = self.sampler.sample(self.batch_size, self.generator)
-        for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(self.done, self.steps, self.schedule, self.warmup)
-        self.student.train()
-        total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        with self.streams: # whatever draws without a generator of its own
+            images, labels = self.sampler.sample(self.batch_size, self.generator)
+            for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(self.done, self.steps, self.schedule, self.warmup)
+            self.student.train()
+            total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.done += 1
         self.seconds += time.perf_counter() - started
         return {'loss': total.detach()} | {k: v.detach() for k, v in parts.items()}
@@ -241,11 +273,11 @@ class Distiller:
         with progress(total=self.steps, description='student' if self.teacher is not None else 'training', initial=self.done) as bar:
             while self.done < end and not (deadline is not None and time.monotonic() > deadline):
                 for key, value in self.step().items(): self._sums[key] = self._sums[key] + value if key in self._sums else value
+                self._summed += 1
                 bar.update()
                 if self.done % every and self.done < self.steps: continue
-                count = self.done % every or every
-                means = {k: float(v) / count for k, v in self._sums.items()}
-                self._sums.clear()
+                means = {k: float(v) / self._summed for k, v in self._sums.items()}
+                self._sums, self._summed = {}, 0
                 if not math.isfinite(means['loss']):
                     raise DFKDError(f'the loss is {means["loss"]} after {self.done} updates: lower learning_rate ({self.learning_rate}) or use float32; earlier checkpoints are untouched')
                 self.history.append({'step': self.done, 'learning_rate': self.optimizer.param_groups[0]['lr']} | means)
@@ -257,7 +289,7 @@ class Distiller:
         "All that it takes to go on to the same bits. The tensors are alive: save them (`save_checkpoint`) before the next update."
         return {'student': self.student.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
                 'generator': self.generator.get_state(), 'sampler': self.sampler.state_dict(), 'done': self.done, 'seconds': self.seconds,
-                'history': list(self.history), 'sums': dict(self._sums)}
+                'history': list(self.history), 'sums': dict(self._sums), 'summed': self._summed, 'streams': self.streams.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same student, same source, same settings."
@@ -267,7 +299,8 @@ class Distiller:
         self.generator.set_state(state['generator'].cpu())
         self.sampler.load_state_dict(state['sampler'])
         self.done, self.seconds, self.history = state['done'], state['seconds'], list(state['history'])
-        self._sums = {k: v.to(self.device) for k, v in state['sums'].items()}
+        self._sums, self._summed = {k: v.to(self.device) for k, v in state['sums'].items()}, state['summed']
+        self.streams.load_state_dict(state['streams'])
 
 # %% ../../nbs/foundations/04_distillation.ipynb #483939de
 def distill(
@@ -293,16 +326,23 @@ def evaluate(
     model: nn.Module, # takes normalised images `(N, C, H, W)`, returns logits `(N, K)`
     data: ImageSource, # labelled uint8 images
     batch_size: int = 500, # images at a time
-    domain: Domain | None = None, # the normalisation `model` expects; the data's if not given
+    domain: Domain | None = None, # what `model` expects: normalisation and classes; a `Teacher` knows its own, else the data's
 ) -> float: # share of right answers, 0 to 1
-    "Top-1 accuracy in eval mode (torchmetrics), on the network's device. Missing labels or foreign classes are a `DFKDError`."
+    "Top-1 accuracy in eval mode (torchmetrics), on the network's device. Missing labels or foreign classes are a `DFKDError`; a `DFKDWarning` tells when the classes look permuted."
     import_torchvision() # torchmetrics imports it as well, and would stumble where the two builds differ
     from torchmetrics.classification import MulticlassAccuracy
+    if isinstance(data, Tensor) or not isinstance(data, ImageSource) and callable(data):
+        raise DFKDError(f'no labels in a {type(data).__name__}: give an ImageSet(images, labels, domain)')
+    data = as_source(data)
     if data.labels is None: raise DFKDError('these images have no labels: an accuracy needs them')
     if not len(data): raise DFKDError('there are no images to test on: give some')
-    domain = domain or data.domain
+    domain = domain or (model.domain if isinstance(model, Teacher) else data.domain)
+    if domain.shape != data.domain.shape: raise DFKDError(f'the images are {data.domain.shape}, the network takes {domain.shape}: resize them with fit(images, domain)')
+    if domain.num_classes < 2: raise DFKDError(f"'{domain.name}' has one class: an accuracy needs two or more")
+    domain.check_classes(data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassAccuracy(domain.num_classes, average='micro').to(device)
+    pairs: list[Tensor] = [] # label and prediction as one number
     with in_eval_mode(model):
         for images, labels in progress(data.batches(batch_size), 'testing', total=-(-len(data) // batch_size)):
             assert labels is not None
@@ -310,7 +350,25 @@ def evaluate(
             if logits.shape[1:] != (domain.num_classes,):
                 raise DFKDError(f"the network answers {tuple(logits.shape)}, '{domain.name}' has {domain.num_classes} classes: they must agree")
             metric.update(logits, labels.to(device))
+            pairs.append(labels.to(device) * domain.num_classes + logits.argmax(1))
+    _warn_if_permuted(torch.cat(pairs).cpu(), domain)
     return float(metric.compute())
+
+def _warn_if_permuted(
+    pairs: Tensor, # int64 `(N,)`, label times K plus prediction
+    domain: Domain, # knows the names of the K classes
+) -> None:
+    "A network that is right about classes but has them under other numbers: a few clear swaps, not mere confusion."
+    found, counts = pairs.unique(return_counts=True)
+    labels, predictions = found // domain.num_classes, found % domain.num_classes
+    seen = torch.zeros(domain.num_classes, dtype=torch.long).index_add_(0, labels, counts)
+    sure = (seen[labels] >= 5) & (counts > 0.5 * seen[labels]) # most images of the class get this answer
+    answers = dict(zip(labels[sure].tolist(), predictions[sure].tolist()))
+    moved = [(k, answer) for k, answer in answers.items() if answer != k]
+    if len(moved) < 2 or len(set(answers.values())) < len(answers): return
+    if int(counts[sure].sum()) < 0.5 * len(pairs): return # a poor network is no permuted one
+    examples = ', '.join(f"'{domain.classes[k]}' is answered as '{domain.classes[answer]}'" for k, answer in moved[:3])
+    warnings.warn(f'the classes look permuted ({examples}): compare the order of the classes in the domain with that of the training', DFKDWarning, stacklevel=3)
 
 # %% ../../nbs/foundations/04_distillation.ipynb #7e02ef24
 def wilson(
@@ -318,6 +376,7 @@ def wilson(
     count: int, # trials
 ) -> tuple[float, float]: # between which the true share lies, 19 times in 20
     "Wilson's interval for a share, which stays inside [0, 1] (Wilson, 1927)."
+    if not 0 <= right <= count or not count: raise DFKDError(f'{right} right answers of {count}: give one trial or more, and no more successes')
     z = 1.959964
     share, middle = right / count, (right + z * z / 2) / (count + z * z)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
