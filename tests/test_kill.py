@@ -22,23 +22,27 @@ from pathlib import Path
 
 import pytest
 
-SMALL: dict[str, object] = {"evaluations": 3, "batch_size": 32, "test_limit": 100, "picture": 10}
+Settings = dict[str, object]
+SMALL: Settings = {"evaluations": 3, "batch_size": 32, "test_limit": 100, "picture": 10}
 STUDENT = SMALL | {"images": 60, "synthesis_batch_size": 20, "synthesis_steps": 40, "updates": 120}
-PAINTED = SMALL | {"rounds": 12, "warmup_rounds": 2, "updates_per_round": 6, "synthesis_steps": 3}
-PAINTED |= {"synthesis_batch_size": 24, "generator_width": 8, "latent_size": 16}
-NOT_REAL: dict[str, object] = {"teacher": "run:digits-teacher", "images": 40}
-SCENES = SMALL | {"limit": 30, "test_limit": 6, "teacher_updates": 6, "updates": 12, "batch_size": 8, "picture": 2}
-SCENES |= {"rounds": 5, "warmup_rounds": 1, "synthesis_steps": 2, "synthesis_batch_size": 8, "generator_width": 4, "latent_size": 8, "pool_size": 20}
-CLASSES: dict[str, object] = {"old_data": "digits:0-4", "test_data": "digits:0-4", "new_data": "digits:5-9"}
-CLASSES |= {"new_tests": "digits:5-9", "old_network": "digits-net", "old_epochs": 1.0, "old_limit": 200, "updates": 30}
-CLASSES |= {"binary_updates": 10, "synthesis_steps": 12, "half_size_steps": 0, "generator_rounds": 8}
-KINDS: dict[str, tuple[str, dict[str, object]]] = {
+GOALS: Settings = {"goal_weight": 1.0, "real_data": "digits", "metadata_images": 300, "metadata_components": 5}
+GENERATOR: Settings = {"generator_width": 8, "latent_size": 16}
+PAINTED = SMALL | GENERATOR | {"rounds": 12, "warmup_rounds": 2, "updates_per_round": 6}
+PAINTED |= {"synthesis_steps": 3, "synthesis_batch_size": 24}
+PRUNED = SMALL | {"teacher": "run:digits-teacher", "images": 40, "judged_images": 40, "timed_networks": 0, "updates": 30}
+BITS = SMALL | {"teacher": "run:digits-teacher", "images": 40, "images_from": "noise, none", "bits": "4", "updates": 40}
+SCENES = SMALL | GENERATOR | {"limit": 30, "test_limit": 6, "teacher_updates": 6, "updates": 12, "batch_size": 8}
+SCENES |= {"picture": 2, "rounds": 5, "warmup_rounds": 1, "synthesis_steps": 2, "synthesis_batch_size": 8, "pool_size": 20}
+CLASSES = SMALL | {"old_data": "digits:0-4", "test_data": "digits:0-4", "new_data": "digits:5-9", "new_tests": "digits:5-9"}
+CLASSES |= {"old_network": "digits-net", "old_epochs": 1.0, "old_limit": 200, "updates": 30, "binary_updates": 10}
+CLASSES |= {"images": 40, "synthesis_steps": 12, "half_size_steps": 0, "generator_rounds": 8}
+KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     "transfer": ("digits-transfer-deepinversion", STUDENT),
     "scenes": ("scenes-segmentation", SCENES | {"arms": "labels, real"}),  # two students draw from one set
     "dropout": ("digits-vanilla", SMALL | {"student": "mobilenetv2", "updates": 12, "images": 100, "batch_size": 16}),
     "teacher": ("digits-teacher", {"epochs": 3.0, "evaluations": 4}),
     "adaptive": ("digits-adaptive", STUDENT | {"rounds": 3, "updates_between_rounds": 30, "synthesis_steps": 15}),
-    "metadata": ("digits-transfer-deepinversion", STUDENT | {"goal_weight": 1.0, "real_data": "digits", "metadata_images": 300, "metadata_components": 5}),
+    "metadata": ("digits-transfer-deepinversion", STUDENT | GOALS),
     "dafl": ("digits-dafl", PAINTED),
     "zskt": ("digits-zskt", PAINTED | {"warmup_rounds": 0}),
     "dfq": ("digits-dfq", PAINTED),
@@ -46,10 +50,10 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "fast": ("digits-fast-5", PAINTED),
     "ssd-kd": ("digits-ssd-kd-10", PAINTED | {"pool_size": 60}),
     "scenes painted": ("scenes-segmentation", SCENES | {"arms": "noise, dreams, replay"}),
-    "pruning": ("digits-pruning", SMALL | NOT_REAL | {"judged_images": 40, "timed_networks": 0, "shares": "0.3", "updates": 30, "sources": "static=noise, real=digits"}),
-    "pruning while learning": ("digits-pruning", SMALL | NOT_REAL | {"judged_images": 40, "timed_networks": 0, "shares": "0.2", "updates": 30, "sources": "static=noise", "every": 4}),
-    "quantization": ("digits-quantization", SMALL | NOT_REAL | {"images_from": "noise, none", "bits": "4", "updates": 40}),
-    "continual": ("cifar10-continual-split", SMALL | CLASSES | {"images": 40, "methods": "lwf-mc, deepinversion, generator, oracle-distill"}),
+    "pruning": ("digits-pruning", PRUNED | {"shares": "0.3", "sources": "static=noise, real=digits"}),
+    "pruning while learning": ("digits-pruning", PRUNED | {"shares": "0.2", "sources": "static=noise", "every": 4}),
+    "quantization": ("digits-quantization", BITS),
+    "continual": ("cifar10-continual-split", CLASSES | {"methods": "lwf-mc, deepinversion, generator, oracle-distill"}),
 }
 TIMED = ("seconds", "latency", "milliseconds")  # words in the names of what a stopwatch says
 

@@ -491,7 +491,8 @@ test_limit = 100
 """
 KINDS = {
     "rounds": "evaluations = 2\nrounds = 3\nupdates_between_rounds = 4\ncompetition_weight = 5.0",
-    "metadata": "evaluations = 2\nclass_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\nmetadata_clusters = 2\nmetadata_components = 5",
+    "metadata": "evaluations = 2\nclass_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\n"
+    "metadata_clusters = 2\nmetadata_components = 5",
     "labels": 'evaluations = 2\nlearn_from = "labels"',
     "measured": 'evaluations = 2\nmeasured_images = 50\nmeasured_data = "digits"',
     "dropout": 'student = "dropping"\nevaluations = 4\nsource = "real"',

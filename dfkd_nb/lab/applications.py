@@ -685,17 +685,19 @@ def segmentation_arm(
         turns = scene_race(teacher, student, rounds=learned_rounds + warmup, updates_per_round=settings.updates // learned_rounds, warmup_rounds=warmup,
                            replay=settings.pool_size if arm == 'replay' else 0, generator_width=settings.generator_width, latent_size=settings.latent_size, maker=maker, distiller=lesson, device=run.device, seed=settings.seed)
         distiller = turns.distiller
-    numbers = learn(run, arm, distiller, test, {'model': settings.student, 'domain': teacher.domain.name}, turns, evaluate=mean_iou, metric='miou', weights=f'student-{arm}')
+    path = run.folder / f'images-{arm}.safetensors'
+    def keep() -> None: # the last painted images; the pool does not outlive this process
+        if turns is None or not len(turns.pool): return
+        images = turns.pool.images[-256:].cpu()
+        SceneSet(images, teacher.predict(images, 100).argmax(1).cpu(), teacher.domain).save(path)
+    about = {'model': settings.student, 'domain': teacher.domain.name}
+    numbers = learn(run, arm, distiller, test, about, turns, evaluate=mean_iou, metric='miou', weights=f'student-{arm}', keep=keep)
     load_weights(run.folder / f'student-{arm}.safetensors', student) # also where an earlier process has trained it
     if turns is None: return student, numbers
     seconds = run.state['seconds']
     if 'synthesis' in seconds: # counted with the phase: each gets its own
         seconds[arm] = round(seconds[arm] - seconds['synthesis'], 2)
         seconds[f'{arm}, synthesis'] = seconds.pop('synthesis')
-    path = run.folder / f'images-{arm}.safetensors'
-    if len(turns.pool):
-        images = turns.pool.images[-256:].cpu()
-        SceneSet(images, teacher.predict(images, 100).argmax(1).cpu(), teacher.domain).save(path)
     if path.is_file(): numbers = numbers | {'images': settings.rounds * settings.synthesis_batch_size} | describe_scenes(SceneSet.load(path).images, teacher)
     return student, numbers
 

@@ -827,7 +827,8 @@ REVISION = 2 # of what the numbers depend on; one more with every change after w
 # 1: everything before this was counted; a result that names no revision.
 # 2: image sets have no state, each consumer shuffles by itself; the student's and the teacher's own normalisation;
 #    total variation and l2 in the papers' units; noise and step sizes in units of the image range; exact names of layers;
-#    two-pass variances; global random streams seeded and restored; a calibration forgets the one before.
+#    two-pass variances; random streams of a learner's own, global ones seeded and restored; a rate above zero in a
+#    schedule's last update; a calibration forgets the one before; the images of a generator are kept before its phase ends.
 
 # %% ../../nbs/lab/20_runs.ipynb #e71b34aa
 def environment(
@@ -1005,6 +1006,7 @@ def learn(
     evaluate: Callable[..., float] | None = None, # (network, test, domain=) -> one number; None: top-1 accuracy
     metric: str = 'accuracy', # what that number is called
     weights: str = 'weights', # the file of the last weights, without .safetensors
+    keep: Callable[[], Any] | None = None, # writes what else is alive at the end, before the phase counts as done
 ) -> dict[str, Any]: # the metric and the loss, first and last
     "Drive a `Distiller` update by update: test now and then, save, stop when asked to, go on after a kill."
     turns = turns or distiller
@@ -1037,6 +1039,7 @@ def learn(
         path = run.folder / f'{weights}.safetensors'
         save_weights(path, distiller.student, about | {'recipe': run.recipe.name, 'scale': run.scale, metric: f"{rows[-1][metric]:.4f}"})
         load_weights(path, distiller.student) # what was saved is what is reported
+        if keep is not None: keep() # a later process skips this phase and has only files
         return {f'{metric}_first': rows[0][metric], metric: rows[-1][metric], 'loss': rows[-1]['loss'], 'updates': distiller.steps,
                 f'{metric}_half': judge(distiller.student, test, domain=distiller.domain)}
     return run.phase(phase, work)
