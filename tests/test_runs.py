@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+import types
 
 import numpy
 import pytest
@@ -562,6 +563,21 @@ def test_transfers_that_cannot_be(taught, kind, changes, words):
 def test_a_pool_is_measured_against_real_images(taught, kind):
     numbers = student(taught, kind, "measured-against").start().numbers
     assert all(0 <= numbers[k] <= 1 for k in ("precision", "recall", "coverage")) and numbers["area"] > 0
+
+
+def test_labels_of_another_order_are_refused(taught):
+    from dfkd_nb.foundations.data import DOMAINS, ImageSet
+
+    cifar = DOMAINS["cifar10"]
+    other = dataclasses.replace(cifar, name="other", classes=cifar.classes[::-1])
+    images = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), other)
+    with pytest.raises(DFKDError, match="'truck' is class 0 of 'other' and class 9 of 'cifar10'"):
+        runs.describe_images(images, open_teacher("cifar10-resnet20"))
+    asked = types.SimpleNamespace(
+        settings=types.SimpleNamespace(verifiers="cifar10-resnet20"), root=taught, scale="quick", device="cpu"
+    )
+    with pytest.raises(DFKDError, match="'truck' is class 0"):
+        runs.verified(asked, images)
 
 
 def test_verifiers_say_what_they_see(taught):

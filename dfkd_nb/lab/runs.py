@@ -1192,6 +1192,7 @@ def describe_images(
     import torch
     from dfkd_nb.dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
     assert images.labels is not None
+    teacher.domain.check_classes(images.domain)
     recognised = (teacher.predict(images.images).argmax(1).cpu() == images.labels.cpu()).float().mean()
     numbers = {'images': len(images), 'recognition': float(recognised)}
     if not batchnorm_layers(teacher.model): return numbers
@@ -1303,6 +1304,7 @@ def verified(
     found = {}
     for name in (name.strip() for name in run.settings.verifiers.split(',')):
         network, right = open_teacher(name, run.root, run.scale).to(run.device), 0
+        network.domain.check_classes(images.domain) # labels are numbers: of the same classes?
         for batch, labels in images.batches(100):
             assert labels is not None
             right += int((network.predict(fit(batch, network.domain), 100).argmax(1).cpu() == labels.cpu()).sum())
