@@ -293,7 +293,7 @@ class GoalSeeker(DeepInversion):
         "Images for these goals. Under torchrun the processes share the batches, and each gets all images."
         self.start(len(goals), labels, goals)
         if first is not None and len(first) != len(goals): raise DFKDError(f'{len(first)} images to start from, {len(goals)} goals: give one image a goal')
-        self.first = None if first is None else self.domain.normalize(self.domain.check(first)).to(self.device)
+        self.first = None if first is None else self.domain.to_pixels(self.domain.normalize(self.domain.check(first))).to(self.device)
         self.run(**settings)
         return self.gather()
 
