@@ -35,8 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from dfkd_nb.lab.runs import (
-    SCALES, Recipe, Result, Run, RunStopped, Synthesis, check_settings, compared, environment, locked, open_teacher, parse_assignment, problem,
-    recipe_names, repeatable, resolved_toml, results, synthesizer, wishes,
+    SCALES, Recipe, Result, Run, RunStopped, Synthesis, check_settings, compared, environment, locked, marked, older_note, open_teacher,
+    parse_assignment, problem, recipe_names, repeatable, resolved_toml, results, synthesizer, wishes,
 )
 
 # %% ../../nbs/lab/23_commands.ipynb #8504fc38
@@ -100,7 +100,8 @@ def show_results(arguments: argparse.Namespace) -> int:
     width = max(len(r.recipe) for r in found)
     for r in found:
         numbers = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.numbers.items() if not isinstance(v, (list, dict)))
-        print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {numbers}")
+        print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {marked(numbers, r)}")
+    if note := older_note(found): print(f'\n{note}')
     return 0
 
 # %% ../../nbs/lab/23_commands.ipynb #cd501569

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'STARTS', 'SCALES', 'HEAD', 'TASKS', 'ELSEWHERE', 'NAMED',
-           'REVISION', 'PART', 'problem', 'nearest', 'setting', 'Learning', 'TeacherSettings', 'Synthesis',
+           'REVISION', 'OLDER', 'PART', 'problem', 'nearest', 'setting', 'Learning', 'TeacherSettings', 'Synthesis',
            'DreamSettings', 'TransferSettings', 'check_settings', 'toml_value', 'Recipe', 'recipe_folder',
            'recipe_names', 'tables', 'compared', 'compose', 'runs_at', 'parse_assignment', 'resolved_toml', 'Task',
            'find_task', 'task', 'find_network', 'find_segmenter', 'find_teacher', 'find_data', 'find_precision',
            'check_names', 'locked', 'Journal', 'RunStopped', 'RunFolder', 'repeatable', 'own_streams', 'SavedRun',
-           'Run', 'publish', 'environment', 'read_json', 'Result', 'read_history', 'results', 'results_folder',
-           'open_teacher', 'real_images', 'learning', 'learn', 'synthesizer', 'measured', 'dream_part', 'wishes',
-           'shares', 'drawn_goals', 'dream', 'train_teacher', 'describe_images', 'covered', 'save_picture',
-           'run_images', 'pool', 'verified', 'dream_images', 'Rounds', 'fresh_student', 'graded', 'check_transfer',
-           'transfer']
+           'Run', 'publish', 'environment', 'read_json', 'Result', 'read_history', 'results', 'marked', 'older_note',
+           'results_folder', 'open_teacher', 'real_images', 'learning', 'learn', 'synthesizer', 'measured',
+           'dream_part', 'wishes', 'shares', 'drawn_goals', 'dream', 'train_teacher', 'describe_images', 'covered',
+           'save_picture', 'run_images', 'pool', 'verified', 'dream_images', 'Rounds', 'fresh_student', 'graded',
+           'check_transfer', 'transfer']
 
 # %% ../../nbs/lab/20_runs.ipynb #af343dca
 import csv
@@ -139,9 +139,9 @@ class Synthesis:
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
     synthesis_schedule: str = setting('constant', 'how that step size moves', choices=SCHEDULES)
     class_weight: float = setting(1., 'of the class loss', low=0)
-    tv_l2: float = setting(4e-4, 'of the total variation, l2 (in the paper 2.5e-5, on the norm of 256 images)', low=0)
+    tv_l2: float = setting(2.5e-5, 'of the total variation, l2', low=0)
     tv_l1: float = setting(0., 'of the total variation, l1', low=0)
-    l2: float = setting(4.8e-7, 'of the norm of an image (in the paper 3e-8, on the norm of 256 images)', low=0)
+    l2: float = setting(3e-8, 'of the images\' norm', low=0)
     feature_weight: float = setting(1., 'of the feature statistics (Eq. 4)', low=0)
     first_layer_weight: float = setting(1., 'extra weight of the first layer\'s statistics', low=0)
     feature_scale: str = setting('absolute', 'as in Eq. 4, or in units of the data\'s own spread', choices=('absolute', 'relative'))
@@ -944,6 +944,23 @@ def results(
 ) -> list[Result]: # in the order of the recipes' names
     "All results below a folder."
     return [Result.load(path.parent) for path in sorted(Path(folder or results_folder()).glob('*/*/result.json'))]
+
+OLDER = '†' # beside every number that is older than the present revision
+
+def marked(
+    text: str, # a number in a table
+    *runs: Result, # from which it was computed
+) -> str: # with the sign, where one of them is outdated
+    "A number that says when it is older than a change that would change it."
+    return text + OLDER if text and any(run.outdated for run in runs) else text
+
+def older_note(
+    found: Sequence[Result], # all runs of a table
+) -> str: # one sentence; nothing where all are of the present revision
+    "What the sign beside a number means."
+    count = sum(run.outdated for run in found)
+    if not count: return ''
+    return f'{OLDER} {count} of {len(found)} runs are older than revision {REVISION} of the code that numbers depend on: run again, they would give others.'
 
 def results_folder() -> Path: # it need not exist
     "Where results are published: `results` in the working directory, or beside the package in a checkout."

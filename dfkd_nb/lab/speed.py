@@ -94,7 +94,7 @@ def make_price(
         def look(x: Tensor) -> Any:
             with Watch(teacher) as watch: return teacher(x), watch.moments
     def price(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits, features, *_ = look(teacher.domain.from_pixels(x))
+        logits, features, *_ = look(x)
         total, values = made.objective(View(x, logits, targets, features))
         return total, torch.stack([v.detach() for v in (total, *values.values())])
     return price
@@ -194,15 +194,17 @@ def stopwatch(
     work: Callable[[], Any], # to be timed
     device: torch.device, # to be waited for
     clock: str = 'wall', # or 'processor': only while this process was computing, all its threads together
+    calls: int = 0, # between two looks at the clock; 0: one on a CPU, ten on a GPU
 ) -> float: # seconds
-    "Time of one call."
+    "Time of one call. A GPU is waited for after several: to wait after each would time the waiting, and an idle GPU, too."
     if clock not in CLOCKS: raise DFKDError(f"unknown clock '{clock}': use {' or '.join(CLOCKS)}")
     if clock == 'processor' and device.type != 'cpu': raise DFKDError("the processor's clock does not see a GPU: use clock 'wall'")
+    calls = calls or (10 if device.type == 'cuda' else 1)
     if device.type == 'cuda': torch.cuda.synchronize(device)
     begin = CLOCKS[clock]()
-    work()
+    for _ in range(calls): work()
     if device.type == 'cuda': torch.cuda.synchronize(device)
-    return CLOCKS[clock]() - begin
+    return (CLOCKS[clock]() - begin) / calls
 
 # %% ../../nbs/lab/22_speed.ipynb #64220fc9
 def race(
