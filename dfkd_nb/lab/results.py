@@ -379,10 +379,8 @@ def draw_points(
     for cell in cells:
         took = cell.hours(clock)
         if cell.pair != pair or not took: continue
-        if len(cell.runs) > 1: # every seed, and the mean
-            times = [run.seconds[clock] / 3600 for run in cell.runs]
-            seaborn.scatterplot(x=times, y=cell.accuracies, color=COLOURS['student'], alpha=0.4, s=9, linewidth=0, legend=False, ax=ax)
-        ax.errorbar(took, cell.mean, spread(cell.accuracies), marker='o', color=COLOURS['student'], capsize=2, ls='none')
+        seaborn.scatterplot(x=took, y=cell.accuracies, color='black', s=9, linewidth=0, legend=False, zorder=3, ax=ax) # every seed
+        ax.errorbar(took, cell.mean, spread(cell.accuracies), marker='o', markersize=5, color=COLOURS['student'], capsize=2, ls='none')
         labels.append((marked(METHODS.get(cell.method, cell.method), *cell.runs), took, cell.mean, COLOURS['student']))
     ax.set(xscale='log', xlabel=f"hours, {'synthesis' if clock == 'synthesis' else 'everything'}", ylabel='student accuracy, %')
     return labels
