@@ -338,11 +338,10 @@ def book_style() -> AbstractContextManager: # enter it around the drawing
     "The look of this book's figures, for matplotlib and seaborn: colours, sizes of words, two spines. Settings outside stay as they are."
     import matplotlib
     import seaborn
-    from cycler import cycler
     lines = {key: value for key, value in seaborn.axes_style('ticks').items() if 'font' not in key}
     sizes: dict[str, Any] = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 9)
     sizes |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.title_fontsize': 7.5, 'figure.titlesize': 10}
-    look = {'axes.prop_cycle': cycler(color=list(COLOURS.values())), 'axes.spines.top': False, 'axes.spines.right': False}
+    look = {'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})', 'axes.spines.top': False, 'axes.spines.right': False}
     look |= {'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'legend.frameon': False}
     return matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'})
 
