@@ -146,6 +146,15 @@ def test_what_cannot_be_traced_is_told():
         fold_batchnorm(Teacher(Winding(), DOMAINS["cifar10"]))
 
 
+def test_networks_to_time_leave_the_callers_streams_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one, two = speed.fresh_teacher("resnet8"), speed.fresh_teacher("resnet8")
+    assert torch.equal(torch.rand(1), expected)
+    assert all(a.equal(b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
 def test_a_gpu_is_waited_for_by_its_number_and_not_after_every_call(monkeypatch):
     "The device that computes is waited for, not the current one; several calls lie between two waits."
     happened, now = [], [0.0]
