@@ -54,7 +54,7 @@ def test_a_sorted_header_is_read_by_the_format_itself(tmp_path: Path) -> None:
 def test_a_pytorch_checkpoint_is_called_one(tmp_path: Path, legacy: bool) -> None:
     path, model = tmp_path / "net.pth", nn.Linear(2, 2)
     torch.save(model.state_dict(), path, _use_new_zipfile_serialization=not legacy)
-    words = r"is an? .*PyTorch checkpoint.*torch\.load\(path, weights_only=True\).*load_state_dict"
+    words = r"is an? .*PyTorch checkpoint.*torch\.load\(path, weights_only.*load_state_dict"
     with pytest.raises(DFKDError, match=words) as error:
         load_weights(path, model)
     assert "truncated" not in str(error.value) and "\n" not in str(error.value)

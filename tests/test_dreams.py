@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_nb.dreams.inversion import preset
 from dfkd_nb.dreams.priors import (Objective, View, class_loss, clip_to_domain, jitter, l2_norm, l2_term, per_image_weight,
@@ -495,8 +496,8 @@ def test_a_layer_with_two_names_and_one_called_twice_are_the_same_on_all_paths()
     for hook in hooks:
         hook.remove()
     assert [len(calls[name]) for name in ('norm', 'twice')] == [1, 2]
-    by_hand = {name: tuple(torch.stack(v).mean(0) for v in zip(*((c.mean((0, 2, 3)), c.var((0, 2, 3), correction=0)) for c in found)))
-               for name, found in calls.items()}
+    alone = {name: [(c.mean((0, 2, 3)), c.var((0, 2, 3), correction=0)) for c in found] for name, found in calls.items()}
+    by_hand = {name: tuple(torch.stack(v).mean(0) for v in zip(*pairs)) for name, pairs in alone.items()}
     fused_logits, fused = fuse_statistics(net)(x)
     with torch.no_grad(), Watch(net) as watch:
         net(noise((2, 3, 8, 8), 9))  # the last pass counts
@@ -534,8 +535,8 @@ def test_measuring_takes_what_distilling_takes():
     data = ImageSet(images, torch.arange(20) % 10, domain)
     x = domain.normalize(images)
     right = Statistics.measure(teacher, x)
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, data.labels), batch_size=6)
-    for same in (data, images, [images[:5], images[5:]], loader, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, data.labels), 7)):
+    loaders = [DataLoader(TensorDataset(part, data.labels), 6) for part in (images, x)]
+    for same in (data, images, [images[:5], images[5:]], *loaders):
         found = Statistics.measure(teacher, same)
         assert list(found) == list(right)
         for name in right:
@@ -562,7 +563,8 @@ def test_the_papers_weights_pull_like_norms_over_its_whole_batch():
     one = noise((1, 3, 8, 8))
     x = torch.cat([one, -one]).repeat(128, 1, 1, 1).requires_grad_()  # 256 images of equal norms in every direction
     whole_tv, whole_l2 = sum(torch.linalg.vector_norm(d) for d in _neighbours(x)), torch.linalg.vector_norm(x)
-    for ours, theirs in ((weights['tv_l2'] * total_variation(x).mean(), 2.5e-5 * whole_tv), (weights['l2'] * l2_norm(x).mean(), 3e-8 * whole_l2)):
-        slope, wanted = (torch.autograd.grad(v, x)[0] for v in (ours, theirs))
+    pairs = {'tv_l2': (total_variation(x).mean(), 2.5e-5 * whole_tv), 'l2': (l2_norm(x).mean(), 3e-8 * whole_l2)}
+    for name, (ours, theirs) in pairs.items():
+        slope, wanted = (torch.autograd.grad(v, x)[0] for v in (weights[name] * ours, theirs))
         torch.testing.assert_close(slope, wanted, rtol=1e-3, atol=1e-12)
     assert (weights['tv_l2'], weights['l2']) == (4e-4, 4.8e-7)

@@ -2,18 +2,22 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dfkd_nb.dreams import inversion
 from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages
 from dfkd_nb.dreams.priors import View
-from dfkd_nb.dreams.statistics import Statistics
+from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
+from dfkd_nb.foundations.core import same_device
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Domain, ImageSet
 from dfkd_nb.foundations.models import Teacher, build_model
@@ -484,7 +488,12 @@ def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
 
 def test_terms_see_pixel_units(teacher):
     views = []
-    make(teacher, steps=3, learning_rate=5.0, terms={"look": (1e-9, lambda view: views.append(view.x.detach().clone()) or view.x.sum())}).synthesize(4)
+
+    def look(view):
+        views.append(view.x.detach().clone())
+        return view.x.sum()
+
+    make(teacher, steps=3, learning_rate=5.0, terms={"look": (1e-9, look)}).synthesize(4)
     assert views[-1].min() == -2 and views[-1].max() == 2  # clipped at black and at white
 
 
@@ -552,9 +561,8 @@ def test_the_scaler_of_half_precision_is_kept_up(teacher):
     assert scaler.get_scale() == 4.0 and torch.equal(dream.x, before)
 
 
-@pytest.mark.parametrize("settings", [{}, {"student": "another", "stages": [(4, 2), (8, 2)]}])
-def test_a_compiled_update_is_the_update(teacher, monkeypatch, settings):
-    "With a backend that needs no C++ compiler; how often it was asked to compile shows that it was."
+def test_a_compiled_update_is_the_update(teacher, monkeypatch):
+    "Two sizes, a student and a term. With a backend that needs no C++ compiler; how often it was asked to compile shows that it was."
     graphs = []
 
     def backend(graph, inputs):
@@ -563,15 +571,14 @@ def test_a_compiled_update_is_the_update(teacher, monkeypatch, settings):
 
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **words: plain(function, backend=backend, **words))
-    if settings:
-        torch.manual_seed(3)
-        settings = settings | {"student": build_model("digits-net", 10, 1), "terms": {"rival": (0.1, lambda view: view.student_logits.square().mean())}}
+    torch.manual_seed(3)
     torch._dynamo.reset()
-    quick = {"steps": 4, "batch_size": 6} | settings
+    quick = {"stages": [(4, 2), (8, 2)], "batch_size": 6, "student": build_model("digits-net", 10, 1)}
+    quick |= {"terms": {"rival": (0.1, lambda view: view.student_logits.square().mean())}}
     compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
     for maker in (compiled, eager):
         maker.synthesize(6, every=1)
-    assert len(graphs) == len(quick.get("stages", [0]))  # one whole graph a size
+    assert len(graphs) == 2  # one whole graph a size
     for row, wanted in zip(compiled.history, eager.history, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
     assert (compiled.images.images.int() - eager.images.images.int()).abs().max() <= 1
@@ -624,8 +631,6 @@ def test_the_layer_is_found_by_its_exact_name_on_every_path(path, embedding, lay
 
 
 def test_a_device_by_another_name_is_the_same_device(teacher, monkeypatch):
-    from dfkd_nb.dreams.inversion import same_device
-
     assert make(teacher, device="cpu:0").teacher is teacher  # nothing is copied
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     cuda, first, second, cpu = map(torch.device, ("cuda", "cuda:0", "cuda:1", "cpu"))
@@ -634,8 +639,6 @@ def test_a_device_by_another_name_is_the_same_device(teacher, monkeypatch):
 
 
 def test_a_teacher_elsewhere_is_copied_not_moved(teacher, monkeypatch):
-    from dfkd_nb.dreams import inversion
-
     monkeypatch.setattr(inversion, "same_device", lambda a, b: False)
     maker = make(teacher)
     assert maker.teacher is not teacher and maker.teacher.model is not teacher.model
@@ -668,10 +671,6 @@ def test_a_batch_too_small_for_the_network_is_said():
 
 def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
     "Its numbers come from PyTorch's, NumPy's and Python's own streams."
-    import random
-
-    import numpy as np
-
     def noisy(view):
         return (view.x * (torch.rand_like(view.x) + random.random() + float(np.random.rand()))).mean()
 
@@ -700,8 +699,6 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
 
 def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     "Four updates at half the size are one at full size."
-    from dfkd_nb.dreams import inversion
-
     bars, shares = [], []
 
     def progress(**settings):
@@ -722,3 +719,61 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     assert bars[0].total == 2 * 4 * 64 and bars[0].initial == 2 * 64
     assert amounts == [64, 64, 16, 16, 16, 16, 64, 64, 64]
     assert shares == [3 / 4, 1, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 2 / 4, 3 / 4, 1]
+
+
+# teachers in other forms
+
+FORMS = {
+    "float64": lambda net: net.double(),
+    "half": lambda net: net.half(),
+    "bfloat16": lambda net: net.to(torch.bfloat16),
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "parallel": nn.DataParallel,
+}
+BATCH = torch.export.Dim("batch", min=1, max=512)
+SEALED = {
+    "script": torch.jit.script,
+    "trace": lambda net: torch.jit.trace(net, torch.randn(2, *DIGITS.shape)),
+    "export": lambda net: torch.export.export(net, (torch.randn(2, *DIGITS.shape),), dynamic_shapes=({0: BATCH},)).module(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_teacher_in_another_form_dreams_the_same(teacher, form):
+    dreamed = make(Teacher(FORMS[form](network()), DIGITS), steps=5, learning_rate=0.3).synthesize(4)
+    plain = make(teacher, steps=5, learning_rate=0.3).synthesize(4)
+    close = (dreamed.images.int() - plain.images.int()).abs() <= (60 if form in ("half", "bfloat16") else 1)
+    assert close.float().mean() > 0.99
+
+
+def test_a_teacher_made_double_afterwards_still_dreams(teacher):
+    settings = {"student": build_model("digits-net", 10, 1), "embedding": "classifier", "stages": [(4, 2), (8, 3)]}
+    maker = make(Teacher(teacher.model, DIGITS).double(), **settings)
+    assert maker.synthesize(4).images.float().std() > 20
+
+
+@pytest.mark.parametrize("form", SEALED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_sealed_teacher_says_what_to_do_and_dreams_without_statistics(teacher, form):
+    sealed = Teacher(SEALED[form](network()), DIGITS)
+    asked = (
+        lambda: make(sealed),
+        lambda: Statistics.measure(sealed, torch.randn(4, *DIGITS.shape)),
+        lambda: make(sealed, feature_weight=0.0, embedding="classifier"),
+    )
+    for ask in asked:
+        with pytest.raises(DFKDError, match="(cannot|can) be read.*give the network it was made from") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    images = make(sealed, feature_weight=0.0, batch_size=2).synthesize(2).images
+    assert (images.int() - make(teacher, feature_weight=0.0, batch_size=2).synthesize(2).images.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("form", ["compiled", "parallel"])
+def test_statistics_of_a_wrapped_network_have_its_own_names(form):
+    net, x = network(), torch.randn(6, *DIGITS.shape)
+    wrapped, right = FORMS[form](network()), Statistics.measure(net, x)
+    for found in (Statistics.measure(wrapped, x), fuse_statistics(wrapped)(x)[1]):
+        assert list(found) == list(right) == list(Statistics.from_batchnorm(wrapped)) == ["1", "4"]
+        for name in right:
+            torch.testing.assert_close(tuple(v.detach() for v in found[name]), right[name], rtol=1e-4, atol=1e-5)

@@ -239,8 +239,8 @@ def test_what_fits_fits(teacher):
 def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, given):
     "Both see one set of pixels, each on its own scale."
     student, theirs = other().eval(), replace(DIGITS, mean=(0.0,), std=(1.0,))
-    words = {"a domain": {"student": student, "student_domain": theirs}, "a teacher": {"student": Teacher(student, theirs)}, "later": {}}[given]
-    maker, views = seen(teacher, jitter=0, flip=False, **words)
+    words = {"a domain": {"student": student, "student_domain": theirs}, "a teacher": {"student": Teacher(student, theirs)}}
+    maker, views = seen(teacher, jitter=0, flip=False, **words.get(given, {}))
     if given == "later":
         maker.compete_with(other())
         maker.compete_with(student, theirs)
@@ -254,9 +254,9 @@ def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, 
 
 
 def test_a_student_of_other_images_or_classes_is_refused(teacher):
-    for domain in (replace(DIGITS, shape=(1, 9, 9)), replace(DIGITS, classes=tuple("abc")), replace(DIGITS, classes=(*DIGITS.classes[1:], "0"))):
+    for changes in ({"shape": (1, 9, 9)}, {"classes": tuple("abc")}, {"classes": (*DIGITS.classes[1:], "0")}):
         with pytest.raises(DFKDError) as caught:
-            make(teacher, student=other(), student_domain=domain)
+            make(teacher, student=other(), student_domain=replace(DIGITS, **changes))
         assert "\n" not in str(caught.value)
 
 

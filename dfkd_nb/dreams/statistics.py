@@ -25,7 +25,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from .priors import Term, View, _exact
 from ..foundations.core import DFKDError, DFKDWarning, load_tensors, progress, save_tensors
 from ..foundations.data import ImageSource
-from ..foundations.models import Teacher, _logits, in_eval_mode
+from ..foundations.models import (Teacher, _logits, _sealed, in_eval_mode, unwrap,
+                                        why_no_hooks)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #2040c560
 Moments = tuple[Tensor, Tensor] # mean and biased variance of each channel, `(C,)` both
@@ -94,14 +95,15 @@ class _BatchMoments(torch.autograd.Function):
         scale, shift = 2 * grad_var / ctx.count, grad_mean / ctx.count
         away = x.to(mean.dtype) - _spread(mean, x, ctx.channel_dim)
         if ctx.channel_dim == 1 and x.ndim > 2: return _affine(away, scale, shift).to(x.dtype), None
-        return (away * _spread(scale, away, ctx.channel_dim) + _spread(shift, away, ctx.channel_dim)).to(x.dtype), None
+        scale, shift = (_spread(v, away, ctx.channel_dim) for v in (scale, shift))
+        return (away * scale + shift).to(x.dtype), None
 
 # %% ../../nbs/dreams/06_statistics.ipynb #2750f012
 def batch_moments(
     x: Tensor, # features, `(N, C, *)`, or with channels elsewhere
     channel_dim: int = 1, # where the channels are; -1 for the tokens of a transformer, `(N, T, C)`
 ) -> Moments: # mean and biased variance of each channel, `(C,)`, float32 at least
-    "First two moments of every channel over all the rest, however far the mean is from zero; backward keeps nothing but `x`."
+    "First two moments of every channel over all the rest, however far from zero; keeps only `x`."
     if not x.is_floating_point() or x.ndim < 2: raise DFKDError(f'moments of a {x.dtype} tensor of shape {tuple(x.shape)}: give float features (N, C, ...)')
     if not -x.ndim <= channel_dim < x.ndim: raise DFKDError(f'channels in dimension {channel_dim} of a tensor with {x.ndim}: use {-x.ndim} to {x.ndim - 1}')
     if x.numel() == 0: raise DFKDError(f'moments of an empty batch of shape {tuple(x.shape)}: give at least one image')
@@ -115,7 +117,8 @@ def batchnorm_layers(
     def is_batchnorm(layer: nn.Module) -> bool:
         frozen = 'running_mean' in layer._buffers and 'running_var' in layer._buffers and not isinstance(layer, _InstanceNorm)
         return isinstance(layer, _BatchNorm) or frozen # torchvision's frozen kind is a class of its own
-    return {name: layer for name, layer in model.named_modules() if is_batchnorm(layer)}
+    inner = unwrap(model) # names are those of the network, not of a wrapper
+    return {name: layer for name, layer in inner.named_modules() if is_batchnorm(layer)}
 
 def find_layers(
     model: nn.Module, # any network
@@ -123,16 +126,27 @@ def find_layers(
 ) -> dict[str, nn.Module]: # by name, in the given order
     "Layers by name; an unknown name is a `DFKDError` that lists its neighbours."
     if layers is None:
+        if reason := why_no_hooks(model): raise DFKDError(_unreadable(model, reason))
         found = batchnorm_layers(model)
         if not found: raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: name the layers to watch, e.g. layers={_suggest(model)}')
         return found
     if isinstance(layers, str) or not layers: raise DFKDError(f'layers={layers!r}: give a list of one or more layer names')
-    modules = dict(model.named_modules(remove_duplicate=False)) # a layer may have several names
+    modules = dict(unwrap(model).named_modules(remove_duplicate=False)) # some have several names
     for name in layers:
+        parts = str(name).split('.')
+        for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)): # the network, its parts
+            if part in modules and (reason := _sealed(modules[part])):
+                raise DFKDError(_unreadable(model, reason))
         if name not in modules or not name:
-            near = difflib.get_close_matches(str(name), modules, 3, 0.3) or [n for n in modules if n][:3]
+            near = difflib.get_close_matches(str(name), modules, 3, 0.3)
+            near = near or [n for n in modules if n][:3]
             raise DFKDError(f"no layer '{name}' in {type(model).__name__}: use names of named_modules(), e.g. {', '.join(near)}")
     return {name: modules[name] for name in layers}
+
+def _unreadable(model: nn.Module, reason: str) -> str:
+    who = model.name if isinstance(model, Teacher) else type(model).__name__
+    return (f'what enters the layers of {who} cannot be read: {reason}, '
+            'or do without statistics (feature_weight=0)')
 
 def _suggest(model: nn.Module) -> list[str]:
     "A few layers worth watching in a network without BatchNorm."
@@ -157,7 +171,7 @@ def _channel_dim(
 def mean_moments(
     calls: Sequence[Moments], # of one layer, at least one
 ) -> Moments: # their mean
-    "What a layer reports that was called several times in a forward pass: what its running statistics would average."
+    "What a layer reports that was called several times: what its running statistics would average."
     if len(calls) == 1: return calls[0]
     means, variances = zip(*calls)
     return torch.stack(means).mean(0), torch.stack(variances).mean(0)
@@ -177,14 +191,14 @@ class Watch:
     ) -> None:
         if at not in ('input', 'output'): raise DFKDError(f"watch layers at '{at}': use 'input' or 'output'")
         self.model, self.layers, self.at = model, find_layers(model, layers), at
-        self.calls: dict[str, list[tuple[Moments, int]]] = {} # of the last forward pass: moments of each call, and the numbers behind them
+        self.calls: dict[str, list[tuple[Moments, int]]] = {} # of the last pass: moments, and numbers behind them
         self._inside = False # whether the whole network is being called, or a part of it
         self._hooks: list[Any] = []
 
     @property
     def moments(self) -> dict[str, Moments]: # by layer name
-        "Of the last forward pass. A layer that was called several times reports the mean over its calls, as its running statistics do."
-        return {name: mean_moments([moments for moments, _ in calls]) for name, calls in self.calls.items()}
+        "Of the last forward pass; the mean over its calls where it called a layer several times."
+        return {name: mean_moments([m for m, _ in calls]) for name, calls in self.calls.items()}
 
     def _record(self, name: str, layer: nn.Module, passed: Any) -> None:
         x = next((v for v in passed if isinstance(v, Tensor)), None) if isinstance(passed, (tuple, list)) else passed
@@ -203,7 +217,8 @@ class Watch:
 
     def __enter__(self) -> 'Watch':
         self.calls = {}
-        self._hooks += [self.model.register_forward_pre_hook(self._begin), self.model.register_forward_hook(self._end, always_call=True)]
+        self._hooks += [self.model.register_forward_pre_hook(self._begin),
+                        self.model.register_forward_hook(self._end, always_call=True)]
         for name, layer in self.layers.items():
             if self.at == 'input':
                 hook = layer.register_forward_pre_hook(lambda layer, args, words, name=name: self._record(name, layer, (*args, *words.values())), with_kwargs=True)
@@ -229,6 +244,7 @@ def read_batchnorm(
     "What BatchNorm remembers of the training data (DeepInversion, Eq. 5 and the one after it)."
     moments, found = {}, batchnorm_layers(model)
     if not found:
+        if reason := why_no_hooks(model): raise DFKDError(_unreadable(model, reason))
         who = 'teacher' if isinstance(model, Teacher) else 'model'
         raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: give statistics=Statistics.measure({who}, images, layers={_suggest(model)}), or do without (feature_weight=0)')
     for name, layer in found.items():
@@ -237,7 +253,8 @@ def read_batchnorm(
             raise DFKDError(f"BatchNorm layer '{name}' keeps no running statistics (track_running_stats=False): measure them, statistics=Statistics.measure(model, images)")
         moments[name] = mean, var
     if all((mean == 0).all() and (var == 1).all() for mean, var in moments.values()):
-        warnings.warn('every running mean is 0 and every running variance 1: was this network trained, or were its weights not loaded?', DFKDWarning, stacklevel=3)
+        warnings.warn('every running mean is 0 and every running variance 1: was this network trained, '
+                      'or were its weights not loaded?', DFKDWarning, stacklevel=3)
     return moments
 
 # %% ../../nbs/dreams/06_statistics.ipynb #31e30312
@@ -246,8 +263,9 @@ def _called(
     layers: Iterable[str], # by name
 ) -> list[str]: # those that work when it answers: not the heads that only helped in training
     "Two black images tell which layers take part."
-    black = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8, device=teacher.device)
-    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(teacher.domain.normalize(black))
+    images = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8)
+    black = next(_batches(teacher, images))
+    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(black)
     return [name for name in watch.layers if name in watch.moments]
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d70e0f0e
@@ -259,19 +277,26 @@ def _batches(
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for x in _tensors(images):
         if x.is_floating_point(): yield x.to(like)
-        elif x.dtype == torch.uint8 and isinstance(model, Teacher): yield model.domain.normalize(model.domain.check(x).to(like.device)).to(like)
-        else: raise DFKDError(f'images are {x.dtype}: give normalised floats, e.g. domain.normalize(images), or bytes and a Teacher(model, domain) to normalise them')
+        elif x.dtype == torch.uint8 and isinstance(model, Teacher):
+            yield model.domain.normalize(model.domain.check(x).to(like.device)).to(like)
+        else:
+            raise DFKDError(f'images are {x.dtype}: give normalised floats, e.g. '
+                            'domain.normalize(images), or bytes and a Teacher(model, domain)')
 
 def _tensors(images: Any) -> Iterator[Tensor]:
-    "Tensors of images out of one tensor, an `ImageSource`, a list of batches, or a data loader's pairs."
-    advice = 'give normalised floats (N, C, H, W), an ImageSet, or batches of either as a list or a DataLoader'
+    "Tensors out of one tensor, an `ImageSource`, a list of batches, or a data loader's pairs."
+    advice = ('give normalised floats (N, C, H, W), an ImageSet, '
+              'or batches of tensors, as a list or a DataLoader')
     if isinstance(images, ImageSource): images = images.batches(256)
     elif isinstance(images, Tensor): images = images.split(256)
-    elif not isinstance(images, Iterable) or isinstance(images, (str, bytes, dict)): raise DFKDError(f'images are {_called_what(images)}: {advice}')
+    elif not isinstance(images, Iterable) or isinstance(images, (str, bytes, dict)):
+        raise DFKDError(f'images are {_called_what(images)}: {advice}')
     for batch in images:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(x, Tensor): raise DFKDError(f'a batch of images is {_called_what(x)}: {advice}')
-        if x.ndim < 2: raise DFKDError(f'a batch of images has shape {tuple(x.shape)}: {advice}')
+        if not isinstance(x, Tensor):
+            raise DFKDError(f'a batch of images is {_called_what(x)}: {advice}')
+        if x.ndim < 2:
+            raise DFKDError(f'a batch of images has shape {tuple(x.shape)}: {advice}')
         yield x
 
 def _called_what(thing: Any) -> str:
@@ -279,34 +304,37 @@ def _called_what(thing: Any) -> str:
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d993f7f2
 class _Union:
-    "Mean and variance of all that was added, in float64 on the CPU: not every accelerator has float64."
+    "Mean and variance of all that was added, on the CPU: not every accelerator has float64."
 
     def __init__(self) -> None:
-        self.count, self.mean, self.squares = 0, torch.zeros(()).double(), torch.zeros(()).double() # squared distances from the mean, summed
+        self.count, self.mean = 0, torch.zeros(()).double()
+        self.squares = torch.zeros(()).double() # squared distances from the mean, summed
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
         "So many more numbers a channel."
         total = self.count + count
         step = mean.cpu().double() - self.mean
         self.mean = self.mean + step * count / total
-        self.squares = self.squares + var.cpu().double() * count + step.square() * self.count * count / total
+        within, between = var.cpu().double() * count, step.square() * self.count * count / total
+        self.squares = self.squares + within + between
         self.count = total
 
     @property
-    def moments(self) -> Moments: return self.mean.float(), (self.squares / self.count).float()
+    def moments(self) -> Moments:
+        return self.mean.float(), (self.squares / self.count).float()
 
 # %% ../../nbs/dreams/06_statistics.ipynb #7df6e6c5
 @torch.no_grad()
 def measure_moments(
     model: nn.Module, # any network; its mode is put back afterwards
-    images: Tensor | ImageSource | Iterable[Any], # normalised, `(N, C, H, W)`, or batches of them; a `Teacher` also takes bytes and image sets
+    images: Tensor | ImageSource | Iterable[Any], # normalised, or batches of them; for a `Teacher` also bytes
     layers: Sequence[str] | None = None, # by name; None for every BatchNorm layer
     at: str = 'input', # of these layers, or their 'output'
 ) -> dict[str, Moments]: # as if all images had been one batch
     "Moments of all images together, from batches of any size: the law of total variance."
     unions: dict[str, list[_Union]] = {} # one for each call of a layer
-    seen = 0
-    with in_eval_mode(model), Watch(model, layers, at) as watch:
+    watch, seen = Watch(model, layers, at), 0
+    with in_eval_mode(model), watch:
         for x in progress(_batches(model, images), 'statistics'):
             model(x)
             seen += len(x)
@@ -316,8 +344,11 @@ def measure_moments(
                 for union, (moments, count) in zip(met, calls): union.add(*moments, count)
     if not seen: raise DFKDError('no images to measure statistics on: give at least one batch')
     unused = [name for name in watch.layers if name not in unions]
-    if unused and (layers is not None or not unions): raise DFKDError(f"the network did not call layer '{unused[0]}': name layers that its answers pass through")
-    return {name: mean_moments([union.moments for union in unions[name]]) for name in watch.layers if name in unions}
+    if unused and (layers is not None or not unions):
+        raise DFKDError(f"the network did not call layer '{unused[0]}': "
+                        'name layers that its answers pass through')
+    return {name: mean_moments([union.moments for union in unions[name]])
+            for name in watch.layers if name in unions}
 
 # %% ../../nbs/dreams/06_statistics.ipynb #0e53d130
 class Statistics(Mapping[str, Moments]):
@@ -342,7 +373,13 @@ class Statistics(Mapping[str, Moments]):
         return cls({name: moments[name] for name in _called(model, moments)} if isinstance(model, Teacher) else moments)
 
     @classmethod
-    def measure(cls, model: nn.Module, images: Tensor | ImageSource | Iterable[Any], layers: Sequence[str] | None = None, at: str = 'input') -> Self:
+    def measure(
+        cls,
+        model: nn.Module, # any network
+        images: Tensor | ImageSource | Iterable[Any], # normalised; for a `Teacher` also bytes
+        layers: Sequence[str] | None = None, # by name; None for every BatchNorm layer
+        at: str = 'input', # of these layers, or their 'output'
+    ) -> Self:
         "Measured on images, at any layers: see `measure_moments`."
         return cls(measure_moments(model, images, layers, at), at)
 
@@ -372,7 +409,8 @@ class Statistics(Mapping[str, Moments]):
 
     def row(self, device: torch.device) -> Tensor:
         "All means and variances, one after the other, kept on the device after the first time."
-        if device not in self._targets: self._targets[device] = torch.cat([v.to(device) for pair in self.values() for v in pair])
+        if device not in self._targets:
+            self._targets[device] = torch.cat([v.to(device) for pair in self.values() for v in pair])
         return self._targets[device]
 
     def distance(
@@ -385,7 +423,8 @@ class Statistics(Mapping[str, Moments]):
             if moments[name][0].shape != mean.shape:
                 raise DFKDError(f"layer '{name}' has {len(moments[name][0])} channels, its statistics {len(mean)}: they belong to another network")
         found = torch.cat([v for name in self for v in moments[name]])
-        parts = (found - self.row(found.device)).split([len(v) for pair in self.values() for v in pair])
+        away = found - self.row(found.device)
+        parts = away.split([len(v) for pair in self.values() for v in pair])
         lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts]) # at length 0 its gradient is 0
         return lengths.view(len(self), 2).sum(1)
 
@@ -493,7 +532,8 @@ class _NormAndMoments(torch.autograd.Function):
         count = away.numel() // away.shape[1]
         scale = 2 * grad_var / count
         grad = _affine(away, scale, grad_mean / count - scale * rest)
-        return grad.addcmul_(grad_y, _spread(slope, away, 1).to(away.dtype)), None, None, None, None, None, None
+        grad.addcmul_(grad_y, _spread(slope, away, 1).to(away.dtype))
+        return grad, None, None, None, None, None, None
 
 # %% ../../nbs/dreams/06_statistics.ipynb #7ff266a0
 class FusedBatchNorm(nn.Module):
@@ -511,12 +551,13 @@ class FusedBatchNorm(nn.Module):
         for name, v in {'running_mean': mean, 'running_var': var, 'weight': weight, 'bias': bias}.items():
             self.register_buffer(name, v.detach().clone())
         self.eps = float(layer.eps) # type: ignore[arg-type]
-        far = bool((mean.square() > 100 * (var + self.eps)).any()) # within ten deviations of zero, zero is near enough
+        far = bool((mean.square() > 100 * (var + self.eps)).any()) # nearer, zero will do
         self.register_buffer('point', mean.detach().clone() if far else None)
         self.calls: tuple[Moments, ...] = () # one for each time it was called
 
     def forward(self, x: Tensor) -> Tensor:
-        y, mean, var = _NormAndMoments.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.point, self.eps)
+        numbers = self.running_mean, self.running_var, self.weight, self.bias
+        y, mean, var = _NormAndMoments.apply(x, *numbers, self.point, self.eps)
         self.calls = *self.calls, (mean, var)
         return y
 
@@ -544,14 +585,15 @@ class FusedTeacher(nn.Module):
     ) -> None:
         super().__init__()
         self.names = tuple(find_layers(model))
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
         plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-        aliases = list(self.model.named_modules(remove_duplicate=False)) # a layer may be called by another of its names
+        found = list(self.model.named_modules(remove_duplicate=False)) # some have several names
         for name in self.names:
             layer = self.model.get_submodule(name)
             fits = type(layer) in plain and isinstance(layer.running_mean, Tensor)
             fused = FusedBatchNorm(layer) if fits else _Observed(layer)
-            for alias in [alias for alias, module in aliases if module is layer]: self.model.set_submodule(alias, fused)
+            for alias, module in found:
+                if module is layer: self.model.set_submodule(alias, fused)
         self.eval()
 
     def train(self, mode: bool = True) -> 'FusedTeacher':
@@ -560,10 +602,10 @@ class FusedTeacher(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Moments]]:
         "Logits `(N, K)` of normalised images, and the moments by layer name."
-        norms: dict[str, Any] = {name: self.model.get_submodule(name) for name in self.names}
+        norms: dict[str, Any] = {n: self.model.get_submodule(n) for n in self.names}
         for norm in norms.values(): norm.calls = () # of a pass that broke off
         logits = _logits(self.model(x))
-        moments = {name: mean_moments(norm.calls) for name, norm in norms.items() if norm.calls}
+        moments = {n: mean_moments(norm.calls) for n, norm in norms.items() if norm.calls}
         for norm in norms.values(): norm.calls = () # keeps no graph alive
         return logits, moments
 

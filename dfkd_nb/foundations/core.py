@@ -104,10 +104,12 @@ def seed_everything(
 # %% ../../nbs/foundations/01_core.ipynb #bc9e80de
 def random_state() -> dict[str, Any]: # plain containers and tensors, ready for a checkpoint
     "Where every random stream of this process stands."
-    numpy_state: Any = np.random.get_state()
-    _, python_state, waiting = random.getstate()
-    return {'python': list(python_state), 'python_gauss': waiting,
-            'numpy': [numpy_state[1].tolist(), *map(float, numpy_state[2:])], **_torch_state()}
+    return _plain_state(random.getstate(), np.random.get_state(), _torch_state())
+
+def _plain_state(python: Any, numpy: Any, torches: dict[str, Any]) -> dict[str, Any]:
+    _, numbers, waiting = python
+    return {'python': list(numbers), 'python_gauss': waiting,
+            'numpy': [numpy[1].tolist(), *map(float, numpy[2:])], **torches}
 
 def _torch_state() -> dict[str, Any]: # of the CPU and of every GPU
     state: dict[str, Any] = {'torch': torch.get_rng_state()}
@@ -146,32 +148,40 @@ def seeded(
 
 # %% ../../nbs/foundations/01_core.ipynb #16c55059
 class RandomStreams:
-    "PyTorch's global streams, of all devices, for one consumer: `with streams:` draws from them and from nowhere else."
+    "Global streams for one consumer: inside `with streams:` Python, NumPy and PyTorch, on all devices, draw from them."
 
     def __init__(
         self,
         seed: int, # where they begin, 0 to 2**64 - 1
     ) -> None:
-        with seeded(seed): self._own = _torch_state()
-        self._outside: list[dict[str, Any]] = [] # of those who entered, the last one on top
+        with seeded(seed): torches = _torch_state()
+        self._own = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state(), torches
+        self._outside: Any = None # the process's, while somebody is inside
+        self._depth = 0
+
+    def _swap(self, streams: Any) -> Any: # those that were there before
+        before = random.getstate(), np.random.get_state(), _torch_state()
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        _restore_torch_state(streams[2])
+        return before
 
     def __enter__(self) -> 'RandomStreams':
-        self._outside.append(_torch_state())
-        if len(self._outside) == 1: _restore_torch_state(self._own)
+        if not self._depth: self._outside = self._swap(self._own)
+        self._depth += 1
         return self
 
     def __exit__(self, *error: object) -> None:
-        if len(self._outside) == 1: self._own = _torch_state()
-        outside = self._outside.pop()
-        if not self._outside: _restore_torch_state(outside)
+        self._depth -= 1
+        if not self._depth: self._own = self._swap(self._outside)
 
     def state_dict(self) -> dict[str, Any]:
         "Where the streams stand, ready for a checkpoint."
-        return dict(self._own)
+        return _plain_state(*self._own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
-        self._own = self._own | state
+        with self: restore_random_state(state)
 
 # %% ../../nbs/foundations/01_core.ipynb #e1b20066
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -225,7 +235,7 @@ def save_tensors(
     tensors: dict[str, Tensor], # what to keep
     metadata: dict[str, str] | None = None, # text that travels along
 ) -> None:
-    "A safetensors file, atomically; equal content, equal bytes. Shared memory is a `DFKDError`."
+    "A safetensors file, atomically; equal content makes equal bytes."
     other = [name for name, text in (metadata or {}).items() if not isinstance(text, str)]
     if other:
         raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
@@ -248,7 +258,8 @@ def _sort_metadata(
         text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
         # the same characters in another order; were they more, they would cover the tensors
         if len(text) > length:
-            raise DFKDError(f'{path} not written, its metadata cannot be sorted: give plain text')
+            raise DFKDError(f'{path} not written, its metadata cannot be sorted: '
+                            'give plain text')
         file.seek(8)
         file.write(text.ljust(length)) # the format pads its header with spaces
 
@@ -260,14 +271,14 @@ def load_tensors(
     if not Path(path).is_file(): raise DFKDError(f'no file {path}: check the path')
     try:
         with safe_open(path, 'pt') as file:
-            about = dict(sorted((file.metadata() or {}).items())) # a fixed order for who prints it
+            about = dict(sorted((file.metadata() or {}).items())) # a fixed order
             return {k: file.get_tensor(k) for k in file.keys()}, about
     except (SafetensorError, OSError) as error:
         if kind := _pytorch_file(path):
             raise DFKDError(
                 f'{path} is {kind}, not a safetensors file: read it with '
-                'torch.load(path, weights_only=True), give the tensors to model.load_state_dict, '
-                'and keep them with save_weights') from error
+                'torch.load(path, weights_only=True), give it to model.load_state_dict, '
+                'and keep it with save_weights') from error
         raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
 
 def _pytorch_file(
@@ -277,7 +288,7 @@ def _pytorch_file(
     with open(path, 'rb') as file: start = file.read(8)
     if start.startswith(b'PK\x03\x04'): return 'a PyTorch checkpoint (a zip archive)'
     is_pickle = start[:1] == b'\x80' and start[1:2] in b'\x02\x03\x04\x05'
-    # a damaged safetensors file may begin with these two bytes: a length of 8, the last ones 0
+    # a damaged safetensors file may begin with these two bytes: of a length, 8 bytes
     is_pickle = is_pickle and start[4:] != bytes(4)
     return 'an old PyTorch checkpoint (a pickle)' if is_pickle else ''
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'LITE', 'IMAGENET_TEACHERS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet',
-           'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'save_weights',
-           'load_weights', 'unwrap', 'why_no_hooks', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network',
-           'Teacher', 'shipped_weights', 'imagenet_domain', 'load_teacher', 'inherit']
+           'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'unwrap', 'save_weights',
+           'load_weights', 'why_no_hooks', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher',
+           'shipped_weights', 'imagenet_domain', 'load_teacher', 'inherit']
 
 # %% ../../nbs/foundations/03_models.ipynb #df0fac9f
 import copy
@@ -257,6 +257,17 @@ def count_parameters(
     "Trainable and frozen parameters, without buffers such as BatchNorm's statistics."
     return sum(p.numel() for p in model.parameters())
 
+# %% ../../nbs/foundations/03_models.ipynb #208a11c9
+def unwrap(
+    model: nn.Module, # any network
+) -> nn.Module: # the same layers and weights, under the names that they had before
+    "The network inside `torch.compile` and data-parallel wrappers; any other as it is."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or '_orig_mod' in model._modules:
+        inner = 'module' if isinstance(model, parallel) else '_orig_mod'
+        model = model.get_submodule(inner)
+    return model
+
 # %% ../../nbs/foundations/03_models.ipynb #d0bb9ec2
 def save_weights(
     path: str | Path, # a .safetensors file
@@ -268,7 +279,8 @@ def save_weights(
     model = unwrap(model) # the names in the file are those of the network, not of a wrapper
     state = dict(model.state_dict())
     if damaged := _infinite(state):
-        raise DFKDError(f"'{damaged[0]}' is not finite: the network is damaged, train it again")
+        raise DFKDError(f"'{damaged[0]}' is not finite: the network is damaged, "
+                        'train it again')
     if half:
         weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = {k: _to_half(v, k in weights) for k, v in state.items()}
@@ -283,7 +295,7 @@ def _to_half(
     value: Tensor, # of a state
     is_weight: bool, # of a layer, not one of its statistics
 ) -> Tensor: # in half precision, or unchanged where that would lose more than rounding
-    "A weight matters beside the largest of its tensor, each of BatchNorm's numbers by itself."
+    "A weight counts beside the largest of its tensor, each of BatchNorm's by itself."
     if not value.is_floating_point() or not value.numel(): return value
     size = value.abs()
     smallest, largest = 2.**-14, 65504. # of half precision's normal numbers
@@ -307,16 +319,6 @@ def load_weights(
     return metadata
 
 # %% ../../nbs/foundations/03_models.ipynb #88353806
-def unwrap(
-    model: nn.Module, # any network
-) -> nn.Module: # the same layers and weights, under the names that they had before
-    "The network inside `torch.compile` and PyTorch's data-parallel wrappers; any other as it is."
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    while isinstance(model, parallel) or '_orig_mod' in model._modules:
-        inner = 'module' if isinstance(model, parallel) else '_orig_mod'
-        model = model.get_submodule(inner)
-    return model
-
 def why_no_hooks(
     model: nn.Module, # any network, or one of its layers
 ) -> str: # one clause for a message; '' where they can
@@ -331,15 +333,15 @@ def _sealed(
     if isinstance(module, GraphModule):
         called = {node.target for node in module.graph.nodes if node.op == 'call_module'}
         if not called - {'_guards_fn'}: # that one checks the input's shape and is no layer
-            return 'layers of torch.export are no modules; give the network it was made from'
+            return 'torch.export leaves no layers; give the network it was made from'
     return ''
 
 # %% ../../nbs/foundations/03_models.ipynb #3f9f7de8
 def classifier_layer(
     model: nn.Module, # any network; a `Teacher` knows its domain
-    domain: Domain | None = None, # of its images; None: the layer that is listed last, called or not
+    domain: Domain | None = None, # of its images; None: take the one listed last
 ) -> str: # its name in `named_modules()`, for a `Teacher` in those of its `model`
-    "The linear layer that gives the logits, or else the last one called. None is a `DFKDError`."
+    "The linear layer that gives the logits, or else the last one called."
     if isinstance(model, Teacher):
         if model._classifier is None:
             model._classifier = classifier_layer(model.model, model.domain)
@@ -348,12 +350,12 @@ def classifier_layer(
     if reason := why_no_hooks(model):
         raise DFKDError(f'no layer of {who} can be read: {reason}')
     layers: dict[str, nn.Module] = {
-        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    never = NonDynamicallyQuantizableLinear # attention's: its weights are used, it is not called
+        n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    never = NonDynamicallyQuantizableLinear # attention uses its weights only
     if domain is not None: names = _called_linears(model, domain, layers)
     else: names = [name for name, layer in layers.items() if not isinstance(layer, never)]
     if not names:
-        raise DFKDError(f'{who} has no linear layer: name the layer whose input shall be read')
+        raise DFKDError(f'{who} has no linear layer: name the layer to read')
     return names[-1]
 
 def _called_linears(
@@ -367,7 +369,7 @@ def _called_linears(
     def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
         calls.append((name, output))
 
-    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(partial(note, n)) for n, layer in layers.items()]
     try: logits = _trial(model, domain)
     finally:
         for hook in hooks: hook.remove()
@@ -379,15 +381,15 @@ def _called_linears(
 @contextmanager
 def tap(
     model: nn.Module, # any network, or a `Teacher`, whose network is meant
-    layer: str = 'classifier', # an exact name in `named_modules()`; or see `classifier_layer`
+    layer: str = 'classifier', # exact, of `named_modules()`; see `classifier_layer`
 ) -> Iterator[list[Tensor]]: # what entered in each forward pass, `(N, D)`, with its graph
-    "Collects what enters a layer, maps and tokens averaged; where one pass calls it again, the last."
+    "Collects what enters a layer, averaged over places or tokens; its last call in a pass."
     name = classifier_layer(model) if layer == 'classifier' else layer
     network = model.model if isinstance(model, Teacher) else model
     modules = dict(network.named_modules(remove_duplicate=False))
     module = modules.get(name) if name else None
     parts = name.split('.')
-    around = ['.'.join(parts[:n]) for n in range(len(parts) + 1)] # the network and its parts
+    around = ['.'.join(parts[:n]) for n in range(len(parts) + 1)] # it is inside these
     for part in around:
         if part in modules and (reason := _sealed(modules[part])):
             who = type(network).__name__
@@ -420,13 +422,14 @@ def _pooled(
     layer: nn.Module, # that `x` enters
     x: Tensor, # `(N, D)`, maps `(N, D, H, W)`, or tokens `(N, T, D)`
 ) -> Tensor: # `(N, D)`
-    "One vector an image: the mean over places or tokens. A copy: a layer may write over its input."
+    "One vector an image, averaged; a copy, since a layer may write over its input."
     if x.ndim < 3: return x.clone()
     of_maps = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
     of_rows = isinstance(layer, nn.Linear)
-    if type(layer) in (nn.LayerNorm, nn.RMSNorm):
+    if x.ndim > 3 and type(layer) in (nn.LayerNorm, nn.RMSNorm):
         of_rows = len(layer.normalized_shape) == 1 # type: ignore[arg-type]
-    if of_rows or x.ndim == 3 and not isinstance(layer, of_maps): return x.flatten(1, -2).mean(1)
+    elif x.ndim == 3: of_rows = of_rows or not isinstance(layer, of_maps)
+    if of_rows: return x.flatten(1, -2).mean(1)
     return x.flatten(2).mean(2)
 
 # %% ../../nbs/foundations/03_models.ipynb #c6a30462
@@ -439,7 +442,8 @@ def _logits(
     elif isinstance(output, (tuple, list)) and output:
         if not isinstance(output[0], Tensor): # a detector's boxes, for example
             what = f'{type(output).__name__} of {type(output[0]).__name__}'
-            raise DFKDError(f'the network returned a {what}: wrap it so that it returns logits')
+            raise DFKDError(f'the network returned a {what}: '
+                            'wrap it so that it returns logits')
         output = output[0]
     if not isinstance(output, Tensor): raise DFKDError(f'the network returned {type(output).__name__}: wrap it so that it returns logits')
     return output
@@ -486,7 +490,7 @@ def _complaint(
     domain: Domain, # of the images that it was given
 ) -> str: # the end of a message
     "What a network says is wrong, in its own words, and what to do about it."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ['no message']
+    lines = [s for line in str(error).splitlines() if (s := line.strip())] or ['no message']
     words = f'{type(error).__name__}: {lines[0]}'
     if lines[0].startswith('The following operation failed'):
         words = lines[-1] # TorchScript ends with the reason
@@ -496,7 +500,7 @@ def _complaint(
         reason = words.removeprefix('RuntimeError: ')[:100]
         return (f'does not take images of shape {domain.shape} ({reason}): '
                 'check the channels and size of its domain')
-    advice = f'call it by itself, model(torch.zeros{(2, *domain.shape)}), and mend what fails'
+    advice = f'call it yourself, model(torch.zeros{(2, *domain.shape)}), to see why'
     if isinstance(error, NotImplementedError):
         advice = 'give a network with a forward method'
     elif why_no_hooks(model):
@@ -510,11 +514,12 @@ def _check_weights(
     "A `DFKDError` unless all weights are there."
     for key, value in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(value):
-            raise DFKDError(f"the network '{name}' has a layer without a shape yet ('{key}'): "
+            raise DFKDError(f"the network '{name}' has a layer without a shape ('{key}'): "
                             'call it once on images, then load its weights')
         if value.is_meta:
-            raise DFKDError(f"the network '{name}' has no numbers ('{key}' is on the meta device): "
-                            'load its weights first, model.load_state_dict(weights, assign=True)')
+            raise DFKDError(
+                f"the network '{name}' has no numbers ('{key}' is on the meta device): "
+                'load its weights first, model.load_state_dict(weights, assign=True)')
 
 # %% ../../nbs/foundations/03_models.ipynb #f47f48b5
 def check_network(
@@ -522,13 +527,14 @@ def check_network(
     domain: Domain, # of the images it shall take
     name: str = '', # for the message
 ) -> None:
-    "A `DFKDError` unless two images get finite logits, one a class; a warning if they look wrong."
+    "A `DFKDError` unless images get finite logits, one a class; a warning for probabilities."
     name = name or type(model).__name__
     _check_weights(model, name)
     try: logits = _trial(model, domain)
     except DFKDError: raise
     except Exception as error: # networks of other libraries complain in their own ways
-        raise DFKDError(f"the network '{name}' {_complaint(error, model, domain)}") from error
+        complaint = _complaint(error, model, domain)
+        raise DFKDError(f"the network '{name}' {complaint}") from error
     outputs = logits.shape[1] if logits.ndim > 1 else 'no'
     if logits.ndim > 1 and len(logits) != 2:
         raise DFKDError(f"the network '{name}' gives {len(logits)} answers to 2 images: "
@@ -536,12 +542,12 @@ def check_network(
     if outputs != domain.num_classes:
         raise DFKDError(f"the network '{name}' has {outputs} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
     if not logits.isfinite().all(): raise DFKDError(f"the network '{name}' answers with NaN or infinity: its weights are damaged, load or train it again")
-    # most networks are done after the first; the other noises make sure that it was no chance
+    # most networks fail the first; the other noises make sure that it was no chance
     if all(_are_probabilities(found) for found in
            chain([logits], (_trial(model, domain, seed) for seed in (1, 2)))):
         warnings.warn(
-            f"the network '{name}' answers with probabilities (rows of 0 to 1 that sum to one), "
-            'not with logits: remove its softmax, or wrap it to return p.clamp_min(1e-12).log()',
+            f"the network '{name}' answers with probabilities (its rows sum to one), not with "
+            'logits: remove its softmax, or wrap it to return p.clamp_min(1e-12).log()',
             DFKDWarning, stacklevel=3)
 
 # %% ../../nbs/foundations/03_models.ipynb #1d551735
@@ -549,13 +555,14 @@ def _as_network(
     model: Any, # what a user calls a network
 ) -> nn.Module: # without wrappers
     "The network to be copied; what is none is a `DFKDError`."
-    if isinstance(model, Teacher): return model.model # a teacher's teacher is the same network
+    if isinstance(model, Teacher): return model.model # its copy is the same network
     if isinstance(model, ExportedProgram): return model.module()
     if isinstance(model, nn.Module): return unwrap(model)
     if isinstance(model, Mapping):
         raise DFKDError('weights are no network: load them into one with load_state_dict')
     kind = model if isinstance(model, type) else type(model)
-    raise DFKDError(f'this {kind.__name__} is no network: give an nn.Module that returns logits')
+    raise DFKDError(f'this {kind.__name__} is no network: '
+                    'give an nn.Module that returns logits')
 
 def _frozen_copy(
     network: nn.Module, # stays as it is
@@ -586,17 +593,17 @@ def _frozen_copy(
 
 # %% ../../nbs/foundations/03_models.ipynb #a9507c8c
 class Teacher(nn.Module):
-    "Any network, frozen: a copy in eval mode and float32, with the domain it was trained on."
+    "Any network, frozen: a copy in eval mode and float32, with its domain."
 
     def __init__(
         self,
-        model: nn.Module | ExportedProgram, # `(N, C, H, W)` to logits; it is copied, not changed
+        model: nn.Module | ExportedProgram, # `(N, C, H, W)` to logits; it is copied
         domain: Domain, # what its images mean
         name: str = '', # for reports
     ) -> None:
         super().__init__()
         if not isinstance(domain, Domain):
-            raise DFKDError(f'{domain!r:.50} is no domain: give a Domain, e.g. DOMAINS[name]')
+            raise DFKDError(f'{domain!r:.50} is no domain: give one, e.g. DOMAINS[name]')
         network = _as_network(model)
         self.domain, self.name = domain, name or type(network).__name__
         self.about: dict[str, str] = {} # what its file says: accuracy, how it was trained
@@ -606,7 +613,7 @@ class Teacher(nn.Module):
         if why_no_hooks(self.model): self._check_graph()
 
     def _check_graph(self) -> None:
-        "A graph keeps the mode it was exported in: in training mode it changes when it is asked."
+        "A graph keeps the mode of its export. Exported in training mode, it changes itself."
         before = {name: v.clone() for name, v in self.model.named_buffers()}
         first, second = _trial(self.model, self.domain), _trial(self.model, self.domain)
         moved = [n for n, v in self.model.named_buffers() if not v.equal(before[n])]
@@ -637,8 +644,9 @@ class Teacher(nn.Module):
         elif isinstance(images, ImageSource):
             parts = (self.domain.check(x) for x, _ in images.batches(batch_size))
         else:
-            raise DFKDError(f"'{self.name}' was shown a {type(images).__name__}: give a tensor or "
-                            'an ImageSource, e.g. ImageSet.collect(images, domain)')
+            raise DFKDError(
+                f"'{self.name}' was shown a {type(images).__name__}: "
+                'give a tensor or an ImageSource, e.g. ImageSet.collect(images, domain)')
         weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         dtype = torch.float32 if weight is None else weight.dtype
         for part in parts: yield self.domain.normalize(part.to(self.device)).to(dtype)
@@ -650,7 +658,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def embed(
-        self, images: Tensor | ImageSource, layer: str = 'classifier', batch_size: int = 500,
+        self,
+        images: Tensor | ImageSource,
+        layer: str = 'classifier',
+        batch_size: int = 500,
     ) -> Tensor:
         "What enters a layer, `(N, D)`: its summary of each image. See `predict` and `tap`."
         found: list[Tensor] = []
@@ -659,12 +670,13 @@ class Teacher(nn.Module):
                 taken.clear()
                 self.model(x)
                 if not taken:
-                    raise DFKDError(f"the network '{self.name}' did not use layer '{layer}': "
-                                    'name one that its forward pass calls')
+                    raise DFKDError(f"the network '{self.name}' did not use layer '{layer}'"
+                                    ': name one that its forward pass calls')
                 rows = taken[-1]
                 if len(rows) != len(x):
-                    raise DFKDError(f"layer '{layer}' of '{self.name}' gets {len(rows)} rows for "
-                                    f'{len(x)} images: name one that gets one row an image')
+                    raise DFKDError(
+                        f"layer '{layer}' of '{self.name}' gets {len(rows)} rows for "
+                        f'{len(x)} images: name one that gets one row an image')
                 found.append(rows)
         return torch.cat(found)
 
