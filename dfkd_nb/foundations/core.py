@@ -6,7 +6,7 @@
 __all__ = ['TESTING', 'PRECISIONS', 'COLOURS', 'DFKDError', 'DFKDWarning', 'import_torchvision', 'import_extra', 'pick_device',
            'same_device', 'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'RandomStreams',
            'autocast', 'progress', 'atomic_path', 'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint',
-           'show_images']
+           'book_style', 'show_images']
 
 # %% ../../nbs/foundations/01_core.ipynb #a64d39a7
 import importlib
@@ -343,6 +343,18 @@ def load_checkpoint(
 # five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the pink without green receptors
 COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream': '#CC79A7',
            'deepdream': '#56B4E9', 'noise': '#555555'}
+
+# %% ../../nbs/foundations/01_core.ipynb #df949674
+def book_style() -> AbstractContextManager: # enter it around the drawing
+    "The look of this book's figures, for matplotlib and seaborn: colours, sizes of words, two spines. Settings outside stay as they are."
+    import matplotlib
+    import seaborn
+    lines = {key: value for key, value in seaborn.axes_style('ticks').items() if 'font' not in key}
+    sizes: dict[str, Any] = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 9)
+    sizes |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.title_fontsize': 7.5, 'figure.titlesize': 10}
+    look = {'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})', 'axes.spines.top': False, 'axes.spines.right': False}
+    look |= {'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'legend.frameon': False}
+    return matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'})
 
 # %% ../../nbs/foundations/01_core.ipynb #43935c16
 def show_images(
