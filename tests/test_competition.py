@@ -1,5 +1,6 @@
 """Competition: a divergence with a bound and a gradient, a pool that forgets nothing, turns that resume, coverage that is not fooled."""
 
+import dataclasses
 import math
 
 import pytest
@@ -40,12 +41,39 @@ def teacher():
     return Teacher(network(), DIGITS, "tiny")
 
 
-def compete(teacher, weight=10.0, rounds=3, every=4, steps=14, domain=DIGITS, student=None, **settings):
-    terms = {"competition": (weight, competition_term(3.0))}
-    maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms)
-    pool = GrowingPool(domain, **settings)
-    distiller = Distiller(teacher, student or network(1), pool, steps=steps, batch_size=4, learning_rate=0.05, device="cpu")
+def compete(
+    teacher,
+    weight=10.0,
+    rounds=3,
+    every=4,
+    steps=14,
+    domain=DIGITS,
+    student=None,
+    maker=None,
+    terms=None,
+    **settings,
+):
+    terms = {"competition": (weight, competition_term(3.0))} | (terms or {})
+    maker = maker or DeepInversion(
+        teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms
+    )
+    pool, shared = (
+        GrowingPool(DIGITS, **settings),
+        {"batch_size": 4, "learning_rate": 0.05, "device": "cpu"},
+    )
+    student = student or network(1)
+    distiller = Distiller(teacher, student, pool, steps=steps, domain=domain, **shared)
     return Competition(maker, distiller, rounds=rounds, images_per_round=6, every=every)
+
+
+def forgetful(model):
+    "With dropout before the last layer: in training mode it draws from the global streams."
+    return torch.nn.Sequential(*model[:-1], torch.nn.Dropout(0.4), model[-1])
+
+
+def noise_term(view):
+    "A term that draws from PyTorch's global streams, as careless code does."
+    return (view.x * torch.rand_like(view.x)).mean()
 
 
 def weights(model):
@@ -173,8 +201,22 @@ def test_a_pool_without_its_images_says_so():
         (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), "8"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 10]), "0 to 9"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0]), "one label an image"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), "no images to add"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.tensor([0]),
+            "one label an image",
+        ),
+        (
+            torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+            torch.zeros(0, dtype=torch.long),
+            "no images to add",
+        ),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "give the wished classes"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.tensor([0.0, 1.0]),
+            "as integers",
+        ),
     ],
 )
 def test_a_pool_refuses_what_does_not_fit(images, labels, message):
@@ -198,11 +240,16 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
 
 
 def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
-    contest = compete(teacher)
-    contest.run(until=1)
-    assert contest.maker.student is None and contest.maker.objective.weights["competition"] == 0
+    contest, weight = (
+        compete(teacher),
+        lambda: contest.maker.objective.weights["competition"],
+    )
+    contest.step()
+    assert contest.dreaming and contest.maker.student is None and weight() == 0
+    contest.run(until=4)
+    contest.step()
+    assert contest.dreaming and contest.maker.student is not None and weight() == 10
     contest.run(until=5)
-    assert contest.maker.student is not None and contest.maker.objective.weights["competition"] == 10
     plain = compete(teacher, 0.0).run()
     assert plain.maker.student is None
     assert torch.equal(plain.pool.images[:6], contest.pool.images[:6])
@@ -219,17 +266,73 @@ def test_weight_zero_is_deepinversion_without_the_term(teacher):
 
 @pytest.mark.parametrize("turns", [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
 def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
-    whole, part = compete(teacher).run(), compete(teacher)
+    def fresh():
+        torch.manual_seed(5)  # the term's noise begins here
+        return compete(
+            teacher, student=forgetful(network(1)), terms={"noise": (1.0, noise_term)}
+        )
+
+    whole, part = fresh().run(), fresh()
     for _ in range(turns):
         part.step()
     save_checkpoint(tmp_path / "state.pt", part.state_dict())
-    other = compete(teacher)
+    other = fresh()
+    torch.manual_seed(99)
     other.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
     other.run()
     assert torch.equal(other.pool.images, whole.pool.images)
     assert torch.equal(weights(other.student), weights(whole.student))
     for mine, theirs in zip(other.history, whole.history):
         assert mine | {"loss": 0} == theirs | {"loss": 0}  # `step` leaves the rows of losses to `run`
+
+
+def test_a_maker_is_put_back_for_whoever_comes_next(teacher):
+    whole, other = compete(teacher).run(), compete(teacher)
+    for updates in (1, 6):  # the first round has no competition, the next another seed
+        other.run(until=updates)
+        again = compete(teacher, maker=other.maker)
+        assert (again.seed, again.weight) == (whole.seed, whole.weight) == (0, 10.0)
+    again.run()
+    assert torch.equal(again.pool.images, whole.pool.images)
+    assert torch.equal(weights(again.student), weights(whole.student))
+
+
+def test_each_network_is_asked_on_its_own_scale(teacher):
+    "In the loop the student answers as outside: to dreams, to fresh images, on the test set."
+    other, seen = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,)), []
+
+    def remember(view):
+        seen.append([view.x.detach().clone(), view.logits, view.student_logits])
+        return view.x.mean()
+
+    terms = {"competition": (10.0, competition_term(3.0)), "remember": (1.0, remember)}
+    shared = {"steps": 5, "batch_size": 4, "jitter": 0, "flip": False, "device": "cpu"}
+    maker = DeepInversion(teacher, terms=terms, **shared)
+    contest = compete(teacher, domain=other, maker=maker, rounds=2, steps=8)
+    contest.run(until=4)
+    seen.clear()
+    contest.student.eval()
+    unseen = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
+    with torch.no_grad():
+        answers = contest.student(other.normalize(unseen)).argmax(1)
+    contest.test = ImageSet(unseen, answers, DIGITS)
+    contest.step()  # the first update of the second round
+    pixels, known, guessed = seen[0]
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad():
+        torch.testing.assert_close(known, teacher(DIGITS.from_pixels(pixels)), **close)
+        said = contest.student(other.from_pixels(pixels))
+        torch.testing.assert_close(guessed, said, **close)
+    while contest.dreaming:
+        contest.step()
+    fresh, wished = contest.pool.images[6:], contest.pool.labels[6:]
+    with torch.no_grad():
+        known, guessed = teacher.predict(fresh), contest.student(other.normalize(fresh))
+    apart, right = jensen_shannon(known, guessed).mean(), (guessed.argmax(1) == wished)
+    row = contest.history[1]
+    assert row["divergence"] == pytest.approx(float(apart), rel=1e-4)
+    assert row["student_fresh"] == pytest.approx(float(right.float().mean()))
+    assert row["accuracy"] == 1
 
 
 def test_a_callback_stops_it_and_it_goes_on(teacher):
@@ -273,6 +376,10 @@ def test_what_cannot_be_a_competition_is_refused(teacher):
     images = ImageSet(*filled(1, 4), DIGITS)
     with pytest.raises(DFKDError, match="give its Distiller a GrowingPool"):
         Competition(maker, Distiller(teacher, network(1), images, steps=4, device="cpu"), rounds=1, images_per_round=2, every=1)
+    with pytest.raises(DFKDError, match="no images to ask about"):
+        answer(teacher, GrowingPool(DIGITS), DIGITS)
+    with pytest.raises(DFKDError, match="every is 0"):
+        compete(teacher).run(every=0)
     contest = compete(teacher).run()
     with pytest.raises(DFKDError, match="all its updates"):
         contest.step()

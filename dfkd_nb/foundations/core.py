@@ -6,10 +6,11 @@
 __all__ = ['TESTING', 'PRECISIONS', 'COLOURS', 'DFKDError', 'DFKDWarning', 'import_torchvision', 'import_extra', 'pick_device',
            'same_device', 'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'RandomStreams',
            'autocast', 'progress', 'atomic_path', 'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint',
-           'show_images']
+           'book_style', 'show_images']
 
 # %% ../../nbs/foundations/01_core.ipynb #a64d39a7
 import importlib
+import json
 import os
 import random
 import sys
@@ -40,7 +41,7 @@ TESTING = bool(os.environ.get('IN_TEST')) # notebooks run as tests: take the sma
 
 # %% ../../nbs/foundations/01_core.ipynb #ebf02595
 def import_torchvision() -> ModuleType: # the package `torchvision`
-    "Import torchvision, also beside a build of PyTorch that its wheel was not compiled for."
+    "Import torchvision beside any build of PyTorch; there, call it before `import timm`."
     try:
         import torchvision
     except RuntimeError as error:
@@ -103,10 +104,12 @@ def seed_everything(
 # %% ../../nbs/foundations/01_core.ipynb #bc9e80de
 def random_state() -> dict[str, Any]: # plain containers and tensors, ready for a checkpoint
     "Where every random stream of this process stands."
-    numpy_state: Any = np.random.get_state()
-    _, python_state, waiting = random.getstate()
-    return {'python': list(python_state), 'python_gauss': waiting,
-            'numpy': [numpy_state[1].tolist(), *map(float, numpy_state[2:])], **_torch_state()}
+    return _plain_state(random.getstate(), np.random.get_state(), _torch_state())
+
+def _plain_state(python: Any, numpy: Any, torches: dict[str, Any]) -> dict[str, Any]:
+    _, numbers, waiting = python
+    return {'python': list(numbers), 'python_gauss': waiting,
+            'numpy': [numpy[1].tolist(), *map(float, numpy[2:])], **torches}
 
 def _torch_state() -> dict[str, Any]: # of the CPU and of every GPU
     state: dict[str, Any] = {'torch': torch.get_rng_state()}
@@ -145,32 +148,40 @@ def seeded(
 
 # %% ../../nbs/foundations/01_core.ipynb #16c55059
 class RandomStreams:
-    "PyTorch's global streams, of all devices, for one consumer: `with streams:` draws from them and from nowhere else."
+    "Global streams for one consumer: inside `with streams:` Python, NumPy and PyTorch, on all devices, draw from them."
 
     def __init__(
         self,
         seed: int, # where they begin, 0 to 2**64 - 1
     ) -> None:
-        with seeded(seed): self._own = _torch_state()
-        self._outside: list[dict[str, Any]] = [] # of those who entered, the last one on top
+        with seeded(seed): torches = _torch_state()
+        self._own = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state(), torches
+        self._outside: Any = None # the process's, while somebody is inside
+        self._depth = 0
+
+    def _swap(self, streams: Any) -> Any: # those that were there before
+        before = random.getstate(), np.random.get_state(), _torch_state()
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        _restore_torch_state(streams[2])
+        return before
 
     def __enter__(self) -> 'RandomStreams':
-        self._outside.append(_torch_state())
-        if len(self._outside) == 1: _restore_torch_state(self._own)
+        if not self._depth: self._outside = self._swap(self._own)
+        self._depth += 1
         return self
 
     def __exit__(self, *error: object) -> None:
-        if len(self._outside) == 1: self._own = _torch_state()
-        outside = self._outside.pop()
-        if not self._outside: _restore_torch_state(outside)
+        self._depth -= 1
+        if not self._depth: self._own = self._swap(self._outside)
 
     def state_dict(self) -> dict[str, Any]:
         "Where the streams stand, ready for a checkpoint."
-        return dict(self._own)
+        return _plain_state(*self._own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
-        self._own = self._own | state
+        with self: restore_random_state(state)
 
 # %% ../../nbs/foundations/01_core.ipynb #e1b20066
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -224,12 +235,33 @@ def save_tensors(
     tensors: dict[str, Tensor], # what to keep
     metadata: dict[str, str] | None = None, # text that travels along
 ) -> None:
-    "Tensors as a safetensors file, atomically; two names for the same memory are a `DFKDError`."
+    "A safetensors file, atomically; equal content makes equal bytes."
+    other = [name for name, text in (metadata or {}).items() if not isinstance(text, str)]
+    if other:
+        raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
     with atomic_path(path) as temporary:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error: raise OSError(str(error)) from error
         except RuntimeError as error: # shared memory
             raise DFKDError(f'{path} not written: two of {", ".join(tensors)} share their memory; clone one of them') from error
+        _sort_metadata(temporary)
+
+def _sort_metadata(
+    path: Path, # a safetensors file
+) -> None:
+    "Sort the metadata of a file by name: the library writes them in a random order."
+    with open(path, 'rb+') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(length))
+        if '__metadata__' in header:
+            header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+        # the same characters in another order; were they more, they would cover the tensors
+        if len(text) > length:
+            raise DFKDError(f'{path} not written, its metadata cannot be sorted: '
+                            'give plain text')
+        file.seek(8)
+        file.write(text.ljust(length)) # the format pads its header with spaces
 
 # %% ../../nbs/foundations/01_core.ipynb #11c293f1
 def load_tensors(
@@ -239,9 +271,26 @@ def load_tensors(
     if not Path(path).is_file(): raise DFKDError(f'no file {path}: check the path')
     try:
         with safe_open(path, 'pt') as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+            about = dict(sorted((file.metadata() or {}).items())) # a fixed order
+            return {k: file.get_tensor(k) for k in file.keys()}, about
     except (SafetensorError, OSError) as error:
+        if kind := _pytorch_file(path):
+            raise DFKDError(
+                f'{path} is {kind}, not a safetensors file: read it with '
+                'torch.load(path, weights_only=True), give it to model.load_state_dict, '
+                'and keep it with save_weights') from error
         raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
+
+def _pytorch_file(
+    path: str | Path, # a file that is not safetensors
+) -> str: # what it is, '' where it does not look like PyTorch's
+    "Tell by its first bytes a checkpoint that `torch.save` wrote."
+    with open(path, 'rb') as file: start = file.read(8)
+    if start.startswith(b'PK\x03\x04'): return 'a PyTorch checkpoint (a zip archive)'
+    is_pickle = start[:1] == b'\x80' and start[1:2] in b'\x02\x03\x04\x05'
+    # a damaged safetensors file may begin with these two bytes: of a length, 8 bytes
+    is_pickle = is_pickle and start[4:] != bytes(4)
+    return 'an old PyTorch checkpoint (a pickle)' if is_pickle else ''
 
 # %% ../../nbs/foundations/01_core.ipynb #2f074453
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
@@ -267,8 +316,9 @@ def save_checkpoint(
 ) -> None:
     "Everything a run needs to go on, atomically; a `DFKDError` for what could not be read again."
     _check_plain(state, 'state')
-    with atomic_path(path) as temporary:
-        try: torch.save(state, temporary)
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        # given a path, torch writes its name into the file, and no two files would be equal
+        try: torch.save(state, file)
         except RuntimeError as error: raise OSError(str(error).splitlines()[0]) from error # torch's word for a full disk
 
 # %% ../../nbs/foundations/01_core.ipynb #bf48df05
@@ -278,6 +328,10 @@ def load_checkpoint(
 ) -> dict[str, Any]: # the state
     "Read a checkpoint without unpickling code; a missing, truncated or foreign file is a `DFKDError`."
     if not Path(path).is_file(): raise DFKDError(f'no checkpoint {path}: check the path')
+    with open(path, 'rb') as file: start = file.read(9)
+    if start[4:] == bytes(4) + b'{': # torch.load would read the tensors of such a file, too
+        raise DFKDError(f'{path} is a safetensors file, not a checkpoint: '
+                        'use load_weights or load_tensors')
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error: # torch raises six kinds, from EOFError to UnpicklingError
         raise DFKDError(f'{path} is truncated or no checkpoint of ours ({type(error).__name__}): '
@@ -289,6 +343,18 @@ def load_checkpoint(
 # five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the pink without green receptors
 COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream': '#CC79A7',
            'deepdream': '#56B4E9', 'noise': '#555555'}
+
+# %% ../../nbs/foundations/01_core.ipynb #df949674
+def book_style() -> AbstractContextManager: # enter it around the drawing
+    "The look of this book's figures, for matplotlib and seaborn: colours, sizes of words, two spines. Settings outside stay as they are."
+    import matplotlib
+    import seaborn
+    lines = {key: value for key, value in seaborn.axes_style('ticks').items() if 'font' not in key}
+    sizes: dict[str, Any] = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 9)
+    sizes |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.title_fontsize': 7.5, 'figure.titlesize': 10}
+    look = {'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})', 'axes.spines.top': False, 'axes.spines.right': False}
+    look |= {'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'legend.frameon': False}
+    return matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'})
 
 # %% ../../nbs/foundations/01_core.ipynb #43935c16
 def show_images(
