@@ -120,6 +120,22 @@ def test_a_run_from_begin_to_end(dfkd):
     assert code == 0 and out.startswith("digits-teacher") and "accuracy" in out
 
 
+def test_two_equal_runs_leave_the_same_bytes(dfkd):
+    "Equal runs leave equal files, header and all; only what a stopwatch said differs, and it has columns of its own."
+    for name in ("one", "two"):
+        torch.rand(len(name))  # whatever ran before
+        assert dfkd("run", "digits-teacher", *TINY, "--device", "cpu", "--out", name)[0] == 0
+    one, two = (dfkd.folder / name / "digits-teacher/quick" for name in ("one", "two"))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for name in ("weights.safetensors", "recipe.toml"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    rows = [[line.rpartition(",")[0] for line in (folder / "history.csv").read_text().splitlines()] for folder in (one, two)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert (one / "history.csv").read_text().splitlines()[0].endswith(",seconds")
+    cards = [(folder / "model-card.md").read_text().splitlines() for folder in (one, two)]
+    assert [a for a, b in zip(*cards) if a != b and " s on " not in a] == []
+
+
 def test_results_are_published_where_a_folder_is(dfkd):
     (dfkd.folder / "results").mkdir()
     text = dfkd("show", "digits-teacher", "--scale", "quick")[1].replace("epochs = 20.0", "epochs = 1.0")
@@ -327,7 +343,7 @@ def test_a_needed_run_that_is_interrupted_is_named(dfkd, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(SavedRun, "save", interrupted)
-    code, _, err = dfkd("run", "digits-dream")
+    code, _, err = dfkd("run", "digits-dream", "--save-every", "1e-9")
     assert code == 3 and "is kept in runs/digits-teacher/quick:" in err
 
 
@@ -346,7 +362,8 @@ def test_numbers_that_were_not_given_are_told(own):
     save_tensors(own.folder / "three.safetensors", three.state_dict())
     cifar = "invert --model digits-net --num-classes 10 --size 8 --device cpu --checkpoint three.safetensors --n 2 --out guessed"
     code, _, err = own(*cifar.split(), "--set", "synthesis_steps=1")
-    lines = [line for line in err.splitlines() if line.startswith("dfkd: warning: ")]
+    assert all(line.startswith("dfkd: warning: ") for line in err.splitlines())
+    lines = [line for line in err.splitlines() if "ImageNet" in line]
     assert code == 0 and len(lines) == 1
     assert "--mean 0.485,0.456,0.406, --std 0.229,0.224,0.225" in lines[0] and "--size" not in lines[0]
 
