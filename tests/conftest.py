@@ -1,4 +1,4 @@
-"""What all tests share: one thread each, and notebooks that run beside the other tests.
+"""What all tests share: one thread each, the same examples every time, and notebooks that run beside the other tests.
 
 Notebooks take as long as everything else together. So they begin with the first test, in processes of their own on the
 cores that the other tests leave (`DFKD_JOBS` sets another number of them), and are asked for their outcome at the end.
@@ -18,6 +18,13 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is loaded: many small tests gain nothing from more
 
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same examples on every machine and in every run, however busy it is: a failure is a failure for everybody.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = int(os.environ.get("DFKD_NOTEBOOK_SECONDS", 400))
