@@ -7,6 +7,7 @@ cores that the other tests leave (`DFKD_JOBS` sets another number of them), and 
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 import time
@@ -60,6 +61,14 @@ def run_notebook(name: str, directory: Path) -> Outcome:
         return Outcome(False, time.time() - start, f"took more than {LIMIT} s\n{text[-2000:]}")
     text = result.stdout + result.stderr
     return Outcome(result.returncode == 0, time.time() - start, f"exit {result.returncode}\n{text[-6000:]}")
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    "What a test draws from the global streams does not depend on the tests before it."
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
