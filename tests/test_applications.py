@@ -12,6 +12,7 @@ from dfkd_nb.foundations.data import DOMAINS, ImageSet, load_data
 from dfkd_nb.foundations.models import load_teacher
 from dfkd_nb.lab.applications import supply
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped, read_history
+from cases import each
 
 SMALL: dict[str, object] = {"evaluations": 1, "picture": 2, "batch_size": 16}
 DIGITS = SMALL | {"teacher": "run:digits-teacher", "test_limit": 60}
@@ -73,7 +74,7 @@ def test_supply_keeps_the_labels_of_its_own_classes(root: Path) -> None:
     assert torch.equal(found.labels, digits.labels) and torch.equal(found.images, digits.images)
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "count", "message"),
     [
         ("run:digits-dream", 4, "make them with `dfkd run digits-dream --scale quick`"),
