@@ -32,6 +32,7 @@ from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
+from cases import each
 from tiny import DIGITS, network
 
 
@@ -167,7 +168,7 @@ def test_a_pool_without_its_images_says_so():
         GrowingPool(DIGITS).load_state_dict(pool.state_dict())
 
 
-@pytest.mark.parametrize(
+@each(
     "images, labels, message",
     [
         (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
@@ -361,7 +362,7 @@ def test_the_plane_is_that_of_the_real_points():
     assert abs(spread(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])) - 2) < 1e-9
 
 
-@pytest.mark.parametrize(
+@each(
     "call, message",
     [
         (lambda: coverage(line(0, 1, 2), line(0), 3), "3 neighbours among 2 points"),
