@@ -24,6 +24,7 @@ from dfkd_nb.generators.contrastive import (
     preset,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
+from cases import each
 from tiny import DIGITS, used
 
 
@@ -238,7 +239,7 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(resumed.student.state_dict().values(), whole.student.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"contrastive_weight": -1.0}, "give 0 or more"),
@@ -248,7 +249,6 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         ({"layers": ["9"]}, "no layer '9'"),
         ({"reuse": "meta"}, "use continue, restart"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message):
