@@ -39,6 +39,7 @@ from dfkd_nb.foundations.models import (
     save_weights,
     shipped_weights,
 )
+from cases import each
 
 TOY = Domain("toy", (1, 8, 8), (0.5,), (0.5,), ("a", "b", "c"))
 
@@ -89,7 +90,7 @@ COUNTS = {
 ROUNDED = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85}
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@each("name", COUNTS)
 def test_parameters_and_batchnorm_layers_are_the_papers(name: str) -> None:
     with torch.device("meta"):
         model = build_model(name)
@@ -97,7 +98,7 @@ def test_parameters_and_batchnorm_layers_are_the_papers(name: str) -> None:
     assert (count_parameters(model), layers) == COUNTS[name]
 
 
-@pytest.mark.parametrize("name", ROUNDED)
+@each("name", ROUNDED)
 def test_cifar_resnets_have_the_published_size(name: str) -> None:
     with torch.device("meta"):
         model = build_model(name)
@@ -108,7 +109,7 @@ def test_cifar_resnets_have_the_published_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", MODELS)
+@each("name", MODELS)
 def test_every_network_takes_grey_and_colour(name: str, channels: int) -> None:
     with torch.device("meta"):
         model = build_model(name, 7, channels).eval()
@@ -139,7 +140,7 @@ def test_torchvision_zoo_and_deeplab() -> None:
         assert net(torch.zeros(1, 3, 64, 64, device="meta"))["out"].shape == (1, 21, 64, 64)
 
 
-@pytest.mark.parametrize(
+@each(
     "call, words",
     [
         (lambda: build_model("resnet19"), ("resnet19", "resnet20")),
@@ -231,7 +232,7 @@ class Tokens(nn.Module):
         return self.head(self.layer(x[:, 0]).mean(1))
 
 
-@pytest.mark.parametrize(
+@each(
     "model",
     [
         Foreign(lambda logits: logits),
@@ -293,7 +294,7 @@ def uncopyable() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
+@each(
     "make, domain, words",
     [
         (lambda: tiny(classes=4), TOY, ("4 outputs", "3 classes")),
@@ -374,6 +375,7 @@ def test_learning_rate_stays_within_its_peak(steps: int, warmup: float, schedule
     assert all(0 <= rate <= 1 for rate in rates)
     rising = [rate for step, rate in enumerate(rates) if (step + 1) / steps < warmup]
     assert rising == sorted(rising)
+    assert rising == pytest.approx([(step + 1) / steps / warmup for step in range(len(rising))])
     falling = rates[len(rising) :]
     assert falling == sorted(falling, reverse=True)
 
@@ -465,7 +467,7 @@ def frozen() -> nn.Module:
 SHORT: dict[str, Any] = dict(steps=2, batch_size=4, device="cpu")
 
 
-@pytest.mark.parametrize(
+@each(
     "call, words",
     [
         (lambda: learner(steps=0), ("0 updates",)),
@@ -575,7 +577,11 @@ def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
     distiller = Distiller(teacher, build_model("digits-net", 10, 1), images_set, steps=3, batch_size=8, device="cpu")
     losses = [float(distiller.step()["distillation"]) for _ in range(3)]
     assert losses == [0.0] * 3 and len(source.heard) == 3
-    assert all(s.shape == t.shape == (8, 10) and not s.requires_grad for s, t in source.heard)
+    known = teacher.predict(images)
+    for from_student, from_teacher in source.heard:
+        assert from_student.shape == (8, 10) and not from_student.requires_grad
+        apart = [torch.cdist(logits, known).min(1).values for logits in (from_student, from_teacher)]
+        assert apart[0].min() > 0.1 and apart[1].max() < 1e-3, "the student's logits come first"
     with pytest.raises(DFKDError, match="mixup_alpha is 1.0, but a Listening"):
         Distiller(teacher, build_model("digits-net", 10, 1), images_set, steps=3, mixup_alpha=1.0, device="cpu")
 
