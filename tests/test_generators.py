@@ -26,6 +26,7 @@ from dfkd_nb.generators.generators import (
     adversarial_term,
     balance_term,
 )
+from cases import each
 from tiny import DIGITS, network
 
 
@@ -251,7 +252,7 @@ class Stubborn(Pixels):
         return z.sigmoid().detach()
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"steps": 0}, "1 or more of each"),
@@ -267,7 +268,6 @@ class Stubborn(Pixels):
         ({"generator": Tanh()}, "end it with a sigmoid"),
         ({"precision": "float8"}, "unknown precision"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message):
@@ -371,7 +371,7 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
     assert race.run(until=5).done == 5 and race.run().finished and race.seconds > 0
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"rounds": 0}, "give 1 or more"),
@@ -379,7 +379,6 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
         ({"updates_per_round": 5}, "make them agree"),
         ({"warmup_rounds": 1, "rounds": 4}, "nothing to paint for"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
     race = race_of(teacher, METHODS["zskt"])
