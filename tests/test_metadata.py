@@ -30,6 +30,7 @@ from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, data_root, load_data
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model
+from cases import each
 from tiny import DIGITS, used
 
 CPU = {"device": "cpu"}
@@ -142,7 +143,7 @@ def test_centroids_without_components(teacher, digits):
     assert found.explained.max() == 0
 
 
-@pytest.mark.parametrize(
+@each(
     "change, message",
     [
         ({"components": 9}, "give at most 8"),
