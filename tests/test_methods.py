@@ -20,6 +20,7 @@ from dfkd_nb.lab.runs import (
     recipe_names,
     tables,
 )
+from cases import each
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(name for name, method in METHODS.items() if method.get("task") == "generative")
@@ -156,7 +157,7 @@ def test_an_untrained_teacher_is_told(tmp_path: Path) -> None:
         open_teacher("run:digits-teacher", tmp_path, "quick")
 
 
-@pytest.mark.parametrize("name", ["transfer", "dream", "teacher", *ELSEWHERE])
+@each("name", ["transfer", "dream", "teacher", *ELSEWHERE])
 def test_no_two_parts_of_a_task_mean_different_things_by_one_word(name: str) -> None:
     "A word that two bases define would be one field, and one of them would get the other's value."
     kind = find_task(name, "a test").settings
