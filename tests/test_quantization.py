@@ -29,6 +29,7 @@ from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_checkpo
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.foundations.models import Teacher, build_model
+from cases import each
 
 pytest.importorskip("torchao")
 DIGITS = DOMAINS["digits"]
@@ -236,7 +237,7 @@ def test_byte_kernels_answer_alike(teacher):
         lower(whole, pictures(8, 6), tolerance=-1.0)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 9, 16, 4.0, True, "4"])
+@each("bits", [0, 1, 9, 16, 4.0, True, "4"])
 def test_widths_that_nobody_supports(teacher, bits):
     for name in ("bits", "activation_bits", "end_bits"):
         with pytest.raises(DFKDError, match="from 2 to 8"):
