@@ -41,6 +41,7 @@ from dfkd_nb.lab.runs import (
     results,
     setting,
 )
+from cases import each
 
 TINY = {"epochs": 1.0, "evaluations": 2}
 
@@ -64,7 +65,7 @@ def rows(run):
 # recipes
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@each("name", recipe_names())
 def test_every_recipe_is_whole(name):
     recipe = Recipe.load(name)
     assert (
@@ -120,7 +121,7 @@ def test_competition_and_measured_statistics_change_one_setting(scale):
 
 
 @pytest.mark.parametrize("method", ["noise", "deepdream", "deepinversion"])
-@pytest.mark.parametrize("data", ["digits", "cifar10"])
+@each("data", ["digits", "cifar10"])
 def test_a_method_leaves_out_what_its_preset_leaves_out(data, method):
     recipe = Recipe.load(f"{data}-transfer-{method}")
     for scale in recipe.scales:
@@ -132,7 +133,7 @@ def test_words_agree_with_the_foundations():
     assert SCHEDULES == distillation.SCHEDULES and set(PRECISIONS) == set(CORE_PRECISIONS)
 
 
-@pytest.mark.parametrize(
+@each(
     "change, words",
     [
         ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
@@ -156,7 +157,7 @@ def test_integers_serve_as_floats():
     assert check_settings(TeacherSettings, {"epochs": 3}, "").epochs == 3.0
 
 
-@pytest.mark.parametrize(
+@each(
     "text, wanted",
     [
         ("epochs=2", ("epochs", 2)),
@@ -443,7 +444,7 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
         assert 10 <= again.numbers["metadata_clusters"] <= 20 and again.numbers["goal_distance"] > 0
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "changes", "words"),
     [
         ("rounds", {"images": 61}, "multiple of rounds"),
