@@ -40,7 +40,7 @@ from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.foundations.data import DOMAINS, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model, load_teacher
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped
+from dfkd_nb.lab.runs import Recipe, Run
 from cases import each
 
 DIGITS, CIFAR = DOMAINS["digits"], DOMAINS["cifar10"]
@@ -519,37 +519,6 @@ def root(tmp_path_factory):
 
 def begin(root, **changes) -> Run:
     return Run(Recipe.load("digits-pruning"), "quick", QUICK | changes, out=root, device="cpu", quiet=True, save_every=0.0)
-
-
-def bare(result: Result):
-    "Everything but times."
-    kept = {k: v for k, v in result.numbers.items() if "milliseconds" not in k and k != "rows"}
-    return kept, [{k: v for k, v in row.items() if k != "milliseconds"} for row in result.numbers["rows"]]
-
-
-@pytest.mark.parametrize("every", [0, 2])
-def test_a_run_goes_on_after_a_stop(root, monkeypatch, every):
-    whole = begin(root, every=every, seed=1 + every).start()
-    run = begin(root, every=every, seed=1 + every)
-    ticks = iter(range(10**6))
-    original = Run.tick
-
-    def tick(self, phase, state):
-        if next(ticks) == (7 if every else 4):  # in the middle of the second source
-            self.stop_reason = "test"
-        original(self, phase, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "tick", tick)
-        with pytest.raises(RunStopped):
-            run.start(fresh=True)
-    assert bare(begin(root, every=every, seed=1 + every).start(resume=True)) == bare(whole)
-    rows = whole.numbers["rows"]
-    assert [row["source"] for row in rows] == ["none", "static", "real"]
-    assert all(row["filters_removed"] >= 0.4 for row in rows) and rows[0]["parameters"] < whole.numbers["teacher_parameters"]
-    start = root / "digits-pruning" / f"quick-seed{1 + every}" / "student-40-error-real.safetensors"
-    network, about = load_pruned(start)
-    assert sum(p.numel() for p in network.parameters()) == rows[-1]["parameters"] and about["model"] == "digits-net"
 
 
 @each(
