@@ -257,7 +257,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-@pytest.mark.parametrize("cut", [3, 4, 5])
+@each("cut", [3, 4, 5])
 def test_resume(teacher, tmp_path, switches, cut):
     "After a batch, and after one and two updates of the next: through a file, to the same bits."
 
