@@ -355,7 +355,7 @@ def test_a_few_steps_improve_any_objective(norm):
 
 # the fast path
 
-@pytest.mark.parametrize('settings', [{}, {'affine': False}])
+@pytest.mark.parametrize('settings', [{}, {'affine': False}, {'eps': 0.3}])
 def test_fused_is_watched(settings):
     net, x = trained(**settings), noise((4, 3, 8, 8)).requires_grad_()
     statistics = Statistics.from_batchnorm(net)

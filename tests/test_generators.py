@@ -175,6 +175,25 @@ def test_every_method_lowers_its_own_price(teacher, method):
     assert float(maker.judge(maker.paint(codes), None)[0].detach()) < before
 
 
+def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
+    maker = maker_of(teacher, latent_learning_rate=0.1, steps=4)
+    maker.start()
+    leaves = [*maker.weights.values(), maker.codes]
+    copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    adams = [
+        torch.optim.Adam(copies[:-1], maker.learning_rate, betas=(0.5, 0.999)),
+        torch.optim.Adam(copies[-1:], 0.1, betas=(0.5, 0.999)),
+    ]
+    for _ in range(3):
+        maker.step()
+        for leaf, copied in zip(leaves, copies, strict=True):
+            copied.grad = leaf.grad.clone()
+        for adam in adams:
+            adam.step()
+    for leaf, copied in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(leaf, copied, rtol=1e-4, atol=1e-6)
+
+
 def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
     maker, prices, pictures = maker_of(teacher, steps=6, learning_rate=0.5), [], []
     for _ in range(6):

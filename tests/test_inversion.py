@@ -16,6 +16,7 @@ from dfkd_nb.dreams.priors import View
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Domain, ImageSet
+from dfkd_nb.foundations.distillation import learning_rate_at
 from dfkd_nb.foundations.models import Teacher, build_model
 from cases import each
 from tiny import DIGITS, used
@@ -81,6 +82,18 @@ def test_the_loss_falls(teacher):
 def test_every_batch_begins_with_its_own_noise(teacher):
     images = make(teacher, steps=1, batch_size=4).synthesize(8, [3]).images
     assert not torch.equal(images[:4], images[4:])
+
+
+def test_the_rate_follows_its_schedule_in_every_stage(teacher):
+    maker, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule="cosine"), []
+    maker.start(4)
+    for _ in range(5):
+        maker.dream = maker.dream or maker._begin()
+        dream = maker.dream
+        maker.step()
+        rates.append(dream.optimizer.param_groups[0]["lr"])
+    expected = [learning_rate_at(step, updates, "cosine") for updates in (3, 2) for step in range(updates)]
+    assert [rate / rates[0] for rate in rates] == pytest.approx([factor / expected[0] for factor in expected])
 
 
 def test_presets_differ_in_weights_alone(teacher):

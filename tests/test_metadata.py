@@ -308,7 +308,7 @@ def test_the_goal_s_gradient_is_exact():
         return goal_term(View(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, goals=goals))
 
     assert torch.autograd.gradcheck(price, embedding.requires_grad_())
-    assert price(goals) == 0
+    assert price(goals) == 0 and price(goals + 1) == 5  # summed over the numbers, averaged over the images
 
 
 def test_a_goal_that_nobody_gave():
