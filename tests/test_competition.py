@@ -1,5 +1,6 @@
 """Competition: a divergence with a bound and a gradient, a pool that forgets nothing, turns that resume, coverage that is not fooled."""
 
+import dataclasses
 import math
 
 import pytest
@@ -41,12 +42,39 @@ def teacher():
     return Teacher(network(), DIGITS, "tiny")
 
 
-def compete(teacher, weight=10.0, rounds=3, every=4, steps=14, domain=DIGITS, student=None, **settings):
-    terms = {"competition": (weight, competition_term(3.0))}
-    maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms)
-    pool = GrowingPool(domain, **settings)
-    distiller = Distiller(teacher, student or network(1), pool, steps=steps, batch_size=4, learning_rate=0.05, device="cpu")
+def compete(
+    teacher,
+    weight=10.0,
+    rounds=3,
+    every=4,
+    steps=14,
+    domain=DIGITS,
+    student=None,
+    maker=None,
+    terms=None,
+    **settings,
+):
+    terms = {"competition": (weight, competition_term(3.0))} | (terms or {})
+    maker = maker or DeepInversion(
+        teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms
+    )
+    pool, shared = (
+        GrowingPool(DIGITS, **settings),
+        {"batch_size": 4, "learning_rate": 0.05, "device": "cpu"},
+    )
+    student = student or network(1)
+    distiller = Distiller(teacher, student, pool, steps=steps, domain=domain, **shared)
     return Competition(maker, distiller, rounds=rounds, images_per_round=6, every=every)
+
+
+def forgetful(model):
+    "With dropout before the last layer: in training mode it draws from the global streams."
+    return torch.nn.Sequential(*model[:-1], torch.nn.Dropout(0.4), model[-1])
+
+
+def noise_term(view):
+    "A term that draws from PyTorch's global streams, as careless code does."
+    return (view.x * torch.rand_like(view.x)).mean()
 
 
 def weights(model):
@@ -191,8 +219,22 @@ def test_a_pool_without_its_images_says_so():
         (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), "8"),
         (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 10]), "0 to 9"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0]), "one label an image"),
-        (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), "no images to add"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.tensor([0]),
+            "one label an image",
+        ),
+        (
+            torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+            torch.zeros(0, dtype=torch.long),
+            "no images to add",
+        ),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "give the wished classes"),
+        (
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            torch.tensor([0.0, 1.0]),
+            "as integers",
+        ),
     ],
 )
 def test_a_pool_refuses_what_does_not_fit(images, labels, message):
@@ -216,11 +258,16 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
 
 
 def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
-    contest = compete(teacher)
-    contest.run(until=1)
-    assert contest.maker.student is None and contest.maker.objective.weights["competition"] == 0
+    contest, weight = (
+        compete(teacher),
+        lambda: contest.maker.objective.weights["competition"],
+    )
+    contest.step()
+    assert contest.dreaming and contest.maker.student is None and weight() == 0
+    contest.run(until=4)
+    contest.step()
+    assert contest.dreaming and contest.maker.student is not None and weight() == 10
     contest.run(until=5)
-    assert contest.maker.student is not None and contest.maker.objective.weights["competition"] == 10
     plain = compete(teacher, 0.0).run()
     assert plain.maker.student is None
     assert torch.equal(plain.pool.images[:6], contest.pool.images[:6])
@@ -237,11 +284,18 @@ def test_weight_zero_is_deepinversion_without_the_term(teacher):
 
 @pytest.mark.parametrize("turns", [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
 def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
-    whole, part = compete(teacher).run(), compete(teacher)
+    def fresh():
+        torch.manual_seed(5)  # the term's noise begins here
+        return compete(
+            teacher, student=forgetful(network(1)), terms={"noise": (1.0, noise_term)}
+        )
+
+    whole, part = fresh().run(), fresh()
     for _ in range(turns):
         part.step()
     save_checkpoint(tmp_path / "state.pt", part.state_dict())
-    other = compete(teacher)
+    other = fresh()
+    torch.manual_seed(99)
     other.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
     other.run()
     assert torch.equal(other.pool.images, whole.pool.images)
@@ -256,6 +310,81 @@ def test_every_round_begins_with_its_own_noise(teacher):
     contest.run()
     first, second = contest.pool.images.split(10)
     assert not torch.equal(first, second)
+
+
+def test_a_maker_is_put_back_for_whoever_comes_next(teacher):
+    first = compete(teacher)
+    first.run()
+    again = compete(teacher, maker=first.maker).run()
+    assert (again.seed, again.weight) == (first.seed, first.weight) == (0, 10.0)
+    assert torch.equal(again.pool.images, first.pool.images)
+    assert torch.equal(weights(again.student), weights(first.student))
+
+
+def test_each_network_is_asked_on_its_own_scale(teacher):
+    "In the loop the student answers as outside: to dreams, to fresh images, on the test set."
+    other = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
+    seen, test = (
+        [],
+        ImageSet(
+            torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8),
+            torch.arange(20) % 10,
+            DIGITS,
+        ),
+    )
+
+    def remember(view):
+        seen.append(
+            [
+                v.detach().clone()
+                for v in (
+                    view.x,
+                    view.logits,
+                    view.logits if view.student_logits is None else view.student_logits,
+                )
+            ]
+        )
+        return view.x.mean()
+
+    terms = {"competition": (10.0, competition_term(3.0)), "remember": (1.0, remember)}
+    maker = DeepInversion(
+        teacher, steps=5, batch_size=4, jitter=0, flip=False, device="cpu", terms=terms
+    )
+    contest = compete(teacher, domain=other, maker=maker, rounds=2, steps=8)
+    contest.test = test
+    contest.run(until=4)
+    seen.clear()
+    contest.step()  # the first update of the second round
+    ((pixels, known, guessed),) = seen
+    contest.student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            known, teacher(DIGITS.from_pixels(pixels)), rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            guessed, contest.student(other.from_pixels(pixels)), rtol=1e-4, atol=1e-5
+        )
+    while contest.dreaming:
+        contest.step()
+    fresh = ImageSet(contest.pool.images[6:], contest.pool.labels[6:], DIGITS)
+    with torch.no_grad():
+        known, guessed = (
+            teacher.predict(fresh.images),
+            contest.student(other.normalize(fresh.images)),
+        )
+        right = (
+            (contest.student(other.normalize(test.images)).argmax(1) == test.labels)
+            .float()
+            .mean()
+        )
+    row = contest.history[1]
+    assert row["divergence"] == pytest.approx(
+        float(jensen_shannon(known, guessed).mean()), rel=1e-4
+    )
+    assert row["student_fresh"] == pytest.approx(
+        float((guessed.argmax(1) == fresh.labels).float().mean())
+    )
+    assert row["accuracy"] == pytest.approx(float(right))
 
 
 def test_a_callback_stops_it_and_it_goes_on(teacher):
@@ -299,6 +428,10 @@ def test_what_cannot_be_a_competition_is_refused(teacher):
     images = ImageSet(*filled(1, 4), DIGITS)
     with pytest.raises(DFKDError, match="give its Distiller a GrowingPool"):
         Competition(maker, Distiller(teacher, network(1), images, steps=4, device="cpu"), rounds=1, images_per_round=2, every=1)
+    with pytest.raises(DFKDError, match="no images to ask about"):
+        answer(teacher, GrowingPool(DIGITS), DIGITS)
+    with pytest.raises(DFKDError, match="every is 0"):
+        compete(teacher).run(every=0)
     contest = compete(teacher).run()
     with pytest.raises(DFKDError, match="all its updates"):
         contest.step()

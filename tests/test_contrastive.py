@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
+from dfkd_nb.dreams.statistics import fuse_statistics
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller
@@ -40,6 +41,11 @@ def network(seed=0, domain=DIGITS, norm=True):
 @pytest.fixture(scope="module")
 def teacher():
     return Teacher(network(), DIGITS, "tiny")
+
+
+def forgetful(model):
+    "With dropout before the last layer: in training mode it draws from the global streams."
+    return nn.Sequential(*model[:-1], nn.Dropout(0.4), model[-1])
 
 
 def maker_of(teacher, **change):
@@ -105,6 +111,35 @@ def test_a_part_has_the_area_that_was_asked_for():
     assert 0.72 < ratio.min() and ratio.max() < 1.38
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 12)], ids=str)
+def test_a_view_is_the_resampling_of_an_affine_grid(size):
+    "The same images and gradients as by PyTorch's resampling, which has no order on a GPU."
+    x = torch.rand(30, 2, *size, dtype=torch.float64).requires_grad_()
+    part, asked, view = (
+        LocalView()(x, torch.Generator().manual_seed(4)),
+        torch.Generator().manual_seed(4),
+        LocalView(),
+    )
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(30, generator=asked)
+
+    area, ratio = uniform(*view.scale), uniform(*map(math.log, view.ratio)).exp()
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+    width, zero = torch.where(uniform(0, 1) < 0.5, -width, width), torch.zeros(30)
+    places = torch.stack(
+        [torch.stack([width, zero, right], 1), torch.stack([zero, height, down], 1)], 1
+    ).double()
+    grid = F.affine_grid(places, list(x.shape), align_corners=False)
+    wanted = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12)
+    slope = torch.randn_like(x)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(y, x, slope)[0] for y in (part, wanted)), rtol=0, atol=1e-12
+    )
+
+
 def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
     x = torch.rand(1, 1, 8, 8, dtype=torch.float64).expand(5, 1, 8, 8).clone().requires_grad_()
     one, two, other = (LocalView()(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
@@ -113,6 +148,9 @@ def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
     for wrong in ({"scale": (0.0, 1.0)}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}):
         with pytest.raises(DFKDError, match="small to large"):
             LocalView(**wrong)
+    for images in (torch.rand(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(DFKDError, match=r"give floats \(N, C, H, W\)"):
+            LocalView()(images, torch.Generator())
 
 
 # --- summaries and the bank ---
@@ -130,6 +168,78 @@ def test_summaries_are_means_of_what_enters_and_hooks_are_removed():
     with pytest.raises(RuntimeError), summary:
         raise RuntimeError
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+class Excite(nn.Module):
+    "Squeeze and excite, with a layer called like the classifier."
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
+
+
+class Named(nn.Module):
+    "An `fc` before the classifier `fc`, a head not called in eval mode, a layer of two names."
+
+    def __init__(self, norm):
+        super().__init__()
+        self.conv, self.norm = (
+            nn.Conv2d(1, 6, 3, padding=1),
+            nn.BatchNorm2d(6) if norm else nn.Identity(),
+        )
+        self.se, self.AuxLogits = Excite(), nn.Sequential()
+        self.AuxLogits.add_module("norm", nn.BatchNorm1d(6) if norm else nn.Identity())
+        self.AuxLogits.add_module("fc", nn.Linear(6, 10))
+        self.fc = nn.Linear(6, 10)
+        self.same = self.norm
+
+    def forward(self, x):
+        x = self.se(self.same(self.conv(x)).relu()).mean((2, 3))
+        return self.fc(x) + self.AuxLogits(x) if self.training else self.fc(x)
+
+
+@pytest.mark.parametrize("norm", [True, False], ids=["fused", "plain"])
+def test_the_right_layer_is_read(norm):
+    torch.manual_seed(0)
+    teacher, images = Teacher(used(Named(norm)), DIGITS), torch.rand(5, *DIGITS.shape)
+    maker = maker_of(teacher, feature_weight=float(norm), layers=["fc", "se.fc", "same"])
+    x = DIGITS.normalize(images)
+    with torch.no_grad(), maker.summary:
+        maker.look(x)
+        found = maker.summary.vectors()
+    with torch.no_grad():
+        entered = teacher.model.norm(teacher.model.conv(x)).relu()
+        wanted = [
+            teacher.embed(images),
+            entered.mean((2, 3)),
+            teacher.model.conv(x).mean((2, 3)),
+        ]
+    torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-5, atol=1e-5)
+    default = maker_of(teacher, feature_weight=float(norm))
+    assert (
+        list(default.summary.modules) == (["norm"] if norm else ["fc"])
+        and default.features == 6
+    )
+    for layers in ([".fc"], ["c"], [""], ["model.fc"], []):
+        with pytest.raises(DFKDError, match="layer"):
+            maker_of(teacher, feature_weight=0.0, layers=layers)
+    with pytest.raises(DFKDError, match="did not use layer 'AuxLogits.fc'"):
+        maker_of(teacher, feature_weight=0.0, layers=["AuxLogits.fc"])
+    with pytest.raises(DFKDError, match="give a list"):
+        maker_of(teacher, feature_weight=0.0, layers="fc")
+
+
+def test_a_sequence_is_averaged_over_its_places_on_either_path():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 6, 3), nn.Flatten(2), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(216, 10)
+    teacher, x = Teacher(used(nn.Sequential(*layers)), DIGITS), torch.randn(3, *DIGITS.shape)
+    for network in (teacher.model, teacher, fuse_statistics(teacher.model), fuse_statistics(teacher)):
+        with Summary(network, ["2"]) as summary:
+            network(x)
+            torch.testing.assert_close(summary.vectors(), teacher.model[:2](x).mean(2))
 
 
 @settings(max_examples=30, deadline=None)
@@ -195,6 +305,32 @@ def test_the_head_learns_and_keys_stand_still(teacher):
     assert torch.autograd.grad(values["contrast"], images, allow_unused=True)[0] is None
 
 
+def test_the_head_learns_from_anchors_alone(teacher):
+    "The gradient of the head is that of InfoNCE with keys that are numbers."
+    maker = maker_of(teacher)
+    maker.synthesize()
+    maker.step()
+    images, seen = maker.paint(maker.codes), {}
+    maker.local = lambda images, generator: seen.setdefault("part", images.flip(3))
+    maker.bank.draw = lambda n, generator: seen.setdefault("old", maker.bank.kept[:4])
+    maker.augment = None
+    _, values, _ = maker.judge(images, maker.targets)
+    found = torch.autograd.grad(values["contrast"], list(maker.head.parameters()))
+    vectors = []
+    with maker.summary, torch.no_grad():
+        for shown in (seen["part"], images):
+            maker.look(DIGITS.normalize(shown))
+            vectors.append(maker.summary.vectors())
+    anchors = maker.head(torch.cat([vectors[0], seen["old"][:, 0]]))
+    keys = maker.head(torch.cat([vectors[1], seen["old"][:, 1]])).detach()
+    prices = info_nce(anchors, keys, maker.contrastive_temperature)
+    wanted = torch.autograd.grad(
+        prices[:6].mean() + prices[6:].mean(), list(maker.head.parameters())
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_some_steps_lower_the_contrast_of_a_batch(teacher):
     def price(maker, codes):
         with torch.no_grad():
@@ -235,20 +371,24 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
 
 def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
     def race():
-        student = network(1)
+        student = forgetful(network(1))
         maker = maker_of(teacher, student=student, adversarial_weight=0.5, agreement=True)
         distiller = Distiller(teacher, student, GrowingPool(DIGITS), steps=8, batch_size=4, learning_rate=0.05, device="cpu")
         return Alternation(maker, distiller, rounds=2, updates_per_round=4)
 
-    whole, part, resumed = race(), race(), race()
-    whole.run()
-    part.run(until=4)
-    part.step()
-    save_checkpoint(tmp_path / "race.pt", part.state_dict())
-    resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
-    resumed.run()
-    assert torch.equal(resumed.pool.images, whole.pool.images)
-    assert all(torch.equal(a, b) for a, b in zip(resumed.student.state_dict().values(), whole.student.state_dict().values(), strict=True))
+    whole = race().run()
+    for turns in (0, 2, 5, 8, 12):
+        part, resumed = race(), race()
+        for _ in range(turns):
+            part.step()
+        save_checkpoint(tmp_path / "race.pt", part.state_dict())
+        torch.manual_seed(99)
+        resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
+        resumed.run()
+        assert torch.equal(resumed.pool.images, whole.pool.images), turns
+        assert torch.equal(resumed.maker.bank.kept, whole.maker.bank.kept), turns
+        states = (race.student.state_dict().values() for race in (resumed, whole))
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
 
 
 @each(
@@ -274,6 +414,9 @@ def test_a_state_of_other_settings_is_refused(teacher):
         maker_of(teacher).load_state_dict(maker_of(teacher, contrastive_weight=0.5).state_dict())
     with pytest.raises(DFKDError, match="same size"):
         maker_of(teacher).load_state_dict(maker_of(teacher, bank_size=17).state_dict())
+    for change in ({"head_size": 13}, {"local": LocalView((0.5, 1.0))}, {"layers": ["7"]}):
+        with pytest.raises(DFKDError, match=f"other settings: {next(iter(change))}"):
+            maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
 
 
 def test_presets_are_settings(teacher):

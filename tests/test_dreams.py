@@ -7,13 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from dfkd_nb.dreams.inversion import preset
 from dfkd_nb.dreams.priors import (Objective, View, class_loss, clip_to_domain, jitter, l2_norm, l2_term, per_image_weight,
-                                   total_variation, tv_term)
+                                   _neighbours, total_variation, tv_term)
 from dfkd_nb.dreams.statistics import (FusedBatchNorm, Statistics, Watch, batch_moments, feature_loss, feature_term, find_layers,
                                        fuse_statistics)
 from dfkd_nb.foundations.core import DFKDError
-from dfkd_nb.foundations.data import DOMAINS
+from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.foundations.models import Teacher
 from cases import each
 
 quick = settings(max_examples=15, deadline=None)
@@ -378,7 +381,7 @@ def test_fusing_copies_freezes_and_stays_in_eval_mode():
         net[0].weight.zero_()
     assert fast.model[0].weight.abs().sum() > 0
     fast(noise((2, 3, 8, 8)).requires_grad_())
-    assert all(layer.moments is None for layer in fast.modules() if isinstance(layer, FusedBatchNorm))
+    assert not any(layer.calls for layer in fast.modules() if isinstance(layer, FusedBatchNorm))
 
 
 def test_a_subclass_with_its_own_forward_keeps_it():
@@ -423,3 +426,158 @@ def test_mixed_precision_keeps_exact_moments_of_what_it_sees():
     slope, exact_slope = (torch.autograd.grad(price, x)[0] for price in (total, exact))
     assert abs(total - exact) < 0.02 * exact
     assert (slope - exact_slope).norm() < 0.05 * exact_slope.norm()
+
+
+# features whose mean is far from zero
+
+@pytest.mark.parametrize('layout', ['channels second', 'channels last'])
+def test_a_mean_of_ten_thousand_deviations_loses_nothing(layout):
+    "Values and gradients of the measured path, against float64 on the same numbers."
+    channel_dim = 1 if layout == 'channels second' else -1
+    shape, size = ((8, 3, 12, 12), (1, 3, 1, 1)) if channel_dim == 1 else ((8, 40, 3), (1, 1, 3))
+    x = (noise(shape) + torch.tensor([1e4, -1e4, 1.]).view(size)).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    found = []
+    for v in (x, exact):
+        mean, var = batch_moments(v, channel_dim)
+        slope, = torch.autograd.grad((var * torch.tensor([1., 2., 3.])).sum(), v)
+        found.append((mean.detach().double(), var.detach().double(), slope.double()))
+    (mean, var, slope), (true_mean, true_var, true_slope) = found
+    over = [d for d in range(x.ndim) if d != channel_dim % x.ndim]
+    torch.testing.assert_close(true_var, exact.detach().var(over, correction=0))  # the judge itself is right
+    torch.testing.assert_close(mean, true_mean, rtol=0, atol=2e-3)  # float32 near 10,000 has steps of a thousandth
+    torch.testing.assert_close(var, true_var, rtol=1e-4, atol=0)
+    assert (slope - true_slope).norm() < 1e-3 * true_slope.norm()
+
+
+def test_the_fast_path_loses_nothing_where_the_running_mean_is_far():
+    "Ten thousand deviations away; the other channel near zero."
+    layer = nn.BatchNorm2d(2).eval()
+    layer.running_mean.copy_(torch.tensor([1e4, 0.1]))
+    x = (noise((8, 2, 12, 12)) + torch.tensor([1e4, 0.1]).view(1, 2, 1, 1)).requires_grad_()
+    _, moments = fuse_statistics(nn.Sequential(layer))(x)
+    mean, var = moments['0']
+    torch.testing.assert_close(var.detach().double(), x.detach().double().var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
+    slope, = torch.autograd.grad(var.sum(), x)
+    exact = x.detach().double()
+    exact = 2 * (exact - exact.mean((0, 2, 3), keepdim=True)) / (8 * 12 * 12)
+    assert (slope.double() - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_measuring_a_transformer_whose_features_stand_far_from_zero():
+    "A LayerNorm input at 10,000 deviations, in batches: the law of total variance does not lose it either."
+    class Far(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(x + torch.tensor([1e4, -1e4, 0., 1.]))
+    x = noise((40, 6, 4))
+    measured = Statistics.measure(Far(), x.split(7), layers=['norm'])['norm']
+    seen = (x + torch.tensor([1e4, -1e4, 0., 1.])).double()
+    torch.testing.assert_close(measured[1].double(), seen.flatten(0, 1).var(0, correction=0), rtol=1e-4, atol=0)
+
+
+# one layer, two names; one layer, two calls
+
+class Shared(nn.Module):
+    "A BatchNorm that is registered twice and used by its second name, and one that is called twice."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.twice, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(4, 10)
+        self.alias, self.block = self.norm, nn.Sequential(self.twice)
+
+    def forward(self, x):
+        x = self.alias(self.conv(x)).relu()
+        x = self.block(x) + 3
+        return self.fc(self.twice(x).relu().mean((2, 3)))
+
+
+def test_a_layer_with_two_names_and_one_called_twice_are_the_same_on_all_paths():
+    torch.manual_seed(0)
+    net = Shared().eval()
+    for layer in (net.norm, net.twice):
+        layer.running_mean.normal_(0, 0.3)
+    x = noise((6, 3, 8, 8))
+    calls = {}  # by hand
+    hooks = [layer.register_forward_pre_hook(lambda layer, args, name=name: calls.setdefault(name, []).append(args[0]))
+             for name, layer in {'norm': net.norm, 'twice': net.twice}.items()]
+    with torch.no_grad():
+        plain = net(x)
+    for hook in hooks:
+        hook.remove()
+    assert [len(calls[name]) for name in ('norm', 'twice')] == [1, 2]
+    alone = {name: [(c.mean((0, 2, 3)), c.var((0, 2, 3), correction=0)) for c in found] for name, found in calls.items()}
+    by_hand = {name: tuple(torch.stack(v).mean(0) for v in zip(*pairs)) for name, pairs in alone.items()}
+    fused_logits, fused = fuse_statistics(net)(x)
+    with torch.no_grad(), Watch(net) as watch:
+        net(noise((2, 3, 8, 8), 9))  # the last pass counts
+        logits = net(x)
+    statistics = Statistics.from_batchnorm(net)
+    for moments in (watch.moments, fused, Statistics.measure(net, [x[:1], x[1:]])):
+        assert list(moments) == list(statistics) == ['norm', 'twice']
+        for name, pair in by_hand.items():
+            torch.testing.assert_close(tuple(v.detach() for v in moments[name]), pair, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused_logits.detach(), plain)
+    torch.testing.assert_close(logits, plain)
+    with torch.no_grad(), Watch(net, ['alias', 'norm']) as watch:  # both names can be asked for
+        net(x)
+    torch.testing.assert_close(watch.moments['alias'], watch.moments['norm'])
+
+
+def test_a_part_called_by_itself_is_a_pass_of_its_own():
+    net = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.Flatten()).eval()
+    with torch.no_grad(), Watch(net) as watch:
+        for seed in (0, 1):
+            net[0](noise((4, 3, 2, 2), seed))
+        torch.testing.assert_close(watch.moments['0.0'], batch_moments(noise((4, 3, 2, 2), 1)))
+        with pytest.raises(RuntimeError):
+            net(noise((4, 5, 2, 2)))  # a pass that broke off
+        net[0](noise((4, 3, 2, 2), 2))
+        torch.testing.assert_close(watch.moments['0.0'], batch_moments(noise((4, 3, 2, 2), 2)))
+
+
+# what measuring takes
+
+def test_measuring_takes_what_distilling_takes():
+    domain = DOMAINS['cifar10']
+    teacher = Teacher(trained(), domain)
+    images = torch.randint(0, 256, (20, *domain.shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    data = ImageSet(images, torch.arange(20) % 10, domain)
+    x = domain.normalize(images)
+    right = Statistics.measure(teacher, x)
+    loaders = [DataLoader(TensorDataset(part, data.labels), 6) for part in (images, x)]
+    for same in (data, images, [images[:5], images[5:]], *loaders):
+        found = Statistics.measure(teacher, same)
+        assert list(found) == list(right)
+        for name in right:
+            torch.testing.assert_close(found[name], right[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('images', [None, 7, 'a folder', [object()], [None], {'pixels': 1}, [torch.zeros(2, 3, 8, 8).long()]])
+def test_measuring_refuses_in_one_line_that_names_the_way_out(images):
+    with pytest.raises(DFKDError, match='give normalised floats') as caught:
+        Statistics.measure(trained(), images)
+    assert '\n' not in str(caught.value)
+
+
+def test_bytes_need_somebody_who_knows_the_scale():
+    images = ImageSet(torch.zeros(4, *DOMAINS['cifar10'].shape, dtype=torch.uint8), None, DOMAINS['cifar10'])
+    with pytest.raises(DFKDError, match='a Teacher'):
+        Statistics.measure(trained(), images)
+
+
+# the paper's weights
+
+def test_the_papers_weights_pull_like_norms_over_its_whole_batch():
+    weights = preset('deepinversion', 'paper')
+    one = noise((1, 3, 8, 8))
+    x = torch.cat([one, -one]).repeat(128, 1, 1, 1).requires_grad_()  # 256 images of equal norms in every direction
+    whole_tv, whole_l2 = sum(torch.linalg.vector_norm(d) for d in _neighbours(x)), torch.linalg.vector_norm(x)
+    pairs = {'tv_l2': (total_variation(x).mean(), 2.5e-5 * whole_tv), 'l2': (l2_norm(x).mean(), 3e-8 * whole_l2)}
+    for name, (ours, theirs) in pairs.items():
+        slope, wanted = (torch.autograd.grad(v, x)[0] for v in (weights[name] * ours, theirs))
+        torch.testing.assert_close(slope, wanted, rtol=1e-3, atol=1e-12)
+    assert (weights['tv_l2'], weights['l2']) == (4e-4, 4.8e-7)

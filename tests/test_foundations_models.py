@@ -249,9 +249,6 @@ class Tokens(nn.Module):
     ids=["tensor", "logits", "out", "tuple", "attribute", "segmenter", "transformer", "traced", "bfloat16", "float64"],
 )
 def test_any_network_can_teach(model: nn.Module) -> None:
-    double = any(p.dtype == torch.float64 for p in model.parameters())
-    if double:
-        model = model.float()
     teacher = Teacher(model, TOY)
     logits = teacher.predict(images().images, batch_size=7)
     assert logits.shape[:2] == (24, 3) and not logits.requires_grad

@@ -2,18 +2,21 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages
+from dfkd_nb.dreams import inversion
+from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages, same_device
 from dfkd_nb.dreams.priors import View
-from dfkd_nb.dreams.statistics import Statistics
+from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Domain, ImageSet
 from dfkd_nb.foundations.distillation import learning_rate_at
@@ -300,8 +303,8 @@ def test_clipping_keeps_pixels_printable(teacher):
         maker.start(4)
         for _ in range(3):
             maker.step()
-        inside = bool(((maker.dream.x >= low) & (maker.dream.x <= high)).all())
-        assert inside == clip
+        x = DIGITS.from_pixels(maker.dream.x)
+        assert bool(((x >= low - 1e-6) & (x <= high + 1e-6)).all()) == clip
 
 
 def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
@@ -470,3 +473,326 @@ def test_bench_command(tmp_path, capsys):
     assert "floor" in capsys.readouterr().out
     with pytest.raises(DFKDError):
         bench(["--batch", "0"])
+
+
+# units of the pixel range
+
+
+class Scaled(nn.Module):
+    "A network with its normalisation inside: it takes 0 to 255."
+
+    def __init__(self, model, domain):
+        super().__init__()
+        self.net = model
+        self.register_buffer("mean", torch.tensor(domain.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(domain.std)[:, None, None])
+
+    def forward(self, x):
+        return self.net((x / 255 - self.mean) / self.std)
+
+
+@pytest.mark.parametrize("settings", [{}, preset("deepdream"), {"stages": [(4, 4), (8, 4)], "schedule": "cosine", "clip": False}])
+def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
+    "Its domain says how to scale, or the network does it itself: the same noise, steps, priors and images."
+    wide = Domain("wide", DIGITS.shape, (0.0,), (1 / 255,), DIGITS.classes)
+    inside = Teacher(Scaled(teacher.model, DIGITS), wide)
+    quick = {"steps": 10, "tv_l2": 0.1, "l2": 0.01} | settings
+    a, b = make(teacher, **quick), make(inside, **quick)
+    one, other = (maker.synthesize(8, every=1).images.int() for maker in (a, b))
+    assert (one - other).abs().max() <= 1
+    assert one.float().std() > 20  # neither is black nor grey
+    for row, twin in zip(a.history, b.history):
+        assert row == pytest.approx(twin, rel=1e-2, abs=1e-4)
+
+
+def test_terms_see_pixel_units(teacher):
+    views = []
+
+    def look(view):
+        views.append(view.x.detach().clone())
+        return view.x.sum()
+
+    make(teacher, steps=3, learning_rate=5.0, terms={"look": (1e-9, look)}).synthesize(4)
+    assert views[-1].min() == -2 and views[-1].max() == 2  # clipped at black and at white
+
+
+def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
+    "Four updates by hand, in pixel units."
+    maker = make(teacher, steps=4, batch_size=4, jitter=0, flip=False, clip=False, feature_weight=0.0, tv_l2=0.0, l2=0.0)
+    maker.start(4)
+    x = maker._begin().x.detach().clone().double()
+    net, targets = Teacher(teacher.model, DIGITS).double(), torch.arange(4)
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(1, 5):
+        x.requires_grad_()
+        slope = torch.autograd.grad(nn.functional.cross_entropy(net(DIGITS.from_pixels(x)), targets), x)[0]
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope.square()
+        x = (x - 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)).detach()
+        maker.step() if step < 4 else None
+    seen = maker.dream.x.detach()
+    maker.step()
+    assert (seen - x).abs().max() <= 0.11  # one step behind
+    assert (maker._parts[0].float() - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()).abs().max() <= 1
+
+
+def shifts(maker, looks=200):
+    "Where a marked pixel of the batch in hand is seen: largest shift down or right, and share of mirrored looks."
+    dream = maker.dream or maker._begin()
+    size = dream.x.shape[-1]
+    with torch.no_grad():
+        dream.x.zero_()
+        dream.x[..., size // 2, size // 2] = 1
+        dream.x[..., size // 2 - 1, size // 2] = 2
+        dream.x[..., size // 2, size // 2 + 1] = 3  # right of the first one, unless mirrored
+    far, mirrored = 0, 0
+    for _ in range(looks):
+        seen = dream.look_at()[0, 0]
+        row, column = (seen == 1).nonzero()[0].tolist()
+        far = max(far, min((row - size // 2) % size, (size // 2 - row) % size))
+        mirrored += int((seen == 3).nonzero()[0][1] != (column + 1) % size)
+    return far, mirrored / looks
+
+
+def test_jitter_is_in_pixels_of_the_full_size(teacher):
+    "Half of it at half the size."
+    for size, wanted in ((8, 2), (4, 1)):
+        maker = make(teacher, stages=[(size, 2), (8, 2)], jitter=2)
+        maker.start(4)
+        assert shifts(maker)[0] == wanted
+
+
+@pytest.mark.parametrize("flip, low, high", [(True, 0.35, 0.65), (False, 0.0, 0.0)])
+def test_every_second_look_is_mirrored_or_none(teacher, flip, low, high):
+    maker = make(teacher, flip=flip)
+    maker.start(4)
+    assert low <= shifts(maker)[1] <= high
+
+
+def test_the_scaler_of_half_precision_is_kept_up(teacher):
+    "It doubles after a good update, and halves, skipping the update, after one with an infinite gradient."
+    maker = make(teacher)
+    maker.start(4)
+    dream, scaler = maker._begin(), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    dream.update(dream.x.square().sum(), scaler)
+    assert scaler.get_scale() == 8.0
+    before = dream.x.detach().clone()
+    dream.update((dream.x * float("inf")).sum(), scaler)
+    assert scaler.get_scale() == 4.0 and torch.equal(dream.x, before)
+
+
+def test_a_compiled_update_is_the_update(teacher, monkeypatch):
+    "Two sizes, a student and a term. With a backend that needs no C++ compiler; how often it was asked to compile shows that it was."
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **words: plain(function, backend=backend, **words))
+    torch.manual_seed(3)
+    torch._dynamo.reset()
+    quick = {"stages": [(4, 2), (8, 2)], "batch_size": 6, "student": build_model("digits-net", 10, 1)}
+    quick |= {"terms": {"rival": (0.1, lambda view: view.student_logits.square().mean())}}
+    compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
+    for maker in (compiled, eager):
+        maker.synthesize(6, every=1)
+    assert len(graphs) == 2  # one whole graph a size
+    for row, wanted in zip(compiled.history, eager.history, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4)
+    assert (compiled.images.images.int() - eager.images.images.int()).abs().max() <= 1
+
+
+# layers and devices
+
+
+class Excite(nn.Module):
+    "Squeeze and excite, with a layer called fc."
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
+
+
+class Excited(nn.Module):
+    "Its classifier fc comes after another fc."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.se, self.fc = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), Excite(), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.fc(self.se(self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("embedding, layer", [("classifier", "fc"), ("fc", "fc"), ("se.fc", "se.fc"), ("norm", "norm")])
+@pytest.mark.parametrize("path", ["fused", "fused, named inside", "hooked", "hooked, named inside", "plain"])
+def test_the_layer_is_found_by_its_exact_name_on_every_path(path, embedding, layer):
+    torch.manual_seed(0)
+    teacher = Teacher(used(Excited(), DIGITS.shape), DIGITS)
+    x = torch.randn(5, *DIGITS.shape)
+    named = teacher.model if "inside" in path else teacher
+    where = ["norm"] if "inside" in path else ["model.norm"]
+    statistics = {"fused": lambda: Statistics.from_batchnorm(named), "hooked": lambda: Statistics.measure(named, x, where, at="output"),
+                  "plain": lambda: None}[path.split(",")[0]]()
+    look = Look(teacher, statistics, embedding=embedding)
+    assert look.fused == path.startswith("fused")
+    entered = []
+    hook = teacher.model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    wanted = teacher(x)
+    hook.remove()
+    logits, _, seen = look(x)
+    torch.testing.assert_close(logits, wanted)
+    torch.testing.assert_close(seen, entered[0] if entered[0].ndim == 2 else entered[0].mean((2, 3)))
+
+
+def test_a_device_by_another_name_is_the_same_device(teacher, monkeypatch):
+    assert make(teacher, device="cpu:0").teacher is teacher  # nothing is copied
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    cuda, first, second, cpu = map(torch.device, ("cuda", "cuda:0", "cuda:1", "cpu"))
+    assert same_device(cuda, second) and same_device(second, cuda) and same_device(cpu, cpu)
+    assert not any(same_device(a, b) for a, b in ((cuda, first), (first, second), (cpu, first), (cpu, cuda)))
+
+
+def test_a_teacher_elsewhere_is_copied_not_moved(teacher, monkeypatch):
+    monkeypatch.setattr(inversion, "same_device", lambda a, b: False)
+    maker = make(teacher)
+    assert maker.teacher is not teacher and maker.teacher.model is not teacher.model
+    with torch.no_grad():
+        maker.teacher.model[0].weight.zero_()
+    assert teacher.model[0].weight.any()
+
+
+# whose fault it is
+
+
+def test_a_term_that_fails_says_so_itself(teacher):
+    def broken(view):
+        raise ValueError("my own mistake")
+
+    with pytest.raises(ValueError, match="^my own mistake$") as caught:
+        make(teacher, terms={"mine": (1.0, broken)}).synthesize(4)
+    assert not isinstance(caught.value, DFKDError)
+
+
+def test_a_batch_too_small_for_the_network_is_said():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 10)
+    with pytest.raises(DFKDError, match="a batch of 1 is too small for this network.*dream more images"):
+        make(Teacher(nn.Sequential(*layers), DIGITS), feature_weight=0.0, batch_size=1).synthesize(1)
+
+
+# randomness, progress
+
+
+def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
+    "Its numbers come from PyTorch's, NumPy's and Python's own streams."
+    def noisy(view):
+        return (view.x * (torch.rand_like(view.x) + random.random() + float(np.random.rand()))).mean()
+
+    def maker():
+        return make(teacher, terms={"noisy": (5.0, noisy)})
+
+    def begin():
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)
+
+    begin()
+    whole = maker().synthesize(8)
+    for cut in (1, 3, 5):
+        path, calls = tmp_path / f"{cut}.pt", []
+
+        def callback(now, calls=calls, cut=cut):
+            calls.append(now)
+            if len(calls) == cut:
+                raise Interrupted
+
+        begin()
+        with pytest.raises(Interrupted):
+            maker().synthesize(8, checkpoint=path, callback=callback, every=4)
+        torch.rand(7), np.random.rand(), random.random()  # another process, other draws
+        assert torch.equal(maker().synthesize(8, checkpoint=path).images, whole.images)
+
+
+def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
+    "Four updates at half the size are one at full size."
+    bars, shares = [], []
+
+    def progress(**settings):
+        bars.append(plain(**settings))
+        return bars[-1]
+
+    plain = inversion.progress
+    monkeypatch.setattr(inversion, "progress", progress)
+    maker = make(teacher, stages=[(4, 4), (8, 3)])
+    maker.start(8)
+    for _ in range(5):  # four at half the size, one at full size
+        maker.step()
+    assert maker.work_done == 2 * 64
+    amounts = []
+    plain_update = plain(total=1).__class__.update
+    monkeypatch.setattr(plain(total=1).__class__, "update", lambda bar, n=1: (amounts.append(n), plain_update(bar, n))[1])
+    maker.run(callback=lambda now: shares.append(now.share) and None, every=1)
+    assert bars[0].total == 2 * 4 * 64 and bars[0].initial == 2 * 64
+    assert amounts == [64, 64, 16, 16, 16, 16, 64, 64, 64]
+    assert shares == [3 / 4, 1, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 2 / 4, 3 / 4, 1]
+
+
+# teachers in other forms
+
+FORMS = {
+    "float64": lambda net: net.double(),
+    "half": lambda net: net.half(),
+    "bfloat16": lambda net: net.to(torch.bfloat16),
+    "compiled": lambda net: torch.compile(net, backend="eager"),
+    "parallel": nn.DataParallel,
+}
+BATCH = torch.export.Dim("batch", min=1, max=512)
+SEALED = {
+    "script": torch.jit.script,
+    "trace": lambda net: torch.jit.trace(net, torch.randn(2, *DIGITS.shape)),
+    "export": lambda net: torch.export.export(net, (torch.randn(2, *DIGITS.shape),), dynamic_shapes=({0: BATCH},)).module(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_teacher_in_another_form_dreams_the_same(teacher, form):
+    dreamed = make(Teacher(FORMS[form](network()), DIGITS), steps=5, learning_rate=0.3).synthesize(4)
+    plain = make(teacher, steps=5, learning_rate=0.3).synthesize(4)
+    close = (dreamed.images.int() - plain.images.int()).abs() <= (60 if form in ("half", "bfloat16") else 1)
+    assert close.float().mean() > 0.99
+
+
+def test_a_teacher_made_double_afterwards_still_dreams(teacher):
+    settings = {"student": build_model("digits-net", 10, 1), "embedding": "classifier", "stages": [(4, 2), (8, 3)]}
+    maker = make(Teacher(teacher.model, DIGITS).double(), **settings)
+    assert maker.synthesize(4).images.float().std() > 20
+
+
+@pytest.mark.parametrize("form", SEALED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_sealed_teacher_says_what_to_do_and_dreams_without_statistics(teacher, form):
+    sealed = Teacher(SEALED[form](network()), DIGITS)
+    asked = (
+        lambda: make(sealed),
+        lambda: Statistics.measure(sealed, torch.randn(4, *DIGITS.shape)),
+        lambda: make(sealed, feature_weight=0.0, embedding="classifier"),
+    )
+    for ask in asked:
+        with pytest.raises(DFKDError, match="(cannot|can) be read.*give the network it was made from") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+    images = make(sealed, feature_weight=0.0, batch_size=2).synthesize(2).images
+    assert (images.int() - make(teacher, feature_weight=0.0, batch_size=2).synthesize(2).images.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("form", ["compiled", "parallel"])
+def test_statistics_of_a_wrapped_network_have_its_own_names(form):
+    net, x = network(), torch.randn(6, *DIGITS.shape)
+    wrapped, right = FORMS[form](network()), Statistics.measure(net, x)
+    for found in (Statistics.measure(wrapped, x), fuse_statistics(wrapped)(x)[1]):
+        assert list(found) == list(right) == list(Statistics.from_batchnorm(wrapped)) == ["1", "4"]
+        for name in right:
+            torch.testing.assert_close(tuple(v.detach() for v in found[name]), right[name], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
 """What terms may ask for (a student, an embedding, goals), distances without units, memory foretold."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_a_student_answers_to_what_the_teacher_saw(teacher):
     first.start(4)
     noise = first._begin().x.detach()
     with torch.no_grad():
-        torch.testing.assert_close(views[0].student_logits.detach(), student.eval()(noise))
+        torch.testing.assert_close(views[0].student_logits.detach(), student.eval()(DIGITS.from_pixels(noise)))
     assert x.shape == (4, 1, 8, 8)
 
 
@@ -229,3 +230,38 @@ def test_what_fits_fits(teacher):
         images_that_fit(maker, 1e-6)
     maker.synthesize(4)  # counting has changed nothing
     assert len(maker.images) == 4
+
+
+# two networks, two normalisations
+
+
+@pytest.mark.parametrize("given", ["a domain", "a teacher", "later"])
+def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, given):
+    "Both see one set of pixels, each on its own scale."
+    student, theirs = other().eval(), replace(DIGITS, mean=(0.0,), std=(1.0,))
+    words = {"a domain": {"student": student, "student_domain": theirs}, "a teacher": {"student": Teacher(student, theirs)}}
+    maker, views = seen(teacher, jitter=0, flip=False, **words.get(given, {}))
+    if given == "later":
+        maker.compete_with(other())
+        maker.compete_with(student, theirs)
+    maker.start(4)
+    noise = maker._begin().x.detach()
+    maker.step()
+    inside = views[0].student_logits.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(inside, student(theirs.from_pixels(noise)))
+        torch.testing.assert_close(views[0].logits.detach(), teacher(DIGITS.from_pixels(noise)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_student_of_other_images_or_classes_is_refused(teacher):
+    for changes in ({"shape": (1, 9, 9)}, {"classes": tuple("abc")}, {"classes": (*DIGITS.classes[1:], "0")}):
+        with pytest.raises(DFKDError) as caught:
+            make(teacher, student=other(), student_domain=replace(DIGITS, **changes))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_knows_the_students_normalisation(teacher, tmp_path):
+    path, theirs = tmp_path / "dream.pt", replace(DIGITS, mean=(0.0,), std=(1.0,))
+    make(teacher, student=other()).synthesize(8, checkpoint=path, callback=lambda now: True, every=3)
+    with pytest.raises(DFKDError, match="another teacher, student"):
+        make(teacher, student=other(), student_domain=theirs).synthesize(8, checkpoint=path)

@@ -317,6 +317,13 @@ def test_states_of_others_are_refused(teacher):
         ({"momentum": 1.5}, "weight of the new batch"),
         ({"reset_first_layer_at": 0}, "batches count from 1"),
         ({"pixels": True}, "latent_life=None"),
+        (
+            {"reuse": "continue", "latent_life": 2},
+            "nothing is meta-learned with reuse='continue'",
+        ),
+        ({"reuse": "restart", "meta_learning_rate": 0.1}, "or set reuse='meta'"),
+        ({"meta_latent_learning_rate": 0.1}, "set latent_life to 2 or more"),
+        ({"meta_learning_rate": float("nan")}, "give a positive one"),
     ],
 )
 def test_what_cannot_work_is_told(teacher, changes, words):

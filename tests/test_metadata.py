@@ -110,8 +110,18 @@ def test_activations_at_hand_do_as_well(teacher, digits, metadata):
     vectors = teacher.embed(digits.images)
     found = Metadata.fit(teacher, vectors, digits.labels, clusters=2, components=4)
     torch.testing.assert_close(found.centroids, metadata.centroids, atol=1e-5, rtol=1e-4)
-    with pytest.raises(DFKDError, match="give one label a vector"):
-        Metadata.fit(teacher, vectors[:, :5], digits.labels)
+    wrong = vectors.clone()
+    wrong[3, 2] = float("nan")
+    for bad, labels, message in (
+        (vectors[:, :5], digits.labels, "give one label a vector"),
+        (vectors, digits.labels.float(), "as integers"),
+        (vectors, digits.labels + 1, "0 to 9"),
+        (vectors[:0], digits.labels[:0], "at least one"),
+        (wrong, digits.labels, "NaN"),
+    ):
+        with pytest.raises(DFKDError, match=message) as error:
+            Metadata.fit(teacher, bad, labels)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +353,38 @@ def test_images_can_start_elsewhere(teacher, metadata, digits):
     first = digits.images[:10]
     goals, labels = metadata.sample(10)[:2]
     made = GoalSeeker(teacher, metadata, steps=1, batch_size=4, learning_rate=0.01, **CPU).seek(goals, labels, first)
-    assert (made.images.int() - first.int()).abs().max() <= 2  # one step of 0.01, of a std of 0.38 * 255
+    assert (made.images.int() - first.int()).abs().max() <= 1  # a step of 0.01 * 0.25 * 255
     with pytest.raises(DFKDError, match="3 images to start from"):
         GoalSeeker(teacher, metadata, steps=1, **CPU).seek(goals, labels, first[:3])
+    with pytest.raises(DFKDError, match="use one stage"):
+        GoalSeeker(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
+            goals, labels, first
+        )
+
+
+def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
+    seeker = GoalSeeker(teacher, metadata, steps=1, **CPU)
+    for mistake, message in (
+        (lambda: nearest(torch.zeros(2, 8), torch.zeros(3, 7)), "of the same layer"),
+        (lambda: nearest(torch.zeros(8), torch.zeros(3, 8)), "of the same layer"),
+        (
+            lambda: suspicion(metadata, torch.zeros(2, 7), torch.zeros(2).long()),
+            r"give \(N, 8\)",
+        ),
+        (
+            lambda: suspicion(metadata, torch.zeros(2, 8), torch.zeros(3).long()),
+            "one label each",
+        ),
+        (
+            lambda: goal_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
+            "one goal an image",
+        ),
+        (lambda: walk(seeker, metadata, []), "give one or more of 0 to"),
+        (lambda: walk(seeker, metadata, [len(metadata)]), "give one or more of 0 to"),
+    ):
+        with pytest.raises(DFKDError, match=message) as error:
+            mistake()
+        assert "\n" not in str(error.value)
 
 
 def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):

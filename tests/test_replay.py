@@ -1,5 +1,7 @@
 """Replay: the buffer against plain Python, its properties, drawn frequencies against probabilities, resuming to the bit."""
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -41,6 +43,11 @@ def network(seed=0):
 @pytest.fixture(scope="module")
 def teacher():
     return Teacher(network(), DIGITS, "tiny")
+
+
+def forgetful(model):
+    "With dropout before the last layer: in training mode it draws from the global streams."
+    return torch.nn.Sequential(*model[:-1], torch.nn.Dropout(0.4), model[-1])
 
 
 def pictures(n, seed=0):
@@ -241,6 +248,38 @@ def test_no_number_below_one_draws_beyond_the_last_image():
     assert int(pool.chosen.max()) <= 2 and int(pool.chosen.min()) >= 0
 
 
+def test_draws_add_whole_numbers(monkeypatch):
+    "A sum of floats depends on its order, and a GPU has none."
+    added = []
+    plain = torch.Tensor.cumsum
+    monkeypatch.setattr(
+        torch.Tensor, "cumsum", lambda x, dim: added.append(x) or plain(x, dim)
+    )
+    size = 20_000
+    pool = ReplayPool(DIGITS, size)
+    pool.insert(
+        pictures(1).expand(size, -1, -1, -1),
+        torch.zeros(size).long(),
+        torch.ones(size),
+        torch.linspace(0, 9, size),
+    )
+    pool.sample(64, torch.Generator().manual_seed(0))
+    (share,) = added
+    assert not share.is_floating_point()
+    torch.testing.assert_close(
+        share.double() / 2**53, pool.probabilities, rtol=1e-9, atol=0
+    )
+    assert 0 <= 2**53 - int(share.sum()) <= size, (
+        "what rounding takes is far below the smallest share"
+    )
+    shares, numbers = (
+        share.tolist(),
+        torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+    )
+    for index, ticket in zip(pool.chosen.tolist(), (numbers * 2**53).long().tolist()):
+        assert sum(shares[:index]) <= ticket < sum(shares[: index + 1])
+
+
 def test_without_priorities_every_image_comes_once_before_any_comes_twice():
     pool = filled(10, 10, [float(i) for i in range(10)], prioritised=False)
     generator = torch.Generator().manual_seed(0)
@@ -291,6 +330,26 @@ def test_first_priorities(teacher):
     with torch.no_grad():
         expected = divergence(teacher.predict(fresh), student.eval()(DIGITS.normalize(fresh)))
     assert watched.priorities.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+
+
+def test_networks_of_other_scales_and_precisions(teacher):
+    other = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
+    fresh, found = pictures(6), []
+    for domain, precision in (
+        (other, torch.float32),
+        (other, torch.float64),
+        (DIGITS, torch.float32),
+    ):
+        pool = ReplayPool(
+            DIGITS, 6, teacher, network(1).to(precision), student_domain=domain
+        )
+        pool.add(fresh)
+        found.append(pool.priorities.tolist())
+    with torch.no_grad():
+        expected = divergence(teacher.predict(fresh), network(1)(other.normalize(fresh)))
+    assert found[0] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+    assert found[2] != pytest.approx(found[0], rel=0.1)
 
 
 def test_fixed_point_softens_alpha():
@@ -353,7 +412,7 @@ def test_the_term_counts_what_the_buffer_holds_now(teacher):
 
 
 def race(teacher, size=20, seed=0, **options):
-    student = network(seed + 1)
+    student = forgetful(network(seed + 1))
     pool = ReplayPool(DIGITS, size, teacher, student, **options)
     shared = {"batch_size": 8, "device": "cpu", "seed": seed}
     distiller = Distiller(teacher, student, pool, steps=24, learning_rate=0.05, augment=Augment(1, False), **shared)
@@ -382,6 +441,34 @@ def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
             assert torch.equal(a, b)
         for name in ("images", "labels", "confidences", "priorities", "draws", "counts", "probabilities", "largest"):
             assert torch.equal(getattr(whole.pool, name), getattr(second.pool, name)), name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prioritised": False}, {"weighs_loss": True, "normalised": True}]
+)
+def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
+    "A state that is taken between `sample` and `report`."
+    first = ReplayPool(DIGITS, 9, teacher, network(1), **options)
+    first.add(pictures(9))
+    generator = torch.Generator().manual_seed(0)
+    for turn in range(2):  # the second time with priorities that differ
+        first.sample(6, generator)
+        answers = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(turn))
+        if turn:
+            save_checkpoint(tmp_path / "pool.pt", first.state_dict())
+        first.report(*answers)
+    second = ReplayPool(DIGITS, 9, teacher, network(1), **options)
+    second.load_state_dict(load_checkpoint(tmp_path / "pool.pt"))
+    if options.get("weighs_loss"):
+        assert torch.equal(second.loss_weights, first.loss_weights)
+    second.report(*answers)
+    assert torch.equal(first.priorities, second.priorities) and torch.equal(
+        first.largest, second.largest
+    )
+    with pytest.raises(DFKDError, match=r"alpha \(was 0.6, now 0.5\)"):
+        ReplayPool(DIGITS, 9, **options | {"alpha": 0.5}).load_state_dict(
+            first.state_dict()
+        )
 
 
 def test_one_file_holds_the_buffer(teacher, tmp_path):
@@ -415,18 +502,68 @@ def test_the_buffer_in_numbers():
         (lambda: ReplayPool(DIGITS, 5, epsilon=0.0), "an epsilon above 0"),
         (lambda: ReplayPool(DIGITS, 5, alpha=-1.0), "give 0 or more"),
         (lambda: ReplayPool(DIGITS, 5, temperature=0.0), "give a positive one"),
+        (lambda: ReplayPool(DIGITS, 5, beta=math.nan), "give 0 or more"),
+        (
+            lambda: ReplayPool(
+                DIGITS, 5, student_domain=dataclasses.replace(DIGITS, shape=(1, 9, 9))
+            ),
+            "mean and std only",
+        ),
+        (lambda: filled().sample(0, torch.Generator()), "draw 1 or more"),
+        (lambda: filled().ask_student(pictures(1)), "give the pool a student"),
+        (
+            lambda: filled().insert(pictures(2), torch.zeros(2).long(), torch.ones(3)),
+            r"confidences of shape \(3,\)",
+        ),
+        (
+            lambda: filled().insert(
+                pictures(2), torch.zeros(2).long(), torch.ones(2), torch.ones(2, 1)
+            ),
+            r"priorities of shape \(2, 1\)",
+        ),
+        (
+            lambda: filled().update(torch.tensor([5]), torch.ones(1)),
+            "a buffer that holds 5",
+        ),
+        (lambda: filled().update(torch.tensor([-1]), torch.ones(1)), "count from 0"),
+        (
+            lambda: modulation(
+                torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan
+            ),
+            "give 0 or more",
+        ),
         (lambda: ReplayPool(DIGITS, 5).add(pictures(2)), "give the pool a teacher"),
         (lambda: ReplayPool(DIGITS, 5).sample(2, torch.Generator()), "add some first"),
         (lambda: ReplayPool(DIGITS, 5).describe(), "add images first"),
-        (lambda: filled().insert(torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.ones(2)), "give uint8"),
-        (lambda: filled().insert(pictures(0), torch.zeros(0).long(), torch.ones(0)), "give one or more"),
-        (lambda: filled().insert(pictures(2), torch.tensor([0, 10]), torch.ones(2)), "0 to 9"),
-        (lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)), "sample one first"),
+        (
+            lambda: filled().insert(
+                torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.ones(2)
+            ),
+            "give uint8",
+        ),
+        (
+            lambda: filled().insert(pictures(0), torch.zeros(0).long(), torch.ones(0)),
+            "give one or more",
+        ),
+        (
+            lambda: filled().insert(pictures(2), torch.tensor([0, 10]), torch.ones(2)),
+            "0 to 9",
+        ),
+        (
+            lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)),
+            "sample one first",
+        ),
         (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), "give one of each"),
         (lambda: filled().load_state_dict({"size": 7}), "same size"),
         (lambda: setattr(filled(), "labels", torch.zeros(5)), "teacher's answers"),
-        (lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0), "give 0 or more"),
-        (lambda: modulation(torch.tensor([0]), torch.ones(2), torch.ones(2), 2), "one of each"),
+        (
+            lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0),
+            "give 0 or more",
+        ),
+        (
+            lambda: modulation(torch.tensor([0]), torch.ones(2), torch.ones(2), 2),
+            "one of each",
+        ),
         (lambda: modulated_class_term(filled(), -1.0), "give 0 or more"),
     ],
 )
@@ -441,6 +578,8 @@ def test_a_report_belongs_to_its_batch(teacher):
     pool.sample(3, torch.Generator().manual_seed(0))
     with pytest.raises(DFKDError, match="batch of 3 images"):
         pool.report(torch.zeros(2, 10), torch.zeros(2, 10))
+    with pytest.raises(DFKDError, match="both the same classes"):
+        pool.report(torch.zeros(3, 10), torch.zeros(3, 9))
     pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
     with pytest.raises(DFKDError, match="sample one first"):
         pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
@@ -450,6 +589,7 @@ def test_a_report_belongs_to_its_batch(teacher):
 
 # --- all of it ----------------------------------------------------------------------------------------------------
 
+GENERATOR = Generator((1, 8, 8), 4, 4)
 SMALL = {"batch_size": 8, "steps": 2, "augment": None, "momentum": None, "reset_first_layer_at": None}
 
 
@@ -475,6 +615,55 @@ def test_parts_come_together(teacher, reuse):
     race.run()
     assert race.finished and race.pool.added == 32 and len(race.pool) == 12 and race.pool.draws.sum() > 0
     assert race.maker.history[-1]["modulated"] >= 0 and race.maker.history[-1]["adversarial"] <= 0
+
+
+def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
+    "With all that a meta-generator remembers, and a student with dropout on its own scale."
+    domain = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
+
+    def race():
+        maker = {
+            "momentum": 0.1,
+            "reset_first_layer_at": 2,
+            "augment": Augment(1, False),
+            "seed": 3,
+        }
+        shared = {"pool": {"weighs_loss": True}, "warmup_rounds": 1}
+        student = forgetful(network(1))
+        built = ssd_kd(
+            teacher,
+            student,
+            size=12,
+            rounds=4,
+            updates_per_round=2,
+            device="cpu",
+            **shared,
+            distiller={"batch_size": 8, "domain": domain},
+            maker=SMALL | maker | {"generator": copy.deepcopy(GENERATOR)},
+        )
+        assert (
+            built.maker.seed == 3
+            and built.maker.student_domain is built.pool.student_domain is domain
+        )
+        return built
+
+    whole = race().run()
+    for turns in (1, 3, 5, 7, 10, 13):
+        part, resumed = race(), race()
+        for _ in range(turns):
+            part.step()
+        save_checkpoint(tmp_path / "race.pt", part.state_dict())
+        torch.manual_seed(99)
+        resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
+        resumed.run()
+        for name in ("images", "priorities", "draws"):
+            assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
+                turns,
+                name,
+            )
+        states = (race.student.state_dict().values() for race in (resumed, whole))
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
+        assert resumed.maker.history == whole.maker.history
 
 
 def test_a_picture_of_the_buffer(teacher):

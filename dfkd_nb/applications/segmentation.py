@@ -487,7 +487,7 @@ class ScenePool(ReplayPool):
             confidences, answers = known.softmax(1).max(1)
             apart = confidences.new_empty(0)
             if self.student is not None:
-                with in_eval_mode(self.student): apart = self._distance(_logits(self.student(self.domain.normalize(part.to(known.device)))), known)
+                with in_eval_mode(self.student): apart = self._distance(self.ask_student(part), known)
             found.append((dominant(answers, self.domain.num_classes), confidences.flatten(1).mean(1), apart))
         classes, confidences, priorities = (torch.cat(column) for column in zip(*found))
         self.insert(images, classes, confidences, priorities if self.student is not None else None)

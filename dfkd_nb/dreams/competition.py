@@ -24,7 +24,13 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import Term, View
-from ..foundations.core import COLOURS, DFKDError
+from dfkd_nb.foundations.core import (
+    COLOURS,
+    DFKDError,
+    random_state,
+    restore_random_state,
+    seeded,
+)
 from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, in_eval_mode
@@ -36,7 +42,7 @@ def jensen_shannon(
     temperature: float = 1., # of both softmaxes
 ) -> Tensor: # nats, `(N,)`, from 0 to log 2
     "Jensen-Shannon divergence of two softened answers: half of KL from each to their middle (DeepInversion, with Eq. 8), in log space."
-    if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+    if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
     if logits_p.shape != logits_q.shape: raise DFKDError(f'one network answers {tuple(logits_p.shape)}, the other {tuple(logits_q.shape)}: give both the same classes')
     log_p, log_q = (F.log_softmax(_full(logits) / temperature, dim=1) for logits in (logits_p, logits_q))
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
@@ -97,13 +103,16 @@ class GrowingPool(ImageSource, Sampler):
         "Keep more images, from any device."
         if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
         images, checked = self.domain.check(images), _check_labels(labels, len(images), self.domain)
+        if checked is None:
+            raise DFKDError('images without labels: give the wished classes with them')
         if not len(images): raise DFKDError('no images to add: give one or more')
         total = self._count + len(images)
         if total > len(self._images): # twice the room, so that n images are copied about n times in all
             room = max(total, 2 * self._count) - len(self._images)
             self._images = torch.cat([self._images, self._images.new_empty(room, *self.domain.shape)])
             self._labels = torch.cat([self._labels, self._labels.new_zeros(room)])
-        self._images[self._count:total], self._labels[self._count:total] = images.to(self.device), checked.to(self.device) # type: ignore[union-attr]
+        self._images[self._count:total] = images.to(self.device)
+        self._labels[self._count:total] = checked.to(self.device)
         if len(self._epochs.order): self._old = self._count
         self._count, self._epochs = total, EpochSampler(self)
 
@@ -205,6 +214,7 @@ class Turns(ABC):
         deadline: float | None = None, # stop cleanly at this `time.monotonic()`
     ) -> Self: # itself
         "Take turns, from wherever it stands."
+        if every < 1: raise DFKDError(f'every is {every}: give 1 or more updates')
         end, stop = min(self.steps, self.steps if until is None else until), False
         def tick(_: Any) -> bool:
             nonlocal stop
@@ -240,6 +250,7 @@ def answer(
     domain: Domain, # the normalisation that the network expects
 ) -> Tensor: # logits `(N, K)`, on the CPU
     "What a network says to images."
+    if not len(images): raise DFKDError('there are no images to ask about: give some')
     device = next((p.device for p in network.parameters()), torch.device('cpu'))
     with in_eval_mode(network): return torch.cat([_logits(network(domain.normalize(batch.to(device)))).cpu() for batch, _ in images.batches()])
 
@@ -266,11 +277,12 @@ class Competition(Turns):
             raise DFKDError(f'round {rounds} comes after {(rounds - 1) * every} updates, the student has {distiller.steps}: fewer rounds, a smaller every, or more steps')
         super().__init__(maker, distiller, rounds)
         self.pool, self.test, self.images_per_round, self.every, self.seed = distiller.source, test, images_per_round, every, maker.seed
+        # a round changes the maker's weight and seed; both are put back after it
         self.weight = maker.objective.weights.get('competition', 0.)
         self.dreaming = False # whether a round is under way
         self.history: list[dict[str, float]] = [] # one row a round
         if self.weight: # a competition against oneself is told now
-            maker.compete_with(distiller.student)
+            maker.compete_with(distiller.student, distiller.domain)
             maker.student = None
 
     @property
@@ -284,7 +296,7 @@ class Competition(Turns):
     def _begin_round(self) -> None:
         "Plan the next images. In the first round the student knows nothing, so there is nothing to look for: no competition."
         if self.weight:
-            if self.round: self.maker.compete_with(self.student)
+            if self.round: self.maker.compete_with(self.student, self.distiller.domain)
             self.maker.reweigh(competition=self.weight if self.round else 0.)
         self.maker.seed = self.maker.settings['seed'] = self.seed * 100_003 + self.round # other noise in every round, and for every seed
         first = self.round * self.images_per_round
@@ -294,7 +306,8 @@ class Competition(Turns):
     def _end_round(self) -> None:
         "Ask both networks about the new images before the student has trained on them, and keep them."
         fresh = self.maker.gather()
-        known, guessed = answer(self.maker.teacher, fresh, self.maker.domain), answer(self.student, fresh, self.maker.domain)
+        known = answer(self.maker.teacher, fresh, self.maker.domain)
+        guessed = answer(self.student, fresh, self.distiller.domain)
         wished = fresh.labels
         assert wished is not None
         teacher, student = (float((logits.argmax(1) == wished).float().mean()) for logits in (known, guessed))
@@ -302,9 +315,12 @@ class Competition(Turns):
         row = {'round': self.round, 'updates': self.done, 'images': len(self.pool), 'teacher_fresh': teacher, 'student_fresh': student,
                'divergence': float(jensen_shannon(known, guessed).mean())}
         if self.distiller.history: row['loss'] = self.distiller.history[-1]['loss']
-        if self.test is not None: row['accuracy'] = evaluate(self.student, self.test, domain=self.maker.domain)
+        if self.test is not None:
+            row['accuracy'] = evaluate(self.student, self.test, domain=self.distiller.domain)
         self.history.append(row)
         self.round, self.dreaming = self.round + 1, False
+        self.maker.seed = self.maker.settings['seed'] = self.seed # for another competition
+        if self.weight: self.maker.reweigh(competition=self.weight)
 
     def make(self) -> None:
         "One update of images; the last one of a round hands them to the student."
@@ -326,9 +342,13 @@ class Competition(Turns):
         return {'rounds': self.rounds, 'images_per_round': self.images_per_round, 'every': self.every, 'seed': self.seed, 'competition': self.weight, 'steps': self.steps}
 
     def state_dict(self) -> dict[str, Any]:
-        "See `Turns`; with the images in hand, where a round is under way."
-        return super().state_dict() | {'dreaming': self.dreaming, 'maker': self.maker.state_dict() if self.dreaming else None,
-                                       'scaler': self.maker.scaler.state_dict(), 'history': [dict(row) for row in self.history]}
+        "See `Turns`; with the images of a round that is under way, and the global random streams."
+        return super().state_dict() | {
+            'random': random_state(), # a maker's terms may draw from them
+            'dreaming': self.dreaming,
+            'maker': self.maker.state_dict() if self.dreaming else None,
+            'scaler': self.maker.scaler.state_dict(),
+            'history': [dict(row) for row in self.history]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same settings."
@@ -338,6 +358,7 @@ class Competition(Turns):
         if state['dreaming']:
             self._begin_round() # the student stands still while images are made: it is the rival that they had
             self.maker.load_state_dict(state['maker'])
+        restore_random_state(state['random'])
 
 # %% ../../nbs/dreams/08_competition.ipynb #3d7ee56d
 ARMS = 3
@@ -358,8 +379,7 @@ def toy_teacher(
 ) -> tuple[nn.Sequential, Tensor, Tensor]: # the network, frozen; real points and their classes
     "A small network with BatchNorm that has learned the three arms."
     real, labels = three_arms(300, torch.Generator().manual_seed(seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, ARMS))
     optimizer = torch.optim.Adam(network.parameters(), 0.02)
     for _ in range(200):
@@ -383,8 +403,7 @@ class CompetitionToy:
         if min(points, every) < 1 or weight < 0: raise DFKDError(f'{points} points a round, {every} updates, weight {weight}: give 1 or more, and a weight of 0 or more')
         self.weight, self.temperature, self.points, self.every, self.done = weight, temperature, points, every, 0
         self.teacher, self.real, self.real_labels = toy_teacher(seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
+        with seeded(seed + 1):
             self.student = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, ARMS))
         self.optimizer = torch.optim.Adam(self.student.parameters(), 0.01)
         self.generator = torch.Generator().manual_seed(seed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Stage', 'FEATURE_TERMS', 'preset', 'Look', 'read_stages', 'intended_classes', 'Dream', 'relative_feature_term',
-           'Asking', 'world', 'Batches', 'Progress', 'DeepInversion', 'tile', 'Film', 'kept_bytes', 'images_that_fit',
-           'draw_dream', 'Explorer', 'explorer']
+           'precision_of', 'same_device', 'Asking', 'world', 'Batches', 'Progress', 'DeepInversion', 'tile', 'Film',
+           'kept_bytes', 'images_that_fit', 'draw_dream', 'Explorer', 'explorer']
 
 # %% ../../nbs/dreams/07_inversion.ipynb #74b0cb45
 import base64
@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .priors import Objective, Term, View, class_loss, clip_to_domain, l2_term, tv_term
+from .priors import Objective, Term, View, class_loss, l2_term, per_image_weight, tv_term
 from .priors import jitter as shift
 from .statistics import Moments, Statistics, Watch, batchnorm_layers, feature_term, fuse_statistics
-from ..foundations.core import DFKDError, autocast, load_checkpoint, pick_device, progress, save_checkpoint
+from ..foundations.core import (DFKDError, autocast, load_checkpoint, pick_device, progress, random_state,
+                                      restore_random_state, save_checkpoint)
 from ..foundations.data import Domain, ImageSet
 from ..foundations.distillation import learning_rate_at
 from ..foundations.models import Teacher, _logits, classifier_layer, tap
@@ -40,11 +41,15 @@ def preset(
 ) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
     "Three methods are three sets of weights."
     left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
-    chosen: dict[str, dict[str, Any]] = {'book': {'tv_l2': 0.1, 'feature_weight': 3.}, 'paper': {'tv_l2': 2.5e-5, 'feature_weight': 10.},
-                                         'imagenet': {'tv_l2': 0.1, 'feature_weight': 2., 'feature_scale': 'relative', 'first_layer_weight': 3.}}
+    tv_l2, l2 = (per_image_weight(w, 256) for w in (2.5e-5, 3e-8)) # the paper's: one norm of 256
+    chosen: dict[str, dict[str, Any]] = {
+        'book': {'tv_l2': 0.1, 'feature_weight': 3.},
+        'paper': {'tv_l2': tv_l2, 'feature_weight': 10.},
+        'imagenet': {'tv_l2': 0.1, 'feature_weight': 2., 'feature_scale': 'relative',
+                     'first_layer_weight': 3.}}
     if method not in left_out: raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
     if source not in chosen: raise DFKDError(f"unknown source '{source}': use {', '.join(chosen)}")
-    weights = {'class_weight': 1., 'tv_l1': 0., 'l2': 3e-8} | chosen[source]
+    weights = {'class_weight': 1., 'tv_l1': 0., 'l2': l2} | chosen[source]
     return {name: 0. if name in left_out[method] else weight for name, weight in weights.items()}
 
 # %% ../../nbs/dreams/07_inversion.ipynb #d513a776
@@ -61,24 +66,33 @@ class Look:
         self.device, self.precision = teacher.device, precision
         autocast(self.device, precision) # says now what is wrong with it
         self.network: nn.Module = teacher
+        self.dtype = precision_of(teacher)
         self.statistics, self.layers, self.at, self.fused = statistics, list(statistics or ()), statistics.at if statistics else 'input', False
-        self.embedding = embedding
         if embedding:
-            with tap(teacher.model, embedding): self.embedding = classifier_layer(teacher.model) if embedding == 'classifier' else embedding
-        if statistics is None: return
-        inside = dict(teacher.named_modules()).keys()
-        if not set(self.layers) <= inside and set(self.layers) <= {name.removeprefix('model.') for name in inside}: self.network = teacher.model
-        self.fused = self.at == 'input' and set(self.layers) <= set(batchnorm_layers(self.network))
-        if self.fused: self.network = fuse_statistics(self.network)
-        else: Watch(self.network, self.layers, self.at) # a wrong name is told before the first update
+            with tap(teacher, embedding): pass # a wrong name is told now
+            if embedding == 'classifier': embedding = classifier_layer(teacher)
+        path = '' # from the network that is asked to the teacher's own
+        if statistics is not None:
+            statistics.row(self.device) # before anything is compiled, which would be done again
+            inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
+            longer = {f'model.{name}' for name in self.layers}
+            if not set(self.layers) <= inside and longer <= inside: self.network = teacher.model
+            normed = set(batchnorm_layers(self.network))
+            self.fused = self.at == 'input' and set(self.layers) <= normed
+            if self.fused:
+                path = 'model.' if self.network is teacher.model else 'model.model.'
+                self.network = fuse_statistics(self.network)
+            else: Watch(self.network, self.layers, self.at) # a wrong name is told now
+        self.embedding = embedding and f'{path}{embedding}'
 
     def __call__(
         self,
         x: Tensor, # normalised images, `(N, C, H, W)`
     ) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None]: # logits `(N, K)`; mean and variance by layer name; embeddings `(N, D)`
+        x = x.to(self.dtype)
         if not self.embedding: return *self._feel(x), None
-        inside = next(name for name in dict(self.network.named_modules()) if f'.{name}'.endswith(f'.{self.embedding}'))
-        with tap(self.network, inside) as taken: return *self._feel(x), taken[-1] if taken else None
+        with tap(self.network, self.embedding) as taken:
+            return *self._feel(x), taken[-1] if taken else None
 
     def _feel(self, x: Tensor) -> tuple[Tensor, Mapping[str, Moments] | None]:
         with autocast(self.device, self.precision):
@@ -121,15 +135,15 @@ def intended_classes(
 
 # %% ../../nbs/dreams/07_inversion.ipynb #6cd1a84d
 class Dream:
-    "One batch in the making: pixels, Adam, and the random stream that shifts and mirrors them."
+    "One batch in the making: pixels (black -2, white 2), Adam, the stream that shifts and mirrors."
 
     def __init__(
         self,
         targets: Tensor, # int64 `(n,)`, what the images shall show
-        domain: Domain, # what their pixels mean
+        domain: Domain, # of the network they are made for
         stages: list[Stage], # see `read_stages`
         *,
-        learning_rate: float = 0.1, # of Adam
+        learning_rate: float = 0.1, # of Adam, in pixel units
         schedule: str = 'constant', # of the learning rate in each stage
         jitter: int = 2, # pixels of random shift at full size
         flip: bool = True, # mirror the batch before every second look, on average
@@ -147,7 +161,7 @@ class Dream:
         self._take(noise.to(self.device))
 
     def _take(self, x: Tensor) -> None:
-        "New pixels, and an Adam that knows nothing of the old ones."
+        "New pixels, in pixel units, and an Adam that knows nothing of the old ones."
         self.x = x.detach().clone().requires_grad_()
         fused = self.device.type in ('cpu', 'cuda')
         self.optimizer = torch.optim.Adam([self.x], self.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
@@ -162,7 +176,7 @@ class Dream:
         return len(self.stages) - 1, self.stages[-1][1]
 
     def look_at(self) -> Tensor:
-        "The pixels as the teacher sees them this time: enlarged if a stage begins, shifted, perhaps mirrored."
+        "The pixels as they are shown this time: enlarged if a stage begins, shifted, maybe mirrored."
         index, done = self.stage
         size, updates = self.stages[index]
         if index and not done and tuple(self.x.shape[2:]) != size: self._take(F.interpolate(self.x.detach(), size, mode='nearest'))
@@ -177,22 +191,25 @@ class Dream:
         scaler.scale(total).backward()
         scaler.step(self.optimizer)
         scaler.update()
-        if self.clip: clip_to_domain(self.x, self.domain)
+        if self.clip:
+            with torch.no_grad(): self.x.clamp_(-2, 2)
         self.done += 1
 
     def images(self) -> Tensor:
         "The pixels as bytes on the CPU, `(n, C, H, W)`; an early stage is enlarged. Always a copy."
         x = self.x.detach()
         if tuple(x.shape[2:]) != tuple(self.domain.size): x = F.interpolate(x, self.domain.size, mode='nearest')
-        return self.domain.to_uint8(x).cpu()
+        return self.domain.to_uint8(self.domain.from_pixels(x)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits."
-        return {'x': self.x.detach().clone(), 'done': self.done, 'optimizer': copy.deepcopy(self.optimizer.state_dict()), 'generator': self.generator.get_state()}
+        return {'pixels': self.x.detach().clone(), 'done': self.done,
+                'optimizer': copy.deepcopy(self.optimizer.state_dict()),
+                'generator': self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
-        self._take(state['x'].to(self.device))
+        self._take(state['pixels'].to(self.device))
         self.optimizer.load_state_dict(state['optimizer'])
         self.generator.set_state(state['generator'].cpu())
         self.done = state['done']
@@ -223,6 +240,19 @@ def relative_feature_term(
 # %% ../../nbs/dreams/07_inversion.ipynb #fee6fad9
 FEATURE_TERMS: dict[str, Callable[[Statistics, float], Term]] = {'absolute': feature_term, 'relative': relative_feature_term}
 
+# %% ../../nbs/dreams/07_inversion.ipynb #12e21fc6
+def precision_of(
+    network: nn.Module, # any
+) -> torch.dtype: # of its weights; float32 where it has none
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+def same_device(a: torch.device, b: torch.device) -> bool:
+    "Whether both are one device: `cuda` is the current one of `cuda:0`, `cuda:1`, ..."
+    def number(device: torch.device) -> int:
+        if device.index is not None: return device.index
+        return torch.cuda.current_device() if device.type == 'cuda' else 0
+    return a.type == b.type and number(a) == number(b)
+
 # %% ../../nbs/dreams/07_inversion.ipynb #201289d4
 class Asking:
     "What is asked of a teacher, and what every answer costs."
@@ -232,12 +262,12 @@ class Asking:
         teacher: Teacher, # the network that is asked; it is not changed
         *,
         steps: int = 2000, # updates of each batch
-        learning_rate: float = 0.1, # of Adam; the paper's text says 0.05
+        learning_rate: float = 0.1, # of Adam, where black is -2 and white 2; the paper's text says 0.05
         batch_size: int = 256, # images optimised together, at most
         class_weight: float = 1., # of the class loss
-        tv_l2: float = 0.1, # of the total variation, Euclidean norm; the paper's text says 2.5e-5
+        tv_l2: float = 0.1, # of the total variation, Euclidean; the paper's 2.5e-5 (of a norm of 256 images) is 4e-4 here
         tv_l1: float = 0., # of the total variation, mean absolute jump
-        l2: float = 3e-8, # of the images' norm
+        l2: float = 4.8e-7, # of the images' norm; the paper's 3e-8 on the norm of 256 images
         feature_weight: float = 3., # of the feature statistics, Eq. 4; the paper lists 1, 5, 10 and 100
         first_layer_weight: float = 1., # extra weight of the first layer's statistics
         feature_scale: str = 'absolute', # as in Eq. 4; 'relative': in units of the data's own spread, see `relative_feature_term`
@@ -253,6 +283,7 @@ class Asking:
         statistics: Statistics | None = None, # to be matched; None reads the teacher's BatchNorm layers
         terms: Mapping[str, tuple[float, Term]] | None = None, # further terms: name to weight and term
         student: nn.Module | None = None, # whose answers the terms may ask for, as `view.student_logits`; a frozen copy is kept
+        student_domain: Domain | None = None, # what it expects; None: its own if it is a `Teacher`, else the teacher's
         embedding: str = '', # a layer whose input the terms may ask for, as `view.embedding`: a name, or 'classifier' for the last linear one
     ) -> None:
         self.device, self.domain = pick_device(device), teacher.domain
@@ -266,11 +297,12 @@ class Asking:
         learning_rate_at(0, steps, schedule)
         self.stages, self.batch_size, self.seed = read_stages(stages, steps, self.domain.size), batch_size, seed
         self.pixel_settings: dict[str, Any] = {'learning_rate': learning_rate, 'schedule': schedule, 'jitter': jitter, 'flip': flip, 'clip': clip}
-        self.teacher = teacher if teacher.device == self.device else copy.deepcopy(teacher).to(self.device)
+        here = same_device(teacher.device, self.device)
+        self.teacher = teacher if here else copy.deepcopy(teacher).to(self.device)
         if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher) # given ones are felt also where only `terms` ask for them
         self.look = Look(self.teacher, statistics, precision, embedding)
         self.student: Teacher | None = None
-        if student is not None: self.compete_with(student)
+        if student is not None: self.compete_with(student, student_domain)
         self._try_sizes()
         known: dict[str, tuple[float, Term]] = {'class': (class_weight, class_loss), 'tv_l2': (tv_l2, tv_term('l2')), 'tv_l1': (tv_l1, tv_term('l1')), 'l2': (l2, l2_term)}
         if feature_scale not in FEATURE_TERMS: raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
@@ -288,29 +320,45 @@ class Asking:
     def _try_sizes(self) -> None:
         "A stage too small for the network is told before the first update."
         for (height, width), _ in self.stages[:-1]:
+            shape = 2, self.domain.channels, height, width
             try:
-                with torch.no_grad(): self.teacher(torch.zeros(2, self.domain.channels, height, width, device=self.device))
+                grey = torch.zeros(shape, device=self.device, dtype=self.look.dtype)
+                with torch.no_grad(): self.teacher(grey)
             except (RuntimeError, ValueError) as error:
                 raise DFKDError(f"'{self.teacher.name}' does not take images of {height} x {width} pixels ({str(error).splitlines()[0][:80]}): use larger stages") from error
 
     def compete_with(
         self,
         student: nn.Module, # as it is now; it may go on learning, the copy kept here does not
+        domain: Domain | None = None, # what it expects; None: its own if it is a `Teacher`, else the teacher's
     ) -> None:
         "Let the terms see this student's answers from now on."
-        rival = Teacher(student, self.domain, 'student').to(self.device)
+        if domain is None: domain = student.domain if isinstance(student, Teacher) else self.domain
+        if (domain.shape, domain.num_classes) != (self.domain.shape, self.domain.num_classes):
+            raise DFKDError(f'the student knows {domain.num_classes} classes in images of shape {domain.shape}, '
+                            f'the teacher {self.domain.num_classes} in {self.domain.shape}: '
+                            'give one for the same images and classes')
+        domain.check_classes(self.domain)
+        rival = Teacher(student, domain, 'student').to(self.device)
         own, theirs = self.teacher.model.state_dict(), rival.model.state_dict()
         if own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v, theirs[k]) for k, v in own.items()):
             raise DFKDError('the student is the teacher: they never disagree, so there is nothing to compete for; give another network')
-        if self.student is None: self.student = rival
+        if self.student is None or self.student.domain != domain: self.student = rival
         else: self.student.load_state_dict(rival.state_dict()) # in place: a compiled update stays valid
+
+    def _ask(
+        self,
+        seen: Tensor, # in pixel units; teacher and student get their own normalisation
+    ) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None, Tensor | None]:
+        "The teacher's logits, moments and embedding, and the student's logits."
+        found = self.look(self.domain.from_pixels(seen))
+        if self.student is None: return *found, None
+        x = self.student.domain.from_pixels(seen).to(precision_of(self.student))
+        with autocast(self.device, self.look.precision): return *found, self.student(x)
 
     def _price(self, seen: Tensor, x: Tensor, targets: Tensor, goals: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "The total, with its graph; and the total and each term, without."
-        logits, features, embedding = self.look(seen)
-        answers = None
-        if self.student is not None:
-            with autocast(self.device, self.look.precision): answers = self.student(seen)
+        logits, features, embedding, answers = self._ask(seen)
         total, values = self.objective(View(x, logits, targets, features, answers, embedding, goals))
         return total, torch.stack([v.detach().float() for v in (total, *values.values())])
 
@@ -365,6 +413,18 @@ class Batches(Asking):
         "Updates that this process has made, over all its batches."
         return self.turn * self.steps + (self.dream.done if self.dream else 0)
 
+    def work(self, updates: int | None = None) -> int:
+        "Pixels times updates of an image, in the first `updates` of a batch: as time goes."
+        left, total = self.steps if updates is None else updates, 0
+        for (height, width), steps in self.stages:
+            total, left = total + height * width * min(steps, left), max(left - steps, 0)
+        return total
+
+    @property
+    def work_done(self) -> int:
+        "`work` of this process, over all its batches."
+        return self.turn * self.work() + self.work(self.dream.done if self.dream else 0)
+
     @property
     def images(self) -> ImageSet:
         "The finished batches of this process, on the CPU; labels are the wished classes."
@@ -391,13 +451,20 @@ class Batches(Asking):
         if self.dream is None: self.dream = self._begin()
         dream = self.dream
         try:
-            total, values = self.price(dream.look_at(), dream.x, dream.targets, dream.goals)
+            seen = dream.look_at()
+            total, values = self.price(seen, dream.x, dream.targets, dream.goals)
             dream.update(total, self.scaler)
         except torch.OutOfMemoryError as error:
             raise DFKDError(f'{len(dream.x)} images do not fit into the memory of {self.device}: lower batch_size ({self.batch_size})') from error
         except DFKDError: raise
-        except ValueError as error:
-            raise DFKDError(f'a batch of {len(dream.x)} is too small for this network ({str(error).splitlines()[0][:80]}): dream more images at once') from error
+        except ValueError: # of a network, or of a term that somebody wrote
+            try:
+                with torch.no_grad(): self._ask(seen)
+            except ValueError as error:
+                reason = str(error).splitlines()[0][:80]
+                raise DFKDError(f'a batch of {len(dream.x)} is too small for this network ({reason}): '
+                                'dream more images at once') from error
+            raise
         self._rows.append(values)
         if dream.done == dream.steps:
             self._read()
@@ -435,6 +502,7 @@ class Progress:
     steps: int # updates that it gets
     batch: int # which batch, from 0
     batches: int # how many there are
+    share: float # of this batch's work that is done, 0 to 1; an update at half the size is a quarter
     losses: dict[str, float] # each term before its weight, and their weighted 'total', as the last update found them
     labels: Tensor # int64 `(n,)`, what this batch shall show
     look: Callable[[], Tensor] = field(repr=False) # makes `images`
@@ -485,14 +553,18 @@ class DeepInversion(Batches):
         "Go on from wherever it stands."
         if every < 1: raise DFKDError(f'every is {every}: give 1 or more')
         def save() -> None:
-            if checkpoint is not None: save_checkpoint(checkpoint, self.state_dict())
+            if checkpoint is None: return
+            streams = {'random': random_state()} # terms and networks may draw from the global ones
+            save_checkpoint(checkpoint, self.state_dict() | streams)
         save() # a folder that cannot be written is told now
         saved = time.monotonic()
-        with progress(total=len(self.own) * self.steps, description='dreaming', initial=self.done) as bar:
+        total, done = len(self.own) * self.work(), self.work_done
+        with progress(total=total, description='dreaming', initial=done,
+                      unit='pixel', unit_scale=True) as bar:
             while not self.finished and not (deadline is not None and time.monotonic() >= deadline):
                 batch = self.batch
                 self.step()
-                bar.update()
+                bar.update(self.work_done - bar.n)
                 ended = self.batch > batch
                 if ended or self.dream.done % every == 0: # type: ignore[union-attr]
                     losses = self._read()
@@ -514,12 +586,16 @@ class DeepInversion(Batches):
             if dream is None: return self._parts[self.own.index(batch)].clone()
             if self.done != done: raise DFKDError('these images have grown on: ask for .images inside the callback')
             return dream.images()
-        return Progress(dream.done if dream else self.steps, self.steps, batch, len(self.sizes), losses, self._wishes(batch), look)
+        step = dream.done if dream else self.steps
+        share = self.work(step) / self.work()
+        return Progress(step, self.steps, batch, len(self.sizes), share, losses, self._wishes(batch), look)
 
     def _fingerprint(self) -> str:
         "Changes with the weights of teacher and student, the statistics and the goals."
         digest = hashlib.sha256()
         rival = [] if self.student is None else list(self.student.state_dict().values())
+        domains = [self.domain] + ([] if self.student is None else [self.student.domain])
+        digest.update(repr([(domain.mean, domain.std) for domain in domains]).encode())
         tensors = [*self.teacher.state_dict().values(), *(v for pair in (self.look.statistics or {}).values() for v in pair), *rival, *([] if self.goals is None else [self.goals])]
         for tensor in tensors: digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -534,6 +610,8 @@ class DeepInversion(Batches):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood; another teacher, other settings or other wishes are a `DFKDError`."
         if state.get('kind') != 'synthesis': raise DFKDError('this checkpoint was not written by a synthesis: give another path')
+        if state['dream'] is not None and 'pixels' not in state['dream']:
+            raise DFKDError('this checkpoint is of an earlier version, in other units: begin again')
         changed = [f'{k} (was {v!r}, now {self.settings.get(k)!r})' for k, v in state['settings'].items() if self.settings.get(k) != v]
         if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
         if state['teacher'] != self._fingerprint(): raise DFKDError('the checkpoint was made with another teacher, student, statistics or goals: load those or give another path')
@@ -545,6 +623,7 @@ class DeepInversion(Batches):
         if state['dream'] is not None:
             self.dream = self._begin()
             self.dream.load_state_dict(state['dream'])
+        if 'random' in state: restore_random_state(state['random'])
 
 # %% ../../nbs/dreams/07_inversion.ipynb #ebdbb608
 def tile(
@@ -649,8 +728,8 @@ def draw_dream(
 class Explorer:
     "Choose classes and weights, watch the dream and its prices, stop and go on: ipywidgets over a thread that dreams."
 
-    choices = {'class': (0., 0.1, 0.3, 1., 3., 10.), 'tv_l2': (0., 2.5e-5, 1e-3, 0.01, 0.03, 0.1, 1.), 'tv_l1': (0., 0.01, 0.1, 1., 10.),
-               'l2': (0., 3e-8, 1e-4, 1e-2, 1.), 'features': (0., 0.01, 0.1, 1., 3., 10., 30., 100.)}
+    choices = {'class': (0., 0.1, 0.3, 1., 3., 10.), 'tv_l2': (0., 4e-4, 1e-3, 0.01, 0.03, 0.1, 1.), 'tv_l1': (0., 0.01, 0.1, 1., 10.),
+               'l2': (0., 4.8e-7, 1e-4, 1e-2, 1.), 'features': (0., 0.01, 0.1, 1., 3., 10., 30., 100.)}
 
     def __init__(
         self,
@@ -669,7 +748,7 @@ class Explorer:
         names = list(enumerate(teacher.domain.classes))
         self.classes = widgets.SelectMultiple(options=[(name, i) for i, name in names], value=[i for i, _ in names[:10]], description='classes', rows=6)
         layers = {} if batchnorm_layers(teacher) or 'statistics' in settings else {'features': 0.}
-        start = {'class': 1., 'tv_l2': 0.1, 'tv_l1': 0., 'l2': 3e-8, 'features': 3.} | layers
+        start = {'class': 1., 'tv_l2': 0.1, 'tv_l1': 0., 'l2': 4.8e-7, 'features': 3.} | layers
         self.sliders = {name: widgets.SelectionSlider(options=[(f'{v:g}', v) for v in values], value=start[name], description=name, disabled=name in layers,
                                                       continuous_update=False) for name, values in self.choices.items()}
         self.go = widgets.Button(description='start', icon='play', button_style='primary')

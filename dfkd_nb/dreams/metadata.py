@@ -20,7 +20,7 @@ from torch import Tensor
 from .inversion import DeepInversion, Dream, Film, tile
 from .priors import View
 from ..foundations.core import DFKDError, load_tensors, save_tensors
-from ..foundations.data import ImageSet, ImageSource
+from ..foundations.data import ImageSet, ImageSource, _check_labels
 from ..foundations.models import Teacher
 
 # %% ../../nbs/dreams/09_metadata.ipynb #90f87a26
@@ -141,6 +141,12 @@ class Metadata:
         if clusters < 1 or components < 0 or smallest < 1: raise DFKDError(f'clusters {clusters}, components {components}, smallest {smallest}: give at least 1, 0 and 1')
         if vectors.ndim != 2 or vectors.shape[1] != len(probe) or len(vectors) != len(labels):
             raise DFKDError(f"vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: give one label a vector, and the {len(probe)} numbers of '{teacher.name}' at '{layer}'")
+        if not vectors.isfinite().all():
+            raise DFKDError('vectors with NaN or infinity: look for the image or layer that made them')
+        checked = _check_labels(labels, len(vectors), teacher.domain)
+        if checked is None or not len(vectors):
+            raise DFKDError('no vectors with labels: give one class a vector, and at least one')
+        labels = checked
         if components > len(probe): raise DFKDError(f"{components} components, but '{teacher.name}' has {len(probe)} numbers at '{layer}': give at most {len(probe)}")
         found: list[dict[str, Tensor]] = []
         for label in labels.unique().tolist():
@@ -292,8 +298,11 @@ class GoalSeeker(DeepInversion):
     ) -> ImageSet: # `n` images; fewer if stopped
         "Images for these goals. Under torchrun the processes share the batches, and each gets all images."
         self.start(len(goals), labels, goals)
+        if first is not None and len(self.stages) > 1:
+            raise DFKDError(f'images to start from have full size, the first of {len(self.stages)} '
+                            'stages has not: use one stage')
         if first is not None and len(first) != len(goals): raise DFKDError(f'{len(first)} images to start from, {len(goals)} goals: give one image a goal')
-        self.first = None if first is None else self.domain.normalize(self.domain.check(first)).to(self.device)
+        self.first = None if first is None else self.domain.to_pixels(self.domain.normalize(self.domain.check(first))).to(self.device)
         self.run(**settings)
         return self.gather()
 
@@ -320,6 +329,8 @@ def goal_distance(
     layer: str = 'classifier', # see `tap`
 ) -> Tensor: # `(N,)`, on the CPU
     "What `goal_term` says of finished images, one by one."
+    if len(images) != len(goals):
+        raise DFKDError(f'{len(images)} images, {len(goals)} goals: give one goal an image')
     return (teacher.embed(images, layer, 100).cpu().float() - goals.cpu()).square().sum(1)
 
 # %% ../../nbs/dreams/09_metadata.ipynb #9bf4204a
@@ -329,6 +340,9 @@ def nearest(
 ) -> tuple[Tensor, Tensor]: # distances `(N,)` and int64 `(N,)`: which of the others
     "The nearest of the others, by Euclidean distance."
     if not len(others): raise DFKDError('nothing to be near to: give at least one vector')
+    if points.ndim != 2 or points.shape[1:] != others.shape[1:]:
+        raise DFKDError(f'vectors of shape {tuple(points.shape)} and {tuple(others.shape)}: '
+                        'give (N, D) and (M, D) of the same layer')
     parts = [torch.cdist(part.float(), others.float()).min(1) for part in points.split(1000)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
@@ -350,6 +364,10 @@ def suspicion(
 ) -> Tensor: # `(N,)`, the higher, the more suspect
     "How much a vector looks like one that the metadata was measured on."
     if by not in ('centroid', 'rest'): raise DFKDError(f"unknown suspicion '{by}': use 'centroid' or 'rest'")
+    width = metadata.centroids.shape[1]
+    if vectors.ndim != 2 or vectors.shape[1] != width or len(labels) != len(vectors):
+        raise DFKDError(f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: '
+                        f'give (N, {width}) and one label each')
     away = vectors[:, None] - metadata.centroids # (N, K, D)
     squared = away.square().sum(2)
     if by == 'rest': squared = squared - torch.einsum('nkd,kmd->nkm', away, metadata.components).square().sum(2)
@@ -395,6 +413,8 @@ def walk(
     first: Tensor | None = None, # uint8 `(len(clusters), C, H, W)`, the centroids' dreams; None: made here
 ) -> list[Tensor]: # a frame a position, uint8 `(len(clusters), C, H, W)`
     "Dreams along a component. All start from the centroid's dream, so that only what has to change does."
+    if not clusters or not all(0 <= k < len(metadata) for k in clusters):
+        raise DFKDError(f'clusters {clusters}: give one or more of 0 to {len(metadata) - 1}')
     labels = metadata.labels[clusters]
     if first is None: first = seeker.seek(metadata.centroids[clusters], labels).images
     goals = torch.stack([metadata.along(cluster, component, list(positions)) for cluster in clusters], 1) # (positions, clusters, D)

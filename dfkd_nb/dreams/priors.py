@@ -22,7 +22,7 @@ from ..foundations.data import Domain
 @dataclass
 class View:
     "One look at a batch in the making: all that a term of the objective may ask for."
-    x: Tensor # the images that are optimised, `(N, C, H, W)`, normalised
+    x: Tensor # the images that are optimised, `(N, C, H, W)`, in pixel units: black -2, white 2
     logits: Tensor # the teacher's answer to them, `(N, K)`
     targets: Tensor # the wished classes, `(N,)`, or probabilities, `(N, K)`
     features: Mapping[str, tuple[Tensor, Tensor]] | None = None # layer name to mean and variance of what entered it
@@ -121,9 +121,9 @@ def tv_term(
 
 # %% ../../nbs/dreams/05_priors.ipynb #468a698e
 def l2_norm(
-    x: Tensor, # images, `(N, C, H, W)`, normalised
+    x: Tensor, # images, `(N, C, H, W)`, in pixel units
 ) -> Tensor: # one price an image, `(N,)`
-    "Euclidean distance from the grey of the data set's mean (DeepInversion, Eq. 3)."
+    "Euclidean distance from an even grey (DeepInversion, Eq. 3)."
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=_exact(x))
 
 # %% ../../nbs/dreams/05_priors.ipynb #9b01386f

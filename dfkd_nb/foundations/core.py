@@ -10,6 +10,7 @@ __all__ = ['TESTING', 'PRECISIONS', 'COLOURS', 'DFKDError', 'DFKDWarning', 'impo
 
 # %% ../../nbs/foundations/01_core.ipynb #a64d39a7
 import importlib
+import json
 import os
 import random
 import sys
@@ -40,7 +41,7 @@ TESTING = bool(os.environ.get('IN_TEST')) # notebooks run as tests: take the sma
 
 # %% ../../nbs/foundations/01_core.ipynb #ebf02595
 def import_torchvision() -> ModuleType: # the package `torchvision`
-    "Import torchvision, also beside a build of PyTorch that its wheel was not compiled for."
+    "Import torchvision beside any build of PyTorch; there, call it before `import timm`."
     try:
         import torchvision
     except RuntimeError as error:
@@ -224,12 +225,33 @@ def save_tensors(
     tensors: dict[str, Tensor], # what to keep
     metadata: dict[str, str] | None = None, # text that travels along
 ) -> None:
-    "Tensors as a safetensors file, atomically; two names for the same memory are a `DFKDError`."
+    "A safetensors file, atomically; equal content makes equal bytes."
+    other = [name for name, text in (metadata or {}).items() if not isinstance(text, str)]
+    if other:
+        raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
     with atomic_path(path) as temporary:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error: raise OSError(str(error)) from error
         except RuntimeError as error: # shared memory
             raise DFKDError(f'{path} not written: two of {", ".join(tensors)} share their memory; clone one of them') from error
+        _sort_metadata(temporary)
+
+def _sort_metadata(
+    path: Path, # a safetensors file
+) -> None:
+    "Sort the metadata of a file by name: the library writes them in a random order."
+    with open(path, 'rb+') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(length))
+        if '__metadata__' in header:
+            header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
+        # the same characters in another order; were they more, they would cover the tensors
+        if len(text) > length:
+            raise DFKDError(f'{path} not written, its metadata cannot be sorted: '
+                            'give plain text')
+        file.seek(8)
+        file.write(text.ljust(length)) # the format pads its header with spaces
 
 # %% ../../nbs/foundations/01_core.ipynb #11c293f1
 def load_tensors(
@@ -239,9 +261,26 @@ def load_tensors(
     if not Path(path).is_file(): raise DFKDError(f'no file {path}: check the path')
     try:
         with safe_open(path, 'pt') as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+            about = dict(sorted((file.metadata() or {}).items())) # a fixed order
+            return {k: file.get_tensor(k) for k in file.keys()}, about
     except (SafetensorError, OSError) as error:
+        if kind := _pytorch_file(path):
+            raise DFKDError(
+                f'{path} is {kind}, not a safetensors file: read it with '
+                'torch.load(path, weights_only=True), give it to model.load_state_dict, '
+                'and keep it with save_weights') from error
         raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
+
+def _pytorch_file(
+    path: str | Path, # a file that is not safetensors
+) -> str: # what it is, '' where it does not look like PyTorch's
+    "Tell by its first bytes a checkpoint that `torch.save` wrote."
+    with open(path, 'rb') as file: start = file.read(8)
+    if start.startswith(b'PK\x03\x04'): return 'a PyTorch checkpoint (a zip archive)'
+    is_pickle = start[:1] == b'\x80' and start[1:2] in b'\x02\x03\x04\x05'
+    # a damaged safetensors file may begin with these two bytes: of a length, 8 bytes
+    is_pickle = is_pickle and start[4:] != bytes(4)
+    return 'an old PyTorch checkpoint (a pickle)' if is_pickle else ''
 
 # %% ../../nbs/foundations/01_core.ipynb #2f074453
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
@@ -267,8 +306,9 @@ def save_checkpoint(
 ) -> None:
     "Everything a run needs to go on, atomically; a `DFKDError` for what could not be read again."
     _check_plain(state, 'state')
-    with atomic_path(path) as temporary:
-        try: torch.save(state, temporary)
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        # given a path, torch writes its name into the file, and no two files would be equal
+        try: torch.save(state, file)
         except RuntimeError as error: raise OSError(str(error).splitlines()[0]) from error # torch's word for a full disk
 
 # %% ../../nbs/foundations/01_core.ipynb #bf48df05
@@ -278,6 +318,10 @@ def load_checkpoint(
 ) -> dict[str, Any]: # the state
     "Read a checkpoint without unpickling code; a missing, truncated or foreign file is a `DFKDError`."
     if not Path(path).is_file(): raise DFKDError(f'no checkpoint {path}: check the path')
+    with open(path, 'rb') as file: start = file.read(9)
+    if start[4:] == bytes(4) + b'{': # torch.load would read the tensors of such a file, too
+        raise DFKDError(f'{path} is a safetensors file, not a checkpoint: '
+                        'use load_weights or load_tensors')
     try: state = torch.load(path, map_location=device, weights_only=True)
     except Exception as error: # torch raises six kinds, from EOFError to UnpicklingError
         raise DFKDError(f'{path} is truncated or no checkpoint of ours ({type(error).__name__}): '

@@ -84,6 +84,16 @@ class Domain:
         shift = _per_channel([(a - b) / s for a, b, s in zip(self.mean, other.mean, other.std)], x)
         return x * scale + shift
 
+    def from_pixels(self, u: Tensor) -> Tensor:
+        "From pixel units, the same for all networks (black is -2, white 2), to the network's scale."
+        scale = _per_channel([0.25 / s for s in self.std], u)
+        shift = _per_channel([(0.5 - m) / s for m, s in zip(self.mean, self.std)], u)
+        return u * scale + shift
+
+    def to_pixels(self, x: Tensor) -> Tensor:
+        "From the network's scale to pixel units: black is -2, white 2."
+        return (self.denormalize(x) - 0.5) / 0.25
+
     def denormalize(self, x: Tensor) -> Tensor:
         "From the network's scale back to intensities, in [0, 1] for images that can exist."
         return x * _per_channel(self.std, x) + _per_channel(self.mean, x)

@@ -4,28 +4,37 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'LITE', 'IMAGENET_TEACHERS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet',
-           'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'save_weights',
-           'load_weights', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher', 'shipped_weights',
-           'imagenet_domain', 'load_teacher', 'inherit']
+           'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'unwrap', 'save_weights',
+           'load_weights', 'why_no_hooks', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher',
+           'shipped_weights', 'imagenet_domain', 'load_teacher', 'inherit']
 
 # %% ../../nbs/foundations/03_models.ipynb #df0fac9f
 import copy
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
-from .core import DFKDError, import_torchvision, load_checkpoint, load_tensors, save_tensors
-from .data import DOMAINS, Domain
+from dfkd_nb.foundations.core import (
+    DFKDError, DFKDWarning, import_torchvision, load_checkpoint, load_tensors, save_tensors,
+)
+from .data import DOMAINS, Domain, ImageSource
 
 # %% ../../nbs/foundations/03_models.ipynb #40d606ab
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
@@ -248,18 +257,51 @@ def count_parameters(
     "Trainable and frozen parameters, without buffers such as BatchNorm's statistics."
     return sum(p.numel() for p in model.parameters())
 
+# %% ../../nbs/foundations/03_models.ipynb #208a11c9
+def unwrap(
+    model: nn.Module, # any network
+) -> nn.Module: # the same layers and weights, under the names that they had before
+    "The network inside `torch.compile` and data-parallel wrappers; any other as it is."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or '_orig_mod' in model._modules:
+        inner = 'module' if isinstance(model, parallel) else '_orig_mod'
+        model = model.get_submodule(inner)
+    return model
+
 # %% ../../nbs/foundations/03_models.ipynb #d0bb9ec2
 def save_weights(
     path: str | Path, # a .safetensors file
     model: nn.Module, # parameters and buffers are saved
     metadata: dict[str, str] | None = None, # e.g. model, domain, accuracy
-    half: bool = True, # floats in half precision
+    half: bool = True, # floats in half precision, except statistics that it cannot hold
 ) -> None:
     "A network's weights as safetensors, atomically. Weights too large for half precision are a `DFKDError`."
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in model.state_dict().items()}
-    lost = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if lost: raise DFKDError(f"'{lost[0]}' is not finite{' in half precision: use half=False' if half else ': the network is damaged, train it again'}")
+    model = unwrap(model) # the names in the file are those of the network, not of a wrapper
+    state = dict(model.state_dict())
+    if damaged := _infinite(state):
+        raise DFKDError(f"'{damaged[0]}' is not finite: the network is damaged, "
+                        'train it again')
+    if half:
+        weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state = {k: _to_half(v, k in weights) for k, v in state.items()}
+    if lost := _infinite(state):
+        raise DFKDError(f"'{lost[0]}' is not finite in half precision: use half=False")
     save_tensors(path, state, metadata)
+
+def _infinite(state: dict[str, Tensor]) -> list[str]: # names
+    return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+
+def _to_half(
+    value: Tensor, # of a state
+    is_weight: bool, # of a layer, not one of its statistics
+) -> Tensor: # in half precision, or unchanged where that would lose more than rounding
+    "A weight counts beside the largest of its tensor, each of BatchNorm's by itself."
+    if not value.is_floating_point() or not value.numel(): return value
+    size = value.abs()
+    smallest, largest = 2.**-14, 65504. # of half precision's normal numbers
+    if is_weight: lost = (size.max() > 0) & (size.max() < smallest)
+    else: lost = ((size > 0) & (size < smallest) | (size > largest)).any()
+    return value if lost else value.half()
 
 # %% ../../nbs/foundations/03_models.ipynb #13987da6
 def load_weights(
@@ -268,6 +310,7 @@ def load_weights(
 ) -> dict[str, str]: # the file's metadata
     "Fill a network with saved weights. Names and shapes must fit, or a `DFKDError` names the first that does not and nothing is changed."
     tensors, metadata = load_tensors(path)
+    model = unwrap(model)
     own = model.state_dict()
     counters = {k for k in own if k.endswith('num_batches_tracked')} # some files leave them out; in eval mode nobody counts
     odd = [k for k in own if k not in tensors and k not in counters or k in tensors and tensors[k].shape != own[k].shape] + [k for k in tensors if k not in own]
@@ -275,31 +318,119 @@ def load_weights(
     model.load_state_dict(own | {k: v.to(own[k].dtype) for k, v in tensors.items()})
     return metadata
 
+# %% ../../nbs/foundations/03_models.ipynb #88353806
+def why_no_hooks(
+    model: nn.Module, # any network, or one of its layers
+) -> str: # one clause for a message; '' where they can
+    "Why what passes through layers inside `model` cannot be read."
+    return next((reason for module in model.modules() if (reason := _sealed(module))), '')
+
+def _sealed(
+    module: nn.Module, # a network or a part of one
+) -> str: # as `why_no_hooks`, of the module itself
+    if isinstance(module, torch.jit.ScriptModule):
+        return 'TorchScript runs layers without Python; give the network it was made from'
+    if isinstance(module, GraphModule):
+        called = {node.target for node in module.graph.nodes if node.op == 'call_module'}
+        if not called - {'_guards_fn'}: # that one checks the input's shape and is no layer
+            return 'torch.export leaves no layers; give the network it was made from'
+    return ''
+
 # %% ../../nbs/foundations/03_models.ipynb #3f9f7de8
 def classifier_layer(
-    model: nn.Module, # any network
-) -> str: # its name in `named_modules()`
-    "The last linear layer. What enters it is the network's summary of an image. A network without one is a `DFKDError`."
-    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if not names: raise DFKDError(f'{type(model).__name__} has no linear layer: name the layer whose input shall be read')
+    model: nn.Module, # any network; a `Teacher` knows its domain
+    domain: Domain | None = None, # of its images; None: take the one listed last
+) -> str: # its name in `named_modules()`, for a `Teacher` in those of its `model`
+    "The linear layer that gives the logits, or else the last one called."
+    if isinstance(model, Teacher):
+        if model._classifier is None:
+            model._classifier = classifier_layer(model.model, model.domain)
+        return model._classifier
+    who = type(model).__name__
+    if reason := why_no_hooks(model):
+        raise DFKDError(f'no layer of {who} can be read: {reason}')
+    layers: dict[str, nn.Module] = {
+        n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    never = NonDynamicallyQuantizableLinear # attention uses its weights only
+    if domain is not None: names = _called_linears(model, domain, layers)
+    else: names = [name for name, layer in layers.items() if not isinstance(layer, never)]
+    if not names:
+        raise DFKDError(f'{who} has no linear layer: name the layer to read')
     return names[-1]
+
+def _called_linears(
+    model: nn.Module, # any network
+    domain: Domain, # of its images
+    layers: dict[str, nn.Module], # by name
+) -> list[str]: # in the order of the calls; if some give the logits, only those
+    "Run two images through a network to see which layers work."
+    calls: list[tuple[str, Tensor]] = []
+
+    def note(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        calls.append((name, output))
+
+    hooks = [layer.register_forward_hook(partial(note, n)) for n, layer in layers.items()]
+    try: logits = _trial(model, domain)
+    finally:
+        for hook in hooks: hook.remove()
+    give_logits = [name for name, output in calls
+                   if output.shape == logits.shape and output.equal(logits)]
+    return give_logits or [name for name, _ in calls]
 
 # %% ../../nbs/foundations/03_models.ipynb #27d0153b
 @contextmanager
 def tap(
-    model: nn.Module, # any network
-    layer: str = 'classifier', # a name in `named_modules()`; 'classifier' finds the last linear layer
-) -> Iterator[list[Tensor]]: # what entered the layer in each forward pass, `(N, D)`, with its graph
-    "Collects what enters a layer while the `with` block lasts; maps `(N, D, H, W)` are averaged over space."
+    model: nn.Module, # any network, or a `Teacher`, whose network is meant
+    layer: str = 'classifier', # exact, of `named_modules()`; see `classifier_layer`
+) -> Iterator[list[Tensor]]: # what entered in each forward pass, `(N, D)`, with its graph
+    "Collects what enters a layer, averaged over places or tokens; its last call in a pass."
     name = classifier_layer(model) if layer == 'classifier' else layer
-    modules = dict(model.named_modules())
-    if name not in modules or not name:
+    network = model.model if isinstance(model, Teacher) else model
+    modules = dict(network.named_modules(remove_duplicate=False))
+    module = modules.get(name) if name else None
+    parts = name.split('.')
+    around = ['.'.join(parts[:n]) for n in range(len(parts) + 1)] # it is inside these
+    for part in around:
+        if part in modules and (reason := _sealed(modules[part])):
+            who = type(network).__name__
+            raise DFKDError(f"layer '{name}' of {who} cannot be read: {reason}")
+    if module is None:
         near = difflib.get_close_matches(name, modules, 3, 0.3)
-        raise DFKDError(f"no layer '{name}' in {type(model).__name__}: use 'classifier' or a name of named_modules(){', e.g. ' + ', '.join(near) if near else ''}")
+        examples = ', e.g. ' + ', '.join(near) if near else ''
+        raise DFKDError(f"no layer '{name}' in {type(network).__name__}: "
+                        f"use 'classifier' or a name of named_modules(){examples}")
     taken: list[Tensor] = []
-    hook = modules[name].register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0].flatten(2).mean(2) if inputs[0].ndim > 2 else inputs[0]))
+    passes = [0, 0] # of the network, begun; and of these, those with an entry
+
+    def begin(module: nn.Module, inputs: Any) -> None: passes[0] += 1
+
+    def take(module: nn.Module, inputs: tuple[Any, ...], words: dict[str, Any]) -> None:
+        x = next((v for v in (*inputs, *words.values()) if isinstance(v, Tensor)), None)
+        if x is None:
+            raise DFKDError(f"no tensor enters layer '{name}': name another layer")
+        if taken and passes[0] == passes[1]: taken.pop() # called again in one pass
+        taken.append(_pooled(module, x))
+        passes[1] = passes[0]
+
+    hooks = [network.register_forward_pre_hook(begin),
+             module.register_forward_pre_hook(take, with_kwargs=True)]
     try: yield taken
-    finally: hook.remove()
+    finally:
+        for hook in hooks: hook.remove()
+
+def _pooled(
+    layer: nn.Module, # that `x` enters
+    x: Tensor, # `(N, D)`, maps `(N, D, H, W)`, or tokens `(N, T, D)`
+) -> Tensor: # `(N, D)`
+    "One vector an image, averaged; a copy, since a layer may write over its input."
+    if x.ndim < 3: return x.clone()
+    of_maps = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
+    of_rows = isinstance(layer, nn.Linear)
+    if x.ndim > 3 and type(layer) in (nn.LayerNorm, nn.RMSNorm):
+        of_rows = len(layer.normalized_shape) == 1 # type: ignore[arg-type]
+    elif x.ndim == 3: of_rows = of_rows or not isinstance(layer, of_maps)
+    if of_rows: return x.flatten(1, -2).mean(1)
+    return x.flatten(2).mean(2)
 
 # %% ../../nbs/foundations/03_models.ipynb #c6a30462
 def _logits(
@@ -308,7 +439,12 @@ def _logits(
     "Logits out of a tensor, a tuple that begins with one (Inception), a dict with 'logits' or 'out' (segmentation), or an object with `.logits`."
     if isinstance(output, dict): output = output.get('logits', output.get('out'))
     elif hasattr(output, 'logits'): output = output.logits
-    elif isinstance(output, (tuple, list)) and output: output = output[0]
+    elif isinstance(output, (tuple, list)) and output:
+        if not isinstance(output[0], Tensor): # a detector's boxes, for example
+            what = f'{type(output).__name__} of {type(output[0]).__name__}'
+            raise DFKDError(f'the network returned a {what}: '
+                            'wrap it so that it returns logits')
+        output = output[0]
     if not isinstance(output, Tensor): raise DFKDError(f'the network returned {type(output).__name__}: wrap it so that it returns logits')
     return output
 
@@ -323,50 +459,168 @@ def in_eval_mode(
     finally:
         for module, training in modes: module.training = training
 
+# %% ../../nbs/foundations/03_models.ipynb #e3e2a81a
+def _trial(
+    model: nn.Module, # any network
+    domain: Domain, # of the images it takes
+    seed: int = 0, # of the noise
+) -> Tensor: # logits `(2, K)`
+    "What a network answers, in eval mode, to a black image and one of random noise."
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    images = torch.zeros(2, *domain.shape, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    images[1] = torch.randint(0, 256, domain.shape, generator=generator)
+    with torch.no_grad(), in_eval_mode(model):
+        return _logits(model(domain.normalize(images.to(like.device)).to(like.dtype)))
+
+def _are_probabilities(
+    logits: Tensor, # `(N, K)` or `(N, K, H, W)`
+) -> bool:
+    "Whether there are several classes, no number is negative and all rows sum to one."
+    sums = logits.float().sum(1)
+    to_one = bool(((sums - 1).abs() < 1e-4).all())
+    return logits.shape[1] > 1 and bool(logits.min() >= 0) and to_one
+
+_ABOUT_SHAPES = re.compile(
+    r'shape|size|channel|dimension|height|width|spatial|elements|\dD\b', re.IGNORECASE)
+
+def _complaint(
+    error: Exception, # raised by a network
+    model: nn.Module, # that network
+    domain: Domain, # of the images that it was given
+) -> str: # the end of a message
+    "What a network says is wrong, in its own words, and what to do about it."
+    lines = [s for line in str(error).splitlines() if (s := line.strip())] or ['no message']
+    words = f'{type(error).__name__}: {lines[0]}'
+    if lines[0].startswith('The following operation failed'):
+        words = lines[-1] # TorchScript ends with the reason
+    usual = isinstance(error, (RuntimeError, ValueError, AssertionError))
+    is_guard = 'Guard failed' in words # torch.export's, of the size of a batch for example
+    if usual and _ABOUT_SHAPES.search(words) and not is_guard:
+        reason = words.removeprefix('RuntimeError: ')[:100]
+        return (f'does not take images of shape {domain.shape} ({reason}): '
+                'check the channels and size of its domain')
+    advice = f'call it yourself, model(torch.zeros{(2, *domain.shape)}), to see why'
+    if isinstance(error, NotImplementedError):
+        advice = 'give a network with a forward method'
+    elif why_no_hooks(model):
+        advice = 'export it from float32 weights, in eval mode, for batches of any size'
+    return f'fails on images of shape {domain.shape} ({words[:200]}): {advice}'
+
+def _check_weights(
+    model: nn.Module, # any network
+    name: str, # for the message
+) -> None:
+    "A `DFKDError` unless all weights are there."
+    for key, value in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(value):
+            raise DFKDError(f"the network '{name}' has a layer without a shape ('{key}'): "
+                            'call it once on images, then load its weights')
+        if value.is_meta:
+            raise DFKDError(
+                f"the network '{name}' has no numbers ('{key}' is on the meta device): "
+                'load its weights first, model.load_state_dict(weights, assign=True)')
+
 # %% ../../nbs/foundations/03_models.ipynb #f47f48b5
 def check_network(
     model: nn.Module, # any network
     domain: Domain, # of the images it shall take
     name: str = '', # for the message
 ) -> None:
-    "A `DFKDError` unless the network answers two black images of the domain with finite logits, one a class."
+    "A `DFKDError` unless images get finite logits, one a class; a warning for probabilities."
     name = name or type(model).__name__
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    try:
-        with torch.no_grad(), in_eval_mode(model):
-            black = domain.normalize(torch.zeros(2, *domain.shape, dtype=torch.uint8, device=like.device))
-            logits = _logits(model(black.to(like.dtype)))
+    _check_weights(model, name)
+    try: logits = _trial(model, domain)
     except DFKDError: raise
     except Exception as error: # networks of other libraries complain in their own ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DFKDError(f"the network '{name}' does not take images of shape {domain.shape} ({reason}): check the channels and size of its domain") from error
+        complaint = _complaint(error, model, domain)
+        raise DFKDError(f"the network '{name}' {complaint}") from error
     outputs = logits.shape[1] if logits.ndim > 1 else 'no'
-    if outputs != domain.num_classes or len(logits) != 2:
+    if logits.ndim > 1 and len(logits) != 2:
+        raise DFKDError(f"the network '{name}' gives {len(logits)} answers to 2 images: "
+                        f'wrap it so that it returns logits (N, {domain.num_classes})')
+    if outputs != domain.num_classes:
         raise DFKDError(f"the network '{name}' has {outputs} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
     if not logits.isfinite().all(): raise DFKDError(f"the network '{name}' answers with NaN or infinity: its weights are damaged, load or train it again")
+    # most networks fail the first; the other noises make sure that it was no chance
+    if all(_are_probabilities(found) for found in
+           chain([logits], (_trial(model, domain, seed) for seed in (1, 2)))):
+        warnings.warn(
+            f"the network '{name}' answers with probabilities (its rows sum to one), not with "
+            'logits: remove its softmax, or wrap it to return p.clamp_min(1e-12).log()',
+            DFKDWarning, stacklevel=3)
+
+# %% ../../nbs/foundations/03_models.ipynb #1d551735
+def _as_network(
+    model: Any, # what a user calls a network
+) -> nn.Module: # without wrappers
+    "The network to be copied; what is none is a `DFKDError`."
+    if isinstance(model, Teacher): return model.model # its copy is the same network
+    if isinstance(model, ExportedProgram): return model.module()
+    if isinstance(model, nn.Module): return unwrap(model)
+    if isinstance(model, Mapping):
+        raise DFKDError('weights are no network: load them into one with load_state_dict')
+    kind = model if isinstance(model, type) else type(model)
+    raise DFKDError(f'this {kind.__name__} is no network: '
+                    'give an nn.Module that returns logits')
+
+def _frozen_copy(
+    network: nn.Module, # stays as it is
+    name: str, # for the message
+) -> nn.Module: # in eval mode and single precision, without weight gradients
+    "A copy that nothing teaches."
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # PyTorch's own warning, where it copies a graph of torch.export
+            warnings.simplefilter('ignore', FutureWarning)
+            copied = copy.deepcopy(network)
+    except Exception as error: # of a tensor with a history, a lock, an open file
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise DFKDError(f"the network '{name}' cannot be copied ({reason}): "
+                        'build it again and load its state_dict') from error
+    _check_weights(copied, name)
+    for parent in list(copied.modules()):
+        if isinstance(parent, torch.jit.ScriptModule): continue
+        for key, child in list(parent._modules.items()): # parts may be compiled as well
+            if child is not None and unwrap(child) is not child:
+                setattr(parent, key, unwrap(child))
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False) # a traced network takes it only one by one
+    other = torch.float16, torch.bfloat16, torch.float64 # than what we compute in
+    if any(v.dtype in other for v in chain(copied.parameters(), copied.buffers())):
+        copied.float()
+    return copied.eval()
 
 # %% ../../nbs/foundations/03_models.ipynb #a9507c8c
 class Teacher(nn.Module):
-    "Any network, frozen: a copy in eval mode, without weight gradients, with the domain it was trained on."
+    "Any network, frozen: a copy in eval mode and float32, with its domain."
 
     def __init__(
         self,
-        model: nn.Module, # any network that takes `(N, C, H, W)` and returns logits; it is copied, not changed
+        model: nn.Module | ExportedProgram, # `(N, C, H, W)` to logits; it is copied
         domain: Domain, # what its images mean
         name: str = '', # for reports
     ) -> None:
         super().__init__()
-        self.domain, self.name = domain, name or type(model).__name__
+        if not isinstance(domain, Domain):
+            raise DFKDError(f'{domain!r:.50} is no domain: give one, e.g. DOMAINS[name]')
+        network = _as_network(model)
+        self.domain, self.name = domain, name or type(network).__name__
         self.about: dict[str, str] = {} # what its file says: accuracy, how it was trained
-        network: nn.Module = model.get_submodule('model') if isinstance(model, Teacher) else model # a teacher's teacher is the same network
-        try:
-            with torch.no_grad(): self.model: nn.Module = copy.deepcopy(network).eval()
-        except RuntimeError as error:
-            raise DFKDError(f"the network '{self.name}' cannot be copied ({str(error).splitlines()[0][:100]}): build it again and load its state_dict") from error
-        for parameter in self.model.parameters(): parameter.requires_grad_(False) # a traced network takes it only one by one
-        # weights stored in half precision are computed with in full; `autocast` decides about speed
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters()): self.model.float()
+        self._classifier: str | None = None # `classifier_layer` looks for it once
+        self.model = _frozen_copy(network, self.name)
         check_network(self.model, domain, self.name)
+        if why_no_hooks(self.model): self._check_graph()
+
+    def _check_graph(self) -> None:
+        "A graph keeps the mode of its export. Exported in training mode, it changes itself."
+        before = {name: v.clone() for name, v in self.model.named_buffers()}
+        first, second = _trial(self.model, self.domain), _trial(self.model, self.domain)
+        moved = [n for n, v in self.model.named_buffers() if not v.equal(before[n])]
+        if moved or not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
+            what = f"'{moved[0]}' changes" if moved else 'its answer changes'
+            raise DFKDError(f"the network '{self.name}' was exported in training mode "
+                            f'({what} when it is asked): call .eval(), then export it')
 
     def train(self, mode: bool = True) -> 'Teacher':
         "A teacher never leaves eval mode: its statistics are its memory."
@@ -381,19 +635,50 @@ class Teacher(nn.Module):
         "Where its weights are; `.to(device)` moves them."
         return next((p.device for p in self.model.parameters()), torch.device('cpu'))
 
-    @torch.no_grad()
-    def predict(self, images: Tensor, batch_size: int = 500) -> Tensor:
-        "Logits `(N, K)`, on the teacher's device, of uint8 images or intensities in [0, 1] from any device."
-        batches = self.domain.check(images).split(batch_size)
-        return torch.cat([self(self.domain.normalize(b.to(self.device))) for b in batches])
+    def _batches(self, images: Tensor | ImageSource, batch_size: int) -> Iterator[Tensor]:
+        "Normalised batches on the teacher's device, in its precision."
+        if batch_size < 1:
+            raise DFKDError(f'batches of {batch_size} images: give 1 or more')
+        parts: Iterable[Tensor]
+        if isinstance(images, Tensor): parts = self.domain.check(images).split(batch_size)
+        elif isinstance(images, ImageSource):
+            parts = (self.domain.check(x) for x, _ in images.batches(batch_size))
+        else:
+            raise DFKDError(
+                f"'{self.name}' was shown a {type(images).__name__}: "
+                'give a tensor or an ImageSource, e.g. ImageSet.collect(images, domain)')
+        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        dtype = torch.float32 if weight is None else weight.dtype
+        for part in parts: yield self.domain.normalize(part.to(self.device)).to(dtype)
 
     @torch.no_grad()
-    def embed(self, images: Tensor, layer: str = 'classifier', batch_size: int = 500) -> Tensor:
-        "What enters a layer, `(N, D)`, on the teacher's device: by default its summary of each image. Images as for `predict`, layers as for `tap`."
-        with tap(self.model, layer) as taken:
-            for b in self.domain.check(images).split(batch_size): self.model(self.domain.normalize(b.to(self.device)))
-        if not taken: raise DFKDError(f"the network '{self.name}' did not use layer '{layer}': name one that its forward pass calls")
-        return torch.cat(taken)
+    def predict(self, images: Tensor | ImageSource, batch_size: int = 500) -> Tensor:
+        "Logits `(N, K)`, on the teacher's device, of uint8 images or intensities in [0, 1] from any device."
+        return torch.cat([self(x) for x in self._batches(images, batch_size)])
+
+    @torch.no_grad()
+    def embed(
+        self,
+        images: Tensor | ImageSource,
+        layer: str = 'classifier',
+        batch_size: int = 500,
+    ) -> Tensor:
+        "What enters a layer, `(N, D)`: its summary of each image. See `predict` and `tap`."
+        found: list[Tensor] = []
+        with tap(self, layer) as taken:
+            for x in self._batches(images, batch_size):
+                taken.clear()
+                self.model(x)
+                if not taken:
+                    raise DFKDError(f"the network '{self.name}' did not use layer '{layer}'"
+                                    ': name one that its forward pass calls')
+                rows = taken[-1]
+                if len(rows) != len(x):
+                    raise DFKDError(
+                        f"layer '{layer}' of '{self.name}' gets {len(rows)} rows for "
+                        f'{len(x)} images: name one that gets one row an image')
+                found.append(rows)
+        return torch.cat(found)
 
 # %% ../../nbs/foundations/03_models.ipynb #a2806862
 def shipped_weights() -> list[str]: # sorted
@@ -449,8 +734,8 @@ def inherit(
     teacher: nn.Module, # a `Teacher` or any network built from the same kind of blocks
 ) -> float: # share of the student's parameters that were taken over
     "Let a student begin with its teacher's blocks, in order, some of them left out. Networks that have no part in common are a `DFKDError`."
-    source: nn.Module = teacher.get_submodule('model') if isinstance(teacher, Teacher) else teacher
-    taken = _take_over(student, source)
+    source = _as_network(teacher)
+    taken = _take_over(unwrap(student), source)
     if not taken: raise DFKDError(f'no part of {type(student).__name__} has the shapes of a part of {type(source).__name__}: begin from random weights')
     return taken / count_parameters(student)
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import View
-from ..dreams.statistics import batchnorm_layers
-from ..foundations.core import DFKDError
+from ..dreams.statistics import FusedBatchNorm, FusedTeacher, _Observed, batchnorm_layers
+from ..foundations.core import DFKDError, seeded
 from ..foundations.data import Augment
 from ..foundations.distillation import _full
-from ..foundations.models import Teacher, classifier_layer
+from ..foundations.models import Teacher, _pooled, classifier_layer
 from .generators import GenerativeSynthesizer
 
 # %% ../../nbs/generators/11_contrastive.ipynb #0132337c
@@ -37,6 +37,17 @@ def info_nce(
     return likeness.logsumexp(1) - likeness.diagonal()
 
 # %% ../../nbs/generators/11_contrastive.ipynb #988561c8
+def _interpolation(
+    share: Tensor, # of the side, that the part covers, `(N,)`; negative: mirrored
+    middle: Tensor, # of the part, `(N,)`; the side reaches from -1 to 1
+    size: int, # pixels of the side
+) -> Tensor: # `(N, size, size)`; row i: how much each pixel counts for pixel i of the part
+    "Linear interpolation along one side as a matrix."
+    pixels = torch.arange(size, dtype=share.dtype, device=share.device)
+    centres = (2 * pixels + 1) / size - 1
+    places = ((share[:, None] * centres + middle[:, None] + 1) * size - 1) / 2 # in pixels
+    return (1 - (places.clamp(0, size - 1)[..., None] - pixels).abs()).clamp_min(0)
+
 @dataclass(frozen=True)
 class LocalView:
     "A random part of each image, enlarged to the image's size: one batched, differentiable resampling."
@@ -54,45 +65,65 @@ class LocalView:
         generator: torch.Generator, # a CPU generator
     ) -> Tensor: # `(N, C, H, W)`
         "Each image cut at its own random place and size."
+        if images.ndim != 4 or not images.is_floating_point():
+            raise DFKDError(f'views of a {images.dtype} tensor of shape {tuple(images.shape)}: '
+                            'give floats (N, C, H, W)')
         def uniform(low: float, high: float) -> Tensor: return low + (high - low) * torch.rand(len(images), generator=generator)
         area, ratio = uniform(*self.scale), uniform(*map(math.log, self.ratio)).exp()
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
         right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height) # of the middle; the image reaches from -1 to 1
         if self.flip: width = torch.where(uniform(0, 1) < 0.5, -width, width)
-        zero = torch.zeros_like(width)
-        places = torch.stack([torch.stack([width, zero, right], 1), torch.stack([zero, height, down], 1)], 1).to(images.device, images.dtype)
-        return F.grid_sample(images, F.affine_grid(places, list(images.shape), align_corners=False), padding_mode='border', align_corners=False)
+        parts = torch.stack([width, right, height, down]).to(images.device, images.dtype)
+        columns = _interpolation(parts[0], parts[1], images.shape[3])
+        rows = _interpolation(parts[2], parts[3], images.shape[2])
+        return rows[:, None] @ images @ columns[:, None].mT
 
 # %% ../../nbs/generators/11_contrastive.ipynb #5c13879d
 class Summary:
-    "One vector an image while a `with` block lasts: the mean of every channel that enters some layers of a network."
+    "One vector an image while a `with` block lasts: the mean of each channel that enters some layers (at their last call)."
 
     def __init__(
         self,
-        network: nn.Module, # any; its forward pass is not changed
-        layers: Sequence[str], # names, perhaps without what stands before them in `network`
+        network: nn.Module, # any, also a `Teacher` or `FusedTeacher`; its forward pass is not changed
+        layers: Sequence[str], # exact names in `named_modules()` of the network inside a `Teacher`
     ) -> None:
-        inside = dict(network.named_modules())
-        self.modules = {}
+        if isinstance(layers, str) or not layers:
+            raise DFKDError(f'layers={layers!r} to summarise images by: give a list of layer names')
+        inside = network
+        while isinstance(inside, (Teacher, FusedTeacher)): inside = inside.model
+        self.modules: dict[str, nn.Module] = {}
         for layer in layers:
-            name = next((n for n in inside if f'.{n}'.endswith(f'.{layer}')), None)
-            if name is None: raise DFKDError(f"no layer '{layer}' in {type(network).__name__}: use names of named_modules()")
-            self.modules[layer] = inside[name]
-        if not self.modules: raise DFKDError('no layer to summarise images by: name one or more')
+            try: found = inside.get_submodule(layer)
+            except AttributeError: found = inside
+            if found is inside:
+                raise DFKDError(f"no layer '{layer}' in {type(inside).__name__}: "
+                                'use names of named_modules()')
+            self.modules[layer] = found
         self.parts: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
 
     def _take(self, layer: str, x: Tensor) -> None:
-        self.parts[layer] = x.float().mean(1 if x.ndim == 3 else tuple(range(2, x.ndim))) if x.ndim > 2 else x.float() # tokens `(N, T, D)` over T
+        module = self.modules[layer]
+        of_maps = x.ndim > 2 and isinstance(module, (FusedBatchNorm, _Observed))
+        self.parts[layer] = (x.flatten(2).mean(2) if of_maps else _pooled(module, x)).float()
 
     def __enter__(self) -> 'Summary':
-        self._hooks = [module.register_forward_pre_hook(lambda module, inputs, layer=layer: self._take(layer, inputs[0])) for layer, module in self.modules.items()]
+        for layer, module in self.modules.items():
+            def take(module: nn.Module, given: Any, named: Any, layer: str = layer) -> None:
+                self._take(layer, (*given, *named.values())[0])
+            self._hooks.append(module.register_forward_pre_hook(take, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks: hook.remove()
         self._hooks = []
         self.parts.clear()
+
+    def drop_unused(self) -> None:
+        "Forget the layers that the last forward pass did not call, such as a head that only helped in training."
+        self.modules = {name: layer for name, layer in self.modules.items() if name in self.parts}
+        if not self.modules:
+            raise DFKDError('the network called none of the layers: name some that its forward pass calls')
 
     def vectors(self) -> Tensor: # `(N, D)`, with graph
         "What the last forward pass left, layer by layer in one row."
@@ -159,9 +190,9 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
         bank_size: int = 40_960, # images that are remembered
         negatives: int = 4096, # of them, drawn for each update
         head_size: int = 256, # numbers in a projection
-        layers: Sequence[str] | None = None, # features: means of what enters these; None: all BatchNorm layers, or the classifier where there are none
+        layers: Sequence[str] | None = None, # features: means of what enters these, see `Summary`; None: all BatchNorm layers, or the classifier where there are none
         local: LocalView | None = None, # None: a quarter of the area or more, mirrored if `augment` mirrors
-        initialisation: str = 'normal', # of fresh generators: 'normal', N(0, 0.02) as in public code, or PyTorch's 'default'
+        initialisation: str = 'normal', # of the fresh weights of 'restart': 'normal', N(0, 0.02) as in public code, or PyTorch's 'default'
         reuse: str = 'restart', # 'restart': generator and head from fresh weights for every batch; 'continue'
         **settings: Any, # see `Painting`; `augment` makes the global view
     ) -> None:
@@ -171,24 +202,30 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
         self.contrastive_temperature, self.negatives, self.head_size, self.initialisation = contrastive_temperature, negatives, head_size, initialisation
         further = settings.pop('terms', None) or {}
         super().__init__(teacher, reuse=reuse, terms={**further, 'contrast': (contrastive_weight, self._contrast)}, **settings)
-        names = list(layers or batchnorm_layers(self.teacher.model)) or [classifier_layer(self.teacher.model)]
+        norms = list(batchnorm_layers(self.teacher.model))
+        names = layers if layers is not None else norms or [classifier_layer(self.teacher)]
         self.summary = Summary(self.look.network, names)
         augment: Augment | None = self.augment
         self.local = local or LocalView(flip=augment is None or augment.flip)
         with torch.no_grad(), self.summary:
             self.look(torch.zeros(2, *self.domain.shape, device=self.device))
+            if layers is None: self.summary.drop_unused()
             self.features = self.summary.vectors().shape[1]
         self.bank = MemoryBank(bank_size, self.features, self.device)
         self._new_head()
         self._images: Tensor | None = None
-        self._made_with |= {'contrastive_temperature': contrastive_temperature, 'negatives': negatives, 'initialisation': initialisation}
+        self._made_with |= {
+            'contrastive_temperature': contrastive_temperature, 'negatives': negatives,
+            'initialisation': initialisation, 'head_size': head_size, 'local': repr(self.local),
+            'layers': list(self.summary.modules)}
 
     def _new_head(self) -> None:
         "A fresh projection, from the synthesizer's random stream, and its Adam."
         seed = int(torch.randint(2**62, (), generator=self.rng))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.head = nn.Sequential(nn.Linear(self.features, self.head_size), nn.ReLU(), nn.Linear(self.head_size, self.head_size)).to(self.device)
+        sizes = self.features, self.head_size
+        with seeded(seed):
+            first, second = nn.Linear(*sizes), nn.Linear(self.head_size, self.head_size)
+        self.head = nn.Sequential(first, nn.ReLU(), second).to(self.device)
         self.helpers = [torch.optim.Adam(self.head.parameters(), self.learning_rate, betas=(0.5, 0.999))]
 
     def _take(self) -> None:

@@ -21,7 +21,14 @@ from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, Look
 from ..dreams.priors import Objective, Term, View, class_loss, tv_term
 from ..dreams.statistics import Statistics
-from ..foundations.core import DFKDError, autocast, pick_device
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    RandomStreams,
+    autocast,
+    pick_device,
+    same_device,
+    seeded,
+)
 from ..foundations.data import Augment, Domain, ImageSet
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import Teacher, _logits, in_eval_mode
@@ -122,6 +129,42 @@ def _same_network(teacher: Teacher, student: nn.Module) -> bool:
     own, theirs = teacher.model.state_dict(), (student.model if isinstance(student, Teacher) else student).state_dict()
     return own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v.cpu(), theirs[k].cpu()) for k, v in own.items())
 
+def _same_scale(one: Domain, other: Domain) -> bool:
+    return (one.mean, one.std) == (other.mean, other.std)
+
+def _teacher_at(teacher: Teacher, device: torch.device) -> Teacher:
+    "The teacher itself where it is on the device already, otherwise a copy: the caller's is not moved."
+    return teacher if same_device(teacher.device, device) else copy.deepcopy(teacher).to(device)
+
+def _check_student(
+    student: nn.Module, # alive
+    student_domain: Domain | None, # what it expects; None: what the teacher does
+    domain: Domain, # the teacher's
+    device: torch.device, # where images are made
+) -> None:
+    "A `DFKDError` unless a student is on the device, for images of the teacher's shape and classes."
+    place = next((p.device for p in student.parameters()), None)
+    if place is not None and not same_device(place, device):
+        raise DFKDError(f'the student is on {place}, images are made on {device}: move one of them')
+    if student_domain is None: return
+    if student_domain.shape != domain.shape:
+        raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, the "
+                        f"teacher's {domain.shape}: they may differ in mean and std only")
+    student_domain.check_classes(domain)
+
+def _answers(student: nn.Module, x: Tensor) -> Tensor:
+    "A student's logits for images on its own scale, which it gets in the precision of its weights."
+    like = next((p for p in student.parameters() if p.is_floating_point()), x)
+    return _logits(student(x.to(like.dtype)))
+
+def _copied(network: nn.Module) -> nn.Module:
+    "A copy of a generator, or a `DFKDError` where it cannot be copied."
+    try: return copy.deepcopy(network)
+    except RuntimeError as error: # e.g. weights that are computed from others by a hook
+        reason = (str(error).splitlines() or [''])[0][:100]
+        raise DFKDError(f"the generator '{type(network).__name__}' cannot be copied ({reason}): "
+                        'build it again and load its state_dict') from error
+
 def _check_generator(network: nn.Module, domain: Domain, device: torch.device) -> None:
     "A `DFKDError` unless codes of `latent_shape` become images of the domain, in [0, 1]."
     name, shape = type(network).__name__, getattr(network, 'latent_shape', None)
@@ -136,18 +179,22 @@ def _check_generator(network: nn.Module, domain: Domain, device: torch.device) -
 
 # %% ../../nbs/generators/10_generators.ipynb #b5aea848
 class Painting:
-    "A generator, its judges, and what every answer costs."
+    """A generator, its judges, and what every answer costs.
+
+    What is handed in stays as it is: the generator is copied and the copy trained (`.generator`
+    is the trained one); a teacher on another device is copied there; the student is asked.
+    """
 
     def __init__(
         self,
-        teacher: Teacher, # the network that is asked; it is not changed
+        teacher: Teacher, # the network that is asked; neither changed nor moved
         *,
-        generator: nn.Module | None = None, # codes `(N, *latent_shape)` to images in [0, 1]; None builds a `Generator`
+        generator: nn.Module | None = None, # codes `(N, *latent_shape)` to images in [0, 1]: a copy of it is trained, but for weights with `requires_grad` off; None builds a `Generator`
         steps: int = 1, # updates for each batch
         batch_size: int = 256, # images in a batch
         learning_rate: float = 1e-3, # of Adam on the generator's weights
         latent_learning_rate: float = 0., # of Adam on the codes; 0 leaves them as drawn
-        reuse: str = 'continue', # what a batch begins from: 'continue' the last batch's weights, 'restart' from fresh ones
+        reuse: str = 'continue', # what a batch begins from: 'continue' the last batch's weights, 'restart' from fresh ones (`reset_parameters`)
         class_weight: float = 0., # of the class loss
         balance_weight: float = 0., # see `balance_term`
         activation_weight: float = 0., # see `activation_term`
@@ -161,43 +208,61 @@ class Painting:
         labels: str = 'answers', # classes: the teacher's 'answers', or 'wishes' drawn at random
         terms: Mapping[str, tuple[float, Term]] | None = None, # further terms: name to weight and term
         student: nn.Module | None = None, # to compete with, alive: it may go on learning
+        student_domain: Domain | None = None, # normalisation that the student expects; None: the teacher's, or that of the `Distiller` it is paired with
         statistics: Statistics | None = None, # to be matched; None reads the teacher's BatchNorm layers
         augment: Augment | None = None, # what the networks see is changed so, as in their training
-        embedding: str = '', # keep `view.embedding` for further terms: 'classifier' or a layer
+        embedding: str = '', # keep `view.embedding`, of which `activation_term` and further terms read: 'classifier' or a layer
         precision: str = 'float32', # 'bfloat16' or 'float16' for mixed precision
         device: str | torch.device = 'auto', # where to paint
-        seed: int = 0, # of everything random
+        seed: int = 0, # of everything random, what generator and terms draw themselves included (dropout)
     ) -> None:
         if min(steps, batch_size) < 1: raise DFKDError(f'{steps} updates of batches of {batch_size}: give 1 or more of each')
-        if learning_rate <= 0 or latent_learning_rate < 0: raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: give a positive one, and 0 or more')
+        if not 0 < learning_rate < math.inf or not 0 <= latent_learning_rate < math.inf:
+            raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: '
+                            'give a positive one, and 0 or more')
         if reuse not in self.REUSE: raise DFKDError(f"unknown reuse '{reuse}': use {', '.join(self.REUSE)}")
         if labels not in ('answers', 'wishes'): raise DFKDError(f"unknown labels '{labels}': use 'answers' or 'wishes'")
+        if feature_scale not in FEATURE_TERMS:
+            raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
         if adversarial_weight and student is None: raise DFKDError('adversarial_weight needs somebody to compete with: give a student')
-        if student is not None and _same_network(teacher, student): raise DFKDError('the student is the teacher: they never disagree, so there is nothing to compete for; give another network')
+        if student_domain is not None and student is None:
+            raise DFKDError('student_domain says what a student expects: give a student')
+        alike = student_domain is None or _same_scale(student_domain, teacher.domain)
+        if student is not None and alike and _same_network(teacher, student):
+            raise DFKDError('the student is the teacher: they never disagree, so there is nothing to '
+                            'compete for; give another network')
         self.device = pick_device(device)
-        self.teacher, self.domain, self.student = teacher.to(self.device), teacher.domain, student
+        self.teacher, self.domain = _teacher_at(teacher, self.device), teacher.domain
+        self.student, self.student_domain = student, student_domain
+        if student is not None: _check_student(student, student_domain, self.domain, self.device)
         if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher)
         self.look = Look(self.teacher, statistics, precision, embedding or ('classifier' if activation_weight else ''))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = generator if generator is not None else Generator(self.domain.shape) # type: ignore[arg-type]
-        self.network = network.to(self.device)
+        with seeded(seed):
+            network = Generator(self.domain.shape) if generator is None else _copied(generator)
+        self.network = network.to(self.device) # its form; `weights` and `buffers` are its tensors
         _check_generator(self.network, self.domain, self.device)
         self.latent_shape: tuple[int, ...] = tuple(network.latent_shape) # type: ignore[arg-type]
         known: dict[str, tuple[float, Term]] = {'class': (class_weight, class_loss), 'balance': (balance_weight, balance_term), 'activation': (activation_weight, activation_term), 'tv_l2': (tv_l2, tv_term('l2'))}
         if statistics is not None: known['features'] = feature_weight, self._feature_term(statistics, feature_scale)
-        if student is not None: known['adversarial'] = adversarial_weight, adversarial_term(distance, agreement, temperature)
+        adversary = adversarial_term(distance, agreement, temperature) # checked without a student too
+        if student is not None: known['adversarial'] = adversarial_weight, adversary
         self.objective = Objective(known | dict(terms or {}))
-        self._made_with = {'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate, 'latent_learning_rate': latent_learning_rate, 'reuse': reuse, 'labels': labels, **self.objective.weights}
+        self._made_with = {
+            'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate,
+            'latent_learning_rate': latent_learning_rate, 'reuse': reuse, 'labels': labels,
+            'feature_scale': feature_scale, 'distance': distance, 'agreement': agreement,
+            'temperature': temperature, 'augment': repr(augment), 'precision': precision,
+            **self.objective.weights}
         self.steps, self.batch_size, self.labels, self.augment, self.reuse = steps, batch_size, labels, augment, reuse
         self.learning_rate, self.latent_learning_rate, self.seed, self.competing = learning_rate, latent_learning_rate, seed, True
         self.rng = torch.Generator().manual_seed(seed) # of codes, wishes, augmentation and fresh weights
+        self.streams = RandomStreams(seed) # of whatever draws without a generator of its own
         self.updates = self.batches = 0 # made so far; batches finished
         self.history: list[dict[str, float]] = [] # one row a batch
-        self.weights = {k: p.detach().clone().requires_grad_() for k, p in self.network.named_parameters()}
-        self.buffers = {k: b.detach().clone() for k, b in self.network.named_buffers()}
-        if not self.weights and not latent_learning_rate: raise DFKDError('this generator has no weights: give a latent_learning_rate above 0')
-        self.optimizer = self._adam(self.weights)
+        self._set(*self._tensors())
+        if not self.weights and not latent_learning_rate:
+            raise DFKDError('this generator has no weights that may change: '
+                            'give a latent_learning_rate above 0')
         self.codes = torch.empty(0, device=self.device)
         self.targets: Tensor | None = None
         self.latent_optimizer: torch.optim.Adam | None = None
@@ -208,8 +273,29 @@ class Painting:
     REUSE: tuple[str, ...] = ('continue', 'restart')
 
     def _feature_term(self, statistics: Statistics, scale: str) -> Term:
-        if scale not in FEATURE_TERMS: raise DFKDError(f"unknown feature_scale '{scale}': use {' or '.join(FEATURE_TERMS)}")
         return FEATURE_TERMS[scale](statistics, 1.)
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        "The network's weights that may change, and all its other tensors."
+        named: dict[str, Tensor] = dict(self.network.named_parameters())
+        moving = {k: p for k, p in named.items() if p.requires_grad}
+        frozen = {k: p for k, p in named.items() if not p.requires_grad}
+        return moving, frozen | dict(self.network.named_buffers())
+
+    def _set(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        "Copies of these weights and of what no gradient changes, and an Adam that knows nothing of the old ones."
+        self.weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
+        self.buffers = {k: v.detach().clone() for k, v in buffers.items()}
+        self.optimizer = self._adam(self.weights)
+
+    @property
+    def generator(self) -> nn.Module: # in eval mode; later updates do not reach it
+        "A copy of the generator as it is now: the network that `draw` paints with."
+        found, now = copy.deepcopy(self.network).eval(), self.weights | self.buffers
+        with torch.no_grad():
+            for name, tensor in (*found.named_parameters(), *found.named_buffers()):
+                tensor.copy_(now[name])
+        return found
 
     def _adam(self, weights: Mapping[str, Tensor]) -> torch.optim.Adam | None:
         "Adam as the field's code has it; None where there is nothing to learn."
@@ -220,8 +306,8 @@ class Painting:
         codes: Tensor, # `(N, *latent_shape)`
         train: bool = True, # whether the generator's BatchNorm measures this batch
     ) -> Tensor: # intensities in [0, 1], `(N, C, H, W)`
-        "The generator with the weights in hand."
-        self.network.train(train)
+        "The generator with the weights in hand; one without weights that may change paints in eval mode."
+        self.network.train(train and bool(self.weights))
         with autocast(self.device, self.look.precision): return functional_call(self.network, (self.weights, self.buffers), (codes,)).float()
 
     @torch.no_grad()
@@ -238,14 +324,17 @@ class Painting:
         images: Tensor, # intensities in [0, 1], `(N, C, H, W)`
         targets: Tensor | None, # wished classes; None takes the teacher's answers
     ) -> tuple[Tensor, dict[str, Tensor], View]: # the total, each term, and all that was seen
-        "What the images cost. The student answers in eval mode and gets no gradient."
+        "What the images cost. The student answers in eval mode, on its own scale, and gets no gradient."
         x = self.domain.normalize(images if self.augment is None else self.augment(images, self.rng))
         logits, features, embedding = self.look(x)
         answers = None
         if self.student is not None and (self.competing and self.objective.weights.get('adversarial') or self.wants_student):
-            with in_eval_mode(self.student), autocast(self.device, self.look.precision): answers = _logits(self.student(x))
+            theirs = self.domain.renormalize(x, self.student_domain or self.domain)
+            with in_eval_mode(self.student), autocast(self.device, self.look.precision):
+                answers = _answers(self.student, theirs)
         objective = self.objective if answers is not None or 'adversarial' not in self.objective.weights else self.objective.reweigh(adversarial=0.)
-        view = View(x, logits, logits.detach().argmax(1) if targets is None else targets, features, answers, embedding)
+        targets = logits.detach().argmax(1) if targets is None else targets
+        view = View(self.domain.to_pixels(x), logits, targets, features, answers, embedding)
         return *objective(view), view
 
     wants_student = False # set it where further terms ask for `view.student_logits`
@@ -286,22 +375,23 @@ class GenerativeSynthesizer(Painting):
 
     @torch.no_grad()
     def _restart(self) -> None:
-        "Fresh weights: what `reset_parameters` draws, from the synthesizer's own random stream."
+        "Fresh weights but for frozen ones: what `reset_parameters` draws, from the synthesizer's own stream."
         seed = int(torch.randint(2**62, (), generator=self.rng))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        named = dict(self.network.named_parameters())
+        frozen = {k: p.clone() for k, p in named.items() if not p.requires_grad}
+        with seeded(seed):
             for module in self.network.modules():
+                own = list(module.parameters(recurse=False))
+                if own and not any(p.requires_grad for p in own): continue # nor its statistics
                 if callable(reset := getattr(module, 'reset_parameters', None)): reset()
-        self._set(dict(self.network.named_parameters()), dict(self.network.named_buffers()))
-
-    def _set(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        "Copies of these weights, and an Adam that knows nothing of the old ones."
-        self.weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
-        self.buffers = {k: v.detach().clone() for k, v in buffers.items()}
-        self.optimizer = self._adam(self.weights)
+        for name, weight in frozen.items(): named[name].copy_(weight)
+        self._set(*self._tensors())
 
     def step(self) -> None:
         "One update of the batch in hand."
+        with self.streams: self._update()
+
+    def _update(self) -> None:
         if not self.left: self.start()
         images = self.paint(self.codes)
         total, values, view = self.judge(images, self.targets)
@@ -355,10 +445,23 @@ class GenerativeSynthesizer(Painting):
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, also in the middle of a batch. The tensors are alive: save them before the next update."
         def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: return {k: v.detach() for k, v in tensors.items()}
-        return {'settings': dict(self._made_with), 'weights': detached(self.weights), 'buffers': detached(self.buffers), 'optimizer': self.optimizer.state_dict() if self.optimizer else None, 'codes': self.codes.detach(),
-                'latent_optimizer': self.latent_optimizer.state_dict() if self.left and self.latent_optimizer else None, 'targets': self.targets if self.left else None,
-                'best': self._plain_best(), 'rng': self.rng.get_state(), 'left': self.left, 'updates': self.updates, 'batches': self.batches, 'competing': self.competing,
-                'history': [dict(row) for row in self.history]}
+        latent = self.latent_optimizer if self.left else None # a new batch has a new one
+        return {
+            'settings': dict(self._made_with),
+            'weights': detached(self.weights),
+            'buffers': detached(self.buffers),
+            'optimizer': self.optimizer.state_dict() if self.optimizer else None,
+            'codes': self.codes.detach(),
+            'latent_optimizer': latent.state_dict() if latent else None,
+            'targets': self.targets if self.left else None,
+            'best': self._plain_best(),
+            'rng': self.rng.get_state(),
+            'streams': self.streams.state_dict(),
+            'left': self.left,
+            'updates': self.updates,
+            'batches': self.batches,
+            'competing': self.competing,
+            'history': [dict(row) for row in self.history]}
 
     def _plain_best(self) -> dict[str, Any] | None:
         if self.best is None: return None
@@ -368,10 +471,13 @@ class GenerativeSynthesizer(Painting):
         "Go on where `state_dict` stood: same teacher, same settings. Nothing of `state` is shared with it afterwards."
         changed = [f'{k} (was {v}, now {self._made_with.get(k)})' for k, v in state['settings'].items() if self._made_with.get(k) != v]
         if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
-        if {k: v.shape for k, v in state['weights'].items()} != {k: v.shape for k, v in self.weights.items()}: raise DFKDError('this state belongs to another generator: build the one it was saved from')
+        for kind, own in (('weights', self.weights), ('buffers', self.buffers)):
+            if {k: v.shape for k, v in state[kind].items()} != {k: v.shape for k, v in own.items()}:
+                raise DFKDError('this state belongs to another generator: build the one it was saved from')
         self._set({k: v.to(self.device) for k, v in state['weights'].items()}, {k: v.to(self.device) for k, v in state['buffers'].items()})
         if self.optimizer: self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
         self.rng.set_state(state['rng'].cpu())
+        self.streams.load_state_dict(state['streams'])
         self.left, self.updates, self.batches, self.competing = state['left'], state['updates'], state['batches'], state['competing']
         self.history = [dict(row) for row in state['history']]
         self.codes, self.latent_optimizer = state['codes'].to(self.device).clone(), None
@@ -381,7 +487,12 @@ class GenerativeSynthesizer(Painting):
             self.latent_optimizer = torch.optim.Adam([self.codes], self.latent_learning_rate, betas=(0.5, 0.999))
             self.latent_optimizer.load_state_dict(copy.deepcopy(state['latent_optimizer']))
         best = state['best']
-        self.best = best and best | {'moments': best['moments'] and {k: tuple(pair) for k, pair in best['moments'].items()}}
+        if best is not None: # a checkpoint may have been read on another device
+            moved = {k: v.to(self.device) for k, v in best.items() if isinstance(v, Tensor)}
+            moments = best['moments'] and {
+                k: (m.to(self.device), v.to(self.device)) for k, (m, v) in best['moments'].items()}
+            best = best | moved | {'moments': moments}
+        self.best = best
 
 # %% ../../nbs/generators/10_generators.ipynb #6ee20975
 class Alternation(Turns):
@@ -407,6 +518,16 @@ class Alternation(Turns):
         super().__init__(maker, distiller, rounds)
         self.updates_per_round, self.warmup_rounds = updates_per_round, warmup_rounds
         self.pool: Any = distiller.source if hasattr(distiller.source, 'add') else None
+        askers: list[Any] = [maker, self.pool]
+        for part in askers: # whoever asks the student shows it what the distiller shows it
+            if getattr(part, 'student', None) is not distiller.student: continue
+            given = getattr(part, 'student_domain', None) or distiller.domain
+            if not _same_scale(given, distiller.domain):
+                raise DFKDError(
+                    f'the student learns with mean {distiller.domain.mean} and std {distiller.domain.std}, '
+                    f'the {type(part).__name__} asks it with {given.mean} and {given.std}: '
+                    'make student_domain and the domain of the Distiller agree')
+            part.student_domain = distiller.domain
 
     @property
     def mark(self) -> int: return max(0, self.round - self.warmup_rounds) * self.updates_per_round

@@ -75,20 +75,28 @@ class MetaSynthesizer(GenerativeSynthesizer):
         meta_latent_learning_rate: float | None = None, # of Adam on the meta-learned codes; None: latent_learning_rate x steps
         latent_life: int | None = 1, # batches that begin from one set of codes, which is meta-learned from 2 on; None: all of them
         momentum: float | None = None, # weight of the new batch in running feature statistics (Eq. 15); None: each batch by itself
-        reset_first_layer_at: int | None = None, # the batch before which the generator's first layers begin anew; None: never
+        reset_first_layer_at: int | None = None, # the batch before which the generator's first layers begin anew ('restart' begins all of them anew anyway); None: never
         **settings: Any, # see `Painting`
     ) -> None:
         if meta not in META: raise DFKDError(f"unknown meta '{meta}': use {', '.join(META)}")
         if latent_life is not None and latent_life < 1: raise DFKDError(f'latent_life {latent_life}: give 1 or more batches, or None for all')
         for name, rate in {'meta_learning_rate': meta_learning_rate, 'meta_latent_learning_rate': meta_latent_learning_rate}.items():
             if rate is not None and not rate > 0: raise DFKDError(f'{name} {rate}: give a positive one, or None')
+        if reuse != 'meta' and (latent_life != 1 or meta_learning_rate is not None):
+            raise DFKDError(f'latent_life {latent_life}, meta_learning_rate {meta_learning_rate}: '
+                            f"nothing is meta-learned with reuse='{reuse}'; leave them out, or set reuse='meta'")
+        if meta_latent_learning_rate is not None and (reuse != 'meta' or latent_life == 1):
+            raise DFKDError(f'meta_latent_learning_rate {meta_latent_learning_rate}, but codes that serve one '
+                            "batch are not meta-learned: set latent_life to 2 or more and reuse='meta', or leave it out")
         if reset_first_layer_at is not None and reset_first_layer_at < 1: raise DFKDError(f'reset_first_layer_at {reset_first_layer_at}: batches count from 1; give None for never')
         self.running = None if momentum is None else RunningStatistics(momentum)
         super().__init__(teacher, reuse=reuse, **settings)
         self._made_with |= {'meta': meta, 'latent_life': latent_life, 'momentum': momentum, 'reset_first_layer_at': reset_first_layer_at}
         self.meta, self.latent_life, self.reset_first_layer_at = meta, latent_life, reset_first_layer_at
         if self.learns_codes and not self.latent_learning_rate: raise DFKDError('codes that live for more than one batch are learned: give a latent_learning_rate above 0, or latent_life=1')
-        if reuse == 'meta' and not self.weights and not self.learns_codes: raise DFKDError("pixels have no weights to learn from batch to batch: give latent_life=None, or reuse='continue'")
+        if reuse == 'meta' and not self.weights and not self.learns_codes:
+            raise DFKDError('this generator has no weights to learn from batch to batch: '
+                            "give latent_life=None, or reuse='continue'")
         self.meta_learning_rate = meta_learning_rate or self.learning_rate * self.steps
         self.meta_latent_learning_rate = meta_latent_learning_rate or self.latent_learning_rate * self.steps
         self._made_with |= {'meta_learning_rate': self.meta_learning_rate, 'meta_latent_learning_rate': self.meta_latent_learning_rate}
@@ -157,9 +165,9 @@ class MetaSynthesizer(GenerativeSynthesizer):
         "All that the inner loop changes."
         return self.weights | ({'codes': self.codes} if self.latent_optimizer else {})
 
-    def step(self) -> None:
+    def _update(self) -> None:
         "One update of the batch in hand; after the last one the meta-weights learn from it."
-        super().step()
+        super()._update()
         if self.reuse != 'meta': return
         if self.meta == 'sum':
             for name, leaf in self._moving.items():

@@ -8,6 +8,7 @@ __all__ = ['modulation', 'sampling_probabilities', 'importance_weights', 'Replay
 
 # %% ../../nbs/generators/13_replay.ipynb #5ca33ee3
 import io
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from ..dreams.priors import Term, View
 from ..foundations.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
 from ..foundations.data import Domain, EpochSampler, ImageSet, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full
-from ..foundations.models import Teacher, _logits, in_eval_mode
+from ..foundations.models import Teacher, in_eval_mode
 from . import meta
-from .generators import DISTANCES, Alternation
+from .generators import DISTANCES, Alternation, _answers
 
 # %% ../../nbs/generators/13_replay.ipynb #7f45f39c
 def modulation(
@@ -36,7 +37,7 @@ def modulation(
     diversity: bool = True, # whether classes count
 ) -> Tensor: # `(N,)`, from 0 to 1
     "How much an image's class loss counts: little if its class is frequent or the teacher is sure (SSD-KD, Eq. 3)."
-    if gamma < 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
+    if not gamma >= 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
     if len(classes) != len(confidences): raise DFKDError(f'{len(classes)} classes, {len(confidences)} confidences: give one of each an image')
     phi = torch.ones_like(confidences)
     if diversity: phi = phi * (1 - counts.to(phi.device)[classes] / max(size, 1))
@@ -81,11 +82,18 @@ class ReplayPool(ImageSource, Sampler):
         normalised: bool = False, # divide weights by the largest in the buffer, as prioritised replay does
         weighs_loss: bool = False, # weigh the student's loss as well, as prioritised replay does
         temperature: float = 1., # of the softmaxes whose distance is the priority
+        student_domain: Domain | None = None, # normalisation that the student expects; None: `domain`'s, or that of the `Distiller` it is paired with
         device: str | torch.device = 'cpu', # where everything is kept
     ) -> None:
         if size < 1: raise DFKDError(f'a buffer of {size} images: give 1 or more')
-        if min(alpha, beta) < 0 or epsilon <= 0: raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: give 0 or more, and an epsilon above 0')
+        if not all(0 <= v < math.inf for v in (alpha, beta, epsilon)) or not epsilon:
+            raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: '
+                            'give 0 or more, and an epsilon above 0')
         if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+        if student_domain is not None and student_domain.shape != domain.shape:
+            raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, "
+                            f'the images {domain.shape}: they may differ in mean and std only')
+        self.student_domain = student_domain
         self._epochs = EpochSampler(self) # for even draws
         self.domain, self.size, self.teacher, self.student, self.device = domain, size, teacher, student, torch.device(device)
         self.prioritised, self.alpha, self.beta, self.epsilon = prioritised, alpha, beta, epsilon
@@ -140,9 +148,19 @@ class ReplayPool(ImageSource, Sampler):
         priorities = None
         if self.student is not None:
             with in_eval_mode(self.student):
-                said = torch.cat([_logits(self.student(self.domain.normalize(part.to(known.device)))) for part in images.split(500)])
+                said = torch.cat([self.ask_student(part).to(known) for part in images.split(500)])
             priorities = self._distance(said, known)
         self.insert(images, classes, confidences, priorities)
+
+    def ask_student(
+        self,
+        images: Tensor, # uint8 `(n, C, H, W)`, from any device
+    ) -> Tensor: # logits `(n, K)`, on the student's device
+        "What the student says to images, shown to it in its own normalisation."
+        if self.student is None: raise DFKDError('nobody to ask: give the pool a student')
+        place = next((p.device for p in self.student.parameters()), images.device)
+        domain = self.student_domain or self.domain
+        return _answers(self.student, domain.normalize(images.to(place)))
 
     def insert(
         self,
@@ -156,6 +174,10 @@ class ReplayPool(ImageSource, Sampler):
         if not len(images): raise DFKDError('no images to add: give one or more')
         checked = _check_labels(classes, len(self.domain.check(images)), self.domain)
         assert checked is not None
+        for name, given in {'confidences': confidences, 'priorities': priorities}.items():
+            if given is not None and tuple(given.shape) != (len(images),):
+                raise DFKDError(f'{len(images)} images but {name} of shape {tuple(given.shape)}: '
+                                'give one number an image')
         before, n = len(self), min(len(images), self.size) # of more than there is room for, the newest
         self.added += len(images)
         where = (torch.arange(self.added - n, self.added) % self.size).to(self.device)
@@ -179,15 +201,20 @@ class ReplayPool(ImageSource, Sampler):
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         "A batch, each image of it drawn by `probabilities`; an image may come twice."
         if not len(self): raise DFKDError('there are no images to draw from: add some first')
+        if batch_size < 1: raise DFKDError(f'a batch of {batch_size} images: draw 1 or more')
         if not self.prioritised:
             self.chosen = self._epochs.next_indices(batch_size, generator).to(self.device)
             batch = self._pick(self.chosen)
             self._weights = self.weights(self.chosen)
         else:
             probabilities = self.probabilities
-            reach = probabilities.cumsum(0) # image i owns the numbers from reach[i - 1] to reach[i]
-            ticket = torch.rand(batch_size, generator=generator, dtype=torch.float64).to(reach) * reach[-1]
-            self.chosen = torch.searchsorted(reach, ticket, right=True).clamp_max(len(self) - 1)
+            # image i owns the whole numbers from reach[i - 1] up to reach[i], 2**53 in all:
+            # a sum of integers is the same in whatever order a GPU adds, one of floats is not
+            reach = (probabilities * 2**53).long().cumsum(0)
+            numbers = torch.rand(batch_size, generator=generator, dtype=torch.float64)
+            ticket = (numbers * 2**53).long().to(reach.device)
+            found = torch.searchsorted(reach, ticket, right=True)
+            self.chosen = found.clamp_max(len(self) - 1) # rounding leaves a few beyond the last
             batch, self._weights = self._pick(self.chosen), self.weights(self.chosen, probabilities)
         self._draws.index_add_(0, self.chosen, torch.ones_like(self.chosen)) # a bincount would wait for the device
         if self.weighs_loss: self.loss_weights = self._weights
@@ -211,6 +238,9 @@ class ReplayPool(ImageSource, Sampler):
     def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
         "New priorities for the last batch, by what it was answered: importance weight times distance (SSD-KD, Eq. 4)."
         if self.chosen is None: raise DFKDError('no batch to report on: sample one first')
+        if student_logits.shape != teacher_logits.shape:
+            raise DFKDError(f'the student answers {tuple(student_logits.shape)}, the teacher '
+                            f'{tuple(teacher_logits.shape)}: give both the same classes')
         if len(student_logits) != len(self.chosen): raise DFKDError(f'{len(student_logits)} answers to a batch of {len(self.chosen)} images: report on the batch that was sampled last')
         self.update(self.chosen, self._weights * self._distance(student_logits, teacher_logits).to(self.device))
         self.chosen = None
@@ -222,6 +252,10 @@ class ReplayPool(ImageSource, Sampler):
     ) -> None:
         "Give images new priorities."
         if indices.shape != priorities.shape: raise DFKDError(f'{len(indices)} images, {len(priorities)} priorities: give one of each')
+        if indices.device.type == 'cpu' and len(indices): # elsewhere one would wait for the device
+            low, high = int(indices.min()), int(indices.max())
+            if low < 0 or high >= len(self):
+                raise DFKDError(f'images {low} to {high} of a buffer that holds {len(self)}: count from 0')
         indices, priorities = indices.to(self.device), priorities.float().to(self.device)
         good = priorities.isfinite()
         total, number = torch.zeros_like(self._priorities), torch.zeros_like(self._priorities)
@@ -240,11 +274,22 @@ class ReplayPool(ImageSource, Sampler):
     def state_dict(self) -> dict[str, Any]:
         "The images, what is known about them, and where the drawing stands."
         kept = {name: getattr(self, name).clone() for name in ('images', 'labels', 'confidences', 'priorities', 'draws')}
-        return self._epochs.state_dict() | kept | {'added': self.added, 'largest': self.largest.clone(), 'size': self.size}
+        batch = None if self.chosen is None else [self.chosen.clone(), self._weights.clone()]
+        return self._epochs.state_dict() | kept | {
+            'added': self.added,
+            'largest': self.largest.clone(),
+            'size': self.size,
+            'waiting': batch, # for its report
+            'settings': {name: getattr(self, name) for name in _SETTINGS}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same size, same settings."
         if state.get('size') != self.size: raise DFKDError(f"the saved buffer holds {state.get('size')} images, this one {self.size}: build it with the same size")
+        settings = state.get('settings', {})
+        changed = [f'{k} (was {v}, now {now})' for k, v in settings.items() if (now := getattr(self, k)) != v]
+        if changed:
+            raise DFKDError(f'the buffer was saved with other settings: {", ".join(changed)}; '
+                            'set them back or give another path')
         self.domain.check(state['images'])
         self._epochs.load_state_dict(state)
         self.added, self.largest = state['added'], state['largest'].to(self.device)
@@ -252,6 +297,9 @@ class ReplayPool(ImageSource, Sampler):
             getattr(self, mine)[:len(self)] = state[name].to(self.device)
         self.counts = torch.bincount(self.labels, minlength=self.domain.num_classes)
         self.chosen = None
+        if state.get('waiting') is not None:
+            self.chosen, self._weights = (v.to(self.device) for v in state['waiting'])
+            if self.weighs_loss: self.loss_weights = self._weights
 
     def save(self, path: str | Path) -> None:
         "One safetensors file; `ImageSet.load` reads its images as well."
@@ -268,12 +316,14 @@ class ReplayPool(ImageSource, Sampler):
         teacher: Teacher | None = None, # needed to add more
         student: nn.Module | None = None, # see `ReplayPool`
         device: str | torch.device = 'cpu', # where to keep it
+        student_domain: Domain | None = None, # see `ReplayPool`
     ) -> 'ReplayPool':
         "Read what `save` wrote, settings included; anything else is a `DFKDError`."
         images = ImageSet.load(path)
         tensors, about = load_tensors(path)
         if not {'size', 'added', *_SETTINGS} <= about.keys(): raise DFKDError(f'{path} holds images but no replay buffer: give a file that ReplayPool.save wrote')
-        pool = cls(images.domain, int(about['size']), teacher, student, device=device,
+        pool = cls(images.domain, int(about['size']), teacher, student,
+                   device=device, student_domain=student_domain,
                    **{name: kind(about[name]) for name, kind in _SETTINGS.items()})
         pool.load_state_dict({'order': torch.empty(0, dtype=torch.long), 'position': 0, 'size': pool.size, 'added': int(about['added'])} | tensors)
         return pool
@@ -289,7 +339,7 @@ def modulated_class_term(
     through: bool = False, # let the gradient pass the weight too, as focal loss does
 ) -> Term: # at least 0
     "Cross-entropy of the teacher's own class, weighed by `modulation` (the last term of SSD-KD's Eq. 2)."
-    if gamma < 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
+    if not gamma >= 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
     def modulated(view: View) -> Tensor:
         logits = _full(view.logits)
         confidences, classes = logits.softmax(1).max(1)
@@ -321,7 +371,7 @@ def ssd_kd(
     gamma: float = 1., # see `modulation`
     pool: Mapping[str, Any] | None = None, # keywords of `ReplayPool`
     maker: Mapping[str, Any] | None = None, # keywords of `MetaSynthesizer`, instead of some of `preset()`
-    distiller: Mapping[str, Any] | None = None, # keywords of `Distiller`
+    distiller: Mapping[str, Any] | None = None, # keywords of `Distiller`; its `domain`, the student's normalisation, holds for all parts
     device: str | torch.device = 'auto', # where everything happens
     seed: int = 0, # of everything random but the student's weights
 ) -> Alternation: # call `run()`; `.pool` is the buffer
@@ -331,8 +381,12 @@ def ssd_kd(
     buffer = ReplayPool(teacher.domain, size, teacher, student, **{'device': place} | dict(pool or {}))
     settings = preset() | dict(maker or {})
     term = {'modulated': (settings.pop('class_weight'), modulated_class_term(buffer, gamma, difficulty, diversity))}
-    painter = meta.MetaSynthesizer(teacher, student=student, device=place, seed=seed, **settings | {'terms': term | dict(settings.pop('terms', {}))})
-    learner = Distiller(teacher, student, buffer, steps=(rounds - warmup_rounds) * updates_per_round, device=place, seed=seed, **dict(distiller or {}))
+    shared: dict[str, Any] = {'device': place, 'seed': seed}
+    settings['terms'] = term | dict(settings.pop('terms', None) or {})
+    painter = meta.MetaSynthesizer(teacher, **{'student': student} | shared | settings)
+    updates = (rounds - warmup_rounds) * updates_per_round
+    learning = {'steps': updates} | shared | dict(distiller or {})
+    learner = Distiller(teacher, student, buffer, **learning)
     return Alternation(painter, learner, rounds=rounds, updates_per_round=updates_per_round, warmup_rounds=warmup_rounds)
 
 # %% ../../nbs/generators/13_replay.ipynb #2125e16c

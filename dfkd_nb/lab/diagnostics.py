@@ -86,7 +86,7 @@ def observe(
     logits, embeddings, taken = [], [], []
     with ExitStack() as stack:
         try:
-            if layer: taken = stack.enter_context(tap(network.model, layer))
+            if layer: taken = stack.enter_context(tap(network, layer))
         except DFKDError:
             if layer != 'classifier': raise # a network without a linear layer can still be asked for classes
         for batch, _ in progress(images.batches(batch_size), network.name, -(-len(images) // batch_size)):

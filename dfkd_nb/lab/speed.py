@@ -94,7 +94,7 @@ def make_price(
         def look(x: Tensor) -> Any:
             with Watch(teacher) as watch: return teacher(x), watch.moments
     def price(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits, features, *_ = look(x)
+        logits, features, *_ = look(teacher.domain.from_pixels(x))
         total, values = made.objective(View(x, logits, targets, features))
         return total, torch.stack([v.detach() for v in (total, *values.values())])
     return price
