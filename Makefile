@@ -5,7 +5,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 NB        ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help tour lab todo-gpu setup setup-cpu test lint check-export check-clean notebooks export readme run results site look clean
+.PHONY: help tour lab todo-gpu setup setup-cpu test lint mutants check-export check-clean notebooks export readme run results site look clean
 
 help:             ## this list
 	@echo "dfkd_nb: data-free knowledge distillation, a book that is a package. Start with: make tour"
@@ -37,6 +37,9 @@ dev:
 # --- checking -----------------------------------------------------------------------------------------------------
 test: lint check-export  ## lint, package against notebooks, then every notebook at quick scale and tests/
 	$(BIN)/pytest
+
+mutants: dev      ## deliberate faults, each in a copy: tests must notice all: make mutants ONLY=replay JOBS=4 tries some, side by side
+	$(BIN)/python tests/mutants.py --only '$(ONLY)' --jobs $(or $(JOBS),2)
 
 lint: dev         ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check
