@@ -111,6 +111,10 @@ def check_pruning(run: Run, numbers: dict) -> None:
     sources = [name.split("=")[0].strip() for name in run.settings.sources.split(",")]
     assert [row["source"] for row in rows] == ["none", *sources]
     assert all(row["filters_removed"] >= float(run.settings.shares) for row in rows)
+    accuracy = {row["source"]: row["accuracy"] for row in rows}
+    if accuracy.get("real", 0.0) > accuracy["none"]:
+        gain = accuracy["static"] - accuracy["none"]
+        assert rows[1]["share_recovered"] == pytest.approx(gain / (accuracy["real"] - accuracy["none"]))
     network, about = load_pruned(next(run.folder.glob("student-*-error-static.safetensors")))
     size = sum(p.numel() for p in network.parameters())
     assert size == rows[-1]["parameters"] < numbers["teacher_parameters"] and about["model"] == "digits-net"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dfkd_nb.dreams.inversion import preset
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
 from dfkd_nb.foundations import distillation
 from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.lab import runs
@@ -196,6 +196,8 @@ def test_a_row_that_comes_again_replaces_the_first(tmp_path):
     for loss in (3.0, 2.0):
         journal.add("a", 1, loss=loss)
     assert [r["loss"] for r in Journal(tmp_path / "j").rows.values()] == [2.0]
+    journal.add("a", 1, batch=1, loss=4.0)
+    assert [r["loss"] for r in Journal(tmp_path / "j").rows.values()] == [2.0, 4.0], "batches have rows of their own"
 
 
 # runs
@@ -342,8 +344,15 @@ def test_a_second_signal_ends_at_once(counting):
 
 
 def test_seconds_add_up_over_processes(counting):
+    with pytest.raises(RunStopped):
+        counting().start(max_minutes=1e-9)
+    path = counting().folder / "checkpoint.pt"
+    state = load_checkpoint(path)
+    state["seconds"]["counting"] += 1000.0  # as if it had been long
+    save_checkpoint(path, state)
     pieces(counting, max_minutes=1e-9)
     result = Result.load(counting().folder)
+    assert 1000 <= result.seconds["counting"] < 1100
     assert (
         set(result.seconds) == {"counting", "doubling", "total"}
         and result.seconds["total"] >= result.seconds["counting"]
@@ -359,6 +368,19 @@ def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
     )
     a, b = (load_tensors(run.folder / "weights.safetensors")[0] for run in (whole, cut))
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
+    "The weights are judged in half precision, as they are in the file."
+    judge, halves = distillation.evaluate, []
+
+    def spy(network, *words, **more):
+        halves.append(all(v.equal(v.half().float()) for v in network.parameters()))
+        return judge(network, *words, **more)
+
+    monkeypatch.setattr(distillation, "evaluate", spy)
+    tiny(tmp_path).start()
+    assert halves[-1] and not halves[-2]
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
