@@ -3,9 +3,10 @@ VENV      := .venv
 BIN       := $(VENV)/bin
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 NB        ?=
+KILLS     ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help tour lab todo-gpu setup setup-cpu test lint mutants check-export check-clean notebooks export readme run results site look clean
+.PHONY: help tour lab todo-gpu setup setup-cpu test lint mutants kills check-export check-clean notebooks export readme run results site look clean
 
 help:             ## this list
 	@echo "dfkd_nb: data-free knowledge distillation, a book that is a package. Start with: make tour"
@@ -45,6 +46,9 @@ lint: dev         ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+kills: dev        ## a hundred kills over every kind of run, and what is left compared byte by byte (KILLS=100)
+	OMP_NUM_THREADS=1 DFKD_PROGRESS=0 MPLBACKEND=Agg $(BIN)/python tests/test_kill.py --kills $(KILLS)
 
 check-export: dev ## the package is exactly what the notebooks export
 	@$(BIN)/python tools/check_export.py

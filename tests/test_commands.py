@@ -189,7 +189,7 @@ def test_invert_leaves_images_and_a_manifest(own):
     folder = own.folder / "dreams"
     assert code == 0
     images, lines = contents(folder)
-    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["grid.png", "manifest.json"]
+    assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["grid.png", "manifest.json", "metadata.csv"]
     assert list(images) == sorted(line["file"] for line in lines) + ["grid.png"] and len(lines) == 6
     about = manifest(folder)
     assert about["asked"]["seed"] == 5 and about["made_with"]["torch"] == torch.__version__
@@ -304,24 +304,122 @@ def test_an_interruption_says_what_is_kept(own, monkeypatch):
         assert code == 130 and "before anything was saved" in err
 
 
-def test_invert_a_shipped_teacher_by_names(own):
+@pytest.mark.parametrize("seed", [[], ["--seed", "0"], ["--seed", "3"]])
+def test_a_second_interruption_names_the_checkpoint(dfkd, monkeypatch, seed):
+    from dfkd_nb.lab.runs import SavedRun
+
+    words = ["run", "digits-teacher", *TINY, *seed]
+    folder = "runs/digits-teacher/" + ("quick-seed3" if "3" in seed else "quick")
+    save = SavedRun.save
+
+    def interrupted(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SavedRun, "save", interrupted)
+        code, _, err = dfkd(*words, "--save-every", "1e-9")
+    assert code == 3 and f"the last checkpoint is kept in {folder}:" in err and "--resume" in err
+    assert (dfkd.folder / folder / "checkpoint.pt").is_file()
+    code, out, _ = dfkd(*words, "--resume")
+    assert code == 0 and f"kept in {folder}\n" in out
+    card = (dfkd.folder / folder / "model-card.md").read_text()
+    assert f"{folder.removeprefix('runs/')}'" in card, "the card names the folder that is there"
+
+
+def test_a_needed_run_that_is_interrupted_is_named(dfkd, monkeypatch):
+    from dfkd_nb.lab.runs import SavedRun
+
+    def interrupted(self, save=SavedRun.save):
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SavedRun, "save", interrupted)
+    code, _, err = dfkd("run", "digits-dream")
+    assert code == 3 and "is kept in runs/digits-teacher/quick:" in err
+
+
+def test_version(dfkd):
+    from dfkd_nb import __version__
+
+    assert dfkd("--version") == (0, f"dfkd {__version__}\n", "")
+
+
+def test_numbers_that_were_not_given_are_told(own):
+    "A network that nobody knows to be ImageNet's gets ImageNet's mean, std and size only with a word."
+    words = [word for word in BATCHES if word not in ("--std", "0.4")]
+    code, _, err = own(*words, "--std", "0.4", "--out", "said")
+    assert code == 0 and not err
+    three = build_model("digits-net", 10, 3)
+    save_tensors(own.folder / "three.safetensors", three.state_dict())
+    cifar = "invert --model digits-net --num-classes 10 --size 8 --device cpu --checkpoint three.safetensors --n 2 --out guessed"
+    code, _, err = own(*cifar.split(), "--set", "synthesis_steps=1")
+    lines = [line for line in err.splitlines() if line.startswith("dfkd: warning: ")]
+    assert code == 0 and len(lines) == 1
+    assert "--mean 0.485,0.456,0.406, --std 0.229,0.224,0.225" in lines[0] and "--size" not in lines[0]
+
+
+def test_some_classes_keep_their_numbers(own):
+    "Readers that number the folders they find would call 3 and 8 by 0 and 1: the table and the last line say so."
     words = (
         "--set half_size_steps=1 --set synthesis_steps=1 --classes Cat,ship,3 --n 3 --device cpu --out dreams".split()
     )
-    assert own("invert", "--teacher", "cifar10-resnet20", *words)[0] == 0
+    code, out, err = own("invert", "--teacher", "cifar10-resnet20", *words)
+    assert code == 0 and "2 of 10 classes (3, 8)" in out and "0 to 1" in out and not err
     lines = manifest(own.folder / "dreams")["images"]
     assert [line["name"] for line in lines] == ["cat", "ship", "cat"]
+    table = (own.folder / "dreams/metadata.csv").read_text().splitlines()
+    assert table[0] == "file_name,label,label_name"
+    assert table[1:] == [f"{line['file']},{line['class']},{line['name']}" for line in lines]
+    assert [row.split(",")[1] for row in table[1:]] == ["3", "8", "3"]
+    assert "classes (" not in own(*OWN, "--n", "10", "--out", "all")[1], "all ten classes: nothing to mind"
 
 
-def test_a_line_with_the_time_left(capsys, monkeypatch):
-    from dfkd_nb.lab.commands import Clock
+STAGES = [((8, 8), 100), ((16, 16), 50)]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    "A clock whose time is set by hand; a tick costs so many seconds."
+    from dfkd_nb.lab import commands
 
     monkeypatch.setenv("DFKD_PROGRESS", "0")
-    clock = Clock(100, seconds=0.0)
-    clock.begun -= 60
-    clock.tick(50, "batch 1 of 2")
-    assert capsys.readouterr().out == "batch 1 of 2, about 60 s left\n"
-    Clock(100, speaks=False, seconds=0.0).tick(50, "batch 1 of 2")
+    now = [0.0]
+    monkeypatch.setattr(commands.time, "monotonic", lambda: now[0])
+
+    def make(batches=1, **settings):
+        made = commands.Clock(STAGES, batches, seconds=0.0, **settings)
+
+        def tick(seconds, batch, step):
+            now[0] += seconds
+            made.tick(batch, step, "at work")
+            return made.left()
+
+        return made, tick
+
+    return make
+
+
+def test_the_time_left_counts_pixels(clock):
+    _, tick = clock(batches=2)
+    assert tick(10, 0, 50) == 50 * 0.2 + 50 * 0.8 + 60  # four times the pixels, and the second batch
+    assert tick(10, 0, 100) == 50 * 0.8 + 60
+    assert tick(30, 0, 110) == 40 * 3 + 100 * 0.2 + 50 * 3  # now it is known what a large update costs
+    assert tick(120, 0, 150) == 20 + 150
+    assert tick(20, 1, 100) == 150 and tick(150, 1, 150) == 0
+
+
+def test_the_time_left_of_a_resumed_batch(clock):
+    "What an earlier process did took this one no time."
+    made, tick = clock()
+    made.goes_on(0, 90)
+    assert tick(5, 0, 95) == 5 * 1 + 50 * 4
+
+
+def test_a_line_with_the_time_left(clock, capsys):
+    clock()[1](10, 0, 50)
+    assert capsys.readouterr().out == "at work, about 50 s left\n"
+    clock(speaks=False)[1](10, 0, 50)
     assert not capsys.readouterr().out
 
 

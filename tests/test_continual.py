@@ -275,6 +275,84 @@ def test_every_method_resumes_to_the_same_bits(method, teacher, tmp_path):
     assert whole.history == rest.history and set(whole.history[-1]) >= {"loss", "new"}
 
 
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_student_with_dropout_resumes_to_the_same_bits(teacher, tmp_path):
+    "Whatever else draws from the global stream in between."
+
+    def begin(new):
+        torch.manual_seed(3)
+        student = nn.Sequential(*network(5)[:5], nn.Dropout(0.5), nn.Linear(6, 5))
+        domain = replace(OLD, classes=OLD.classes + NEW.classes)
+        usual = {"steps": 10, "batch_size": 8, "learning_rate": 0.3, "device": "cpu", "seed": 1}
+        return ContinualDistiller(teacher, student, renumber(new, domain), pictures(OLD, 30, 1), domain=domain, **usual)
+
+    new = pictures(NEW)  # one set, three consumers
+    whole, half = begin(new).run(), begin(new).run(until=4)
+    save_checkpoint(tmp_path / "state.pt", half.state_dict())
+    torch.rand(7)
+    rest = begin(new)
+    rest.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    rest.run()
+    assert same(whole.student, rest.student) and not same(whole.student, half.student)
+
+
+def test_student_and_teacher_see_one_image_each_on_its_own_scale(teacher):
+    "A teacher that expects other numbers, and answers alike, teaches alike: terms and fitted rows."
+    other = replace(OLD, mean=(0.0,), std=(1.0,))
+
+    class Rescaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x):
+            return self.net(other.renormalize(x, OLD))
+
+    wider, made = replace(OLD, classes=OLD.classes + NEW.classes), []
+    for known in (teacher, Teacher(Rescaled(), other, "rescaled")):
+        student, _ = extend(teacher, NEW.classes, seed=0)
+        usual = {"steps": 3, "batch_size": 8, "learning_rate": 0.1, "device": "cpu", "domain": wider}
+        made.append(ContinualDistiller(known, student, renumber(pictures(NEW), wider), pictures(OLD, 30, 1), **usual))
+        made[-1].fit_rows("5")
+        made[-1].run()
+    for one, again in zip(made[0].student.parameters(), made[1].student.parameters(), strict=True):
+        torch.testing.assert_close(one, again, rtol=1e-3, atol=1e-4)
+
+
+def test_the_callers_student_keeps_its_flags_and_has_no_hooks(teacher):
+    made = learner(teacher).run(until=3)
+    assert all(p.requires_grad for p in made.student.parameters()), "BatchNorm is frozen by its gradients, not by flags"
+    for module in made.student.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+
+
+def test_what_holds_no_images_says_how_to_make_a_set(teacher):
+    new = pictures(NEW)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(new.images, new.labels))
+    acts = [
+        lambda images: add_classes(teacher, images, "lwf", steps=1),
+        lambda images: renumber(images, OLD),
+        lambda images: measure_sets(teacher, OLD, {"new": images}),
+        lambda images: balanced(images, 2),
+        lambda images: only_classes(images, [0]),
+        lambda images: add_classes(teacher, new, "deepinversion", images, steps=1),
+    ]
+    for images in (loader, loader.dataset, [new.images], None, new.images):
+        for act in acts if images is not new.images else acts[:-1]:
+            with pytest.raises(DFKDError, match="ImageS(et|ource)|give `old`") as caught:
+                act(images)
+            assert "\n" not in str(caught.value)
+
+
+def test_old_labels_have_to_number_the_same_classes(teacher):
+    swapped = replace(OLD, classes=("b", "a", "c"))
+    with pytest.raises(DFKDError, match="'b' is class 0"):
+        add_classes(teacher, pictures(NEW), "oracle-classify", pictures(swapped), steps=1)
+
+
 def test_batchnorm_stays_and_everything_else_moves(teacher):
     done = learner(teacher).run()
     before, after = teacher.model.state_dict(), done.student.state_dict()

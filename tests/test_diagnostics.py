@@ -1,6 +1,8 @@
 """Diagnostics: any set of images, any network, every number checked against another way to it, and pages that stand alone."""
 
 import argparse
+import copy
+import dataclasses
 import io
 import json
 import math
@@ -339,3 +341,65 @@ def test_the_command_leaves_a_page(tmp_path, capsys):
     assert sorted(p.name for p in (place / "inspection").iterdir()) == ["report.html", "report.json", "report.png"]
     with pytest.raises(DFKDError, match="4 real images"):
         d.inspect_command(parser.parse_args([str(place), "--limit", "1"]))
+
+
+# --- classes are matched by name
+
+ORDER = torch.tensor([3, 4, 5, 6, 7, 8, 9, 0, 1, 2])
+
+
+def named(order=None):
+    "A domain whose classes have names, perhaps in another order."
+    names = tuple("ant bee cat dog elk fox gnu hen ibex jay".split())
+    return dataclasses.replace(DIGITS, name="animals", classes=names if order is None else tuple(names[i] for i in order))
+
+
+def reordered(model, order):
+    "The same network with its outputs in another order."
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[-1].weight.copy_(model[-1].weight[order])
+        other[-1].bias.copy_(model[-1].bias[order])
+    return other
+
+
+def test_a_judge_with_the_classes_in_another_order_judges_alike():
+    model, images = network(), pictures(40, named())
+    usual, other = Teacher(model, named(), "usual"), Teacher(reordered(model, ORDER), named(ORDER), "other")
+    found = d.verify(images, {"usual": usual, "other": other})
+    assert torch.equal(found.right["usual"], found.right["other"]) and found.accuracy["usual"] > 0
+    same = d.difficulty(images, usual, other)
+    assert same.disagreement["dreams"] == 0 and float(same.discrepancy["dreams"].max()) < 1e-6
+    assert d.difficulty(images, usual, Teacher(model, named(ORDER), "wrong")).disagreement["dreams"] > 0.5
+
+
+def test_labels_of_two_sets_are_matched_by_name():
+    model = Teacher(network(), named(), "usual")
+    real, dreams = pictures(60, named(), seed=1), pictures(40, named())
+    numbers = torch.argsort(ORDER)[real.labels]  # the same classes as another domain numbers them
+    other = ImageSet(real.images, numbers, named(ORDER))
+    assert not torch.equal(other.labels, real.labels)
+    usual, mapped = (d.nearest_neighbours(dreams, some, model) for some in (real, other))
+    assert usual.same_class == mapped.same_class
+    maps = [d.coverage_map(some, dreams, model, of_class=3) for some in (real, other)]
+    assert maps[0].numbers == maps[1].numbers and len(maps[0].points["real"]) == 6
+
+
+def test_classes_that_cannot_be_matched_are_refused():
+    images = pictures(20, named())
+    odd = dataclasses.replace(named(ORDER), name="odd", classes=("yak", *named(ORDER).classes[1:]))
+    with pytest.raises(DFKDError, match="'odd' has no class 'dog'"):
+        d.verify(images, {"odd": Teacher(network(), odd, "odd")})
+    strangers = dataclasses.replace(DIGITS, name="numbers")  # no name in common: one order is taken for granted
+    assert d.verify(images, {"numbers": Teacher(network(), strangers, "numbers")}).labels.equal(images.labels)
+
+
+def test_one_class_is_enough_for_every_instrument():
+    one = dataclasses.replace(DIGITS, name="one", classes=("cat",))
+    teacher, dreams, real = Teacher(network(classes=1), one, "one"), pictures(12, one), pictures(20, one, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = d.inspect(dreams, teacher, real, student=Teacher(network(classes=1, seed=1), one, "student"))
+    assert not report.missing and len(report.findings) == 8
+    assert report.findings["inception_score"].score == pytest.approx(1) and report.findings["verification"].accuracy == {"one": 1.0}
+    assert all(found.figure() for found in report.findings.values())

@@ -132,6 +132,62 @@ def test_commands(fails, name):
     fails(arguments, *words, new=True)
 
 
+LATE = {  # recipe, setting, words: all of it is known before the first update
+    "student": ("digits-fast-5", "student=mobilenetv9", "'student'", "mobilenetv2"),
+    "student of dreams": ("digits-transfer-noise", "student=resnet21", "'student'", "resnet20"),
+    "student that takes no grey images": ("digits-vanilla", "student=efficientnet-lite0", "'student'", "channels"),
+    "teacher": ("digits-dafl", "teacher=cifar10-resnet2", "'teacher'", "cifar10-resnet20"),
+    "verifier": ("digits-dream", "verifiers=cifar10-resnet20, resnet", "'verifiers'", "cifar10-resnet20"),
+    "test data": ("digits-fast-5", "test_data=digit", "'test_data'", "'digits'"),
+    "training data": ("digits-vanilla", "real_data=cifar11", "'real_data'", "'cifar10'"),
+    "data to measure on": ("digits-dream", "measured_data=mnist", "'measured_data'", "mnist"),
+    "half precision": ("digits-fast-5", "precision=float16", "'precision'", "bfloat16"),
+    "half precision of synthesis": ("digits-dream", "synthesis_precision=float16", "'synthesis_precision'"),
+    "images that rounds do not divide": ("digits-adaptive", "images=33", "multiple of rounds"),
+    "rounds without a student to answer": ("digits-adaptive", "learn_from=labels", "set rounds to 1"),
+    "modulation without a buffer": ("digits-ssd-kd-10", "pool=grows", "'replay'"),
+    "nothing but warming up": ("digits-fast-5", "warmup_rounds=100000", "at least one"),
+    "share of filters": ("digits-pruning", "shares=1.5", "between 0 and 1"),
+    "source without a name": ("digits-pruning", "sources=noise", "NAME=IMAGES"),
+    "source of nothing": ("digits-pruning", "sources=static=nose", "unknown data set 'nose'"),
+    "ranking": ("digits-pruning", "rankings=errors", "'error and latency'"),
+    "network to prune": ("digits-pruning", "model=resnet21", "'model'"),
+    "method": ("cifar10-continual-split", "methods=lwf-mcc", "'lwf-mcc'", "lwf-mc"),
+    "sets without tests": ("cifar10-continual-split", "new_tests=digits, digits, digits", "as many"),
+    "part of no data set": ("cifar10-continual-split", "old_data=cifar11:0-4", "cifar11"),
+    "bits": ("digits-quantization", "bits=8; 4", "'8, 4'"),
+    "many bits": ("digits-quantization", "bits=16", "2 to 8"),
+    "source to calibrate on": ("digits-quantization", "images_from=noise, cifar11", "cifar11"),
+    "arm": ("scenes-segmentation", "arms=labels, dream", "'dream'", "dreams"),
+    "segmenter": ("scenes-segmentation", "student=deeplab-tny", "'student'", "deeplab-tiny"),
+    "updates that rounds do not divide": ("scenes-segmentation", "updates=601", "multiple"),
+    "layouts of photographs": ("scenes-segmentation", ["data=camvid", "arms=layouts"], "layouts"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_can_be_known_is_told_before_a_folder_begins(fails, name):
+    recipe, change, *words = LATE[name]
+    changes = [change] if isinstance(change, str) else change
+    assert "shows all" not in fails(["run", recipe, "--device", "cpu", *(w for c in changes for w in ("--set", c))], *words)
+    assert not Path("runs").exists()
+
+
+def test_a_correct_second_try_is_not_blocked(fails, here, monkeypatch):
+    "Neither by a setting that was refused, nor by a failure before anything was saved."
+    fails([*RUN, "--set", "model=resnet21"], "resnet21")
+    monkeypatch.setenv("DFKD_DATA", str(here / "nowhere"))
+    fails(["run", "digits-teacher", "--set", "data=imagenet"], "no ImageNet", new=True)
+    assert not [path for path in FOLDER.iterdir() if path.name != "lock"]
+    assert main(RUN) == 0
+
+
+def test_a_failure_after_something_was_saved_keeps_it(fails, unfinished):
+    (FOLDER / "environment.json").write_text("{}")
+    fails(RESUMED, "environment.json", "--fresh")
+    assert (FOLDER / "checkpoint.pt").is_file()
+
+
 RECIPE = 'title = "t"\ntask = "teacher"\n[settings]\ndata = "digits"\n[quick]\nepochs = 1\n'
 RECIPES = {
     "unknown key": ("titel = 'x'\n" + RECIPE, "'titel'", "'title'"),
@@ -591,6 +647,17 @@ def test_invert_leaves_foreign_folders_alone(fails, own):
     fails([*own, "--resume"], "something else", "--out")
     assert not Path("dreams/lock").exists()
     fails([*own, "--out", "dreams/mine.txt"], "mine.txt", "--out")
+
+
+def test_a_result_of_a_later_revision(fails):
+    from dfkd_nb.lab.runs import REVISION
+
+    folder = Path("results/digits-teacher/quick")
+    folder.mkdir(parents=True)
+    assert main(["run", "digits-teacher", *TINY]) == 0
+    result = json.loads((FOLDER / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"revision": REVISION + 1}))
+    fails(["results"], f"revision {REVISION + 1}", "update the package")
 
 
 def test_a_result_of_another_version(fails):

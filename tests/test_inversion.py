@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from dfkd_nb.dreams import inversion
-from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages, same_device
+from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
+from dfkd_nb.foundations.core import same_device
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Domain, ImageSet
 from dfkd_nb.foundations.distillation import learning_rate_at

@@ -1,54 +1,83 @@
-"""Twenty kills at random moments, each resumed, and the same bits at the end.
+"""Kills at random moments, each resumed, and the same bytes at the end.
 
-The work is a small transfer on digits: dreams, then a student. One process imports everything and forks a child for
-every attempt, so that most of a child's life is the run itself and the kills land inside it.
+    python tests/test_kill.py --kills 100                 every kind of run
+    python tests/test_kill.py --kills 10 --kinds cmi,fast  some of them
+
+Every kind is a small run on digits or on drawn scenes. One process imports everything and forks a child for every
+attempt, so that most of a child's life is the run itself and the kills land inside it.
 """
 
+import argparse
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-KILLS = 20
-TINY = {
-    "images": 60,
-    "synthesis_batch_size": 20,
-    "synthesis_steps": 60,
-    "updates": 150,
-    "evaluations": 5,
-    "batch_size": 32,
-    "test_limit": 100,
-    "picture": 10,
+Settings = dict[str, object]
+SMALL: Settings = {"evaluations": 3, "batch_size": 32, "test_limit": 100, "picture": 10}
+STUDENT = SMALL | {"images": 60, "synthesis_batch_size": 20, "synthesis_steps": 40, "updates": 120}
+GOALS: Settings = {"goal_weight": 1.0, "real_data": "digits", "metadata_images": 300, "metadata_components": 5}
+GENERATOR: Settings = {"generator_width": 8, "latent_size": 16}
+PAINTED = SMALL | GENERATOR | {"rounds": 12, "warmup_rounds": 2, "updates_per_round": 6}
+PAINTED |= {"synthesis_steps": 3, "synthesis_batch_size": 24}
+PRUNED = SMALL | {"teacher": "run:digits-teacher", "images": 40, "judged_images": 40, "timed_networks": 0, "updates": 30}
+BITS = SMALL | {"teacher": "run:digits-teacher", "images": 40, "images_from": "noise, none", "bits": "4"}
+BITS |= {"updates": 40, "latency_batch": 0}
+SCENES = SMALL | GENERATOR | {"limit": 30, "test_limit": 6, "teacher_updates": 6, "updates": 12, "batch_size": 8}
+SCENES |= {"picture": 2, "rounds": 5, "warmup_rounds": 1, "synthesis_steps": 2, "synthesis_batch_size": 8, "pool_size": 20}
+CLASSES = SMALL | {"old_data": "digits:0-4", "test_data": "digits:0-4", "new_data": "digits:5-9", "new_tests": "digits:5-9"}
+CLASSES |= {"old_network": "digits-net", "old_epochs": 1.0, "old_limit": 200, "updates": 30, "binary_updates": 10}
+CLASSES |= {"images": 40, "synthesis_steps": 12, "half_size_steps": 0, "generator_rounds": 8}
+KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
+    "transfer": ("digits-transfer-deepinversion", STUDENT),
+    "scenes": ("scenes-segmentation", SCENES | {"arms": "labels, real"}),  # two students draw from one set
+    "dropout": ("digits-vanilla", SMALL | {"student": "mobilenetv2", "updates": 12, "images": 100, "batch_size": 16}),
+    "teacher": ("digits-teacher", {"epochs": 3.0, "evaluations": 4}),
+    "adaptive": ("digits-adaptive", STUDENT | {"rounds": 3, "updates_between_rounds": 30, "synthesis_steps": 15}),
+    "metadata": ("digits-transfer-deepinversion", STUDENT | GOALS),
+    "dafl": ("digits-dafl", PAINTED),
+    "zskt": ("digits-zskt", PAINTED | {"warmup_rounds": 0}),
+    "dfq": ("digits-dfq", PAINTED),
+    "cmi": ("digits-cmi", PAINTED),
+    "fast": ("digits-fast-5", PAINTED),
+    "ssd-kd": ("digits-ssd-kd-10", PAINTED | {"pool_size": 60}),
+    "scenes painted": ("scenes-segmentation", SCENES | {"arms": "noise, dreams, replay"}),
+    "pruning": ("digits-pruning", PRUNED | {"shares": "0.3", "sources": "static=noise, real=digits"}),
+    "pruning while learning": ("digits-pruning", PRUNED | {"shares": "0.2", "sources": "static=noise", "every": 4}),
+    "quantization": ("digits-quantization", BITS),
+    "continual": ("cifar10-continual-split", CLASSES | {"methods": "lwf-mc, deepinversion, generator, oracle-distill"}),
 }
+TIMED = ("seconds", "latency", "milliseconds")  # words in the names of what a stopwatch says
 
 
-def attempt(out: Path) -> int:
-    "Fork a child that goes on with the run until it is done."
+def attempt(kind: str, out: Path) -> int:
+    "Fork a child that goes on with the run until it is done, whatever its random streams were before."
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        import torch
+
         from dfkd_nb.lab.runs import Recipe, Run
 
-        Run(
-            Recipe.load("digits-transfer-deepinversion"),
-            "quick",
-            TINY,
-            out=out,
-            save_every=0.02,
-            device="cpu",
-            quiet=True,
-        ).start(resume=True)
+        torch.manual_seed(os.getpid())
+        random.seed(os.getpid())
+        recipe, changes = KINDS[kind]
+        where = {"out": out, "results": out / "results", "save_every": 0.02, "device": "cpu", "quiet": True}
+        Run(Recipe.load(recipe), "quick", changes, **where).start(resume=True)
         code = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -72,106 +101,142 @@ def where(folder: Path) -> str:
         return "writing a file"
     if not (folder / "journal.jsonl").is_file():
         return "starting"
-    phases = [
-        json.loads(line)["phase"]
-        for line in (folder / "journal.jsonl").read_text().splitlines()[1:]
-        if line.endswith("}")
-    ]
+    lines = (folder / "journal.jsonl").read_text().splitlines()[1:]
+    phases = [json.loads(line)["phase"] for line in lines if line.endswith("}")]
     checkpoint = folder / "checkpoint.pt"
     done = list(load_checkpoint(checkpoint)["phases"]) if checkpoint.is_file() else []
-    return (
-        f"in {phases[-1] if phases else 'the first phase'}"
-        if not done or phases and phases[-1] not in done
-        else f"after {done[-1]}"
-    )
+    inside = not done or phases and phases[-1] not in done
+    return f"in {phases[-1] if phases else 'the first phase'}" if inside else f"after {done[-1]}"
 
 
-def main(root: Path) -> None:
-    "Run undisturbed, then kill and resume, and print what happened as JSON."
+def untimed(numbers: object) -> object:
+    "Numbers without what a stopwatch said."
+    if isinstance(numbers, list):
+        return [untimed(part) for part in numbers]
+    if not isinstance(numbers, dict):
+        return numbers
+    return {key: untimed(part) for key, part in numbers.items() if not any(word in key for word in TIMED)}
+
+
+def left(folder: Path) -> dict[str, object]:
+    "All that a run left, by file, without its timings: bytes where no time is in them."
+    from dfkd_nb.lab.runs import read_history
+
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".png", ".toml"):
+            found[path.name] = path.read_bytes()
+    result = json.loads((folder / "result.json").read_text())
+    found["numbers"] = untimed(result["numbers"])
+    found["settings"] = result["settings"]
+    found["history"] = untimed(read_history(folder / "history.csv"))
+    return found
+
+
+def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
+    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+
+
+def prepare(root: Path) -> None:
+    "What the runs take from others: a network that has seen something, and images."
+    import torch
+
+    from dfkd_nb.foundations.data import load_data
+    from dfkd_nb.foundations.models import build_model, save_weights
+    from tiny import stirred
+
+    torch.manual_seed(0)
+    model, about = stirred(build_model("digits-net", 10, 1)), {"model": "digits-net", "domain": "digits"}
+    save_weights(root / "digits-teacher/quick/weights.safetensors", model, about, half=False)
+    load_data("digits", "train", limit=60).save(root / "digits-transfer-deepinversion/quick/images.safetensors")
+
+
+def folder_of(kind: str, out: Path, needs: Path) -> Path:
+    "The folder of a run of this kind; beside it lies what it needs."
+    own = KINDS[kind][0]
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("digits-teacher", "digits-transfer-deepinversion"):
+        if name != own and not (out / name).exists():
+            (out / name).symlink_to(needs / name)
+    return out / own / "quick"
+
+
+def kill(kind: str, kills: int, root: Path, draw: random.Random) -> dict[str, object]:
+    "One run undisturbed, then others that are killed and resumed; what they left is compared with the first."
+    whole = folder_of(kind, root / kind / "whole", root / "needs")
+    begun = time.monotonic()
+    assert ended(attempt(kind, root / kind / "whole"), 300) == 0, kind
+    length, expected = time.monotonic() - begun, left(whole)
+    assert len(expected["history"]) > 2 and any(name.endswith(".safetensors") for name in expected), kind
+    done, chain, moments, odd = 0, 0, Counter[str](), list[str]()
+    while done < kills or chain == 0:
+        out = root / kind / str(chain)
+        folder = folder_of(kind, out, root / "needs")
+        while True:
+            child = attempt(kind, out)
+            code = ended(child, draw.uniform(0.1, 0.6) * length if done < kills else 300)
+            if code is not None:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            done += 1
+            moments[where(folder)] += 1
+        assert code == 0, (kind, chain, code)
+        odd += [f"{chain}: {key}" for key in differences(left(folder), expected)]
+        chain += 1
+    return {"kind": kind, "kills": done, "chains": chain, "seconds": round(length, 1), "moments": moments, "differences": odd}
+
+
+def main(words: list[str]) -> int:
+    "Print a line of JSON for each kind; 1 if anything differs."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="over all kinds (default: 100)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="with commas (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    asked = parser.parse_args(words)
+    kinds = [kind.strip() for kind in asked.kinds.split(",")]
+    if odd := [kind for kind in kinds if kind not in KINDS]:
+        parser.error(f"unknown kind '{odd[0]}': use {', '.join(KINDS)}")
     import matplotlib.pyplot  # noqa: F401 (children shall not spend their lives importing)
     import sklearn.datasets  # noqa: F401
     import torch
 
-    from dfkd_nb.dreams import inversion  # noqa: F401
     from dfkd_nb.foundations.core import import_torchvision
+    from dfkd_nb.lab import applications, methods  # noqa: F401
 
     import_torchvision()
     import torchmetrics.classification  # noqa: F401
 
-    from dfkd_nb.foundations.models import build_model, save_weights
-    from tiny import stirred
-
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = stirred(build_model("digits-net", 10, 1))
-    for chain in ("whole", *map(str, range(KILLS))):
-        save_weights(
-            root / chain / "digits-teacher/quick/weights.safetensors",
-            model,
-            {"model": "digits-net", "domain": "digits"},
-            half=False,
-        )
-    begun = time.monotonic()
-    assert ended(attempt(root / "whole"), 300) == 0
-    length = time.monotonic() - begun
-    draw, kills, chain, moments = random.Random(0), 0, 0, Counter()
-    while True:
-        folder = root / str(chain) / "digits-transfer-deepinversion/quick"
-        child = attempt(root / str(chain))
-        code = ended(child, draw.uniform(0.05, 0.4) * length if kills < KILLS else 300)
-        if code is None:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-            moments[where(folder)] += 1
-            continue
-        assert code == 0, code
-        chain += 1
-        if kills >= KILLS:
-            break
-    print(json.dumps({"kills": kills, "chains": chain, "moments": moments, "length": length}))
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name) / "needs")
+        for number, kind in enumerate(kinds):
+            share = asked.kills // len(kinds) + (number < asked.kills % len(kinds))
+            found.append(kill(kind, share, Path(name), random.Random(asked.seed + number)))
+            print(json.dumps(found[-1]), flush=True)
+    kills, odd = sum(row["kills"] for row in found), sum(len(row["differences"]) for row in found)
+    print(f"{kills} kills, {odd} differences", flush=True)
+    return int(odd > 0)
 
 
-def left(folder: Path) -> dict:
-    "All that a run left, without its timings."
-    from dfkd_nb.lab.runs import read_history
-
-    result = json.loads((folder / "result.json").read_text())
-    return {
-        "numbers": result["numbers"],
-        "settings": result["settings"],
-        "history": [{k: v for k, v in row.items() if k != "seconds"} for row in read_history(folder / "history.csv")],
-        "tensors": {
-            f"{name}/{k}": v
-            for name in ("images", "weights")
-            for k, v in load_file(folder / f"{name}.safetensors").items()
-        },
-        "picture": (folder / "images.png").read_bytes(),
-    }
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_twenty_kills(tmp_path):
+def test_twenty_kills() -> None:
+    "The full hundred, over every kind: see above."
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DFKD_PROGRESS": "0", "MPLBACKEND": "Agg"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=580, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
-    print(report)
-    assert report["kills"] == KILLS and report["chains"] >= 1
-    inside = sum(n for moment, n in report["moments"].items() if moment != "starting")
-    assert inside >= KILLS // 2, f"kills must land inside the run: {report}"
-    whole = left(tmp_path / "whole/digits-transfer-deepinversion/quick")
-    assert len(whole["history"]) > 10 and len(whole["tensors"]["images/images"]) == TINY["images"]
-    for chain in range(report["chains"]):
-        other = left(tmp_path / str(chain) / "digits-transfer-deepinversion/quick")
-        for key in ("numbers", "settings", "history", "picture"):
-            assert other[key] == whole[key], (chain, key)
-        assert other["tensors"].keys() == whole["tensors"].keys()
-        for name, tensor in whole["tensors"].items():
-            assert tensor.equal(other["tensors"][name]), (chain, name)
+    program = [sys.executable, __file__, "--kills", "20", "--kinds", "transfer,scenes,dropout"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=580, env=environment)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    *rows, last = done.stdout.splitlines()
+    assert last == "20 kills, 0 differences"
+    moments = Counter[str]()
+    for row in rows:
+        moments.update(json.loads(row)["moments"])
+    inside = sum(n for moment, n in moments.items() if moment != "starting")
+    assert inside >= 10, f"kills must land inside the runs: {moments}"
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(sys.argv[1:]))

@@ -2,8 +2,10 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from dfkd_nb.foundations.core import DFKDError, load_tensors
 from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.lab.runs import (
@@ -127,17 +129,59 @@ def test_stopped_and_resumed_and_still_the_same_bits(root: Path, tmp_path: Path,
         assert expected.seconds["synthesis"] > 0 and len(ImageSet.load(whole.folder / "images.safetensors")) > 0
 
 
+SCENES: dict[str, object] = {"limit": 20, "test_limit": 4, "teacher_updates": 2, "updates": 4, "arms": "labels, real, dreams"}
+SCENES |= {"rounds": 3, "warmup_rounds": 1, "synthesis_steps": 2, "synthesis_batch_size": 4, "generator_width": 4}
+SCENES |= {"latent_size": 8, "batch_size": 8, "evaluations": 1, "picture": 2}
+
+
+@pytest.mark.parametrize("name", ["dafl", "cmi", "ssd-kd-10", "scenes"])
+def test_stopped_after_every_phase_and_still_the_same_bytes(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    "What a phase leaves in memory does not outlive its process: all that comes later has only files."
+    recipe, changes = ("scenes-segmentation", SCENES) if name == "scenes" else (f"digits-{name}", tiny(name))
+    for folder in ("whole", "broken"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "digits-teacher").symlink_to(root / "digits-teacher")
+    whole = Run(Recipe.load(recipe), "quick", changes, out=tmp_path / "whole", device="cpu", quiet=True)
+    expected, phase, stops = whole.start(), Run.phase, 0
+
+    def stopping(self: Run, name: str, work: Any) -> dict[str, Any]:
+        known = name in self.state["phases"]
+        found = phase(self, name, work)
+        if not known:
+            self.stop()
+        return found
+
+    monkeypatch.setattr(Run, "phase", stopping)
+    while stops < 20:
+        torch.manual_seed(stops)
+        broken = Run(Recipe.load(recipe), "quick", changes, out=tmp_path / "broken", device="cpu", quiet=True)
+        try:
+            result = broken.start(resume=True)
+            break
+        except RunStopped:
+            stops += 1
+    assert 2 <= stops < 20 and result.numbers == expected.numbers
+    files = sorted(p.name for p in whole.folder.iterdir() if p.suffix in (".safetensors", ".png", ".toml"))
+    assert files == sorted(p.name for p in broken.folder.iterdir() if p.suffix in (".safetensors", ".png", ".toml"))
+    for file in files:
+        assert (whole.folder / file).read_bytes() == (broken.folder / file).read_bytes(), file
+
+
 def test_seeds_stand_side_by_side(root: Path, tmp_path: Path) -> None:
-    for seed in (None, 1):
-        changes = tiny("dafl") | {"rounds": 2, "updates_per_round": 2} | ({} if seed is None else {"seed": seed})
-        Run(Recipe.load("digits-dafl"), "quick", changes, out=tmp_path, device="cpu", quiet=True)
-    plain = Run(Recipe.load("digits-dafl"), "quick", out=tmp_path)
-    other = Run(Recipe.load("digits-dafl"), "quick", {"seed": 1}, out=tmp_path)
-    assert (plain.folder.name, other.folder.name) == ("quick", "quick-seed1")
+    "Runs of two seeds keep apart, and neither hides the other's result."
     (tmp_path / "digits-teacher").symlink_to(root / "digits-teacher")
     where = {"out": tmp_path, "results": tmp_path / "results", "device": "cpu", "quiet": True}
-    result = Run(Recipe.load("digits-dafl"), "quick", tiny("dafl") | {"seed": 1}, **where).start()
-    assert result.scale == "quick" and result.settings["seed"] == 1
+    found = {}
+    for seed in (0, 1):
+        changes = tiny("dafl") | {"rounds": 2, "warmup_rounds": 0, "updates_per_round": 2, "seed": seed}
+        run = Run(Recipe.load("digits-dafl"), "quick", changes, **where)
+        found[run.folder.name] = run.start()
+    assert set(found) == {"quick", "quick-seed1"} and [r.settings["seed"] for r in found.values()] == [0, 1]
+    assert found["quick"].numbers != found["quick-seed1"].numbers
+    for name, result in found.items():
+        assert Result.load(tmp_path / "digits-dafl" / name) == result
     assert not (tmp_path / "results").exists()  # other settings were changed as well: not a result of the recipe
 
 

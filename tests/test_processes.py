@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -33,8 +35,22 @@ def dying_after(updates: int, step):
     return dying
 
 
-def workers(root: Path, count: int, *words: str, killed: int | None = None) -> list[int]:
-    "Fork so many processes that run the command together; `killed` kills itself in its second batch. Returns exit codes."
+def slow(seconds: float, work):
+    "The share of a process, which takes so much longer."
+
+    def waiting(self):
+        time.sleep(seconds)
+        return work(self)
+
+    return waiting
+
+
+def workers(root: Path, count: int, *words: str, killed: int | None = None, late: int | None = None) -> list[int]:
+    """Fork so many processes that run the command together. Returns exit codes.
+
+    `killed` kills itself in its second batch. `late` takes 2.5 seconds more than the others, while gloo's own limit on
+    waiting, half an hour, is one second.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -53,11 +69,17 @@ def workers(root: Path, count: int, *words: str, killed: int | None = None) -> l
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
+            from torch.distributed import distributed_c10d
+
             from dfkd_nb.dreams.inversion import Batches
-            from dfkd_nb.lab.commands import main
+            from dfkd_nb.lab.commands import Dreaming, main
 
             if rank == killed:
                 Batches.step = dying_after(9, Batches.step)
+            if late is not None:
+                distributed_c10d.default_pg_timeout = timedelta(seconds=1)
+            if rank == late:
+                Dreaming.work = slow(2.5, Dreaming.work)
             code = main([*COMMAND, "--checkpoint", str(root / "own.safetensors"), *words])
         finally:
             os._exit(code)
@@ -84,8 +106,11 @@ def main(root: Path) -> None:
         "parquet": workers(root, 2, "--out", str(root / "parquet"), "--format", "parquet"),
     }
     for rank in range(2):
-        folder = str(root / f"killed-{rank}")
+        codes[f"late-{rank}"] = workers(root, 2, "--out", str(root / f"late-{rank}"), late=rank)
+    for rank in range(2):
+        folder, begun = str(root / f"killed-{rank}"), time.monotonic()
         codes[f"killed-{rank}"] = workers(root, 2, "--out", folder, killed=rank)
+        codes[f"seconds-{rank}"] = time.monotonic() - begun
         (root / f"left-{rank}.json").write_text(json.dumps(sorted(p.name for p in Path(folder).iterdir())))
         codes[f"resumed-{rank}"] = workers(root, 2 - rank, "--out", folder, "--resume")
     codes["refused"] = workers(root, 2, "--out", str(root / "two"))
@@ -133,9 +158,17 @@ def test_and_the_table_of_one(made):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_that_is_ready_waits_as_long_as_it_takes(made, rank):
+    root, codes, _ = made
+    assert codes[f"late-{rank}"] == [0, 0]
+    assert images(root / f"late-{rank}") == images(root / "one")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_one_is_killed_and_all_are_resumed(made, rank):
-    "The other one finishes its share and stops; two, or one alone, make the rest."
+    "The other one finishes its share and stops, soon; two, or one alone, make the rest."
     root, codes, done = made
+    assert codes[f"seconds-{rank}"] < 20
     assert codes[f"killed-{rank}"][rank] == -signal.SIGKILL and codes[f"killed-{rank}"][1 - rank] == 3
     assert "another process is gone" in done.stderr
     left = json.loads((root / f"left-{rank}.json").read_text())

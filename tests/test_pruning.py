@@ -1,13 +1,17 @@
 "Pruning's contract: what a removal computes, what importance estimates, tables, files, exports, resuming, refusals."
 
 import copy
+import functools
 import json
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from dfkd_nb.applications import pruning
@@ -31,13 +35,15 @@ from dfkd_nb.applications.pruning import (
     network_cost,
     prune_filters,
     rank_agreement,
+    reestimate_batchnorm,
     remove_filters,
     removed_filters,
     save_pruned,
     share_recovered,
 )
-from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
-from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.applications.quantization import integers, quantize
+from dfkd_nb.foundations.core import DFKDError, DFKDWarning, load_tensors, save_tensors
+from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model, load_teacher
 from dfkd_nb.lab.runs import Recipe, Run
@@ -100,6 +106,122 @@ def test_removal_is_what_closed_gates_compute(name):
     assert list(conv_shapes(small.float(), domain).values()) == filters.keys(kept), "sizes are as the table is asked"
 
 
+SMALL = Domain("small", (3, 8, 8), (0.5,) * 3, (0.5,) * 3, tuple("abcd"))
+
+
+def layers(inputs, outputs, **settings):
+    return nn.Sequential(nn.Conv2d(inputs, outputs, **settings), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class StandIn(nn.Module):
+    "What other libraries' networks are made of, in small."
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, wide = kind, {"kernel_size": 3, "padding": 1}
+        self.stem, self.fc = layers(3, 16, kernel_size=1), nn.Linear(16, 4)
+        self.a, self.c = layers(16, 24, kernel_size=1), layers(24, 16, kernel_size=1)
+        self.b = layers(24, 24, groups=6 if kind != "uneven" else 12, **wide)
+        self.b2 = layers(24, 24, groups=4, **wide)
+        self.extra = layers(24, 36, groups=12, **wide) if kind == "uneven" else layers(8, 8, groups=8, **wide)
+        self.narrow, self.back = layers(16, 8, kernel_size=1), layers(36, 24, kernel_size=1)
+        self.b3 = layers(24, 24, groups=6, **wide)
+        self.skip, self.gate = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        if self.kind == "grouped":  # ResNeXt, RegNet
+            x = x + self.c(self.b(self.a(x)))
+        elif self.kind == "two groupings":  # of 4 and of 6 channels: they meet at 12
+            x = x + self.c(self.b2(self.b(self.a(x))))
+        elif self.kind == "excitation":  # RegNet-Y
+            x = x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid() + self.c(self.b(self.a(x)))
+        elif self.kind == "uneven":
+            x = x + self.c(self.back(self.extra(self.a(x))))
+        elif self.kind == "ghost":  # GhostNet: cheap copies, cut to size
+            first = self.narrow(x)
+            x = x + torch.cat([first, self.extra(first)], 1)[:, :16]
+        elif self.kind == "ghost cut":  # more copies than are needed
+            first = self.narrow(x)
+            x = x[:, :12] + torch.cat([first, self.extra(first)], 1)[:, :12]
+            return self.fc(torch.cat([x, x[:, :4]], 1).mean((2, 3)))
+        elif self.kind == "branches":  # FastViT, MobileOne: a BatchNorm beside convolutions
+            x = self.skip(x) + self.gate(x) + self.c(self.a(x))
+        elif self.kind == "shuffle":  # ShuffleNet
+            x = self.b(self.a(x)).unflatten(1, (6, 4)).transpose(1, 2).flatten(1, 2)
+            x = self.c(self.b3(x))
+        return self.fc(x.mean((2, 3)))
+
+
+KINDS = ("grouped", "two groupings", "excitation", "uneven", "ghost", "branches", "shuffle")
+
+
+@functools.cache
+def stand_in(kind):
+    torch.manual_seed(0)
+    model = StandIn(kind).eval()
+    return find_filters(model, SMALL), model.double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=8, deadline=None)
+def test_any_choice_of_what_is_removable_can_be_removed(kind, seed):
+    filters, model = stand_in(kind)
+    rng, kept = torch.Generator().manual_seed(seed), {}
+    for name, group in filters.groups.items():
+        part = torch.rand(group.parts, generator=rng) > torch.rand(1, generator=rng)
+        part[torch.randint(group.parts, (1,), generator=rng)] = True
+        kept[name] = part[group.blocks]
+    small = remove_filters(model, filters, kept)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double, generator=rng)
+    with torch.no_grad():
+        with Gates(model, filters.groups.values(), {k: v.double() for k, v in kept.items()}):
+            masked = model(x)
+        assert torch.allclose(small(x), masked, rtol=1e-9, atol=1e-9 * float(masked.abs().max()))
+    assert list(conv_shapes(small, SMALL).values()) == filters.keys(kept)
+    assert {type(layer) for layer in small.modules()} <= {type(layer) for layer in model.modules()}
+
+
+def test_a_grouped_convolution_goes_by_whole_groups(tmp_path):
+    filters, model = stand_in("grouped")
+    blocks = {name: group.blocks.bincount().tolist() for name, group in filters.groups.items()}
+    assert sorted(blocks.values()) == [[1] * 16, [4] * 6], "six groups of four filters, and the stream"
+    name = next(n for n, sizes in blocks.items() if sizes == [4] * 6)
+    assert [g.blocks.bincount().tolist() for g in stand_in("two groupings")[0].groups.values()].count([12, 12]) == 1
+    kept = filters.all()
+    kept[name][[0, 1, 2]] = False
+    for act in (
+        lambda: remove_filters(model, filters, kept),
+        lambda: load_pruned(tmp_path / "part.safetensors", StandIn("grouped"), SMALL),
+    ):
+        save_pruned(tmp_path / "part.safetensors", model, "x", removed_filters(kept), SMALL)
+        with pytest.raises(DFKDError, match=r"filter 0 of '.*' cannot go alone: .*all of \[0, 1, 2, 3\]") as error:
+            act()
+        assert "\n" not in str(error.value)
+    worth = {n: torch.rand(g.count, generator=torch.Generator().manual_seed(0)) for n, g in filters.groups.items()}
+    planned = prune_filters(filters, Plan(0.4, per_removal=4, group_size=1), lambda kept: worth)
+    gone = (~planned[name]).view(6, 4)
+    assert gone.any() and (gone.all(1) == gone.any(1)).all(), "a plan takes whole groups"
+    sums = worth[name].view(6, 4).sum(1)
+    assert sums[gone.all(1)].max() <= sums[~gone.all(1)].min(), "the least important ones"
+    assert remove_filters(model, filters, planned)(torch.randn(1, 3, 8, 8).double()).shape == (1, 4)
+    table = LatencyTable(seconds=0.0)
+    table.scan(filters, 2, passes=1)  # sizes that exist only
+    grouped = {key for key in table.measured if key.groups > 1}
+    assert {(key.outputs, key.groups) for key in grouped} == {(4 * n, n) for n in range(2, 7)}
+
+
+def test_what_is_refused_and_why():
+    left = stand_in("uneven")[0].left_alone
+    assert any("'extra.0' has 12 groups that make 36 of 24 channels" in reason for reason in left.values())
+    with pytest.raises(DFKDError, match="no filter of StandIn can be removed: '.*': the network would not work") as error:
+        find_filters(StandIn("ghost cut").eval(), SMALL)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DFKDError, match="another network"), Gates(nn.Linear(2, 2), stand_in("grouped")[0].groups.values(), {}):
+        pass
+
+
 def test_the_padded_stream_is_left_alone():
     teacher = load_teacher("cifar10-resnet20")
     filters = find_filters(teacher, teacher.domain)
@@ -122,6 +244,11 @@ def test_what_layers_added_up_lose_counts_as_often(digits):
     small = remove_filters(model, filters, kept)
     lost = sum(k.outputs for k in filters.shapes.values()) - sum(k.outputs for k in conv_shapes(small, domain).values())
     assert lost == filters.weight(name) and filters.removed_share(kept) == lost / filters.total
+    weight, worth = filters.weight(name), {layer: torch.ones(len(still)) for layer, still in filters.all().items()}
+    worth[name] = torch.zeros(len(worth[name]))  # the cheapest
+    plan = Plan(0.9, per_removal=2 * weight, group_size=1)
+    left = plan.remove(filters, filters.all(), worth)
+    assert int((~left[name]).sum()) == 2 and filters.removed_share(left) * filters.total == pytest.approx(2 * weight)
 
 
 def test_removal_leaves_the_original_alone(digits):
@@ -275,7 +402,63 @@ def test_importance_refuses_and_repeats(digits, pool):
     assert math.isclose(rank_agreement(first, {k: -v for k, v in first.items()}), -1)
 
 
+def test_filters_are_judged_by_sets_and_by_batches_alike(digits, pool):
+    teacher, filters = digits
+    expected = filter_importance(teacher, filters, pool.batches(100))
+    loader = torch.utils.data.DataLoader(list(zip(pool.images / 255, pool.labels)), batch_size=100)
+    for images in (pool, pool.images, loader):
+        found = filter_importance(teacher, filters, images)
+        assert all(torch.allclose(found[k], expected[k], rtol=1e-4) for k in expected)
+    double = Teacher(copy.deepcopy(teacher.model).double(), DIGITS)
+    assert rank_agreement(filter_importance(double, filters, pool), expected) > 0.99
+
+
+def test_what_filters_cannot_be_judged_by(digits, pool):
+    teacher, filters = digits
+    normalised = [(DIGITS.normalize(pool.images[:9]), pool.labels[:9])]
+    for images, text in (
+        (normalised, "normalised already.*denormalize"),
+        (torch.utils.data.DataLoader(normalised, batch_size=None), "normalised already"),
+        ([(255.0 * torch.rand(2, 1, 8, 8), None)], "divide by 255"),
+        ([(pool.images[0], 3)], r"give \(N, 1, 8, 8\)"),
+        (torch.utils.data.TensorDataset(pool.images, pool.labels), r"give \(N, 1, 8, 8\)"),
+        ([Image.new("L", (8, 8))], "use ImageSet.collect"),
+        (pool.images / 255, "give uint8"),
+        (None, "no images in a NoneType: give an ImageSet"),
+        (torch.nn.Identity(), "no images in a Identity: give an ImageSet"),
+    ):
+        with pytest.raises(DFKDError, match=text) as error:
+            filter_importance(teacher, filters, images)
+        assert "\n" not in str(error.value)
+        assert not any(len(m._forward_pre_hooks) for m in teacher.modules()), "no gate stays"
+
+
+def test_a_teacher_of_another_normalisation_sees_the_same_images(digits, pool):
+    "Its first layer's weights take the other scale in, so that it answers alike."
+    teacher, filters = digits
+    other = replace(DIGITS, mean=(0.0,), std=(1.0,))
+
+    class Rescaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(teacher.model)
+
+        def forward(self, x):
+            return self.net(other.renormalize(x, DIGITS))
+
+    expected = filter_importance(teacher.model, filters, pool, teacher=teacher)
+    found = filter_importance(teacher.model, filters, pool, teacher=Teacher(Rescaled(), other))
+    assert all(torch.allclose(found[k], expected[k], rtol=1e-3, atol=1e-7) for k in expected)
+
+
 # latency
+
+
+def test_the_clock_waits_for_the_device_that_computes(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.append(device))
+    pruning.fastest(lambda: None, seconds=0.0, device="cuda:1")
+    assert set(waited) == {torch.device("cuda:1")}
 
 
 def test_a_clock_that_stands_still_measures_nothing(monkeypatch):
@@ -384,6 +567,25 @@ def test_a_plan_is_kept(share, group_size, per_removal, seed):
 TINY = find_filters(*network())
 
 
+@functools.cache
+def twenty():
+    return find_filters(*network("resnet20"))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_a_share_is_met_or_the_difference_is_said(share):
+    "ResNet-20's 336 removable filters: groups of 16 are 4.8 % of them."
+    filters = twenty()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DFKDWarning)
+        kept = prune_filters(filters, Plan(share), lambda kept: {k: v / len(v) for k, v in kept.items()})
+    assert share <= filters.removed_share(kept) <= 1.1 * share + 0.5 / filters.total
+    assert Plan(share).portion(filters) == {0.01: 1, 0.1: 2, 0.5: 16}[share]
+    if share < 0.5:
+        with pytest.warns(DFKDWarning, match=rf"% of the filters are removed instead of {share:.1%}: .*16 filters"):
+            prune_filters(filters, Plan(share, group_size=16), lambda kept: {k: v / len(v) for k, v in kept.items()})
+
+
 def test_plans_that_cannot_be(digits):
     for arguments, text in (
         ({"share": 1.5}, "between 0 and 1"),
@@ -436,6 +638,40 @@ def test_closed_gates_learn_like_the_smaller_network(digits, pool):
     x = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         assert torch.allclose(masked.smaller().eval()(x), small(x), atol=1e-4)
+
+
+def hooks(model):
+    "All hooks on a network and its layers."
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def test_the_student_carries_no_hooks(digits, pool):
+    teacher, _ = digits
+    learner = distiller(teacher, pool)
+    assert hooks(learner.student) == 0
+    learner.run(until=4)
+    x, kept = torch.randn(4, 1, 8, 8), {k: v.float() for k, v in learner.kept.items()}
+    assert hooks(learner.student) == 0 and any(not v.all() for v in learner.kept.values())
+    with torch.no_grad():
+        learner.student.eval()
+        alone = learner.student(x)
+        with Gates(learner.student, TINY.groups.values(), kept):
+            assert torch.equal(learner.student(x), alone), "the gates are closed already, in the weights"
+
+    def stop(*_):
+        raise RuntimeError("out of memory")
+
+    learner.teacher.forward = stop
+    for act in (learner.step, learner.importance, lambda: filter_importance(teacher, TINY, pool, teacher=learner.teacher)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            act()
+        assert hooks(learner.student) == hooks(teacher) == 0
+    del learner.teacher.forward
+    with pytest.raises(DFKDError, match="remove_parametrizations"):
+        computed = copy.deepcopy(learner.student)
+        nn.utils.parametrizations.weight_norm(computed[3])
+        PruningDistiller(teacher, computed, pool, filters=TINY, plan=Plan(0.5), steps=1, device="cpu")
 
 
 def test_pruning_resumes_to_the_same_bits(digits, pool):
@@ -495,6 +731,93 @@ def test_exports_answer_alike(tmp_path, digits):
 
     session = onnxruntime.InferenceSession(str(tmp_path / "network.onnx"))
     assert session.run(None, {"images": torch.zeros(7, 1, 8, 8).numpy()})[0].shape == (7, 10), "batches of any size"
+
+
+def test_what_cannot_be_exported_is_told_in_one_plain_line(tmp_path, digits, pool):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(digits[0].model)
+
+        def forward(self, x):
+            return self.net(x) if x.mean() > 0 else self.net(-x)
+
+    whole = integers(quantize(digits[0], pool, 8))
+    for model, text in ((whole, "IntegerNetwork cannot be exported .*save_integers"), (Branch(), "without branches on pixels")):
+        with pytest.raises(DFKDError, match=text) as error:
+            export_network(model, DIGITS, tmp_path)
+        assert str(error.value).isprintable(), "no colours of a terminal, one line"
+
+
+# BatchNorm
+
+
+def seen_by(model, x):
+    "What enters each BatchNorm, in training mode: all images in one batch."
+    found, model = [], copy.deepcopy(model).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for layer in norms:
+        layer.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0].double().transpose(0, 1).flatten(1)))
+    with torch.no_grad():
+        model(x)
+    return found
+
+
+def test_batchnorm_is_reestimated_as_the_moments_of_all_images(digits, pool):
+    model = copy.deepcopy(digits[0].model).double()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.fill_(7.0)
+    before, x = copy.deepcopy(model.state_dict()), DIGITS.normalize(pool.images).double()
+    model.train()
+    model[1].eval()  # modes are restored one by one
+    assert reestimate_batchnorm(model, pool, batch_size=len(pool)) is model
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer, entered in zip(norms, seen_by(model, x), strict=True):
+        torch.testing.assert_close(layer.running_mean, entered.mean(1))
+        torch.testing.assert_close(layer.running_var, entered.var(1))
+        assert int(layer.num_batches_tracked) == 1 and layer.momentum == 0.1
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert {k.rpartition(".")[2] for k in changed} <= {"running_mean", "running_var", "num_batches_tracked"}
+    assert model.training and model[0].training and not model[1].training and hooks(model) == 0
+    reestimate_batchnorm(model, pool, batch_size=7)  # 120 images in 18 batches, the last of which has 6
+    torch.testing.assert_close(norms[0].running_mean, seen_by(model, x)[0].mean(1))
+    torch.testing.assert_close(norms[0].running_var, seen_by(model, x)[0].var(1))
+    assert int(norms[0].num_batches_tracked) == 18
+
+
+def test_batchnorm_is_measured_exactly_far_from_zero(pool):
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(128, 10))
+    with torch.no_grad():
+        model[0].bias.fill_(3000.0)  # mean over standard deviation
+    reestimate_batchnorm(model, pool, batch_size=50)
+    exact = (model[0].double())(DIGITS.normalize(pool.images).double()).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model[1].running_var.double(), exact.var(1), rtol=1e-3, atol=0)
+
+
+def test_reestimation_leaves_nothing_half_done(digits, pool):
+    model = copy.deepcopy(digits[0].model)
+    before = copy.deepcopy(model.state_dict())
+
+    class Broken(ImageSet):
+        def fetch(self, indices):
+            if int(indices[0]):
+                raise OSError("the disk is gone")
+            return super().fetch(indices)
+
+    with pytest.raises(OSError):
+        reestimate_batchnorm(model, Broken(pool.images, None, DIGITS), batch_size=50)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and hooks(model) == 0
+    cases = (
+        (model, pool.images, None, "give a domain"),
+        (model, pool.subset(1), None, "two or more"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), pool, None, "nothing to re-estimate"),
+        (model, pool, CIFAR, "resize them"),
+        (model, [pool.images], DIGITS, "ImageSet.collect"),
+    )
+    for network, images, domain, text in cases:
+        with pytest.raises(DFKDError, match=text):
+            reestimate_batchnorm(network, images, domain)
 
 
 def test_costs_by_hand():

@@ -1,6 +1,7 @@
 """Quantisation: the simulation against PyTorch's arithmetic, integers against the simulation, files, byte kernels, resuming to the bit."""
 
 import platform
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from dfkd_nb.applications.quantization import (
     signal_to_noise,
     unpack,
 )
-from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_checkpoint, save_checkpoint
+from dfkd_nb.applications import quantization
+from dfkd_nb.foundations.core import DFKDError, DFKDWarning, import_torchvision, load_checkpoint, load_tensors, save_checkpoint
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.foundations.models import Teacher, build_model
@@ -156,6 +158,77 @@ def test_calibration_repeats_itself(teacher, four):
     assert input_ranges(calibrate(again, pictures(64) // 4)) != input_ranges(four)
 
 
+@pytest.mark.parametrize("ranges", ["histogram", "extremes"])
+def test_a_new_calibration_forgets_the_old_one(teacher, ranges):
+    "On noise and then on images is on images alone, bit for bit; from BatchNorm alone likewise, and after fine-tuning."
+    noise, images = pictures(64), pictures(64, 1) // 3 + 50
+    twice, once = quantize(teacher, noise, 4, ranges=ranges), quantize(teacher, images, 4, ranges=ranges)
+    assert input_ranges(twice) != input_ranges(once), "these images ask for other ranges"
+    calibrate(twice, images)
+    assert_same(twice, once)
+    assert_same(imagine(twice), imagine(QuantizedNetwork(teacher, DIGITS, 4, ranges=ranges)))
+    mend(teacher, twice, images, steps=1, learning_rate=1e-9).run()  # its steps are learned from now on
+    assert input_ranges(calibrate(twice, images)).keys() == input_ranges(once).keys()
+    for name, (low, high) in input_ranges(twice).items():
+        assert (low, high) == pytest.approx(input_ranges(once)[name], rel=1e-5, abs=1e-6)
+
+
+def assert_same(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_calibration_that_fails_leaves_nothing_half_done(teacher):
+    class Broken(ImageSet):
+        def fetch(self, indices):
+            if int(indices[0]):
+                raise OSError("the disk is gone")
+            return super().fetch(indices)
+
+    network = quantize(teacher, pictures(64), 4)
+    with pytest.raises(OSError):
+        calibrate(network, Broken(pictures(64, 1), None, DIGITS), batch_size=32)
+    with pytest.raises(DFKDError, match="does not know its ranges"):
+        network(DIGITS.normalize(pictures(2)))
+    assert_same(calibrate(network, pictures(64)), quantize(teacher, pictures(64), 4))
+
+
+def test_other_calibration_images_make_another_file(teacher, tmp_path):
+    steps = []
+    for number, images in enumerate((pictures(64), pictures(64) // 3 + 50)):
+        save_integers(tmp_path / f"{number}.safetensors", integers(quantize(teacher, images, 8)))
+        steps.append(load_tensors(tmp_path / f"{number}.safetensors")[0]["input_steps"])
+    assert (steps[0] != steps[1]).all(), "every layer's step comes from the images"
+
+
+def scaled(lowest):
+    "One function, whatever `lowest` is: channels between the last layers are scaled by 1 to `lowest`, and back."
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False), nn.Linear(64, 10, bias=False)]
+    scale = torch.logspace(0, torch.tensor(lowest).log10().item(), 64)
+    with torch.no_grad():
+        layers[1].weight.mul_(scale[:, None])
+        layers[2].weight.div_(scale)
+    return Teacher(nn.Sequential(nn.Flatten(), *layers), DIGITS, "scaled")
+
+
+def test_a_collapse_is_said(teacher):
+    with pytest.warns(DFKDWarning, match="'scaled', weights of 4 bits and inputs of 8, .*mend"):
+        quantize(scaled(1e-5), pictures(64), 4, activation_bits=8)
+    with pytest.warns(DFKDWarning, match="multiply intensities"):
+        quantize(teacher, pictures(64) // 128, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DFKDWarning)
+        quantize(scaled(1.0), pictures(64), 4, activation_bits=8)
+        quantize(scaled(1e-5), pictures(15), 4)  # too few to tell
+
+
+def test_a_double_network_is_quantised_as_floats(teacher):
+    "In double precision the same answers: the simulation is one in float32."
+    double, x = Teacher(network().double(), DIGITS, "tiny"), DIGITS.normalize(pictures(5, 3))
+    torch.testing.assert_close(quantize(double, pictures(64), 4)(x), quantize(teacher, pictures(64), 4)(x))
+
+
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_packing_is_undone(values):
@@ -253,6 +326,14 @@ def test_what_cannot_be_quantised(teacher, four):
         def forward(self, x):
             return self.net(x) if x.mean() > 0 else self.net(-x)
 
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+        def forward(self, x):
+            return self.head((self.conv(x) + self.conv(x)).mean((2, 3)))
+
     class Bare(nn.Module):
         def forward(self, x):
             return x.flatten(1)[:, :10]
@@ -263,7 +344,9 @@ def test_what_cannot_be_quantised(teacher, four):
         (lambda: quantize(teacher, pictures(0)), "no images to calibrate on"),
         (lambda: quantize(teacher, pictures(4, shape=(1, 9, 9))), "do not fit the domain"),
         (lambda: quantize(teacher, ImageSet(pictures(4, shape=(3, 32, 32)), None, DOMAINS["cifar10"])), "resize them"),
-        (lambda: quantize(Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), DIGITS), None), "has no BatchNorm"),
+        (lambda: quantize(Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), DIGITS), None), "has no BatchNorm.*dfkd invert"),
+        (lambda: quantize(teacher, DIGITS.normalize(pictures(4))), "give uint8"),
+        (lambda: quantize(Teacher(Doubled(), DIGITS, "doubled"), pictures(4)), "'doubled' .ValueError in .*: .*export"),
         (lambda: QuantizedNetwork(teacher, DIGITS, ranges="guess"), "unknown ranges 'guess'"),
         (lambda: QuantizedNetwork(teacher, DIGITS, weights="all"), "unknown weights 'all'"),
         (lambda: QuantizedNetwork(teacher, DIGITS)(torch.zeros(1, 1, 8, 8)), "does not know its ranges"),
@@ -275,6 +358,16 @@ def test_what_cannot_be_quantised(teacher, four):
         with pytest.raises(DFKDError, match=message) as caught:
             work()
         assert "\n" not in str(caught.value)
+
+
+def test_an_assertion_without_text_says_where(teacher, monkeypatch):
+    def annotate(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(quantization, "_quantizer", annotate)
+    with pytest.raises(DFKDError, match="AssertionError in annotate.: call each layer once") as caught:
+        QuantizedNetwork(teacher, DIGITS)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_teacher_stays_as_it_was(teacher):

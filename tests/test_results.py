@@ -1,5 +1,6 @@
 "The comparison: papers' figures as they were printed, cells that never mix what differs, and nothing invented."
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.lab.results import (
     METHODS,
+    best_cells,
     comparison,
     detail_of,
     draw_scatter,
@@ -29,13 +31,14 @@ from dfkd_nb.lab.results import (
     results_command,
     results_text,
     row_of,
+    sections,
     spread,
     standard_error,
     teacher_recipe,
     text_table,
     uncounted,
 )
-from dfkd_nb.lab.runs import SCALES, Result, recipe_names, results
+from dfkd_nb.lab.runs import REVISION, SCALES, Result, recipe_names, results
 from cases import each
 
 matplotlib.use("Agg")
@@ -288,3 +291,55 @@ def test_the_page_shows_every_run_of_the_comparison():
     stored = json.dumps([cell.get("outputs", []) for cell in cells])
     absent = sorted(name for name in compared if f"`{name}`" not in stored)
     assert not absent, f"run `make results`: {absent} are new"
+
+
+# --- older than a mend
+
+
+def older(**changes):
+    "A result of an earlier revision."
+    return dataclasses.replace(made_up(**changes), revision=REVISION - 1)
+
+
+def test_revisions_are_never_averaged():
+    found = [older(accuracy=0.80, seed=0), older(accuracy=0.82, seed=1), older(accuracy=0.84, seed=2), made_up(accuracy=0.90, seed=3)]
+    new, old = comparison(found)
+    assert (new.revision, new.accuracies, new.variant) == (REVISION, [90.0], f"revision {REVISION}")
+    assert (old.revision, old.seeds, old.variant) == (REVISION - 1, [0, 1, 2], f"revision {REVISION - 1}")
+    assert best_cells([old, new])[PAIR, "fast-5"] is new, "the newest counts, however few its seeds"
+    assert best_cells([old])[PAIR, "fast-5"] is old
+
+
+def test_numbers_that_are_older_carry_a_sign_and_the_table_a_sentence():
+    old, new = older(accuracy=0.80), made_up(accuracy=0.90, method="dafl")
+    cells = comparison([old, new])
+    rows = {cell.method: row_of(cell)["accuracy, %"] for cell in cells}
+    assert rows == {"fast-5": "80.00†", "dafl": "90.00"}
+    note = f"† 1 of 2 runs are older than revision {REVISION}"
+    for table in (markdown_table, text_table):
+        assert sections(cells, table).count(note) == 1 and "80.00†" in sections(cells, table)
+    assert "older" not in sections(comparison([new]))
+    grid = {row["method"]: row["WRN-40-2 → WRN-16-1"] for row in matrix(cells, "cifar10")}
+    assert grid["Fast-5"] == "80.00† / *88.90*" and "†" not in grid["DAFL"]
+    assert detail_of(old)["accuracy, %"] == "80.00†" and detail_of(new)["accuracy, %"] == "90.00"
+    assert "--:" in markdown_table([row_of(cells[0])]).splitlines()[1], "a column of marked numbers stays to the right"
+    aside = older(pair="", method="")
+    assert other_rows([aside])[0]["accuracy, %"] == "88.90†"
+    assert results_text([old, aside]).count("older than revision") == 2, "once a table"
+
+
+def test_the_list_of_results_marks_them_too(left, capsys):
+    from dfkd_nb.lab.commands import main
+
+    left(older(accuracy=0.80), "full")
+    left(made_up(accuracy=0.90, method="dafl"), "full")
+    assert main(["results", "--folder", str(left.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("†") for line in lines[:2]] == [False, True] and lines[0].split()[0].endswith("dafl")
+    assert lines[-1].startswith("† 1 of 2 runs")
+
+
+def test_pictures_leave_matplotlib_as_it_was():
+    before = dict(matplotlib.rcParams)
+    draw_scatter(comparison([made_up(), made_up(seed=1, accuracy=0.9)]), PAIR)
+    assert dict(matplotlib.rcParams) == before

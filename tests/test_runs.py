@@ -4,17 +4,21 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import tomllib
+import types
 
+import numpy
 import pytest
 import torch
+from torch import nn
 
 from dfkd_nb.dreams.inversion import preset
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
-from dfkd_nb.foundations import distillation
+from dfkd_nb.foundations import distillation, models
 from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.lab import runs
 from dfkd_nb.lab.runs import (
@@ -279,10 +283,95 @@ def test_every_number_is_counted_once(counting):
     assert [row["square"] for row in rows(counting())] == [n**2 for n in range(1, 11)]
 
 
+def global_draws():
+    "A number from each global stream."
+    return [torch.rand(1).item(), random.random(), float(numpy.random.rand())]
+
+
+def draw(run):
+    "A task whose every number comes from the global streams: in a phase, between two, and in another."
+    first = []
+
+    def work(state, spent):
+        first.extend(state["drawn"] if state else [])
+        while len(first) < run.settings.to:
+            first.append(global_draws())
+            run.journal.add("drawing", len(first), value=first[-1][0])
+            run.tick("drawing", lambda: {"drawn": first})
+        return {"drawn": first}
+
+    found = run.phase("drawing", work)
+    between = global_draws()
+    assert run.state["current"] is None or run.state["current"]["phase"] != "drawing"
+    late = []
+
+    def again(state, spent):
+        late.extend(state["drawn"] if state else [])
+        while len(late) < 3:
+            late.append(global_draws())
+            run.tick("again", lambda: {"drawn": late})
+        return {"late": late}
+
+    return found | run.phase("again", again) | {"between": between, "after": global_draws()}
+
+
+@pytest.fixture
+def drawing(counting):
+    TASKS["count"] = Task("count", CountSettings, draw)
+    return counting
+
+
+def test_global_streams_are_part_of_the_checkpoint(drawing):
+    "Stopped after every draw, and each process begins with streams of its own: the numbers are those of one process."
+    torch.manual_seed(1), random.seed(1), numpy.random.seed(1)
+    whole = drawing(to=4).start()
+    stops = 0
+    while True:
+        torch.manual_seed(100 + stops), random.seed(100 + stops), numpy.random.seed(100 + stops)
+        before = global_draws()
+        torch.manual_seed(100 + stops), random.seed(100 + stops), numpy.random.seed(100 + stops)
+        try:
+            result = drawing(to=4).start(resume=stops > 0, fresh=stops == 0, max_minutes=1e-9)
+            break
+        except RunStopped:
+            stops += 1
+            assert global_draws() == before, "the caller's streams go on as if nothing had been drawn"
+    assert stops >= 7 and result.numbers == whole.numbers
+    flat = [v for row in [*whole.numbers["drawn"], *whole.numbers["late"], whole.numbers["between"]] for v in row]
+    assert len(set(flat)) == len(flat), "no stream begins again within a run"
+
+
+def test_another_seed_is_another_stream(drawing):
+    assert drawing(to=2).start().numbers != drawing(to=2, seed=1).start().numbers
+
+
 def test_a_changed_run_is_not_published(counting, tmp_path):
     (tmp_path / "results").mkdir()
     assert counting(to=3).start().changed == ["to"] and not (tmp_path / "results/count").exists()
     assert counting().start(fresh=True).changed == [] and (tmp_path / "results/count/quick/result.json").is_file()
+
+
+def test_what_is_set_to_what_it_was_is_no_change(counting, tmp_path):
+    (tmp_path / "results").mkdir()
+    assert counting(to=10, seed=0).start().changed == [] and (tmp_path / "results/count/quick/result.json").is_file()
+
+
+def test_a_result_knows_its_revision(counting):
+    result = counting().start()
+    folder = counting().folder
+    assert result.revision == runs.REVISION == json.loads((folder / "result.json").read_text())["revision"]
+    assert not result.outdated and Result.load(folder) == result
+    without = {k: v for k, v in json.loads((folder / "result.json").read_text()).items() if k != "revision"}
+    (folder / "result.json").write_text(json.dumps(without))
+    assert Result.load(folder).revision == 1 and Result.load(folder).outdated
+
+
+def test_a_run_that_began_before_a_mend_stays_older_than_it(counting, monkeypatch):
+    monkeypatch.setattr(runs, "REVISION", 1)
+    with pytest.raises(RunStopped):
+        counting().start(max_minutes=1e-9)
+    monkeypatch.undo()
+    assert counting().start(resume=True).outdated
 
 
 def test_fresh_throws_all_away_but_the_lock(counting):
@@ -412,7 +501,6 @@ title = "A student of the digits teacher"
 task = "transfer"
 [settings]
 teacher = "run:digits-teacher/quick"
-student = "digits-net"
 test_data = "digits"
 real_data = "digits"
 batch_size = 64
@@ -423,25 +511,34 @@ synthesis_batch_size = 20
 synthesis_steps = 6
 images = 60
 updates = 12
-evaluations = 2
+test_limit = 100
 """
 KINDS = {
-    "rounds": "rounds = 3\nupdates_between_rounds = 4\ncompetition_weight = 5.0",
-    "metadata": "class_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\nmetadata_clusters = 2\nmetadata_components = 5",
-    "labels": 'learn_from = "labels"\nmeasured_images = 50\nmeasured_data = "digits"',
+    "rounds": "evaluations = 2\nrounds = 3\nupdates_between_rounds = 4\ncompetition_weight = 5.0",
+    "metadata": "evaluations = 2\nclass_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\n"
+    "metadata_clusters = 2\nmetadata_components = 5",
+    "labels": 'evaluations = 2\nlearn_from = "labels"\nmeasured_images = 50\nmeasured_data = "digits"',
+    "dropout": 'student = "dropping"\nevaluations = 4\nsource = "real"',
 }
 
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    "A folder of runs with a digits teacher in it."
+    "A folder of runs with a digits teacher in it, and a small network whose units drop out."
+
+    def dropping(classes, channels):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, classes))
+
+    models.MODELS["dropping"] = dropping
     out = tmp_path_factory.mktemp("taught")
     Run(Recipe.load("digits-teacher"), "quick", TINY, out=out, results=out / "results", device="cpu", quiet=True).start()
-    return out
+    yield out
+    del models.MODELS["dropping"]
 
 
 def student(taught, kind, name, **changes):
-    recipe = Recipe.parse(DIGITS + "[quick]\n" + KINDS[kind], name)
+    network = "" if "student =" in KINDS[kind] else 'student = "digits-net"\n'
+    recipe = Recipe.parse(DIGITS + "[quick]\n" + network + KINDS[kind], name)
     return Run(recipe, "quick", changes, out=taught, results=taught / "results", device="cpu", quiet=True)
 
 
@@ -452,10 +549,14 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
     assert stops >= 1 and again.numbers == result.numbers
     whole, cut = (student(taught, kind, f"{kind}-{word}") for word in ("whole", "cut"))
     assert rows(whole) == rows(cut)
-    for name in ("weights.safetensors", "images.safetensors"):
+    files = sorted(path.name for path in whole.folder.glob("*.safetensors"))
+    assert files == sorted(path.name for path in cut.folder.glob("*.safetensors"))
+    assert "weights.safetensors" in files and ("images.safetensors" in files) == (kind != "dropout")
+    for name in files:
         a, b = (load_tensors(run.folder / name)[0] for run in (whole, cut))
         assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-    assert not (cut.folder / "parts").exists() and len(load_tensors(cut.folder / "images.safetensors")[0]["images"]) == 60
+    assert not (cut.folder / "parts").exists()
+    assert kind == "dropout" or len(load_tensors(cut.folder / "images.safetensors")[0]["images"]) == 60
     if kind == "rounds":
         kept = [row for row in rows(cut) if row["phase"] == "rounds"]
         assert [(row["batch"], row["step"], row["images"]) for row in kept] == [(0, 0, 20), (1, 4, 40), (2, 8, 60)]
@@ -483,6 +584,21 @@ def test_transfers_that_cannot_be(taught, kind, changes, words):
 def test_a_pool_is_measured_against_real_images(taught):
     numbers = student(taught, "labels", "labels-whole").start().numbers  # the run of the test above, where it was made
     assert all(0 <= numbers[k] <= 1 for k in ("precision", "recall", "coverage")) and numbers["area"] > 0
+
+
+def test_labels_of_another_order_are_refused(taught):
+    from dfkd_nb.foundations.data import DOMAINS, ImageSet
+
+    cifar = DOMAINS["cifar10"]
+    other = dataclasses.replace(cifar, name="other", classes=cifar.classes[::-1])
+    images = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), other)
+    with pytest.raises(DFKDError, match="'truck' is class 0 of 'other' and class 9 of 'cifar10'"):
+        runs.describe_images(images, open_teacher("cifar10-resnet20"))
+    asked = types.SimpleNamespace(
+        settings=types.SimpleNamespace(verifiers="cifar10-resnet20"), root=taught, scale="quick", device="cpu"
+    )
+    with pytest.raises(DFKDError, match="'truck' is class 0"):
+        runs.verified(asked, images)
 
 
 def test_verifiers_say_what_they_see(taught):

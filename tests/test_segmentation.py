@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 
 from dfkd_nb.applications import segmentation as seg
 from dfkd_nb.dreams.priors import View
-from dfkd_nb.foundations.core import DFKDError, import_torchvision
+from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_tensors
 from dfkd_nb.foundations.data import Augment, ImageSet, data_root
 from dfkd_nb.foundations.distillation import distillation_loss
 from dfkd_nb.foundations.models import Teacher
@@ -203,22 +204,56 @@ def lesson(source, teacher=None, **more):
 
 @pytest.mark.parametrize("label_weight", [0.0, 0.5])
 def test_a_distiller_goes_on_to_the_same_bits(scenes, teacher, label_weight):
-    whole = lesson(scenes.to("cpu"), teacher, label_weight=label_weight).run()  # a copy, whose drawing starts anew
-    first = lesson(scenes.to("cpu"), teacher, label_weight=label_weight).run(until=3)
-    second = lesson(scenes.to("cpu"), teacher, label_weight=label_weight)
+    whole = lesson(scenes, teacher, label_weight=label_weight).run()  # one set, three consumers
+    first = lesson(scenes, teacher, label_weight=label_weight).run(until=3)
+    scenes.sampler().sample(5, torch.Generator())  # and a fourth
+    second = lesson(scenes, teacher, label_weight=label_weight)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     second.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values()))
 
 
+def test_pixels_are_learned_as_deterministically_as_images(scenes, teacher):
+    "No operation of an update is one that PyTorch cannot repeat on a GPU (its list in `use_deterministic_algorithms`)."
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.add(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    names = set()
+    learner = lesson(scenes, teacher, label_weight=0.5)
+    with Recorder():
+        learner.step()
+    assert "convolution_backward" in names and "nll_loss_backward" in names
+    assert not names & {"nll_loss2d_forward", "nll_loss2d_backward", "grid_sampler_2d_backward", "cumsum", "put_", "histc"}
+
+
+def test_a_student_of_another_normalisation_learns_the_same_masks(scenes, teacher):
+    "What a student's scale is, is its own matter: the teacher sees its own."
+    other = replace(scenes.domain, mean=(0.0,) * 3, std=(1.0,) * 3)
+    known = []
+    for domain in (scenes.domain, other):
+        learner = lesson(scenes, teacher, domain=domain, augment=None)
+        x, _ = learner.prepare(scenes.images[:4], None)
+        known.append(learner.teacher_logits(x))
+    torch.testing.assert_close(known[1], known[0], rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_learned_is_refused(scenes, teacher):
     plain = ImageSet(scenes.images, scenes.labels, scenes.domain)
+    swapped = replace(scenes.domain, classes=(*scenes.domain.classes[1::-1], *scenes.domain.classes[2:]))
     for call, words in (
         (lambda: lesson(scenes, mixup_alpha=1.0), "mixed scenes have no mask"),
         (lambda: lesson(plain), "give a SceneSet"),
         (lambda: lesson(plain, teacher, label_weight=1.0), "give a SceneSet"),
         (lambda: seg.mean_iou(network(0, classes=5), scenes), "give a segmenter of its classes"),
         (lambda: seg.mean_iou(network(), scenes.subset(torch.tensor([], dtype=torch.long))), "no scenes to test on"),
+        (lambda: seg.mean_iou(network(), plain), "give a SceneSet"),
+        (lambda: seg.mean_iou(network(), None), "give a SceneSet"),
+        (lambda: seg.mean_iou(network(), scenes, domain=swapped), "'sky' is class 0"),
+        (lambda: lesson([scenes.images], teacher), "ImageSet.collect"),
     ):
         with pytest.raises(DFKDError, match=words):
             call()
@@ -348,7 +383,7 @@ height = 16
 width = 16
 limit = 16
 test_limit = 8
-arms = "labels, dreams, layouts"
+arms = "labels, real, dreams, layouts"
 teacher_model = "deeplab-tiny"
 teacher_updates = 2
 batch_size = 4
@@ -388,7 +423,10 @@ def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path, monkeypatch)
         except RunStopped:
             stops += 1
     assert stops > 1 and again.numbers == whole.numbers
-    assert set(again.numbers["class_iou"]) == {"teacher", "labels", "dreams", "layouts"}
+    assert set(again.numbers["class_iou"]) == {"teacher", "labels", "real", "dreams", "layouts"}
+    for whole_file in sorted((tmp_path / "whole/tiny/quick").glob("*.safetensors")):
+        one, other = (load_tensors(tmp_path / out / "tiny/quick" / whole_file.name)[0] for out in ("whole", "cut"))
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), whole_file.name
     left = {path.name for path in (tmp_path / "cut/tiny/quick").iterdir()}
     assert {"images.png", "teacher.safetensors", "student-dreams.safetensors"} <= left
     changes = {"unknown arm 'dream'": {"arms": "dream"}, "a multiple of them": {"updates": 5}, "leave 'layouts' out": {"data": "camvid"}}

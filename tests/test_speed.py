@@ -14,6 +14,7 @@ from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.data import DOMAINS
 from dfkd_nb.foundations.models import Teacher, build_model
 from dfkd_nb.generators.generators import Generator
+from dfkd_nb.lab import speed
 from dfkd_nb.lab.speed import (
     LESSON_WAYS,
     SYNTHESIS_WAYS,
@@ -143,6 +144,32 @@ def test_what_cannot_be_traced_is_told():
 
     with pytest.raises(DFKDError, match="cannot be traced"):
         fold_batchnorm(Teacher(Winding(), DOMAINS["cifar10"]))
+
+
+def test_networks_to_time_leave_the_callers_streams_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    one, two = speed.fresh_teacher("resnet8"), speed.fresh_teacher("resnet8")
+    assert torch.equal(torch.rand(1), expected)
+    assert all(a.equal(b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+def test_a_gpu_is_waited_for_by_its_number_and_not_after_every_call(monkeypatch):
+    "The device that computes is waited for, not the current one; several calls lie between two waits."
+    happened, now = [], [0.0]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: happened.append(device))
+    monkeypatch.setitem(speed.CLOCKS, "wall", lambda: now[0])
+
+    def work():
+        happened.append("work")
+        now[0] += 0.5
+
+    place = torch.device("cuda:1")
+    assert stopwatch(work, place) == 0.5
+    assert happened == [place, *["work"] * 10, place]
+    happened.clear()
+    assert stopwatch(work, torch.device("cpu")) == 0.5 and happened == ["work"]
 
 
 def test_clocks():

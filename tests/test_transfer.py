@@ -1,6 +1,7 @@
 "Transfer: pools by two schemes, learning curves, fidelity, and what a dream is worth."
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def naive(teacher, student, images, probe, temperature=3.0):
     student = copy.deepcopy(student).eval()
 
     def gradient(batch):
-        x = teacher.domain.normalize(batch)
+        x = teacher.domain.normalize(batch).double()
         told, answer = (network(x).div(temperature).log_softmax(1) for network in (teacher, student))
         loss = F.kl_div(answer, told.detach(), reduction="batchmean", log_target=True) * temperature**2
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()))])
@@ -123,21 +124,34 @@ def naive(teacher, student, images, probe, temperature=3.0):
 @pytest.mark.parametrize("batch_size", [250, 3])
 def test_values_are_what_one_gradient_an_image_gives(teacher, student, digits, batch_size):
     images, probe = digits.images[:7], digits.images[100:120]
-    found = teaching_values(teacher, student, images, probe, batch_size=batch_size)
-    expected = naive(teacher, student, images, probe)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    expected = naive(doubled(teacher), doubled(student), images, probe)
+    found = teaching_values(doubled(teacher), doubled(student), images, probe, batch_size=batch_size)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    found = teaching_values(teacher, student, images, probe, batch_size=batch_size)  # in single precision as well
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def doubled(network):
+    return copy.deepcopy(network).double()
 
 
 def test_a_step_on_a_valuable_image_helps_elsewhere(teacher, student, digits):
+    "In double precision: a step changes the probe's loss by 4e-7, which single precision does not resolve."
+    teacher, student = doubled(teacher), doubled(student)
     images, probe = digits.images[:20], digits.images[100:150]
     values = teaching_values(teacher, student, images, probe)
-    x = teacher.domain.normalize(probe)
+    assert values.dtype == torch.float64
+
+    def seen(images):
+        return teacher.domain.normalize(images).double()
+
+    x = seen(probe)
 
     def after(image):
         "The probe's loss after one small step on one image."
         learner = copy.deepcopy(student).eval()
-        told = teacher(teacher.domain.normalize(image[None])).div(3).log_softmax(1)
-        answer = learner(teacher.domain.normalize(image[None])).div(3).log_softmax(1)
+        told = teacher(seen(image[None])).div(3).log_softmax(1)
+        answer = learner(seen(image[None])).div(3).log_softmax(1)
         loss = F.kl_div(answer, told, reduction="batchmean", log_target=True) * 9
         for weight, g in zip(learner.parameters(), torch.autograd.grad(loss, list(learner.parameters()))):
             weight.data -= 1e-2 * g
@@ -145,8 +159,8 @@ def test_a_step_on_a_valuable_image_helps_elsewhere(teacher, student, digits):
             answer, told = learner(x).div(3).log_softmax(1), teacher(x).div(3).log_softmax(1)
             return float(F.kl_div(answer, told, reduction="batchmean", log_target=True) * 9)
 
-    changes = torch.tensor([after(image) for image in images])
-    assert torch.corrcoef(torch.stack([values, -changes]))[0, 1] > 0.99, "what an image is worth is what a step on it gains elsewhere"
+    changes = torch.tensor([after(image) for image in images], dtype=torch.double)
+    assert torch.corrcoef(torch.stack([values, -changes]))[0, 1] > 0.9999, "what an image is worth is what a step on it gains elsewhere"
 
 
 def test_the_student_is_left_as_it_was(teacher, student, digits):
@@ -162,10 +176,43 @@ def test_the_student_is_left_as_it_was(teacher, student, digits):
 def test_values_of_networks_with_operations_in_place(digits):
     domain = DOMAINS["cifar10"]
     torch.manual_seed(0)
-    teacher, student = Teacher(build_model("resnet8"), domain), build_model("wrn16-1")
+    teacher, student = doubled(Teacher(build_model("resnet8"), domain)), doubled(build_model("wrn16-1"))
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
     found, expected = teaching_values(teacher, student, images, images), naive(teacher, student, images, images)
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_a_student_of_another_normalisation_is_asked_about_the_same_images(teacher, student, digits):
+    other, images, probe = replace(teacher.domain, mean=(0.0,), std=(1.0,)), digits.images[:9], digits.images[100:120]
+
+    class Rescaled(nn.Module):
+        "Answers as `student` does, to images on the other scale."
+
+        def __init__(self):
+            super().__init__()
+            self.net = doubled(student)
+
+        def forward(self, x):
+            return self.net(other.renormalize(x, teacher.domain))
+
+    double = doubled(teacher)
+    for measure in (fidelity, lambda *a, **k: teaching_values(*a, probe, **k)):
+        found, expected = measure(double, Rescaled(), images, domain=other), measure(double, doubled(student), images)
+        assert found == pytest.approx(expected) if isinstance(found, dict) else torch.allclose(found, expected)
+
+
+def test_a_curve_leaves_the_random_streams_alone_and_needs_a_pool(teacher, digits):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    asked = {"steps": 1, "batch_size": 8, "device": "cpu"}
+    learning_curve(teacher, lambda: build_model("digits-net", 10, 1), digits.subset(20), [10], digits.subset(20), **asked)
+    assert torch.equal(torch.rand(3), expected)
+    with pytest.raises(DFKDError, match="no pool in a list: give an ImageSet"):
+        learning_curve(teacher, nn.Identity, [digits.images], [1], digits)
+    for measure in (fidelity, lambda *a: teaching_values(*a, digits)):
+        with pytest.raises(DFKDError, match="ImageSet.collect"):
+            measure(teacher, build_model("digits-net", 10, 1), [digits.images])
 
 
 def test_frozen_students_are_refused(teacher, student, digits):

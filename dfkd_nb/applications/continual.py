@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.inversion import DeepInversion, preset
-from ..foundations.core import DFKDError, autocast, import_torchvision
+from ..foundations.core import DFKDError, autocast, import_torchvision, seeded
 from ..foundations.data import Domain, ImageFiles, ImageSet, ImageSource
 from ..foundations.distillation import Distiller, Images, _full, as_source, distillation_loss
 from ..foundations.models import Teacher, _logits, check_network, in_eval_mode, tap
@@ -100,8 +100,7 @@ def _grow(
     seed: int, # of their weights
 ) -> None:
     "New rows below the old ones, drawn as PyTorch draws a fresh layer's."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         fresh = nn.Linear(layer.weight[0].numel(), rows, layer.bias is not None)
     for kind, own in dict(layer.named_parameters()).items():
         more = getattr(fresh, kind).detach().to(own).view(rows, *own.shape[1:])
@@ -168,7 +167,9 @@ class BinaryTrainer(Distiller):
         "Binary cross-entropy, summed over classes, mean over images."
         assert labels is not None
         if self.augment is not None: images = self.augment(images, self.generator)
-        with autocast(self.device, self.precision): answers = _full(_logits(self.student(self.domain.normalize(images))))
+        x = self.domain.normalize(images).contiguous(memory_format=self.memory_format)
+        with autocast(self.device, self.precision):
+            answers = _full(_logits(self.student(x)))
         targets = F.one_hot(labels, self.domain.num_classes).to(answers.dtype)
         loss = F.binary_cross_entropy_with_logits(answers, targets, reduction='sum') / len(labels)
         return loss, {'binary': loss}
@@ -243,13 +244,14 @@ class ContinualDistiller(Distiller):
         if self.lesson.on_old and self.old is None: raise DFKDError("this lesson needs images of old classes, or what stands for them: give `old`, or take 'lwf' or 'lwf-mc'")
         if self.lesson.on_old == 'labels' and (self.old is None or self.old.labels is None): raise DFKDError('the old images have no labels: give labelled ones, or learn from answers')
         if self.old is not None and self.old.domain.shape != teacher.domain.shape: raise DFKDError(f"the old images are {self.old.domain.shape}, the network's {teacher.domain.shape}: resize them")
+        if self.old is not None and self.lesson.on_old == 'labels':
+            teacher.domain.check_classes(self.old.domain)
         if self.old is not None: self.old_sampler = self.old.sampler()
         if settings.get('mixup_alpha'): raise DFKDError('mixup would mix old and new classes: leave mixup_alpha at 0')
         super().__init__(teacher, student, new, domain=domain, label_weight=1., schedule='constant' if self.falls else schedule, temperature=temperature, **settings)
         if domain.num_classes <= teacher.domain.num_classes: raise DFKDError(f'{domain.num_classes} classes, the old network has {teacher.domain.num_classes}: extend it first')
         self.known = teacher.domain.num_classes
         self.frozen = [layer for layer in self.student.modules() if isinstance(layer, _BatchNorm)] if freeze_batchnorm else []
-        for layer in self.frozen: layer.requires_grad_(False)
         self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
     def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -262,14 +264,15 @@ class ContinualDistiller(Distiller):
         else: images = self._seen(images)
         with autocast(self.device, self.precision):
             answers = _logits(self.student(images))
-            with torch.no_grad(): known = self.teacher(images) # type: ignore[misc]
+            known = self.teacher_logits(images)
         parts = self._parts(answers[:new], known[:new], labels)
         if old is not None: parts['memory'] = self._memory(answers[new:], known[new:], old_labels)
         return torch.stack(list(parts.values())).sum(), parts
 
     def _seen(self, images: Tensor) -> Tensor:
         "As the network sees them: shifted and mirrored if need be, normalised."
-        return self.domain.normalize(images if self.augment is None else self.augment(images, self.generator))
+        moved = images if self.augment is None else self.augment(images, self.generator)
+        return self.domain.normalize(moved).contiguous(memory_format=self.memory_format)
 
     def _parts(self, answers: Tensor, known: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         "What new images cost."
@@ -285,6 +288,8 @@ class ContinualDistiller(Distiller):
 
     def _before_update(self) -> None:
         "Clip the gradient, and take the step size of the moment."
+        for layer in self.frozen: # the optimiser leaves a weight without gradient alone
+            for parameter in layer.parameters(): parameter.grad = None
         if self.clip: nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.grad is not None], self.clip)
         if self.falls:
             for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * fifths(self.done, self.steps)
@@ -321,7 +326,7 @@ class ContinualDistiller(Distiller):
             for chosen in torch.arange(min(limit, len(source))).split(250):
                 x = self.domain.normalize(source.fetch(chosen).to(self.device))
                 answers = _full(_logits(self.student(x)))
-                found.append((taken.pop(), answers, _full(self.teacher(x)))) # type: ignore[misc]
+                found.append((taken.pop(), answers, _full(self.teacher_logits(x))))
         labels = None if source.labels is None else source.labels[:limit].to(self.device)
         return (torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])), labels
 
@@ -356,6 +361,7 @@ def renumber(
     domain: Domain, # of the wider network
 ) -> ImageSource: # the same images with the wider network's class numbers
     "Labels of one set as class numbers of all."
+    source = as_source(source)
     first = first_class(source.domain.classes, domain)
     if source.labels is None: raise DFKDError('these images have no labels: new classes need them')
     if isinstance(source, ImageSet): return ImageSet(source.images, source.labels + first, domain)
@@ -385,6 +391,7 @@ def add_classes(
 ) -> ContinualDistiller: # ready to `run`; afterwards `.student`, `.domain`, `.as_teacher()`
     "One step of continual learning: a wider network, and all that it takes to teach it."
     if rows not in ('random', 'fitted'): raise DFKDError(f"unknown rows '{rows}': use 'random' or 'fitted'")
+    new = as_source(new)
     layer = layer or answering_layer(teacher.model, teacher.domain)
     student, domain = extend(teacher, new.domain.classes, layer=layer, seed=seed)
     learner = ContinualDistiller(teacher, student, renumber(new, domain), old, domain=domain, lesson=method, seed=seed, **settings)
@@ -397,6 +404,7 @@ def only_classes(
     classes: Sequence[int], # which to keep, in the order of their new numbers
 ) -> ImageSet: # those images, labels from 0
     "A part of a data set, as if there were no other classes."
+    _check_set(source)
     numbers = list(classes)
     if not numbers or min(numbers) < 0 or max(numbers) >= source.domain.num_classes or len(set(numbers)) < len(numbers):
         raise DFKDError(f"classes {numbers} of '{source.domain.name}': give different numbers from 0 to {source.domain.num_classes - 1}")
@@ -408,12 +416,19 @@ def only_classes(
     names = tuple(source.domain.classes[c] for c in numbers)
     return ImageSet(source.fetch(keep), labels[keep], replace(source.domain, classes=names))
 
+def _check_set(source: Any) -> None:
+    "A `DFKDError` unless it is an `ImageSet`."
+    if not isinstance(source, ImageSet):
+        raise DFKDError(f'a {type(source).__name__} is no ImageSet: make one with ImageSet.collect, '
+                        'or with in_memory() of files')
+
 def balanced(
     source: ImageSet, # labelled
     images: int, # how many
     seed: int = 0, # of the choice
 ) -> ImageSet: # that many, classes in turn as far as they last
     "A random choice with as many images of every class as can be."
+    _check_set(source)
     if source.labels is None or len(source) < images: raise DFKDError(f'{images} of {len(source)} {"labelled " if source.labels is not None else ""}images: give more, labelled, or ask for fewer')
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     labels = source.labels.cpu()[order]
@@ -430,9 +445,7 @@ def replay_generator(
     **settings: Any, # of `GenerativeSynthesizer`
 ) -> GenerativeSynthesizer: # untrained: `synthesize(batches)` teaches it
     "A generator for replay: DAFL's terms and the feature statistics; there is no student to compete with yet."
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = Generator(teacher.domain.shape, latent_size, width)
+    with seeded(seed): network = Generator(teacher.domain.shape, latent_size, width)
     return GenerativeSynthesizer(teacher, generator=network, seed=seed, **GENERATIVE['dafl'] | {'feature_weight': 1.} | settings)
 
 def painted(
@@ -490,6 +503,7 @@ def measure_sets(
     "Accuracy of every set, and what is taken for what across the borders (torchmetrics)."
     import_torchvision() # see `evaluate`
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+    tests = {name: as_source(test) for name, test in tests.items()}
     places = [(first_class(test.domain.classes, domain), test.domain.num_classes) for test in tests.values()]
     group = torch.full((domain.num_classes,), len(tests))
     for i, (first, count) in enumerate(places): group[first:first + count] = i

@@ -7,7 +7,7 @@ __all__ = ['Kept', 'CRITERIA', 'FORMAT', 'FilterGroup', 'Gates', 'removal_error'
            'find_filters', 'removed_filters', 'remove_filters', 'gate_gradients', 'answer_direction', 'criterion_loss',
            'filter_importance', 'rank_agreement', 'fastest', 'network_latency', 'latencies_in_turn', 'LatencyTable',
            'linear_fit', 'compare_latencies', 'Plan', 'prune_filters', 'PruningDistiller', 'save_pruned', 'load_pruned',
-           'export_network', 'Cost', 'network_cost', 'share_recovered']
+           'export_network', 'Cost', 'network_cost', 'share_recovered', 'reestimate_batchnorm']
 
 # %% ../../nbs/applications/15_pruning.ipynb #913e5229
 import copy
@@ -15,12 +15,13 @@ import io
 import json
 import math
 import platform
+import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,10 +29,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..foundations.core import DFKDError, atomic_path, import_extra, load_tensors
-from ..foundations.data import DOMAINS, Domain
-from ..foundations.distillation import Distiller, distillation_loss
-from ..foundations.models import Teacher, _logits, build_model, count_parameters, in_eval_mode, load_weights, save_weights
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..foundations.core import DFKDError, DFKDWarning, atomic_path, import_extra, load_tensors
+from ..foundations.data import DOMAINS, Domain, ImageSource
+from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
+from dfkd_nb.foundations.models import (
+    Teacher, _logits, build_model, count_parameters, in_eval_mode, load_weights, save_weights,
+)
 
 # %% ../../nbs/applications/15_pruning.ipynb #38ee441d
 Kept = dict[str, Tensor] # for each prunable layer, bool `(filters,)`: which are still there
@@ -43,23 +48,83 @@ class FilterGroup:
     count: int # filters
     makers: dict[str, Tensor] # convolutions whose outputs they are, and which output belongs to which filter: int64 `(outputs, 2)`
     readers: dict[str, Tensor] # layers that read them, and which input belongs to which filter: int64 `(inputs, 2)`
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0)) # int64 `(filters,)`: those of
+    # one number go together; by default each has its own
+
+    def __post_init__(self) -> None:
+        if len(self.blocks): return
+        object.__setattr__(self, 'blocks', torch.arange(self.count))
+
+    @property
+    def parts(self) -> int:
+        "How many blocks there are: as many as filters, unless a grouped convolution ties some."
+        return int(self.blocks.max()) + 1
 
 # %% ../../nbs/applications/15_pruning.ipynb #e0d60c3b
 def _bare(model: nn.Module) -> nn.Module: return model.get_submodule('model') if isinstance(model, Teacher) else model
+
+def _black(model: nn.Module, domain: Domain, images: int) -> Tensor:
+    "Zeros `(images, C, H, W)` on the network's device and in its precision."
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.zeros(images, *domain.shape, dtype=like.dtype, device=like.device)
+
+def _tied(layer: nn.Module) -> bool:
+    "A convolution whose groups stay or go as a whole; depthwise ones have groups of one."
+    if not isinstance(layer, nn.Conv2d): return False
+    return 1 < layer.groups < layer.in_channels == layer.out_channels
+
+def _mark_tied(network: nn.Module) -> dict[type, Any]:
+    "Give tied convolutions a class of their own for a while; and how torch-pruning prunes it."
+    function = import_extra('torch_pruning.pruner.function', 'torch-pruning')
+    class WholeGroups(function.ConvPruner): # type: ignore[name-defined]
+        def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
+            width = layer.out_channels // layer.groups
+            super().prune_out_channels(layer, idxs)
+            layer.in_channels = layer.out_channels
+            layer.groups = layer.out_channels // width
+            return layer
+        prune_in_channels = prune_out_channels # what goes in and what comes out go together
+    kinds: dict[type, type] = {}
+    for layer in network.modules():
+        if not _tied(layer): continue
+        kind = type(layer)
+        if kind not in kinds: kinds[kind] = type(kind.__name__, (kind,), {'unmarked': kind})
+        layer.__class__ = kinds[kind]
+    return {kind: WholeGroups() for kind in kinds.values()}
+
+def _unmark(network: nn.Module) -> None:
+    for layer in network.modules():
+        kind = getattr(type(layer), 'unmarked', None)
+        if kind is not None: layer.__class__ = kind
 
 def _graph(model: nn.Module, domain: Domain) -> tuple[Any, nn.Module]:
     "torch-pruning's dependency graph of a copy, and the copy, all of whose weights may change."
     pruning = import_extra('torch_pruning', 'torch-pruning')
     network = copy.deepcopy(_bare(model)).eval().requires_grad_(True)
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    example = torch.randn(2, *domain.shape, generator=torch.Generator().manual_seed(0)).to(like)
+    rng = torch.Generator().manual_seed(0)
+    example = torch.randn(2, *domain.shape, generator=rng).to(_black(network, domain, 0))
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return pruning.DependencyGraph().build_dependency(network, (example,), output_transform=_logits, verbose=False), network
+            network(example) # torch-pruning would hide what fails here
+            return pruning.DependencyGraph().build_dependency(
+                network, (example,), output_transform=_logits, verbose=False,
+                customized_pruners=_mark_tied(network)), network
     except Exception as error: # torch-pruning complains in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise DFKDError(f'torch-pruning cannot trace {type(network).__name__} ({reason}): check that it takes images of shape {tuple(domain.shape)} and is built of plain layers') from error
+
+def _blocks(group: Any) -> Tensor:
+    "Which of a group's filters go together, numbered in the order of their first ones."
+    labels = torch.arange(len(group[0].idxs))
+    for item in group:
+        layer = item.dep.target.module
+        if not _tied(layer): continue
+        parts = torch.tensor(item.idxs) // (layer.in_channels // layer.groups)
+        for part in parts.unique():
+            members = labels[torch.tensor(item.root_idxs)[parts == part]].unique()
+            labels[torch.isin(labels, members)] = members[0]
+    return labels.unique(return_inverse=True)[1]
 
 def _groups(graph: Any, network: nn.Module) -> list[FilterGroup]:
     "What hangs together, in the order of the layers."
@@ -72,7 +137,7 @@ def _groups(graph: Any, network: nn.Module) -> list[FilterGroup]:
             if item.dep.handler.__name__ == 'prune_in_channels': readers[names[module]] = pairs
             elif isinstance(module, nn.Conv2d): makers[names[module]] = pairs
         layer = names[raw[0].dep.target.module]
-        found[layer] = FilterGroup(layer, len(raw[0].idxs), makers, readers)
+        found[layer] = FilterGroup(layer, len(raw[0].idxs), makers, readers, _blocks(raw))
     return [found[name] for name in names.values() if name in found]
 
 # %% ../../nbs/applications/15_pruning.ipynb #9656d2ef
@@ -99,6 +164,10 @@ class Gates:
 
     def __enter__(self) -> 'Gates':
         layers = dict(self.model.named_modules())
+        foreign = [n for group in self.groups for n in group.readers if n not in layers]
+        if foreign:
+            raise DFKDError(f"no layer '{foreign[0]}' in {type(self.model).__name__}: "
+                            'these filters belong to another network')
         for name in dict.fromkeys(n for group in self.groups for n in group.readers):
             found = [(group.layer, group.readers[name]) for group in self.groups if name in group.readers]
             def hook(layer: nn.Module, inputs: tuple[Tensor, ...], found: list[tuple[str, Tensor]] = found) -> tuple[Tensor, ...]:
@@ -108,13 +177,6 @@ class Gates:
 
     def __exit__(self, *details: Any) -> None:
         while self._hooks: self._hooks.pop().remove()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        "All gates open for a while."
-        self.__exit__()
-        try: yield
-        finally: self.__enter__()
 
 # %% ../../nbs/applications/15_pruning.ipynb #975ddbea
 def _cut(model: nn.Module, domain: Domain, removed: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -126,8 +188,24 @@ def _cut(model: nn.Module, domain: Domain, removed: Mapping[str, Sequence[int]])
         if not isinstance(layer, nn.Conv2d): raise DFKDError(f"no convolution '{name}' in {type(network).__name__}: these filters belong to another network")
         if not set(filters) <= set(range(layer.out_channels)) or len(set(filters)) >= layer.out_channels:
             raise DFKDError(f"'{name}' has {layer.out_channels} filters, and {len(set(filters))} of them shall go, up to number {max(filters)}: leave at least one, and number them from 0")
-        if len(filters): graph.get_pruning_group(layer, graph.get_pruner_of_module(layer).prune_out_channels, sorted(set(filters))).prune()
+        if not filters: continue
+        prune = graph.get_pruner_of_module(layer).prune_out_channels
+        whole = graph.get_pruning_group(layer, prune, range(layer.out_channels))
+        _check_whole(name, _blocks(whole), filters)
+        graph.get_pruning_group(layer, prune, sorted(set(filters))).prune()
+    _unmark(network)
     return network
+
+def _check_whole(name: str, blocks: Tensor, filters: Sequence[int]) -> None:
+    "A `DFKDError` if a part of a block shall go and the rest stay."
+    gone = torch.zeros(len(blocks), dtype=torch.bool)
+    gone[list(filters)] = True
+    for block in blocks[gone].unique():
+        members = (blocks == block).nonzero().flatten()
+        if gone[members].all(): continue
+        raise DFKDError(
+            f"filter {int(members[gone[members]][0])} of '{name}' cannot go alone: a grouped "
+            f'convolution needs all of {members.tolist()}; remove all or none (FilterGroup.blocks)')
 
 # %% ../../nbs/applications/15_pruning.ipynb #38e0b59c
 def _stirred(model: nn.Module) -> nn.Module:
@@ -145,17 +223,38 @@ def _stirred(model: nn.Module) -> nn.Module:
 def removal_error(
     model: nn.Module, # any network
     domain: Domain, # of its images
-    groups: Iterable[FilterGroup], # every second filter of these is removed
-) -> float: # largest difference of the answers, as a share of the largest answer; infinity where the smaller network fails
+    groups: Iterable[FilterGroup], # some filters of these are removed, in several choices
+) -> float: # largest difference, as a share of the largest answer; infinity where a network fails
     "Remove filters from one copy, close their gates in another, and compare what the two answer to noise."
     chosen, network = list(groups), _stirred(model)
-    x = torch.randn(4, *domain.shape, generator=torch.Generator().manual_seed(1)).to(next(network.parameters()).device)
-    gone = {group.layer: list(range(0, group.count, 2))[:group.count - 1] for group in chosen}
-    closed = {name: torch.ones(group.count, device=x.device).index_fill(0, torch.tensor(gone[name], device=x.device), 0.) for name, group in zip(gone, chosen)}
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(4, *domain.shape, generator=rng).to(_black(network, domain, 0))
+    return max(_choice_error(network, domain, chosen, gone, x) for gone in _choices(chosen))
+
+def _choices(groups: Sequence[FilterGroup]) -> Iterator[dict[str, list[int]]]:
+    "Every second block of each group; the last one alone; half of them, drawn at random."
+    rng = torch.Generator().manual_seed(2)
+    draws: tuple[Callable[[int], Tensor], ...] = (
+        lambda parts: torch.arange(0, parts, 2)[:parts - 1],
+        lambda parts: torch.tensor([parts - 1]),
+        lambda parts: torch.randperm(parts, generator=rng)[:parts // 2])
+    for draw in draws:
+        yield {g.layer: torch.isin(g.blocks, draw(g.parts)).nonzero().flatten().tolist()
+               for g in groups}
+
+def _choice_error(
+    network: nn.Module, # any
+    domain: Domain, # of its images
+    groups: Sequence[FilterGroup], # that lose filters
+    gone: Mapping[str, list[int]], # their numbers
+    x: Tensor, # what both are asked about
+) -> float: # see `removal_error`
+    closed = {g.layer: torch.ones(g.count, device=x.device) for g in groups}
+    for name, gate in closed.items(): gate[gone[name]] = 0.
     try:
         with torch.no_grad():
             smaller = _logits(_cut(network, domain, gone)(x))
-            with Gates(network, chosen, closed): masked = _logits(network(x))
+            with Gates(network, groups, closed): masked = _logits(network(x))
     except Exception: return math.inf # shapes that do not fit, or what torch-pruning says of them
     if smaller.shape != masked.shape: return math.inf
     error = float((smaller - masked).abs().max() / masked.abs().max())
@@ -172,7 +271,7 @@ class ConvKey(NamedTuple):
     groups: int = 1 # independent parts
 
     def without(self, inputs: int, outputs: int) -> 'ConvKey':
-        "With so many channels less; the parts of a depthwise convolution are its channels."
+        "With so many channels less; of a grouped or depthwise convolution whole groups go."
         if self.groups == 1: return self._replace(inputs=self.inputs - inputs, outputs=self.outputs - outputs)
         return self._replace(inputs=self.inputs - outputs, outputs=self.outputs - outputs, groups=self.groups * (self.outputs - outputs) // self.outputs)
 
@@ -201,7 +300,7 @@ def conv_shapes(
         return hook
     hooks = [layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
     try:
-        with torch.no_grad(), in_eval_mode(model): model(torch.zeros(1, *domain.shape, device=next(model.parameters()).device))
+        with torch.no_grad(), in_eval_mode(model): model(_black(model, domain, 1))
     finally:
         for handle in hooks: handle.remove()
     return found
@@ -218,10 +317,16 @@ def _shared(model: nn.Module, domain: Domain) -> dict[str, str]:
         return hook
     hooks = [layer.register_forward_hook(count(name)) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
     try:
-        with torch.no_grad(), in_eval_mode(model): model(torch.zeros(2, *domain.shape, device=next(model.parameters()).device))
+        with torch.no_grad(), in_eval_mode(model): model(_black(model, domain, 2))
     finally:
         for handle in hooks: handle.remove()
     return {name: 'is used more than once in a pass' for name, number in calls.items() if number > 1} | found
+
+def _uneven(model: nn.Module) -> dict[str, str]:
+    "Grouped convolutions of more outputs than inputs, or fewer, and what to say about it."
+    return {name: f'has {c.groups} groups that make {c.out_channels} of {c.in_channels} channels'
+            for name, c in model.named_modules()
+            if isinstance(c, nn.Conv2d) and c.groups > 1 and c.in_channels != c.out_channels}
 
 # %% ../../nbs/applications/15_pruning.ipynb #6b1fb07a
 class Filters:
@@ -270,12 +375,13 @@ def find_filters(
     graph, copied = _graph(network, domain)
     try: groups = _groups(graph, copied)
     except Exception as error: raise DFKDError(f'torch-pruning finds no order in {type(network).__name__} ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): its filters cannot be removed') from error
-    left_alone, shared = dict[str, str](), _shared(network, domain)
+    left_alone, unfit = dict[str, str](), _uneven(network) | _shared(network, domain)
     for group in groups:
-        bad = [name for name in (*group.makers, *group.readers) if name in shared]
-        if bad: left_alone[group.layer] = f"'{bad[0]}' {shared[bad[0]]}"
+        bad = [name for name in (*group.makers, *group.readers) if name in unfit]
+        if bad: left_alone[group.layer] = f"'{bad[0]}' {unfit[bad[0]]}"
         elif not group.readers: left_alone[group.layer] = 'no layer reads its filters: they are the answer'
         elif group.count < 2: left_alone[group.layer] = 'it has one filter'
+        elif group.parts < 2: left_alone[group.layer] = 'grouped convolutions tie all its filters'
     candidates = [group for group in groups if group.layer not in left_alone]
     if candidates and removal_error(network, domain, candidates) > 1e-3: # one by one, then
         for group in candidates:
@@ -342,12 +448,15 @@ def criterion_loss(
     teacher: nn.Module, # who is asked, for the other two
     generator: torch.Generator, # of the draws of 'answers'
     temperature: float, # of 'divergence'
+    domain: Domain | None = None, # whose scale `x` is on; None: the teacher's
 ) -> Callable[[Tensor], Tensor]: # of the answers `(N, K)`
     "The loss whose change is estimated, summed over images."
     if criterion == 'labels':
         if labels is None: raise DFKDError("criterion 'labels' needs labelled images: give labels, or take 'answers'")
         return lambda logits: F.cross_entropy(logits, labels.to(logits.device), reduction='sum')
-    with torch.no_grad(): known = _logits(teacher(x))
+    own = teacher.domain if isinstance(teacher, Teacher) else domain
+    seen = x if domain is None or own is None else domain.renormalize(x, own)
+    with torch.no_grad(): known = _logits(teacher(seen))
     if criterion == 'divergence': return lambda logits: len(x) * distillation_loss(logits, known, temperature)
     return lambda logits: (answer_direction(known, logits.detach(), generator) * logits).sum()
 
@@ -355,7 +464,7 @@ def criterion_loss(
 def filter_importance(
     model: nn.Module, # whose filters; not changed
     filters: Filters, # what `find_filters` found in it
-    batches: Iterable[tuple[Tensor, Tensor | None]], # uint8 images or intensities, and labels: e.g. `pool.batches(100)`
+    batches: Images | Iterable[tuple[Tensor, Tensor | None]], # an `ImageSet`, or images and labels
     criterion: str = 'answers', # a word of `CRITERIA`
     teacher: nn.Module | None = None, # who answers; None: the model itself, all its gates open
     kept: Kept | None = None, # filters that are still there; None: all
@@ -367,15 +476,17 @@ def filter_importance(
     if criterion not in CRITERIA: raise DFKDError(f"unknown criterion '{criterion}': use {', '.join(CRITERIA)}")
     if square not in ('image', 'batch'): raise DFKDError(f"unknown square '{square}': use 'image' or 'batch'")
     kept = kept or filters.all()
-    sums, images, device = {name: torch.zeros(len(still)) for name, still in kept.items()}, 0, next(model.parameters()).device
+    sums = {name: torch.zeros(len(still)) for name, still in kept.items()}
+    images, like, domain = 0, _black(model, filters.domain, 0), filters.domain
     generator = torch.Generator().manual_seed(seed)
     needed = [p.requires_grad for p in model.parameters()]
     with in_eval_mode(model):
         try:
             model.requires_grad_(False) # only the gates'
-            for pictures, labels in batches:
-                x = filters.domain.normalize(pictures.to(device))
-                loss = criterion_loss(criterion, x, labels, teacher or model, generator, temperature)
+            for pictures, labels in _judging(batches, domain):
+                x = domain.normalize(pictures.to(like.device)).to(like.dtype)
+                asked = criterion, x, labels, teacher or model, generator, temperature
+                loss = criterion_loss(*asked, domain)
                 for name, gradient in gate_gradients(model, filters, x, loss, kept).items():
                     squares = gradient.square().sum(0) if square == 'image' else len(x) * gradient.mean(0).square()
                     sums[name] += squares.float().cpu() * kept[name].cpu()
@@ -386,6 +497,21 @@ def filter_importance(
     found = {name: total / images for name, total in sums.items()}
     if not all(v.isfinite().all() for v in found.values()): raise DFKDError('the importance of a filter is not finite: the network or the images are damaged')
     return found
+
+def _judging(images: Any, domain: Domain) -> Iterator[tuple[Tensor, Tensor | None]]:
+    "Batches and their labels, checked, of all that filters can be judged by."
+    if isinstance(images, (ImageSource, Tensor)):
+        images = as_source(images, domain).batches(100)
+    try: walk = iter(images)
+    except TypeError:
+        kind = type(images).__name__
+        raise DFKDError(f'no images in a {kind}: give an ImageSet, or its batches(100)') from None
+    for batch in walk:
+        pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+        if not pair or not isinstance(batch[0], Tensor):
+            raise DFKDError(f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair '
+                            'of images (N, C, H, W) and labels: use ImageSet.collect(images, domain)')
+        yield domain.check(batch[0]), batch[1]
 
 # %% ../../nbs/applications/15_pruning.ipynb #9c299502
 def rank_agreement(
@@ -400,10 +526,11 @@ def rank_agreement(
 @contextmanager
 def _stopwatch(device: str | torch.device) -> Iterator[Callable[[], float]]:
     "A clock, in seconds, and one thread meanwhile. CPU: the thread's own time, which stands still while others have the core. GPU: until it is done."
-    cuda, threads = torch.device(device).type == 'cuda', torch.get_num_threads()
+    place, threads = torch.device(device), torch.get_num_threads()
+    cuda = place.type == 'cuda'
     coarse = time.get_clock_info('thread_time').resolution > 1e-5 # as on Windows
     def now() -> float:
-        if cuda: torch.cuda.synchronize()
+        if cuda: torch.cuda.synchronize(place) # the device that computes, not the current one
         return time.perf_counter() if cuda or coarse else time.thread_time()
     torch.set_num_threads(1)
     try: yield now
@@ -432,7 +559,7 @@ def network_latency(
     seconds: float = 0.1, # see `fastest`
 ) -> float: # milliseconds a batch
     "How long a network takes for one batch, on its device and one thread."
-    x = torch.zeros(batch_size, *domain.shape, device=next(model.parameters()).device)
+    x = _black(model, domain, batch_size)
     with torch.inference_mode(), in_eval_mode(model): return fastest(lambda: model(x), seconds, x.device)
 
 # %% ../../nbs/applications/15_pruning.ipynb #f8b01833
@@ -444,7 +571,7 @@ def latencies_in_turn(
 ) -> list[float]: # milliseconds a batch, of each
     "How long each of several networks takes: the median of its calls, all networks in turn."
     if not models or rounds < 1: raise DFKDError(f'{len(models)} networks, {rounds} rounds: give 1 or more of each')
-    x = torch.zeros(batch_size, *domain.shape, device=next(models[0].parameters()).device)
+    x = _black(models[0], domain, batch_size)
     taken: list[list[float]] = [[] for _ in models]
     with torch.inference_mode(), _stopwatch(x.device) as now, ExitStack() as modes:
         for model in models: modes.enter_context(in_eval_mode(model))
@@ -486,7 +613,9 @@ class LatencyTable:
         "Measure all that pruning in groups may ask for, in several passes: what a busy machine spoils in one, another puts right."
         for name, key in filters.shapes.items():
             made, read = (any(name in layers for layers in sides) for sides in zip(*((g.makers, g.readers) for g in filters.groups.values())))
-            for outputs in range(0, key.outputs, group_size) if made else (0,):
+            width = key.outputs // key.groups if key.groups > 1 else 1
+            step = -(-group_size // width) * width # of a grouped convolution whole groups go
+            for outputs in range(0, key.outputs, step) if made else (0,):
                 for inputs in range(0, key.inputs, group_size) if read and key.groups == 1 else (0,): self(key.without(inputs, outputs))
         for _ in range(passes - 1): self.again()
 
@@ -573,7 +702,8 @@ def compare_latencies(
     kinds = []
     for number in range(networks): # from an eighth of the filters to all of them, and each layer a little off
         eighths = (1 + 7 * number / max(1, networks - 1) + 4 * torch.rand(len(filters.groups), generator=generator) - 2).round().clamp(1, 8).int().tolist()
-        kinds.append({name: torch.arange(group.count) < max(1, group.count * part // 8) for (name, group), part in zip(filters.groups.items(), eighths)})
+        kinds.append({name: group.blocks < max(1, group.parts * part // 8)
+                      for (name, group), part in zip(filters.groups.items(), eighths)})
     smaller = [remove_filters(model, filters, kept).eval() for kept in kinds]
     for kept in kinds: table.network(filters.keys(kept))
     for _ in range(passes - 1): table.again()
@@ -586,14 +716,16 @@ class Plan:
     share: float = 0.5 # of the filters or of the latency
     measure: str = 'filters' # what `share` counts: 'filters' or 'latency'
     per_removal: int = 32 # filters that go at once
-    group_size: int = 16 # neighbours in rank that go together, so that layers keep a convenient size
+    group_size: int | None = None # neighbours in rank that go together; None: see `portion`
     latency_weight: float = 0. # η of Eq. 10, between shares: of all importance, and of all latency
     table: LatencyTable | None = None # needed for 'latency', or for a weight on it
 
     def __post_init__(self) -> None:
         if self.measure not in ('filters', 'latency'): raise DFKDError(f"unknown measure '{self.measure}': use 'filters' or 'latency'")
         if not 0 < self.share < 1: raise DFKDError(f'a share of {self.share} shall be removed: give one between 0 and 1')
-        if self.per_removal < 1 or self.group_size < 1: raise DFKDError(f'per_removal {self.per_removal}, group_size {self.group_size}: give 1 or more of each')
+        if self.per_removal < 1 or self.group_size is not None and self.group_size < 1:
+            raise DFKDError(f'per_removal {self.per_removal}, group_size {self.group_size}: '
+                            'give 1 or more of each')
         if self.latency_weight < 0: raise DFKDError(f'latency_weight {self.latency_weight}: give 0 or more')
         if self.table is None and (self.latency_weight or self.measure == 'latency'): raise DFKDError('latency counts, but there is no table of it: give table=LatencyTable()')
 
@@ -603,16 +735,22 @@ class Plan:
         assert self.table is not None
         return 1 - self.table.network(filters.keys(kept)) / self.table.network(filters.shapes.values())
 
+    def portion(self, filters: Filters) -> int:
+        "Filters that go together: `group_size`, or a power of two up to 16, a tenth of all that go."
+        if self.group_size is not None: return self.group_size
+        allowed = max(1, min(16, int(0.1 * self.share * filters.total)))
+        return 1 << (allowed.bit_length() - 1)
+
     def candidates(self, filters: Filters, kept: Kept, importance: dict[str, Tensor]) -> list[tuple[float, str, Tensor]]:
         "The next group of every layer that can spare one, and its price (Eq. 10): cheapest first."
         whole = sum(float(value.sum()) for value in importance.values()) or 1.
         now = self.table.network(filters.keys(kept)) if self.table is not None and self.latency_weight else 1.
         found = []
         for name, still in kept.items():
-            size = min(self.group_size, max(1, len(still) // 2)) # one group is left, in narrow layers half of the filters
-            there = still.nonzero().squeeze(1)
-            if len(there) - size < size: continue
-            order = there[importance[name][there].argsort(stable=True)][:size]
+            # one group is left, in narrow layers half of the filters
+            size = min(self.portion(filters), max(1, len(still) // 2))
+            order = _cheapest(filters.groups[name].blocks, still, importance[name], size)
+            if int(still.sum()) < 2 * len(order): continue
             price = float(importance[name][order].sum()) / whole
             if self.table is not None and self.latency_weight:
                 after = self.table.network(filters.keys(kept | {name: still.index_fill(0, order, False)}))
@@ -625,11 +763,37 @@ class Plan:
         kept, gone = dict(kept), 0
         while gone < self.per_removal and self.removed(filters, kept) < self.share:
             choice = self.candidates(filters, kept, importance)
-            if not choice: raise DFKDError(f"{self.removed(filters, kept):.0%} of the {self.measure} is all that can be removed in groups of {self.group_size}, not {self.share:.0%}: ask for less, or for smaller groups")
+            if not choice:
+                raise DFKDError(
+                    f'{self.removed(filters, kept):.0%} of the {self.measure} is all that can be removed '
+                    f'in groups of {self.portion(filters)}, not {self.share:.0%}: ask for less, or for '
+                    'smaller groups')
             _, name, order = choice[0]
             kept[name] = kept[name].index_fill(0, order, False)
             gone += filters.weight(name) * len(order)
+        removed = self.removed(filters, kept)
+        if gone and removed > 1.25 * self.share:
+            warnings.warn(
+                f"{removed:.1%} of the {self.measure} are removed instead of {self.share:.1%}: the last "
+                f"step took {len(order)} filters of '{name}', {filters.weight(name) * len(order)} with "
+                'what hangs on them; a smaller group_size comes closer', DFKDWarning, stacklevel=2)
         return kept
+
+def _cheapest(
+    blocks: Tensor, # see `FilterGroup`
+    still: Tensor, # bool `(filters,)`: which are there
+    importance: Tensor, # `(filters,)`
+    size: int, # how many shall go
+) -> Tensor: # numbers of filters, in whole blocks: at least `size` of them, if there are
+    "The least important filters, block by block."
+    there = still.nonzero().squeeze(1)
+    worth = importance.new_zeros(int(blocks.max()) + 1)
+    worth.index_add_(0, blocks[there], importance[there])
+    order, found = blocks[there].unique(), list[int]()
+    for block in order[worth[order].argsort(stable=True)].tolist():
+        if len(found) >= size: break
+        found += there[blocks[there] == block].tolist()
+    return torch.tensor(found, dtype=torch.long)
 
 # %% ../../nbs/applications/15_pruning.ipynb #c24e2514
 def prune_filters(
@@ -645,7 +809,7 @@ def prune_filters(
 
 # %% ../../nbs/applications/15_pruning.ipynb #6d9f16f8
 class PruningDistiller(Distiller):
-    "A `Distiller` whose student loses filters on the way: some every so many updates, until the plan's share is gone. Gates are closed; `remove_filters` makes it smaller afterwards."
+    "A `Distiller` whose student loses filters: what reads them becomes 0; `smaller` removes them."
 
     def __init__(
         self,
@@ -661,16 +825,33 @@ class PruningDistiller(Distiller):
         **settings: Any, # see `Distiller`
     ) -> None:
         super().__init__(teacher, student, source, **settings)
+        self._readers: dict[str, Tensor] = {} # by name, inputs that come from removed filters
         if every < 1 or importance_batches < 1: raise DFKDError(f'every {every}, importance_batches {importance_batches}: give 1 or more of each')
         self.filters, self.plan, self.every, self.criterion, self.importance_batches = filters, plan, every, criterion, importance_batches
         self.kept: Kept = {}
-        self.gates = Gates(self.student, filters.groups.values(), {}).__enter__()
         self.close(filters.all())
 
     def close(self, kept: Kept) -> None:
-        "Close the gates of all filters that are not kept."
+        "Remove all filters that are not kept: weights that read them are 0 from now on."
         self.kept = kept
-        self.gates.values = {name: still.float().to(self.device) for name, still in kept.items()}
+        found: dict[str, list[Tensor]] = {}
+        for group in self.filters.groups.values():
+            for name, pairs in group.readers.items():
+                gone = ~kept[group.layer].cpu()[pairs[:, 1]]
+                found.setdefault(name, []).append(pairs[gone, 0])
+        self._readers = {name: torch.cat(channels) for name, channels in found.items()}
+        self._mask()
+
+    @torch.no_grad()
+    def _mask(self) -> None:
+        "What a closed gate does, written into the weights: the student needs no hook."
+        for name, channels in self._readers.items():
+            layer = self.student.get_submodule(name)
+            weight = dict(layer.named_parameters(recurse=False)).get('weight')
+            if weight is None:
+                raise DFKDError(f"the weight of '{name}' is computed from others (a parametrisation): "
+                                'torch.nn.utils.parametrize.remove_parametrizations removes that')
+            weight.index_fill_(1, channels.to(weight.device), 0.)
 
     @property
     def reached(self) -> bool:
@@ -680,7 +861,9 @@ class PruningDistiller(Distiller):
     def step(self) -> dict[str, Tensor]:
         "Remove some filters if it is time to; then one update."
         if self.done % self.every == 0 and not self.reached: self.close(self.plan.remove(self.filters, self.kept, self.importance()))
-        return super().step()
+        found = super().step()
+        self._mask() # the update has given them a value
+        return found
 
     def importance(self) -> dict[str, Tensor]:
         "Of the filters that are left, by some batches of the source."
@@ -695,8 +878,8 @@ class PruningDistiller(Distiller):
         self.close({name: still.cpu() for name, still in state['kept'].items()})
 
     def smaller(self) -> nn.Module:
-        "A copy of the student without the filters whose gates are closed: the same function."
-        with self.gates.paused(): return remove_filters(self.student, self.filters, self.kept)
+        "A copy of the student without the removed filters: the same function."
+        return remove_filters(self.student, self.filters, self.kept)
 
 # %% ../../nbs/applications/15_pruning.ipynb #cb8d3ff7
 def save_pruned(
@@ -738,7 +921,8 @@ def export_network(
     import_extra('onnxscript', 'onnxscript')
     folder = Path(folder)
     network = copy.deepcopy(model).cpu().eval()
-    x = torch.randn(3, *domain.shape, generator=torch.Generator().manual_seed(0))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, *domain.shape, generator=rng).to(_black(network, domain, 0))
     sizes = {0: torch.export.Dim('images', min=1, max=4096)}
     with torch.no_grad(): wanted = _logits(network(x))
     try:
@@ -746,7 +930,14 @@ def export_network(
         torch.export.save(program, archive := io.BytesIO())
         with atomic_path(folder / 'network.pt2') as path: path.write_bytes(archive.getvalue())
         with atomic_path(folder / 'network.onnx') as path: torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False, input_names=['images'], output_names=['logits'])
-    except Exception as error: raise DFKDError(f'{type(network).__name__} cannot be exported ({(str(error).splitlines() or [type(error).__name__])[0][:100]})') from error
+    except DFKDError: raise # a disk that is full
+    except Exception as error: # of a dozen kinds, some are pages long and coloured
+        lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines()
+        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+        raise DFKDError(
+            f'{type(network).__name__} cannot be exported ({reason[:100]}): export the float network, '
+            'without branches on pixels; a quantised one is kept by save_integers, or made of the '
+            'exported file by its runtime') from error
     answers = {'torch.export': _logits(torch.export.load(folder / 'network.pt2').module()(x)),
                'ONNX': torch.from_numpy(runtime.InferenceSession(str(folder / 'network.onnx'), providers=['CPUExecutionProvider']).run(None, {'images': x.numpy()})[0])}
     return {name: float((answer.detach() - wanted).abs().max()) for name, answer in answers.items()}
@@ -778,3 +969,64 @@ def share_recovered(
 ) -> float: # 1: as good as real images
     "What images give back of what real images give back. Where those give nothing back it is not a number."
     return (after - before) / (real - before) if real > before else math.nan
+
+# %% ../../nbs/applications/15_pruning.ipynb #ca204a03
+@torch.no_grad()
+def reestimate_batchnorm(
+    network: nn.Module, # with BatchNorm layers; their running statistics are replaced
+    images: Images, # an `ImageSet` or what `as_source` makes one of; labels are not used
+    domain: Domain | None = None, # what the network expects; a `Teacher` and a set know their own
+    batch_size: int = 100, # images at a time
+) -> nn.Module: # the same network, in the modes it had
+    "Running means and variances of BatchNorm, measured anew over all images. Nothing else changes."
+    domain = domain or (network.domain if isinstance(network, Teacher) else None)
+    source = as_source(images, domain)
+    domain = domain or source.domain
+    if source.domain.shape != domain.shape:
+        raise DFKDError(f'the images are {source.domain.shape}, the network takes {domain.shape}: '
+                        'resize them with fit(images, domain)')
+    count, like = len(source), _black(network, domain, 0)
+    if count < 2: raise DFKDError(f'{count} images have no variance: give two or more')
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    layers = [m for m in norms if m.running_mean is not None]
+    if not layers:
+        raise DFKDError(f'{type(network).__name__} has no BatchNorm with running statistics: '
+                        'there is nothing to re-estimate')
+    before = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers()}) for layer in layers]
+    moments = [_Moments() for _ in layers]
+    hooks = [layer.register_forward_pre_hook(m) for layer, m in zip(layers, moments)]
+    parts = torch.arange(count).tensor_split(-(-count // batch_size)) # no last one of one image
+    try:
+        with in_eval_mode(network):
+            for layer in layers: layer.training, layer.momentum = True, 0.
+            for part in parts:
+                x = domain.normalize(source.fetch(part).to(like.device))
+                network(x.to(like.dtype))
+    finally:
+        for hook in hooks: hook.remove()
+        for layer, (momentum, buffers) in zip(layers, before):
+            layer.momentum = momentum
+            for name, value in buffers.items(): layer.get_buffer(name).copy_(value)
+    for layer, found in zip(layers, moments):
+        if not found.count: continue # no image has passed it
+        layer.get_buffer('running_mean').copy_(found.mean)
+        layer.get_buffer('running_var').copy_(found.squares / max(found.count - 1, 1))
+        if layer.num_batches_tracked is None: continue
+        layer.num_batches_tracked.fill_(len(parts))
+    return network
+
+class _Moments:
+    "Mean and sum of squared deviations of each channel, over all that enters a layer."
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0] if inputs[0].dtype == torch.float64 else inputs[0].float()
+        found = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+        variance, mean = (v.cpu().double() for v in found)
+        count, apart = x.numel() // x.shape[1], mean - self.mean
+        total = self.count + count
+        between = apart.square() * self.count * count / total # exact where the mean is large
+        self.squares = self.squares + variance * count + between
+        self.mean, self.count = self.mean + apart * count / total, total

@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import platform
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -24,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..foundations.core import DFKDError, import_extra, load_tensors, save_tensors
+from ..foundations.core import DFKDError, DFKDWarning, import_extra, load_tensors, save_tensors
 from ..foundations.data import Domain, ImageSource
 from ..foundations.distillation import Distiller, as_source
-from ..foundations.models import Teacher, in_eval_mode
+from ..foundations.models import Teacher, _logits, in_eval_mode
 
 # %% ../../nbs/applications/17_quantization.ipynb #467e9c76
 @contextmanager
@@ -49,9 +50,10 @@ def _torchao(part: str = '') -> Any:
 def capture(
     model: nn.Module, # a `Teacher` or any network that torch.export can trace; it is copied
     domain: Domain, # of its images
-) -> fx.GraphModule: # the same in eval mode, for batches of any size
+) -> fx.GraphModule: # the same in eval mode and in float32, for batches of any size
     "A network as the graph of its elementary steps. One that cannot be traced is a `DFKDError`."
-    network = copy.deepcopy(model.get_submodule('model') if isinstance(model, Teacher) else model)
+    bare = model.get_submodule('model') if isinstance(model, Teacher) else model
+    network = copy.deepcopy(bare).float()
     like = next((p for p in network.parameters()), torch.empty(0))
     black = domain.normalize(torch.zeros(2, *domain.shape, dtype=torch.uint8, device=like.device))
     with torch.no_grad(), in_eval_mode(network), _quiet():
@@ -139,8 +141,24 @@ class QuantizedNetwork(nn.Module):
         inner, ends = _rounding(bits, activation_bits, ranges, weights), _rounding(end_bits, end_bits, ranges, weights)
         try:
             with _quiet(): self.graph = _torchao('.quantize_pt2e').prepare_pt2e(captured, _quantizer(inner, ends, layers[0], layers[-1]))
-        except (ValueError, RuntimeError, AssertionError) as error: raise DFKDError(f"torchao cannot quantise the network '{self.name}' ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): report it to torchao, or use another network") from error
+        except Exception as error: # what its patterns do not foresee ends in many kinds
+            raise DFKDError(
+                f"torchao cannot quantise the network '{self.name}' ({_place(error)}): call each layer "
+                'once and add its output to that of another layer, or export the network '
+                '(export_network) and quantise the ONNX file with the same images') from error
         for parameter in self.graph.parameters(): parameter.requires_grad_(True)
+        rounders = {name: module for name, module in self.graph.named_modules()
+                    if hasattr(module, 'activation_post_process')}
+        self._fresh = {name: copy.deepcopy(module.activation_post_process)
+                       for name, module in rounders.items()}
+
+    def forget(self) -> None:
+        "Drop what earlier images have left in the observers: the next calibration begins anew."
+        device = next(self.graph.parameters()).device
+        for name, observer in self._fresh.items():
+            rounder = self.graph.get_submodule(name)
+            rounder.activation_post_process = copy.deepcopy(observer).to(device)
+        self.calibrated = False
 
     def train(self, mode: bool = True) -> 'QuantizedNetwork':
         "A captured graph runs in one way only: BatchNorm is part of the convolutions, dropout is gone."
@@ -159,6 +177,13 @@ def _check(bits: int, activation_bits: int, end_bits: int, ranges: str, weights:
         if type(value) is not int or not 2 <= value <= 8: raise DFKDError(f'{name} is {value}: give a whole number from 2 to 8 (8 has fast kernels, 4 is two weights a byte)')
     if ranges not in RANGES: raise DFKDError(f"unknown ranges '{ranges}': use {' or '.join(RANGES)}")
     if weights not in WEIGHTS: raise DFKDError(f"unknown weights '{weights}': use {' or '.join(WEIGHTS)}")
+
+def _place(error: Exception) -> str:
+    "What went wrong in a library, and in which function: some of its assertions have no text."
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f' in {frames[-1].name}' if frames else ''
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
+    return f'{type(error).__name__}{where}' + (f': {text[:100]}' if text else '')
 
 def _layers(graph: fx.GraphModule) -> list[str]:
     "Names of the convolutions and linear layers, in the order of the forward pass."
@@ -179,23 +204,54 @@ def calibrate(
     images: ImageSource | Tensor, # uint8, of the network's domain; labels are not used
     batch_size: int = 128, # images at a time
 ) -> QuantizedNetwork: # the same
-    "Choose the range of each layer's input on images. None at all, or foreign ones, are a `DFKDError`."
+    "Choose the range of each layer's input on images; a `DFKDWarning` if rounding ruins the answers."
     source = as_source(images, network.domain)
     if source.domain.shape != network.domain.shape: raise DFKDError(f"the images are {source.domain.shape}, the network '{network.name}' takes {network.domain.shape}: resize them")
     if not len(source): raise DFKDError('there are no images to calibrate on: give some, or None to use what BatchNorm knows')
     device = next(network.graph.parameters()).device
+    first: tuple[Tensor, Tensor] | None = None # images, and what the float network says of them
     with _watching(network):
-        for batch, _ in source.batches(batch_size): network.graph(network.domain.normalize(batch.to(device)))
+        for batch, _ in source.batches(batch_size):
+            x = network.domain.normalize(batch.to(device))
+            logits = _logits(network.graph(x))
+            if first is None:
+                _check_bytes(batch)
+                first = x, logits
+    assert first is not None
+    _check_agreement(network, *first)
     return network
 
 @contextmanager
 def _watching(network: QuantizedNetwork) -> Iterator[None]:
-    "Rounding off, observers on, while it lasts; afterwards the ranges are chosen."
+    "Rounding off, fresh observers on, while it lasts; then the ranges are chosen, unless it failed."
     ao = _torchao()
-    for switch in (ao.enable_observer, ao.disable_fake_quant): network.graph.apply(switch)
-    yield
-    for switch in (ao.disable_observer, ao.enable_fake_quant): network.graph.apply(switch)
-    network.calibrated = True
+    network.forget()
+    try:
+        network.graph.apply(ao.enable_observer)
+        network.graph.apply(ao.disable_fake_quant)
+        yield
+        network.calibrated = True
+    finally:
+        network.graph.apply(ao.disable_observer)
+        network.graph.apply(ao.enable_fake_quant)
+
+def _check_bytes(images: Tensor) -> None:
+    "A `DFKDWarning` for bytes that were intensities in [0, 1] before."
+    if images.dtype == torch.uint8 and int(images.max()) <= 1:
+        warnings.warn(
+            'no byte of the calibration images is above 1: bytes run to 255, multiply intensities '
+            'in [0, 1] by 255 before they become uint8', DFKDWarning, stacklevel=4)
+
+def _check_agreement(network: QuantizedNetwork, x: Tensor, exact: Tensor) -> None:
+    "A `DFKDWarning` where float and rounded answers agree less than halfway from chance to always."
+    agreement = float((_logits(network(x)).argmax(1) == exact.argmax(1)).float().mean())
+    enough, widths = (1 + 1 / exact.shape[1]) / 2, network.settings
+    if len(x) < 16 or agreement >= enough: return # a few images prove nothing
+    warnings.warn(
+        f"the network '{network.name}', weights of {widths['bits']} bits and inputs of "
+        f"{widths['activation_bits']}, gives the float network's answer on {agreement:.0%} of the "
+        'calibration images: use more bits, or fine-tune it by mend(teacher, network, images).run()',
+        DFKDWarning, stacklevel=4)
 
 # %% ../../nbs/applications/17_quantization.ipynb #0d224115
 class _Imagined(fx.Interpreter):
@@ -220,7 +276,9 @@ def imagine(
     seed: int = 0, # of the draws
 ) -> QuantizedNetwork: # the same
     "Choose the range of each layer's input from BatchNorm alone (the assumption of Nagel et al., 2019). A network without BatchNorm is a `DFKDError`."
-    if not network.known: raise DFKDError(f"the network '{network.name}' has no BatchNorm that knows its features: give images to calibrate on")
+    if not network.known:
+        raise DFKDError(f"the network '{network.name}' has no BatchNorm that knows its features: give "
+                        'images to calibrate on, e.g. those that `dfkd invert` makes of it')
     generator = torch.Generator().manual_seed(seed)
     device = next(network.graph.parameters()).device
     batch = max(1, min(128, 128 * 3 * 64**2 // math.prod(network.domain.shape))) # fewer where images are large
@@ -259,9 +317,11 @@ def layer_inputs(
     ao = _torchao()
     source = as_source(images, network.domain)
     batch = network.domain.check(source.fetch(torch.arange(len(source))))
+    x = network.domain.normalize(batch.to(next(network.graph.parameters()).device))
     hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: taken.__setitem__(name, output.cpu())) for name, module in _rounders(network).items()]
-    if not rounded: network.graph.apply(ao.disable_fake_quant)
-    try: network(network.domain.normalize(batch.to(next(network.graph.parameters()).device)))
+    try:
+        if not rounded: network.graph.apply(ao.disable_fake_quant)
+        network(x)
     finally:
         network.graph.apply(ao.enable_fake_quant)
         for hook in hooks: hook.remove()
@@ -301,7 +361,8 @@ def mend(
     if not network.calibrated: raise DFKDError('this network does not know its ranges yet: calibrate() it, or begin with quantize()')
     ao = _torchao()
     network.graph.apply(ao.enable_range_learning if learn_ranges else ao.disable_range_learning)
-    usual = {'schedule': 'cosine', 'weight_decay': 0., 'batch_size': 64, 'device': next(network.graph.parameters()).device}
+    usual: dict[str, Any] = {'schedule': 'cosine', 'weight_decay': 0., 'batch_size': 64}
+    usual |= {'domain': network.domain, 'device': next(network.graph.parameters()).device}
     return Distiller(teacher, network, images, steps=steps, learning_rate=learning_rate, **usual | settings)
 
 # %% ../../nbs/applications/17_quantization.ipynb #c1cc94fc

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
 from ..dreams.priors import Term, View
-from ..foundations.core import DFKDError, import_torchvision, load_tensors, pick_device, progress, save_tensors
+from ..foundations.core import DFKDError, import_torchvision, load_tensors, pick_device, progress, save_tensors, seeded
 from ..foundations.data import Augment, Domain, ImageSource, _decode, data_root
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import CifarBlock, Teacher, _logits, build_model, in_eval_mode
@@ -89,7 +89,7 @@ class SceneSet(ImageSource):
         return self.fetch(indices), self.masks[indices.to(self.masks.device)].long()
 
     def to(self, device: str | torch.device) -> 'SceneSet':
-        "The same scenes on another device; their drawing starts anew."
+        "The same scenes on another device."
         return SceneSet(self.images.to(device), self.masks.to(device), self.domain)
 
     def subset(self, which: int | Tensor) -> 'SceneSet':
@@ -290,13 +290,17 @@ def load_scenes(
 def confusion(
     model: nn.Module, # a segmenter
     data: SceneSet, # scenes with masks
-    domain: Domain | None = None, # the normalisation `model` expects; the data's if not given
+    domain: Domain | None = None, # what `model` expects; a `Teacher` knows its own, else the data's
     batch_size: int = 100, # images at a time
 ) -> Tensor: # int64 `(K, K)`: pixels by their class (row) and by the answer (column)
     "What is taken for what, over all pixels that count (torchmetrics), in eval mode."
     import_torchvision()
     from torchmetrics.classification import MulticlassConfusionMatrix
-    domain = domain or data.domain
+    if not isinstance(data, SceneSet):
+        kind = type(data).__name__
+        raise DFKDError(f'no masks in a {kind}: give a SceneSet(images, masks, domain)')
+    domain = domain or (model.domain if isinstance(model, Teacher) else data.domain)
+    domain.check_classes(data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassConfusionMatrix(domain.num_classes, ignore_index=IGNORED).to(device)
     if not len(data): raise DFKDError('there are no scenes to test on: give some')
@@ -389,7 +393,9 @@ def mask_loss(
     label_smoothing: float = 0., # share of the target spread over all classes
 ) -> Tensor: # scalar, nats: mean over the pixels that count
     "Cross-entropy at every pixel that has a class."
-    total = F.cross_entropy(_full(logits), masks, ignore_index=IGNORED, reduction='sum', label_smoothing=label_smoothing)
+    pixels = _full(logits).movedim(1, -1).flatten(0, -2) # on GPUs the loss on maps is not deterministic
+    total = F.cross_entropy(pixels, masks.flatten(), ignore_index=IGNORED, reduction='sum',
+                            label_smoothing=label_smoothing)
     return total / (masks != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #de8677de
@@ -413,7 +419,8 @@ class SceneDistiller(Distiller):
         if self.augment is not None:
             if masks is None: images = self.augment(images, self.generator)
             else: images, masks = augment_scenes(images, masks, self.augment, self.generator)
-        return self.domain.normalize(images), masks
+        x = self.domain.normalize(images)
+        return x.contiguous(memory_format=self.memory_format), masks
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
         "`mask_loss`."
@@ -520,8 +527,7 @@ def scene_race(
     "Generator, pool and student of chapters 10 to 13, for pixels that have classes."
     place = pick_device(device)
     student = student.to(place)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = Generator(teacher.domain.shape, latent_size, generator_width)
     pool = ScenePool(teacher.domain, replay, teacher, student, device=place) if replay else GrowingPool(teacher.domain, newest_first=False, device=place)
     painter = SceneSynthesizer(teacher, student=student, device=place, seed=seed, **preset() | {'generator': network} | dict(maker or {}))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from ..dreams.inversion import DeepInversion
-from ..foundations.core import DFKDError, seed_everything
-from ..foundations.data import ImageSet, ImageSource
+from ..foundations.core import DFKDError, seeded
+from ..foundations.data import Domain, ImageSet, ImageSource
 from ..foundations.distillation import Distiller, Images, _full, as_source, evaluate
 from ..foundations.models import Teacher, _logits, in_eval_mode
 
@@ -59,13 +59,15 @@ def learning_curve(
     **settings: Any, # of `Distiller`; the number of updates is the same for all
 ) -> list[dict[str, float]]: # one row a count and seed: 'images', 'seed', 'accuracy', and fidelity's
     "Accuracy against the number of images, all else being equal. A pool that is too small is a `DFKDError`."
+    if not isinstance(images, ImageSet):
+        kind = type(images).__name__
+        raise DFKDError(f'no pool in a {kind}: give an ImageSet (ImageSet.collect makes one)')
     rows = []
     for seed in seeds:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         for count in counts:
             if count > len(images): raise DFKDError(f'{count} images asked of a pool of {len(images)}: make more, or ask for fewer')
-            seed_everything(seed)
-            network = student()
+            with seeded(seed): network = student()
             Distiller(teacher, network, images.subset(order[:count]), seed=seed, **settings).run()
             rows.append({'images': count, 'seed': seed, 'accuracy': evaluate(network, test, domain=teacher.domain)}
                         | ({} if probe is None else fidelity(teacher, network, probe)))
@@ -78,19 +80,25 @@ def fidelity(
     student: nn.Module, # who imitates, on any device
     images: Images, # not used in training; labels are not needed
     batch_size: int = 500, # images at once
+    domain: Domain | None = None, # what the student expects; the teacher's if not given
 ) -> dict[str, float]: # 'agreement', 0 to 1, and 'divergence', KL of the student from the teacher in nats
     "What can be said of a student without any real image: how closely it follows its teacher, at temperature 1."
     agreement = divergence = count = 0.
-    device = next(student.parameters()).device
     with in_eval_mode(student):
         for batch, _ in as_source(images, teacher.domain).batches(batch_size):
-            x = teacher.domain.normalize(batch)
-            told, answer = _full(teacher(x.to(teacher.device))).log_softmax(1).cpu(), _full(_logits(student(x.to(device)))).log_softmax(1).cpu()
+            told, answer = (
+                _full(_logits(network(_seen(network, batch, scale)))).log_softmax(1).cpu()
+                for network, scale in ((teacher, teacher.domain), (student, domain or teacher.domain)))
             agreement += float((told.argmax(1) == answer.argmax(1)).sum())
             divergence += float((told.exp() * (told - answer)).sum())
             count += len(batch)
     if not count: raise DFKDError('no images to compare on: give at least one')
     return {'agreement': agreement / count, 'divergence': divergence / count}
+
+def _seen(network: nn.Module, images: Tensor, domain: Domain) -> Tensor:
+    "Images as a network takes them: normalised, on its device, in its precision."
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
+    return domain.normalize(images.to(like.device)).to(like.dtype)
 
 # %% ../../nbs/applications/14_transfer.ipynb #fe204d94
 def teaching_values(
@@ -100,22 +108,23 @@ def teaching_values(
     probe: Images, # images one cares about; labels are not needed
     temperature: float = 3., # of both answers
     batch_size: int = 250, # images at once
+    domain: Domain | None = None, # what the student expects; the teacher's if not given
 ) -> Tensor: # `(N,)`, nats squared over squared weights; positive: learning it lowers the probe's loss
     "How much an update on each image helps on others: the first-order influence of TracIn (Pruthi et al., 2020, Eq. 3), by one forward-mode pass a batch."
     weights = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
     if not weights: raise DFKDError('the student has no weight that may change: switch requires_grad on')
-    device = next(iter(weights.values())).device
+    like = next(iter(weights.values()))
     def losses(values: dict[str, Tensor], x: Tensor, told: Tensor) -> Tensor: # one an image
         answer = _full(_logits(functional_call(student, values, (x,))))
         return F.kl_div((answer / temperature).log_softmax(1), told, reduction='none', log_target=True).flatten(1).sum(1) * temperature**2
     def batches(source: Images) -> Iterable[tuple[Tensor, Tensor]]:
         for batch, _ in as_source(source, teacher.domain).batches(batch_size):
-            x = teacher.domain.normalize(batch)
-            with torch.no_grad(): told = (_full(teacher(x.to(teacher.device))) / temperature).log_softmax(1)
-            yield x.to(device), told.to(device)
+            with torch.no_grad(): told = _full(teacher(_seen(teacher, batch, teacher.domain)))
+            told = (told / temperature).log_softmax(1)
+            yield _seen(student, batch, domain or teacher.domain), told.to(like)
     with in_eval_mode(student):
         live = {name: w.clone().requires_grad_() for name, w in weights.items()}
-        total, count = torch.zeros((), device=device), 0
+        total, count = torch.zeros((), device=like.device), 0
         direction = {name: torch.zeros_like(w) for name, w in weights.items()}
         for x, told in batches(probe):
             total = losses(live, x, told).sum()

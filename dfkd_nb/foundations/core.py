@@ -6,7 +6,7 @@
 __all__ = ['TESTING', 'PRECISIONS', 'COLOURS', 'DFKDError', 'DFKDWarning', 'import_torchvision', 'import_extra', 'pick_device',
            'same_device', 'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'RandomStreams',
            'autocast', 'progress', 'atomic_path', 'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint',
-           'show_images']
+           'book_style', 'show_images']
 
 # %% ../../nbs/foundations/01_core.ipynb #a64d39a7
 import importlib
@@ -104,10 +104,12 @@ def seed_everything(
 # %% ../../nbs/foundations/01_core.ipynb #bc9e80de
 def random_state() -> dict[str, Any]: # plain containers and tensors, ready for a checkpoint
     "Where every random stream of this process stands."
-    numpy_state: Any = np.random.get_state()
-    _, python_state, waiting = random.getstate()
-    return {'python': list(python_state), 'python_gauss': waiting,
-            'numpy': [numpy_state[1].tolist(), *map(float, numpy_state[2:])], **_torch_state()}
+    return _plain_state(random.getstate(), np.random.get_state(), _torch_state())
+
+def _plain_state(python: Any, numpy: Any, torches: dict[str, Any]) -> dict[str, Any]:
+    _, numbers, waiting = python
+    return {'python': list(numbers), 'python_gauss': waiting,
+            'numpy': [numpy[1].tolist(), *map(float, numpy[2:])], **torches}
 
 def _torch_state() -> dict[str, Any]: # of the CPU and of every GPU
     state: dict[str, Any] = {'torch': torch.get_rng_state()}
@@ -146,32 +148,40 @@ def seeded(
 
 # %% ../../nbs/foundations/01_core.ipynb #16c55059
 class RandomStreams:
-    "PyTorch's global streams, of all devices, for one consumer: `with streams:` draws from them and from nowhere else."
+    "Global streams for one consumer: inside `with streams:` Python, NumPy and PyTorch, on all devices, draw from them."
 
     def __init__(
         self,
         seed: int, # where they begin, 0 to 2**64 - 1
     ) -> None:
-        with seeded(seed): self._own = _torch_state()
-        self._outside: list[dict[str, Any]] = [] # of those who entered, the last one on top
+        with seeded(seed): torches = _torch_state()
+        self._own = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state(), torches
+        self._outside: Any = None # the process's, while somebody is inside
+        self._depth = 0
+
+    def _swap(self, streams: Any) -> Any: # those that were there before
+        before = random.getstate(), np.random.get_state(), _torch_state()
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        _restore_torch_state(streams[2])
+        return before
 
     def __enter__(self) -> 'RandomStreams':
-        self._outside.append(_torch_state())
-        if len(self._outside) == 1: _restore_torch_state(self._own)
+        if not self._depth: self._outside = self._swap(self._own)
+        self._depth += 1
         return self
 
     def __exit__(self, *error: object) -> None:
-        if len(self._outside) == 1: self._own = _torch_state()
-        outside = self._outside.pop()
-        if not self._outside: _restore_torch_state(outside)
+        self._depth -= 1
+        if not self._depth: self._own = self._swap(self._outside)
 
     def state_dict(self) -> dict[str, Any]:
         "Where the streams stand, ready for a checkpoint."
-        return dict(self._own)
+        return _plain_state(*self._own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
-        self._own = self._own | state
+        with self: restore_random_state(state)
 
 # %% ../../nbs/foundations/01_core.ipynb #e1b20066
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -333,6 +343,18 @@ def load_checkpoint(
 # five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the pink without green receptors
 COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream': '#CC79A7',
            'deepdream': '#56B4E9', 'noise': '#555555'}
+
+# %% ../../nbs/foundations/01_core.ipynb #df949674
+def book_style() -> AbstractContextManager: # enter it around the drawing
+    "The look of this book's figures, for matplotlib and seaborn: colours, sizes of words, two spines. Settings outside stay as they are."
+    import matplotlib
+    import seaborn
+    lines = {key: value for key, value in seaborn.axes_style('ticks').items() if 'font' not in key}
+    sizes: dict[str, Any] = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 9)
+    sizes |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.title_fontsize': 7.5, 'figure.titlesize': 10}
+    look = {'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})', 'axes.spines.top': False, 'axes.spines.right': False}
+    look |= {'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'legend.frameon': False}
+    return matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'})
 
 # %% ../../nbs/foundations/01_core.ipynb #43935c16
 def show_images(

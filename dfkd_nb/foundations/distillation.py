@@ -270,11 +270,15 @@ class Distiller:
     ) -> 'Distiller': # itself
         "Train on, from wherever it stands, and write a row of mean losses every so many updates. A loss that is not finite is a `DFKDError`."
         end = min(self.steps, until if until is not None else self.steps)
+        def late() -> bool: return deadline is not None and time.monotonic() > deadline
         with progress(total=self.steps, description='student' if self.teacher is not None else 'training', initial=self.done) as bar:
-            while self.done < end and not (deadline is not None and time.monotonic() > deadline):
-                for key, value in self.step().items(): self._sums[key] = self._sums[key] + value if key in self._sums else value
-                self._summed += 1
-                bar.update()
+            while self.done < end and not late():
+                with self.streams: # entered once for all updates of a row
+                    while True:
+                        for key, value in self.step().items(): self._sums[key] = self._sums[key] + value if key in self._sums else value
+                        self._summed += 1
+                        bar.update()
+                        if self.done % every == 0 or self.done >= end or late(): break
                 if self.done % every and self.done < self.steps: continue
                 means = {k: float(v) / self._summed for k, v in self._sums.items()}
                 self._sums, self._summed = {}, 0

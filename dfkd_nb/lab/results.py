@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'Place', 'Row', 'Figure', 'papers', 'spread', 'standard_error', 'split_pair', 'pair_title',
-           'place_of', 'Cell', 'hardware', 'comparison', 'paper_pairs', 'Published', 'published', 'duration',
-           'plus_minus', 'number', 'row_of', 'markdown_table', 'text_table', 'places', 'missing', 'matrix', 'sections',
-           'points', 'place_labels', 'draw_points', 'draw_scatter', 'teacher_recipe', 'detail_of', 'uncounted',
-           'other_rows', 'results_text', 'results_command']
+           'place_of', 'Cell', 'hardware', 'comparison', 'best_cells', 'paper_pairs', 'Published', 'published',
+           'duration', 'plus_minus', 'number', 'row_of', 'markdown_table', 'text_table', 'places', 'missing', 'matrix',
+           'sections', 'points', 'place_labels', 'draw_points', 'draw_scatter', 'teacher_recipe', 'detail_of',
+           'uncounted', 'other_rows', 'results_text', 'results_command']
 
 # %% ../../nbs/lab/21_results.ipynb #b5b9c462
 import csv
@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .runs import SCALES, Recipe, Result, find_task, problem, recipe_names, results, results_folder
+from .runs import SCALES, Recipe, Result, find_task, marked, older_note, problem, recipe_names, results, results_folder
 
 # %% ../../nbs/lab/21_results.ipynb #d97a0a07
 @dataclass(frozen=True)
@@ -109,6 +109,9 @@ class Cell:
     def seeds(self) -> list[int]: return [_seed(run) for run in self.runs]
 
     @property
+    def revision(self) -> int: return min(run.revision for run in self.runs)
+
+    @property
     def mean(self) -> float: return statistics.mean(self.accuracies)
 
     @property
@@ -158,14 +161,25 @@ def comparison(
     for run in found:
         place = place_of(run.settings)
         if place is None or run.scale != scale: continue
-        fixed = json.dumps({k: v for k, v in (_usual(run.task) | run.settings).items() if k not in _FREE}, sort_keys=True)
+        kept = {k: v for k, v in (_usual(run.task) | run.settings).items() if k not in _FREE}
+        fixed = json.dumps(kept | {'revision': run.revision}, sort_keys=True)
         groups.setdefault(place, {}).setdefault(fixed, {}).setdefault(_seed(run), run)
     cells = []
     for (pair, method), kinds in groups.items():
         for fixed, seeds in kinds.items():
             runs = tuple(seeds[s] for s in sorted(seeds))
             cells.append(Cell(pair, method, scale, runs, _variant(fixed, list(kinds))))
-    return sorted(cells, key=lambda c: (_pair_order(c.pair), _method_order(c.method), -len(c.runs), c.variant))
+    return sorted(cells, key=lambda c: (_pair_order(c.pair), _method_order(c.method), -c.revision, -len(c.runs), c.variant))
+
+def best_cells(
+    cells: Iterable[Cell], # of one scale
+) -> dict[Place, Cell]: # one a place
+    "Of several cells in one place the newest, and of those the one with most seeds."
+    best: dict[Place, Cell] = {}
+    for c in cells:
+        known = best.get((c.pair, c.method))
+        if known is None or (c.revision, len(c.runs)) > (known.revision, len(known.runs)): best[c.pair, c.method] = c
+    return best
 
 # %% ../../nbs/lab/21_results.ipynb #11ae9a52
 def _variant(fixed: str, all_kinds: list[str]) -> str:
@@ -235,7 +249,7 @@ def row_of(
     "A cell as a line of its pair's table."
     paper = published(cell.pair, cell.method) if cell.scale == 'full' else None
     teachers = [_percent(run, 'teacher_accuracy') for run in cell.runs if 'teacher_accuracy' in run.numbers]
-    row = {'method': METHODS.get(cell.method, cell.method) + (f' ({cell.variant})' if cell.variant else ''), 'accuracy, %': plus_minus(cell.accuracies), 'seeds': str(len(cell.runs))}
+    row = {'method': METHODS.get(cell.method, cell.method) + (f' ({cell.variant})' if cell.variant else ''), 'accuracy, %': marked(plus_minus(cell.accuracies), *cell.runs), 'seeds': str(len(cell.runs))}
     if cell.scale == 'full': row |= {'paper, %': '' if paper is None else f'{paper.accuracy:.2f}', 'gap': '' if paper is None else f'{cell.mean - paper.accuracy:+.2f}'}
     return row | {'teacher, %': plus_minus(teachers[:1]), 'images': number(cell, 'images'), 'updates': number(cell, 'updates'),
                   'synthesis': duration(cell.hours('synthesis')), 'distillation': duration(cell.hours('distillation')), 'hardware': cell.hardware}
@@ -247,7 +261,7 @@ def markdown_table(
 ) -> str: # nothing where there are no rows
     "Rows for a page."
     if not rows: return ''
-    right = {k for k in rows[0] if numbers and all(re.fullmatch(r'[-+\d.,%±·/ *hmins]*', row[k]) for row in rows)}
+    right = {k for k in rows[0] if numbers and all(re.fullmatch(r'[-+\d.,%±·/ *hmins†]*', row[k]) for row in rows)}
     lines = [list(rows[0]), ['--:' if k in right else '---' for k in rows[0]], *([row[k].replace('|', '\\|') for k in rows[0]] for row in rows)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
@@ -293,25 +307,28 @@ def matrix(
     "Accuracies of every method and pair: ours / the paper's."
     pairs = sorted({*(p for p in paper_pairs() if len([f for f in papers() if f.pair == p]) > 4 and paper), *(c.pair for c in cells)}, key=_pair_order)
     pairs = [p for p in pairs if p.partition('-')[0] == data]
-    best: dict[Place, Cell] = {}
-    for c in cells: # of several variants, the one with most seeds
-        if (c.pair, c.method) not in best or len(c.runs) > len(best[c.pair, c.method].runs): best[c.pair, c.method] = c
+    best = best_cells(cells)
     def text(place: Place) -> str:
-        ours, theirs = plus_minus(best[place].accuracies) if place in best else '·', published(*place) if paper else None
+        ours = marked(plus_minus(best[place].accuracies), *best[place].runs) if place in best else '·'
+        theirs = published(*place) if paper else None
         return ours if theirs is None else f'{ours} / *{theirs.accuracy:.2f}*'
     methods = sorted({*METHODS, *(c.method for c in cells)}, key=_method_order)
     rows = [{'method': METHODS.get(m, m)} | {pair_title(p).partition(', ')[2]: text((p, m)) for p in pairs} for m in methods]
     return [row for row in rows if set(row.values()) - {row['method'], '·'}] if pairs else []
 
 # %% ../../nbs/lab/21_results.ipynb #05afa37b
+def _note(cells: Sequence[Cell]) -> str:
+    note = older_note([run for c in cells for run in c.runs])
+    return f'\n\n{note}' if note else ''
+
 def sections(
     cells: Sequence[Cell], # of one scale
     table: Callable[[Sequence[Row]], str] = markdown_table, # or `text_table`
     heading: str = '**{}**\n\n', # of each pair
 ) -> str: # nothing where there are no cells
-    "A table a pair."
+    "A table a pair, and what the dagger means where there is one."
     pairs = dict.fromkeys(c.pair for c in cells)
-    return '\n\n'.join(heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p]) for p in pairs)
+    return '\n\n'.join(heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p]) for p in pairs) + _note(cells)
 
 # %% ../../nbs/lab/21_results.ipynb #f1459386
 def points(
@@ -353,6 +370,7 @@ def draw_points(
     paper: bool = True, # also the papers' points
 ) -> list[tuple[str, float, float, str]]: # for `place_labels`
     "Accuracy against one of the two clocks; the teacher and the student on real images as lines."
+    import seaborn
     from dfkd_nb.foundations.core import COLOURS
     labels = [(METHODS[m].replace('SSD-KD, 10 % data', 'SSD-KD 10 %'), x, y, COLOURS['noise']) for m, x, y in points(pair, clock) if paper]
     for _, x, y, colour in labels: ax.scatter(x, y, marker='s', s=20, facecolor='none', edgecolor=colour)
@@ -361,8 +379,9 @@ def draw_points(
     for cell in cells:
         took = cell.hours(clock)
         if cell.pair != pair or not took: continue
-        ax.errorbar(took, cell.mean, spread(cell.accuracies), marker='o', color=COLOURS['student'], capsize=2, ls='none')
-        labels.append((METHODS.get(cell.method, cell.method), took, cell.mean, COLOURS['student']))
+        seaborn.scatterplot(x=took, y=cell.accuracies, color='black', s=9, linewidth=0, legend=False, zorder=3, ax=ax) # every seed
+        ax.errorbar(took, cell.mean, spread(cell.accuracies), marker='o', markersize=5, color=COLOURS['student'], capsize=2, ls='none')
+        labels.append((marked(METHODS.get(cell.method, cell.method), *cell.runs), took, cell.mean, COLOURS['student']))
     ax.set(xscale='log', xlabel=f"hours, {'synthesis' if clock == 'synthesis' else 'everything'}", ylabel='student accuracy, %')
     return labels
 
@@ -373,8 +392,10 @@ def draw_scatter(
 ) -> Any: # matplotlib's figure
     "Accuracy against hours of synthesis, and against hours of everything (FastDFKD, Fig. 1)."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.0), sharey=True, layout='constrained')
-    labels = [draw_points(ax, cells, pair, clock) for ax, clock in zip(axes, ('synthesis', 'total'))]
+    from dfkd_nb.foundations.core import book_style
+    with book_style():
+        figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.0), sharey=True, layout='constrained')
+        labels = [draw_points(ax, cells, pair, clock) for ax, clock in zip(axes, ('synthesis', 'total'))]
     for ax in axes: ax.margins(0.12)
     axes[1].set_ylabel('')
     figure.suptitle(pair_title(pair), fontsize=9)
@@ -401,7 +422,7 @@ def detail_of(
     accuracy = f" ({_percent(run, 'teacher_accuracy'):.2f} %)" if 'teacher_accuracy' in run.numbers else ''
     trained = f', by `{recipe}`' if (recipe := teacher_recipe(teacher)) and not teacher.startswith('run:') else ''
     return {'run': f'`{run.recipe}` ({run.scale})', 'seed': str(_seed(run)), 'T': f"{run.settings['temperature']:g}" if 'temperature' in run.settings else '',
-            'teacher': f'`{teacher}`{accuracy}{trained}' if teacher else '', 'student': f"{run.settings.get('student', '')}{_start(run)}", 'accuracy, %': f"{_percent(run, 'student_accuracy'):.2f}",
+            'teacher': f'`{teacher}`{accuracy}{trained}' if teacher else '', 'student': f"{run.settings.get('student', '')}{_start(run)}", 'accuracy, %': marked(f"{_percent(run, 'student_accuracy'):.2f}", run),
             'test images': f"{run.numbers.get('test_images', 0):,}", 'hardware': hardware(run), 'commit': (run.environment.get('commit') or '')[:7],
             'command': f"`{run.environment.get('command', '')}`"}
 
@@ -419,7 +440,7 @@ def other_rows(
 ) -> list[Row]: # by recipe
     "Students of runs that have no place in the comparison."
     runs = [run for run in found if 'student_accuracy' in run.numbers and place_of(run.settings) is None]
-    return [{'run': run.recipe, 'scale': run.scale, 'accuracy, %': f"{_percent(run, 'student_accuracy'):.2f}", 'seed': str(_seed(run)), 'T': f"{run.settings.get('temperature', math.nan):g}",
+    return [{'run': run.recipe, 'scale': run.scale, 'accuracy, %': marked(f"{_percent(run, 'student_accuracy'):.2f}", run), 'seed': str(_seed(run)), 'T': f"{run.settings.get('temperature', math.nan):g}",
              'images': f"{run.numbers.get('images', 0):,}", 'updates': f"{run.numbers.get('updates', 0):,}", 'time': duration(run.seconds.get('total', 0) / 3600), 'hardware': hardware(run)} for run in runs]
 
 # %% ../../nbs/lab/21_results.ipynb #6dce37fb
@@ -438,7 +459,8 @@ def results_text(
     others = [row for row in other_rows(found) if scale in (None, row['scale'])]
     if others: parts.append('--- other runs ---\n\n' + text_table(others))
     rest = [r for r in found if 'student_accuracy' not in r.numbers and scale in (None, r.scale)]
-    if rest: parts.append('--- without a student ---\n\n' + text_table([{'run': r.recipe, 'scale': r.scale, 'time': duration(r.seconds.get('total', 0) / 3600), 'numbers': _summary(r)} for r in rest]))
+    if rest: parts.append('--- without a student ---\n\n' + text_table([{'run': r.recipe, 'scale': r.scale, 'time': duration(r.seconds.get('total', 0) / 3600), 'numbers': marked(_summary(r), r)} for r in rest]))
+    if (others or rest) and (note := older_note([r for r in found if place_of(r.settings) is None])): parts.append(note)
     return '\n\n'.join(parts)
 
 def _summary(run: Result) -> str:

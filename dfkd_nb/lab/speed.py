@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..dreams.inversion import DeepInversion, kept_bytes, preset
 from ..dreams.priors import View
 from ..dreams.statistics import Watch, batchnorm_layers
-from ..foundations.core import DFKDError, atomic_path
+from ..foundations.core import DFKDError, atomic_path, seeded
 from ..foundations.data import DOMAINS, ImageSet
 from ..foundations.distillation import Distiller, distillation_loss
 from ..foundations.models import Teacher, build_model
@@ -69,12 +69,12 @@ def fresh_teacher(
     seed: int = 0, # of its weights
 ) -> Teacher: # untrained, with statistics of noise
     "A network whose features have the sizes of a trained one."
-    torch.manual_seed(seed)
     domain = DOMAINS['imagenet' if model.startswith(('torchvision:', 'efficientnet')) else 'cifar10']
-    network = build_model(model, domain.num_classes)
-    for layer in batchnorm_layers(network).values(): nn.init.uniform_(layer.weight, 0.5, 1.5) # type: ignore[arg-type]
-    with torch.no_grad():
-        for _ in range(20 if domain.size[0] < 100 else 5): network(torch.randn(16 if domain.size[0] < 100 else 4, *domain.shape))
+    small = domain.size[0] < 100
+    with seeded(seed), torch.no_grad():
+        network = build_model(model, domain.num_classes)
+        for layer in batchnorm_layers(network).values(): nn.init.uniform_(layer.weight, 0.5, 1.5) # type: ignore[arg-type]
+        for _ in range(20 if small else 5): network(torch.randn(16 if small else 4, *domain.shape))
     return Teacher(network, domain, model)
 
 # %% ../../nbs/lab/22_speed.ipynb #6d737fa4
@@ -94,7 +94,7 @@ def make_price(
         def look(x: Tensor) -> Any:
             with Watch(teacher) as watch: return teacher(x), watch.moments
     def price(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits, features, *_ = look(teacher.domain.from_pixels(x))
+        logits, features, *_ = look(x)
         total, values = made.objective(View(x, logits, targets, features))
         return total, torch.stack([v.detach() for v in (total, *values.values())])
     return price
@@ -194,15 +194,17 @@ def stopwatch(
     work: Callable[[], Any], # to be timed
     device: torch.device, # to be waited for
     clock: str = 'wall', # or 'processor': only while this process was computing, all its threads together
+    calls: int = 0, # between two looks at the clock; 0: one on a CPU, ten on a GPU
 ) -> float: # seconds
-    "Time of one call."
+    "Time of one call. A GPU is waited for after several: to wait after each would time the waiting, and an idle GPU, too."
     if clock not in CLOCKS: raise DFKDError(f"unknown clock '{clock}': use {' or '.join(CLOCKS)}")
     if clock == 'processor' and device.type != 'cpu': raise DFKDError("the processor's clock does not see a GPU: use clock 'wall'")
+    calls = calls or (10 if device.type == 'cuda' else 1)
     if device.type == 'cuda': torch.cuda.synchronize(device)
     begin = CLOCKS[clock]()
-    work()
+    for _ in range(calls): work()
     if device.type == 'cuda': torch.cuda.synchronize(device)
-    return CLOCKS[clock]() - begin
+    return (CLOCKS[clock]() - begin) / calls
 
 # %% ../../nbs/lab/22_speed.ipynb #64220fc9
 def race(
@@ -467,7 +469,9 @@ def benchmark_synthesis(
     "Everything about one round of synthesis with a generator."
     device = torch.device(device)
     teacher = fresh_teacher(model, seed).to(device)
-    learner, generator = build_model(student, teacher.domain.num_classes).to(device), Doubling(teacher.domain.shape, 256, width).to(device) # type: ignore[arg-type]
+    with seeded(seed + 1): # not the teacher's own numbers
+        learner = build_model(student, teacher.domain.num_classes).to(device)
+        generator = Doubling(teacher.domain.shape, 256, width).to(device) # type: ignore[arg-type]
     codes = torch.randn(batch, 256, generator=torch.Generator().manual_seed(seed)).to(device)
     made = [make_round(way, teacher, learner, generator, codes, steps) for way in ways]
     operations = steps * count_work(make_round('transposed', teacher, learner, generator, codes, steps).total)
@@ -548,7 +552,7 @@ def benchmark_distillation(
     "Everything about one update of a student."
     device = torch.device(device)
     teacher = fresh_teacher(model, seed).to(device)
-    learner = build_model(student, teacher.domain.num_classes).to(device)
+    with seeded(seed + 1): learner = build_model(student, teacher.domain.num_classes).to(device)
     images = torch.randint(256, (batch, *teacher.domain.shape), generator=torch.Generator().manual_seed(seed)).to(torch.uint8).to(device)
     lessons = [Lesson(way, teacher, learner, images) for way in ways]
     return contest(lessons, count_work(Lesson('folded', teacher, learner, images).price), rounds, clock, what='distillation', model=model, batch=batch, seed=seed, student=student)
