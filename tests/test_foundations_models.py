@@ -27,8 +27,10 @@ from dfkd_nb.foundations.distillation import (
 )
 from dfkd_nb.foundations.models import (
     MODELS,
+    CifarBlock,
     CifarResNet,
     Teacher,
+    WideBlock,
     WideResNet,
     build_model,
     count_parameters,
@@ -322,6 +324,20 @@ def test_eval_mode_is_given_back() -> None:
     assert [m.training for m in model.modules()] == modes
 
 
+def test_shortcuts_by_hand() -> None:
+    "What stands beside the convolutions, these being silent."
+    x = torch.randn(2, 4, 6, 6)
+    block = CifarBlock(4, 8, 2).eval()
+    nn.init.zeros_(block.conv2.weight)
+    expected = torch.zeros(2, 8, 3, 3)
+    expected[:, 2:6] = x[:, :, ::2, ::2].relu()  # as many new channels on either side
+    assert torch.equal(block(x.clone()), expected)
+    wide = WideBlock(4, 8, 2).eval()
+    nn.init.zeros_(wide.conv2.weight)
+    wide.bn1.running_mean.fill_(0.5)
+    torch.testing.assert_close(wide(x.clone()), wide.shortcut(wide.bn1(x).relu()))
+
+
 # --- the loss -----------------------------------------------------------------------------------------------------
 
 temperatures = st.floats(0.05, 50)
@@ -581,6 +597,11 @@ def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
         assert apart[0].min() > 0.1 and apart[1].max() < 1e-3, "the student's logits come first"
     with pytest.raises(DFKDError, match="mixup_alpha is 1.0, but a Listening"):
         Distiller(teacher, build_model("digits-net", 10, 1), images_set, steps=3, mixup_alpha=1.0, device="cpu")
+
+
+def test_labels_count_by_their_weight() -> None:
+    found = learner(label_weight=0.3).step()
+    assert float(found["loss"]) == pytest.approx(float(found["distillation"] + 0.3 * found["labels"]), rel=1e-5)
 
 
 def test_weights_of_a_loss() -> None:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import ast
+import re
 
 from mutants import ROOT, load_mutants
 
 
 def test_every_fault_has_its_place_and_its_tests() -> None:
     mutants, known = load_mutants(), {}
+    modules = {mutant.path: (ROOT / mutant.path).read_text(encoding="utf-8") for mutant in mutants}
     for path in (ROOT / "tests").glob("test_*.py"):
-        nodes = ast.parse(path.read_text(encoding="utf-8")).body
-        known[path.name] = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        known[path.name] = set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M))
     wrong = []
     for mutant in mutants:
-        text = (ROOT / mutant.path).read_text(encoding="utf-8")
         try:
-            ast.parse(mutant.applied(text))
-        except (ValueError, SyntaxError) as error:
-            wrong.append(f"{mutant.name}: {error}")
+            mutant.applied(modules[mutant.path])
+        except ValueError as error:
+            wrong.append(str(error))
         for test in mutant.tests:
             file, _, name = test.partition("::")
             if file not in known or name and name.partition("[")[0] not in known[file]:
