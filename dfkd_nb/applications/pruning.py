@@ -12,6 +12,7 @@ __all__ = ['Kept', 'CRITERIA', 'FORMAT', 'FilterGroup', 'Gates', 'removal_error'
 # %% ../../nbs/applications/15_pruning.ipynb #913e5229
 import copy
 import io
+import itertools
 import json
 import math
 import platform
@@ -224,13 +225,15 @@ def _stirred(model: nn.Module) -> nn.Module:
 def removal_error(
     model: nn.Module, # any network
     domain: Domain, # of its images
-    groups: Iterable[FilterGroup], # some filters of these are removed, in several choices
+    groups: Iterable[FilterGroup], # some filters of these are removed
+    choices: int = 3, # how many different choices of them are tried
 ) -> float: # largest difference, as a share of the largest answer; infinity if a network fails
     "Remove filters from one copy, close their gates in another, and compare what the two answer to noise."
     chosen, network = list(groups), _stirred(model)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(4, *domain.shape, generator=rng).to(_black(network, domain, 0))
-    return max(_choice_error(network, domain, chosen, gone, x) for gone in _choices(chosen))
+    return max(_choice_error(network, domain, chosen, gone, x)
+               for gone in itertools.islice(_choices(chosen), choices))
 
 def _choices(groups: Sequence[FilterGroup]) -> Iterator[dict[str, list[int]]]:
     "Every second block of each group; the last one alone; half of them, drawn at random."
@@ -385,10 +388,12 @@ def find_filters(
         elif group.count < 2: left_alone[group.layer] = 'it has one filter'
         elif group.parts < 2: left_alone[group.layer] = 'its filters go only all together'
     candidates = [group for group in groups if group.layer not in left_alone]
-    if candidates and removal_error(network, domain, candidates) > 1e-3: # one by one, then
+    for choices in (1, 3): # all together, or else one by one; mostly one choice tells
+        if not candidates or removal_error(network, domain, candidates) <= 1e-3: break
         for group in candidates:
-            if removal_error(network, domain, [group]) > 1e-3: left_alone[group.layer] = 'the network would not work, or compute something else, without some of its filters'
+            if removal_error(network, domain, [group], choices) > 1e-3: left_alone[group.layer] = 'the network would not work, or compute something else, without some of its filters'
         candidates = [group for group in candidates if group.layer not in left_alone]
+    else:
         if candidates and removal_error(network, domain, candidates) > 1e-3: raise DFKDError(f'the filters of {type(network).__name__} cannot be removed together: name fewer layers')
     for name in layers:
         if name in left_alone: raise DFKDError(f"the filters of '{name}' cannot be removed: {left_alone[name]}")
