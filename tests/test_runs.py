@@ -356,6 +356,12 @@ def test_what_is_set_to_what_it_was_is_no_change(counting, tmp_path):
     assert counting(to=10, seed=0).start().changed == [] and (tmp_path / "results/count/quick/result.json").is_file()
 
 
+def test_a_wrong_name_is_told_before_the_folder_begins(tmp_path):
+    with pytest.raises(DFKDError, match="'model': unknown model 'resnet21'"):
+        tiny(tmp_path, model="resnet21").start()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_result_knows_its_revision(counting):
     result = counting().start()
     folder = counting().folder
