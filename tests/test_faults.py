@@ -30,6 +30,7 @@ from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model, load_teacher, load_weights, save_weights
 from dfkd_nb.lab.commands import main
 from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, locked
+from tiny import stirred
 
 TINY = ["--set", "epochs=1", "--set", "evaluations=4"]
 RUN = ["run", "digits-teacher", *TINY]
@@ -398,7 +399,7 @@ def test_data(name):
 
 def network(channels=1, classes=10):
     torch.manual_seed(0)
-    return build_model("digits-net", classes, channels)
+    return stirred(build_model("digits-net", classes, channels))
 
 
 def plain():
