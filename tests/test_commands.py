@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dfkd_nb.foundations.core import save_tensors
-from dfkd_nb.foundations.data import DOMAINS, ImageSet
-from dfkd_nb.foundations.models import build_model, save_weights
+from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.foundations.models import Teacher, build_model, save_weights
 from dfkd_nb.lab.commands import main, missing_runs
 from dfkd_nb.lab.runs import Recipe, Run, compared, recipe_names
 
@@ -210,7 +212,13 @@ def test_invert_leaves_images_and_a_manifest(own):
     assert about["model"] == "digits-net" and about["asked"]["settings"]["synthesis_steps"] == 5
     right = sum(line["class"] == line["seen_as"] for line in lines)
     assert f"6 images in dreams, {right} of them" in out
-    assert all(0 <= line["probability"] <= 1 and line["name"] == str(line["class"]) for line in lines)
+    assert [int(line["file"][5:10]) for line in lines] == list(range(6)), "numbered over all batches"
+    teacher = Teacher(network(), Domain("own", (1, 8, 8), (0.3,), (0.4,), tuple("0123456789")))
+    for line in lines:
+        image = torch.from_numpy(np.array(Image.open(folder / line["file"])))[None, None]
+        answer = teacher.predict(image).softmax(1)[0]
+        assert line["name"] == str(line["class"]) and line["seen_as"] == int(answer.argmax())
+        assert line["probability"] == pytest.approx(float(answer[line["class"]]), abs=1e-5)
 
 
 def test_invert_makes_what_the_library_makes(own):
@@ -453,7 +461,7 @@ def test_bench_gets_its_own_words(dfkd, monkeypatch):
 
 def test_inspect_judges_a_folder_that_invert_made(dfkd):
     made = ("invert", "--teacher", "cifar10-resnet20", "--n", "12", "--out", "dreams", "--set", "synthesis_steps=3")
-    assert dfkd(*made)[0] == 0
+    assert dfkd(*made, "--set", "half_size_steps=0")[0] == 0
     code, out, err = dfkd("inspect", "dreams", "--real", "cifar10-mini", "--limit", "40", "--out", "page")
     assert code == 0, err
     assert "kept in page" in out and any((dfkd.folder / "page").glob("*.html"))

@@ -27,7 +27,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, ob
         pytest.skip("the other device needs g++ on Linux")
     folder, home = tmp_path_factory.mktemp("device"), Path(torch.__file__).parent
     library = folder / "elsewhere.so"
-    words = ["-O1", "-std=c++17", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    words = ["-O0", "-std=c++17", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     words += [f"-I{home / 'include'}", str(HERE / "elsewhere.cpp"), "-o", str(library), f"-L{home / 'lib'}"]
     words += ["-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{home / 'lib'}"]
     built = subprocess.run([compiler, *words], capture_output=True, text=True)
