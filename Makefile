@@ -6,7 +6,7 @@ NB        ?=
 KILLS     ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help tour lab todo-gpu setup setup-cpu test lint kills check-export check-clean notebooks export readme run results site look clean
+.PHONY: help tour lab todo-gpu setup setup-cpu test lint mutants kills check-export check-clean notebooks export readme run results site look clean
 
 help:             ## this list
 	@echo "dfkd_nb: data-free knowledge distillation, a book that is a package. Start with: make tour"
@@ -38,6 +38,9 @@ dev:
 # --- checking -----------------------------------------------------------------------------------------------------
 test: lint check-export  ## lint, package against notebooks, then every notebook at quick scale and tests/
 	$(BIN)/pytest
+
+mutants: dev      ## deliberate faults, each in a copy: tests must notice all: make mutants ONLY=replay JOBS=4 tries some, side by side
+	$(BIN)/python tests/mutants.py --only '$(ONLY)' --jobs $(or $(JOBS),2)
 
 lint: dev         ## ruff, mypy, and the order of imports
 	$(BIN)/ruff check

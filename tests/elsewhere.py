@@ -15,12 +15,10 @@ import torch
 from dfkd_nb.foundations import core
 from dfkd_nb.foundations.data import load_data
 from dfkd_nb.lab.runs import Recipe, Run
-from test_applications import TASKS
-from test_methods import GENERATIVE, tiny
+from test_applications import TASKS, timed_once
+from test_methods import DIFFERENT, tiny
 
-RUNS: dict[str, tuple[str, dict[str, object]]] = {
-    f"digits-{name}": (f"digits-{name}", tiny(name)) for name in (*GENERATIVE, "deepinversion", "adaptive", "vanilla", "scratch")
-} | TASKS
+RUNS: dict[str, tuple[str, dict[str, object]]] = {f"digits-{name}": (f"digits-{name}", tiny(name)) for name in DIFFERENT} | TASKS
 
 
 def load(library: str) -> torch.device:
@@ -39,6 +37,9 @@ def load(library: str) -> torch.device:
 def main(library: str, folder: Path) -> None:
     there, pick = load(library), core.pick_device
     core.pick_device = lambda name="auto": there if str(name).startswith("elsewhere") else pick(name)
+    from dfkd_nb.applications import pruning  # only now: other modules take `pick_device` when they are imported
+
+    pruning.fastest = timed_once
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, object]] = {name: {} for name in RUNS}
     for device in ("cpu", "elsewhere"):

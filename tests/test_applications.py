@@ -1,6 +1,7 @@
 "Applications as tasks: images by the name of their maker, runs that end, and runs that are stopped and go on to the same bits."
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from dfkd_nb.foundations.data import DOMAINS, ImageSet, load_data
 from dfkd_nb.foundations.models import load_teacher
 from dfkd_nb.lab.applications import supply
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped, read_history
+from cases import each
 
 SMALL: dict[str, object] = {"evaluations": 1, "picture": 2, "batch_size": 16}
 DIGITS = SMALL | {"teacher": "run:digits-teacher", "test_limit": 60}
@@ -73,7 +75,7 @@ def test_supply_keeps_the_labels_of_its_own_classes(root: Path) -> None:
     assert torch.equal(found.labels, digits.labels) and torch.equal(found.images, digits.images)
 
 
-@pytest.mark.parametrize(
+@each(
     ("source", "count", "message"),
     [
         ("run:digits-dream", 4, "make them with `dfkd run digits-dream --scale quick`"),
@@ -96,8 +98,42 @@ def untimed(numbers: object) -> object:
     return {key: untimed(part) for key, part in numbers.items() if not any(word in key for word in ("latency", "milliseconds", "seconds"))}
 
 
+def timed_once(call: Callable[[], object], *_: object) -> float:
+    "In place of `fastest`: a tenth of a second for each network is not needed to see whether a run goes on."
+    call()
+    return 1.0
+
+
+def check_pruning(run: Run, numbers: dict) -> None:
+    from dfkd_nb.applications.pruning import load_pruned  # not above: `elsewhere.py` imports this file first
+
+    rows = numbers["rows"]
+    sources = [name.split("=")[0].strip() for name in run.settings.sources.split(",")]
+    assert [row["source"] for row in rows] == ["none", *sources]
+    assert all(row["filters_removed"] >= float(run.settings.shares) for row in rows)
+    accuracy = {row["source"]: row["accuracy"] for row in rows}
+    if accuracy.get("real", 0.0) > accuracy["none"]:
+        gain = accuracy["static"] - accuracy["none"]
+        assert rows[1]["share_recovered"] == pytest.approx(gain / (accuracy["real"] - accuracy["none"]))
+    network, about = load_pruned(next(run.folder.glob("student-*-error-static.safetensors")))
+    size = sum(p.numel() for p in network.parameters())
+    assert size == rows[-1]["parameters"] < numbers["teacher_parameters"] and about["model"] == "digits-net"
+
+
+def check_quantization(run: Run, numbers: dict) -> None:
+    rows = {row["source"]: row for row in numbers["rows"]}
+    assert "mended" in rows["noise"] and "mended" not in rows["none"] and len(rows["noise"]["layers"]) == 4
+    assert (run.folder / "4-bits.safetensors").stat().st_size == numbers["bytes_4"]
+
+
+CHECKS = {"pruning": check_pruning, "pruning while learning": check_pruning, "quantization": check_quantization}
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_stopped_and_resumed_and_still_the_same_bits(root: Path, tmp_path: Path, name: str) -> None:
+def test_stopped_and_resumed_and_still_the_same_bits(
+    root: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfkd_nb.applications.pruning.fastest", timed_once)
     recipe, changes = TASKS[name]
     where = {"device": "cpu", "quiet": True}
     whole = Run(Recipe.load(recipe), "quick", changes, out=tmp_path / "whole", **where)
@@ -122,3 +158,5 @@ def test_stopped_and_resumed_and_still_the_same_bits(root: Path, tmp_path: Path,
         assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first), file
     assert len(read_history(whole.folder / "history.csv")) == len(read_history(broken.folder / "history.csv"))
     assert (whole.folder / "model-card.md").is_file()
+    if name in CHECKS:
+        CHECKS[name](whole, expected.numbers)

@@ -9,6 +9,7 @@ from dfkd_nb.foundations.core import save_tensors
 from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.lab.cards import model_card, teacher_licence, training_images, write_card
 from dfkd_nb.lab.runs import Result, TransferSettings
+from cases import each
 
 
 def result(changed=(), **settings):
@@ -36,7 +37,7 @@ def test_numbers_come_with_the_interval_of_their_number_of_images():
     assert "| images | 512 | |" in card and "| r feature | 3.5 | |" in card and "On 100 real test images" in card
 
 
-@pytest.mark.parametrize(
+@each(
     ("settings", "claim", "real"),
     [
         ({}, "no real image was shown to the network.", False),

@@ -33,6 +33,7 @@ from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
+from cases import each
 from tiny import DIGITS, network
 
 
@@ -188,6 +189,23 @@ def test_a_pool_goes_on_where_it_stood(kept):
     assert [values(other.sample(4, rng)) for _ in range(5)] == wanted[1:]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_pool_that_is_loaded_knows_what_is_new(kept):
+    def make():
+        pool = GrowingPool(DIGITS, saves_images=kept)
+        pool.add(*filled(1, 6))
+        return pool
+
+    pool, rng = make(), torch.Generator().manual_seed(0)
+    pool.sample(4, rng)
+    pool.add(*filled(2, 4))
+    other = GrowingPool(DIGITS) if kept else make()
+    if not kept:
+        other.add(*filled(2, 4))
+    other.load_state_dict(pool.state_dict())
+    assert values(other.sample(4, rng)) == [2] * 4
+
+
 def test_a_pool_without_its_images_says_so():
     pool = GrowingPool(DIGITS, saves_images=False)
     pool.add(*filled(1, 6))
@@ -195,7 +213,7 @@ def test_a_pool_without_its_images_says_so():
         GrowingPool(DIGITS).load_state_dict(pool.state_dict())
 
 
-@pytest.mark.parametrize(
+@each(
     "images, labels, message",
     [
         (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
@@ -284,6 +302,14 @@ def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
     assert torch.equal(weights(other.student), weights(whole.student))
     for mine, theirs in zip(other.history, whole.history):
         assert mine | {"loss": 0} == theirs | {"loss": 0}  # `step` leaves the rows of losses to `run`
+
+
+def test_every_round_begins_with_its_own_noise(teacher):
+    contest = compete(teacher, weight=1e-6, rounds=2)
+    contest.images_per_round, contest.maker.stages = 10, [((8, 8), 1)]  # the same classes in every round
+    contest.run()
+    first, second = contest.pool.images.split(10)
+    assert not torch.equal(first, second)
 
 
 def test_a_maker_is_put_back_for_whoever_comes_next(teacher):
@@ -433,6 +459,7 @@ def line(*at):
 def test_measures_by_hand():
     real = line(*range(10))
     assert coverage(real, line(0.5), 1) == 0.2 and density(real, line(0.5), 1) == 2.0
+    assert density(real, line(0.5), 2) == 1.0  # in two balls of two neighbours each
     assert precision_recall(real, line(-20, 30), 1) == (0.0, 1.0) and coverage(real, line(-20, 30), 1) == 0.0
     assert precision_recall(real, line(3, 4), 1) == (1.0, 0.4)
     assert coverage(real, real, 1) == 1.0
@@ -468,7 +495,7 @@ def test_the_plane_is_that_of_the_real_points():
     assert abs(spread(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])) - 2) < 1e-9
 
 
-@pytest.mark.parametrize(
+@each(
     "call, message",
     [
         (lambda: coverage(line(0, 1, 2), line(0), 3), "3 neighbours among 2 points"),

@@ -40,6 +40,7 @@ from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import DOMAINS, Augment, ImageFiles, ImageSet
 from dfkd_nb.foundations.models import Teacher, build_model
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped
+from cases import each
 
 DIGITS = DOMAINS["digits"]
 OLD = replace(DIGITS, classes=("a", "b", "c"))
@@ -148,7 +149,7 @@ def headless():
     return nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.mark.parametrize(
+@each(
     ("build", "words"),
     [
         (tied, "shares its weights with 'inner.first"),
@@ -170,7 +171,7 @@ def test_what_cannot_be_widened_says_so(build, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each(
     ("classes", "words"),
     [
         (("d", "b"), "'b' exists already"),

@@ -25,6 +25,7 @@ from dfkd_nb.generators.contrastive import (
     preset,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
+from cases import each
 from tiny import DIGITS, used
 
 
@@ -254,6 +255,18 @@ def test_the_bank_keeps_the_last_and_never_grows(size, batches):
     assert torch.equal(pairs[:, 0], -pairs[:, 1]) and bank.kept.shape == (size, 2, 1)
 
 
+def test_a_bank_goes_on_where_its_ring_stood():
+    def pairs(*numbers):
+        return torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1).expand(-1, 2, 1)
+
+    bank, other = MemoryBank(3, 1), MemoryBank(3, 1)
+    bank.add(pairs(1, 2, 3, 4, 5))
+    other.load_state_dict(bank.state_dict())
+    for some in (bank, other):
+        some.add(pairs(6))
+        assert sorted(some.kept[:, 0, 0].tolist()) == [4, 5, 6]
+
+
 def test_a_bank_that_does_not_fit_is_refused():
     with pytest.raises(DFKDError, match=r"give \(n, 2, 3\)"):
         MemoryBank(4, 3).add(torch.zeros(2, 2, 4))
@@ -378,7 +391,7 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"contrastive_weight": -1.0}, "give 0 or more"),
@@ -388,7 +401,6 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         ({"layers": ["9"]}, "no layer '9'"),
         ({"reuse": "meta"}, "use continue, restart"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message):

@@ -17,6 +17,7 @@ from dfkd_nb.dreams.statistics import (FusedBatchNorm, Statistics, Watch, batch_
 from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.data import DOMAINS, ImageSet
 from dfkd_nb.foundations.models import Teacher
+from cases import each
 
 quick = settings(max_examples=15, deadline=None)
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(2, 6), st.integers(2, 6))
@@ -91,7 +92,7 @@ def test_per_image_weight_reproduces_one_norm_over_equal_images(size):
     torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(whole, x)[0], rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(('call', 'words'), [
+@each(('call', 'words'), [
     (lambda: total_variation(torch.zeros(3, 8, 8)), 'give images'),
     (lambda: total_variation(torch.zeros(1, 3, 1, 8)), 'give images'),
     (lambda: total_variation(torch.zeros(1, 3, 8, 8), 'l3'), "use 'l2' or 'l1'"),
@@ -117,6 +118,18 @@ def test_jitter_rolls_by_at_most_so_many_pixels_and_repeats_itself(pixels, seed)
     place = (rolled[0, 0] == 0).nonzero()[0]
     assert all(min(int(p), 12 - int(p)) <= pixels for p in place)
     assert torch.equal(rolled, jitter(x, pixels, torch.Generator().manual_seed(seed)))
+
+
+def test_jitter_reaches_every_offset():
+    x, generator = torch.arange(49.).view(1, 1, 7, 7), torch.Generator().manual_seed(0)
+    places = {tuple((jitter(x, 2, generator)[0, 0] == 0).nonzero()[0].tolist()) for _ in range(400)}
+    assert places == {(down % 7, right % 7) for down in range(-2, 3) for right in range(-2, 3)}
+
+
+def test_the_class_loss_is_the_cross_entropy():
+    logits, targets = 3 * noise((4, 5)).double(), torch.tensor([0, 4, 2, 2])
+    expected = -logits.log_softmax(1)[range(4), targets].mean()
+    assert torch.allclose(class_loss(View(noise((4, 1, 2, 2)), logits, targets)), expected)
 
 
 def test_clipping_is_in_place_leaves_the_graph_alone_and_is_the_nearest_point():
@@ -181,7 +194,7 @@ def test_one_pixel_and_constant_batches_are_no_accident():
         assert (var >= 0).all() and torch.autograd.grad((mean + var).sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(('call', 'words'), [
+@each(('call', 'words'), [
     (lambda: batch_moments(torch.zeros(0, 3, 4, 4)), 'at least one image'),
     (lambda: batch_moments(torch.zeros(2, 3, 0, 4)), 'at least one image'),
     (lambda: batch_moments(torch.zeros(2, 3, dtype=torch.uint8)), 'give float features'),
@@ -345,7 +358,7 @@ def test_a_few_steps_improve_any_objective(norm):
 
 # the fast path
 
-@pytest.mark.parametrize('settings', [{}, {'affine': False}])
+@pytest.mark.parametrize('settings', [{}, {'affine': False}, {'eps': 0.3}])
 def test_fused_is_watched(settings):
     net, x = trained(**settings), noise((4, 3, 8, 8)).requires_grad_()
     statistics = Statistics.from_batchnorm(net)

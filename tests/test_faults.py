@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import subprocess
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model, load_teacher, load_weights, save_weights
 from dfkd_nb.lab.commands import main
 from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, locked
+from tiny import stirred
+from cases import each
 
 TINY = ["--set", "epochs=1", "--set", "evaluations=4"]
 RUN = ["run", "digits-teacher", *TINY]
@@ -123,8 +126,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@each("name", COMMANDS)
 def test_commands(fails, name):
+    shutil.rmtree("runs", ignore_errors=True)  # what another case has begun
     arguments, *words = COMMANDS[name]
     fails(arguments, *words, new=True)
 
@@ -199,7 +203,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@each("name", RECIPES)
 def test_recipes(fails, name):
     text, *words = RECIPES[name]
     Path("mine.toml").write_text(text)
@@ -387,7 +391,7 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("name", DATA)
+@each("name", DATA)
 def test_data(name):
     call, *words = DATA[name]
     refused(call, *words)
@@ -398,7 +402,7 @@ def test_data(name):
 
 def network(channels=1, classes=10):
     torch.manual_seed(0)
-    return build_model("digits-net", classes, channels)
+    return stirred(build_model("digits-net", classes, channels))
 
 
 def plain():
@@ -453,7 +457,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@each("name", NETWORKS)
 def test_networks(name):
     call, *words = NETWORKS[name]
     refused(call, *words)
@@ -542,7 +546,7 @@ NETWORK = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORK)
+@each("name", NETWORK)
 def test_networks_to_invert(fails, name):
     arguments, *words = NETWORK[name]
     fails(arguments, *words)

@@ -20,6 +20,7 @@ from PIL import Image
 from dfkd_nb.foundations import core, data
 from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.data import DOMAINS, Augment, Domain, ImageFiles, ImageSet
+from cases import each
 
 CIFAR = DOMAINS["cifar10"]
 posix = pytest.mark.skipif(os.name != "posix", reason="uses POSIX limits and signals")
@@ -73,6 +74,16 @@ def test_random_state_returns_to_any_moment(seed: int, before: list[str]) -> Non
     assert [f() for f in draw.values()] == first
 
 
+def test_seeded_draws_are_the_seeds_and_put_the_streams_back() -> None:
+    torch.manual_seed(5)
+    with pytest.raises(KeyError), core.seeded(7):
+        inside = torch.rand(3)
+        raise KeyError
+    after = torch.rand(3)
+    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    assert torch.equal(after, torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
 def test_random_state_survives_a_checkpoint_and_older_ones_load(tmp_path: Path) -> None:
     core.seed_everything(1)
     core.save_checkpoint(tmp_path / "c.pt", {"random": core.random_state()})
@@ -92,7 +103,7 @@ def test_seeds_out_of_range(seed: int) -> None:
 
 # --- core: files ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
+@each("part", [0, 0.01, 0.5, 0.99])
 def test_truncated_files_are_named(tmp_path: Path, part: float) -> None:
     core.save_checkpoint(tmp_path / "c.pt", {"x": torch.rand(1000)})
     core.save_tensors(tmp_path / "t.safetensors", {"x": torch.rand(1000)})
@@ -105,7 +116,7 @@ def test_truncated_files_are_named(tmp_path: Path, part: float) -> None:
         assert name in one_line(error)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a file of ours", b"PK\x03\x04", b"\x80\x02N."])
+@each("content", [b"", b"not a file of ours", b"PK\x03\x04", b"\x80\x02N."])
 def test_foreign_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)
@@ -123,7 +134,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         core.load_checkpoint(tmp_path / "tensor.pt")
 
 
-@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("x"), defaultdict(list), range(3), object(), print])
+@each("value", [np.float64(1), np.zeros(2), Path("x"), defaultdict(list), range(3), object(), print])
 def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, value: object) -> None:
     path = tmp_path / "c.pt"
     core.save_checkpoint(path, {"x": 1})
@@ -255,7 +266,7 @@ def test_bytes_come_back_whatever_the_size(name: str, count: int, height: int, w
     assert torch.allclose(domain.denormalize(x), images / 255, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [
+@each("changes", [
     {"mean": (0.5,)}, {"std": (0.2, 0.2)}, {"std": (0.2, 0.0, 0.2)}, {"mean": (0.5, 0.5, 127.0)}, {"classes": ()},
     {"shape": (3, 0, 32)},
 ])
@@ -266,7 +277,7 @@ def test_impossible_domains(changes: dict) -> None:
     one_line(error)
 
 
-@pytest.mark.parametrize("images", [
+@each("images", [
     torch.zeros(2, 1, 32, 32), torch.zeros(2, 4, 32, 32), torch.zeros(32, 32),
     torch.zeros(2, 3, 32, 32, dtype=torch.long),
 ])
@@ -348,7 +359,7 @@ def test_five_thousand_classes_and_no_labels(tmp_path: Path) -> None:
     assert bare.sampler().sample(3, torch.Generator())[1] is None and bare.to("cpu").subset(2).labels is None
 
 
-@pytest.mark.parametrize("labels", [
+@each("labels", [
     torch.arange(4), torch.arange(5) - 1, torch.arange(5) + 6, torch.rand(5), torch.zeros(5, 10, dtype=torch.long),
 ])
 def test_labels_that_do_not_fit(labels: torch.Tensor) -> None:
@@ -368,11 +379,20 @@ def test_a_file_that_holds_no_images(tmp_path: Path) -> None:
 # --- data: decoding -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet"])
-@pytest.mark.parametrize("shape", [(32, 32, 3), (7, 300, 3), (300, 7, 3), (1, 1, 3), (40, 60), (40, 60, 4)])
-def test_any_picture_becomes_the_domains(name: str, shape: tuple[int, ...]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    decoded = ImageFiles([png(pixels)], None, DOMAINS[name]).fetch(torch.tensor([0]))
-    assert decoded.dtype == torch.uint8 and tuple(decoded.shape) == (1, *DOMAINS[name].shape)
+def test_any_picture_becomes_the_domains(name: str) -> None:
+    for shape in (32, 32, 3), (7, 300, 3), (300, 7, 3), (1, 1, 3), (40, 60), (40, 60, 4):
+        pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        decoded = ImageFiles([png(pixels)], None, DOMAINS[name]).fetch(torch.tensor([0]))
+        assert decoded.dtype == torch.uint8, shape
+        assert tuple(decoded.shape) == (1, *DOMAINS[name].shape), shape
+
+
+def test_of_a_long_picture_the_middle_is_kept() -> None:
+    pixels = np.zeros((8, 24), dtype=np.uint8)
+    pixels[:, 8:16] = 200
+    for long in (pixels, pixels.T):
+        decoded = ImageFiles([png(long)], None, DOMAINS["digits"]).fetch(torch.tensor([0]))
+        assert (decoded == 200).all()
 
 
 def test_lossless_files_lose_nothing() -> None:
@@ -386,7 +406,7 @@ def test_lossless_files_lose_nothing() -> None:
     assert set(ImageFiles([buffer.getvalue()], None, CIFAR).fetch(torch.tensor([0])).unique().tolist()) <= {0, 255}
 
 
-@pytest.mark.parametrize("content", [
+@each("content", [
     b"", b"no image", png(noise(1)[0])[:-200], b"GIF89a", b"\xff\xd8\xff\xe0\x00\x10JFIF",
 ])
 def test_unreadable_images_are_named(tmp_path: Path, content: bytes) -> None:
@@ -419,7 +439,7 @@ def test_parquet_one_folder_down_and_with_fine_labels(tmp_path: Path) -> None:
     assert data.load_data("cifar100", root=tmp_path).labels.tolist() == [99, 0]
 
 
-@pytest.mark.parametrize("columns", [
+@each("columns", [
     {"image": [b"x"]}, {"label": [1]}, {"image": [b"x"], "label": ["cat"]}, {"image": [b"x"], "label": [None]},
     {"image": ["x.png"], "label": [1]}, {"image": [{"path": "x.png"}], "label": [1]}, {"image": [b"x"], "label": [1.5]},
     {"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())},
@@ -473,7 +493,7 @@ def test_folders_by_name(tmp_path: Path) -> None:
     assert tuple(found.fetch(torch.tensor([1, 0])).shape) == (2, 3, 224, 224)
 
 
-@pytest.mark.parametrize("wrong", [
+@each("wrong", [
     {"name": "cifar11"}, {"name": "imagenet"}, {"name": "folder:nowhere"}, {"name": "digits", "limit": 0},
     {"name": "cifar10-mini", "split": "train"}, {"name": "digits", "split": "validation"},
 ])
@@ -543,6 +563,9 @@ def test_augmentation_is_random_per_image_and_repeats_with_its_seed() -> None:
     assert len(first.flatten(1).unique(dim=0)) > 32
     mirrored = Augment(padding=0)(batch, torch.Generator().manual_seed(0))
     assert len(mirrored.flatten(1).unique(dim=0)) == 2
+    rising = torch.arange(100, 132, dtype=torch.uint8).expand(64, 1, 32, 32)  # brighter to the right
+    cropped = Augment()(rising, torch.Generator().manual_seed(0))
+    assert 16 < (cropped[:, 0, 16, 12] > cropped[:, 0, 16, 20]).sum() < 48, "each is mirrored or not by itself"
 
 
 @given(st.floats(0.05, 4), st.integers(1, 9), st.integers(0, 99))

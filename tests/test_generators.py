@@ -31,6 +31,7 @@ from dfkd_nb.generators.generators import (
 )
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.replay import ReplayPool
+from cases import each
 from tiny import DIGITS, network
 
 
@@ -191,6 +192,25 @@ def test_every_method_lowers_its_own_price(teacher, method):
     assert float(maker.judge(maker.paint(codes), None)[0].detach()) < before
 
 
+def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
+    maker = maker_of(teacher, latent_learning_rate=0.1, steps=4)
+    maker.start()
+    leaves = [*maker.weights.values(), maker.codes]
+    copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    adams = [
+        torch.optim.Adam(copies[:-1], maker.learning_rate, betas=(0.5, 0.999)),
+        torch.optim.Adam(copies[-1:], 0.1, betas=(0.5, 0.999)),
+    ]
+    for _ in range(3):
+        maker.step()
+        for leaf, copied in zip(leaves, copies, strict=True):
+            copied.grad = leaf.grad.clone()
+        for adam in adams:
+            adam.step()
+    for leaf, copied in zip(leaves, copies, strict=True):
+        torch.testing.assert_close(leaf, copied, rtol=1e-4, atol=1e-6)
+
+
 def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
     maker, prices, pictures = maker_of(teacher, steps=6, learning_rate=0.5), [], []
     for _ in range(6):
@@ -279,7 +299,7 @@ class Stubborn(Pixels):
         return z.sigmoid().detach()
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"steps": 0}, "1 or more of each"),
@@ -315,7 +335,6 @@ class Stubborn(Pixels):
         ({"generator": Tanh()}, "end it with a sigmoid"),
         ({"precision": "float8"}, "unknown precision"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message) as error:
@@ -693,7 +712,7 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
     assert race.run(until=5).done == 5 and race.run().finished and race.seconds > 0
 
 
-@pytest.mark.parametrize(
+@each(
     ("change", "message"),
     [
         ({"rounds": 0}, "give 1 or more"),
@@ -701,7 +720,6 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
         ({"updates_per_round": 5}, "make them agree"),
         ({"warmup_rounds": 1, "rounds": 4}, "nothing to paint for"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
     race = race_of(teacher, METHODS["zskt"])

@@ -20,7 +20,9 @@ from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
 from dfkd_nb.foundations.core import same_device
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Domain, ImageSet
+from dfkd_nb.foundations.distillation import learning_rate_at
 from dfkd_nb.foundations.models import Teacher, build_model
+from cases import each
 from tiny import DIGITS, used
 
 
@@ -77,7 +79,25 @@ def test_the_loss_falls(teacher):
     maker = make(teacher, steps=60, batch_size=20, jitter=0, flip=False, tv_l2=2.5e-5, feature_weight=10.0)
     maker.synthesize(20, every=1)
     assert maker.history[-1]["total"] < 0.6 * maker.history[0]["total"]
+    assert maker.history[-1]["class"] < maker.history[0]["class"]
     assert set(maker.history[0]) == {"batch", "step", "total", "class", "tv_l2", "l2", "features"}
+
+
+def test_every_batch_begins_with_its_own_noise(teacher):
+    images = make(teacher, steps=1, batch_size=4).synthesize(8, [3]).images
+    assert not torch.equal(images[:4], images[4:])
+
+
+def test_the_rate_follows_its_schedule_in_every_stage(teacher):
+    maker, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule="cosine"), []
+    maker.start(4)
+    for _ in range(5):
+        maker.dream = maker.dream or maker._begin()
+        dream = maker.dream
+        maker.step()
+        rates.append(dream.optimizer.param_groups[0]["lr"])
+    expected = [learning_rate_at(step, updates, "cosine") for updates in (3, 2) for step in range(updates)]
+    assert [rate / rates[0] for rate in rates] == pytest.approx([factor / expected[0] for factor in expected])
 
 
 def test_presets_differ_in_weights_alone(teacher):
@@ -344,14 +364,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("settings, message", BAD.values(), ids=BAD)
+@each("settings, message", BAD.values(), ids=BAD)
 def test_bad_settings_are_one_clear_line(teacher, settings, message):
     with pytest.raises(DFKDError, match=message) as caught:
         make(teacher, **settings)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
+@each(
     "n, classes, message",
     [
         (0, None, "0 images"),

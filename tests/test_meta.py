@@ -17,6 +17,7 @@ from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.generators import Alternation, GenerativeSynthesizer, Generator, Pixels
 from dfkd_nb.generators.meta import META, MetaSynthesizer, adapt, meta_gradients, preset
+from cases import each
 from tiny import DIGITS, used
 
 SHAPE = (1, 8, 8)
@@ -256,7 +257,7 @@ SWITCHES = [
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-@pytest.mark.parametrize("cut", [3, 4, 5])
+@each("cut", [3, 4, 5])
 def test_resume(teacher, tmp_path, switches, cut):
     "After a batch, and after one and two updates of the next: through a file, to the same bits."
 
@@ -303,7 +304,7 @@ def test_states_of_others_are_refused(teacher):
         maker(teacher).load_state_dict(maker(teacher, GenerativeSynthesizer, reuse="continue").state_dict())
 
 
-@pytest.mark.parametrize(
+@each(
     "changes, words",
     [
         ({"meta": "maml"}, "unknown meta 'maml': use sum, last, reptile"),

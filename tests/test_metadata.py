@@ -30,6 +30,7 @@ from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, data_root, load_data
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model
+from cases import each
 from tiny import DIGITS, used
 
 CPU = {"device": "cpu"}
@@ -152,7 +153,7 @@ def test_centroids_without_components(teacher, digits):
     assert found.explained.max() == 0
 
 
-@pytest.mark.parametrize(
+@each(
     "change, message",
     [
         ({"components": 9}, "give at most 8"),
@@ -317,7 +318,7 @@ def test_the_goal_s_gradient_is_exact():
         return goal_term(View(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, goals=goals))
 
     assert torch.autograd.gradcheck(price, embedding.requires_grad_())
-    assert price(goals) == 0
+    assert price(goals) == 0 and price(goals + 1) == 5  # summed over the numbers, averaged over the images
 
 
 def test_a_goal_that_nobody_gave():

@@ -8,6 +8,7 @@ from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
 from dfkd_nb.foundations.core import DFKDError, import_torchvision
 from dfkd_nb.foundations.data import Domain
 from dfkd_nb.foundations.models import Teacher
+from cases import each
 
 torchvision = import_torchvision()
 
@@ -208,7 +209,7 @@ def test_layers_that_answers_do_not_pass_are_left_out():
 
 
 @pytest.mark.filterwarnings('ignore:every running mean')
-@pytest.mark.parametrize(('call', 'words'), [
+@each(('call', 'words'), [
     (lambda: dream(network(None), domain()), r"measure\(teacher, images, layers=\['model.0', 'model.2'\]\), or do without"),
     (lambda: dream(network(lambda c: nn.GroupNorm(2, c)), domain()), r"layers=\['model.1', 'model.4'\]"),
     (lambda: dream(network(nn.InstanceNorm2d), domain()), r"layers=\['model.1', 'model.4'\]"),

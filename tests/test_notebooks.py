@@ -5,14 +5,13 @@ nbdev's rules hold: cells marked `#| eval: false`, `#| slow` or `#| gpu` are lef
 
 from __future__ import annotations
 
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import pytest
 from conftest import LIMIT, ROOT
 
 if TYPE_CHECKING:
-    from conftest import Outcome
+    from conftest import Notebooks
 
 NOTEBOOKS = sorted(
     str(path.relative_to(ROOT / "nbs"))
@@ -24,8 +23,8 @@ NOTEBOOKS = sorted(
 @pytest.mark.notebook
 @pytest.mark.timeout(LIMIT * max(1, len(NOTEBOOKS)))
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook(name: str, outcomes: dict[str, Future[Outcome]], capsys: pytest.CaptureFixture[str]) -> None:
-    outcome = outcomes[name].result()
+def test_notebook(name: str, outcomes: Notebooks, capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = outcomes.outcome(name)
     with capsys.disabled():
         print(f" {outcome.seconds:.0f} s ", end="", flush=True)
     if not outcome.passed:

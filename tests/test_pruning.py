@@ -46,7 +46,8 @@ from dfkd_nb.foundations.core import DFKDError, DFKDWarning, load_tensors, save_
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher, build_model, load_teacher
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped
+from dfkd_nb.lab.runs import Recipe, Run
+from cases import each
 
 DIGITS, CIFAR = DOMAINS["digits"], DOMAINS["cifar10"]
 
@@ -243,6 +244,11 @@ def test_what_layers_added_up_lose_counts_as_often(digits):
     small = remove_filters(model, filters, kept)
     lost = sum(k.outputs for k in filters.shapes.values()) - sum(k.outputs for k in conv_shapes(small, domain).values())
     assert lost == filters.weight(name) and filters.removed_share(kept) == lost / filters.total
+    weight, worth = filters.weight(name), {layer: torch.ones(len(still)) for layer, still in filters.all().items()}
+    worth[name] = torch.zeros(len(worth[name]))  # the cheapest
+    plan = Plan(0.9, per_removal=2 * weight, group_size=1)
+    left = plan.remove(filters, filters.all(), worth)
+    assert int((~left[name]).sum()) == 2 and filters.removed_share(left) * filters.total == pytest.approx(2 * weight)
 
 
 def test_removal_leaves_the_original_alone(digits):
@@ -288,7 +294,7 @@ class Hidden(nn.Module):
             return self.fc(self.b(self.a(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize(
+@each(
     "model, text",
     [
         (Twice(), "'b' is used more than once"),
@@ -489,7 +495,7 @@ def test_a_table_is_kept_and_belongs_to_its_machine(tmp_path):
         other(keyed(2, 2))
 
 
-@pytest.mark.parametrize(
+@each(
     "change",
     [
         lambda text: text[: len(text) // 2],
@@ -543,7 +549,7 @@ def test_networks_take_turns(digits):
 # plans
 
 
-@given(st.floats(0.05, 0.8), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
+@given(st.floats(0.05, 0.6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_a_plan_is_kept(share, group_size, per_removal, seed):
     filters = TINY
@@ -838,38 +844,7 @@ def begin(root, **changes) -> Run:
     return Run(Recipe.load("digits-pruning"), "quick", QUICK | changes, out=root, device="cpu", quiet=True, save_every=0.0)
 
 
-def bare(result: Result):
-    "Everything but times."
-    kept = {k: v for k, v in result.numbers.items() if "milliseconds" not in k and k != "rows"}
-    return kept, [{k: v for k, v in row.items() if k != "milliseconds"} for row in result.numbers["rows"]]
-
-
-@pytest.mark.parametrize("every", [0, 2])
-def test_a_run_goes_on_after_a_stop(root, monkeypatch, every):
-    whole = begin(root, every=every, seed=1 + every).start()
-    run = begin(root, every=every, seed=1 + every)
-    ticks = iter(range(10**6))
-    original = Run.tick
-
-    def tick(self, phase, state):
-        if next(ticks) == (7 if every else 4):  # in the middle of the second source
-            self.stop_reason = "test"
-        original(self, phase, state)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "tick", tick)
-        with pytest.raises(RunStopped):
-            run.start(fresh=True)
-    assert bare(begin(root, every=every, seed=1 + every).start(resume=True)) == bare(whole)
-    rows = whole.numbers["rows"]
-    assert [row["source"] for row in rows] == ["none", "static", "real"]
-    assert all(row["filters_removed"] >= 0.4 for row in rows) and rows[0]["parameters"] < whole.numbers["teacher_parameters"]
-    start = root / "digits-pruning" / f"quick-seed{1 + every}" / "student-40-error-real.safetensors"
-    network, about = load_pruned(start)
-    assert sum(p.numel() for p in network.parameters()) == rows[-1]["parameters"] and about["model"] == "digits-net"
-
-
-@pytest.mark.parametrize(
+@each(
     "changes, text",
     [
         ({"shares": "0.4, many"}, "numbers between 0 and 1"),

@@ -31,6 +31,7 @@ from dfkd_nb.foundations.core import DFKDError, DFKDWarning, import_torchvision,
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.foundations.models import Teacher, build_model
+from cases import each
 
 pytest.importorskip("torchao")
 DIGITS = DOMAINS["digits"]
@@ -309,7 +310,7 @@ def test_byte_kernels_answer_alike(teacher):
         lower(whole, pictures(8, 6), tolerance=-1.0)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 9, 16, 4.0, True, "4"])
+@each("bits", [0, 1, 9, 16, 4.0, True, "4"])
 def test_widths_that_nobody_supports(teacher, bits):
     for name in ("bits", "activation_bits", "end_bits"):
         with pytest.raises(DFKDError, match="from 2 to 8"):
@@ -400,27 +401,3 @@ def test_a_linear_network_can_be_calibrated():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
     dull = quantize(Teacher(model, domain), pictures(32, shape=(1, 4, 4)), 8)
     assert list(input_ranges(dull)) == ["1", "3"]
-
-
-def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path):
-    from dfkd_nb.lab.runs import Recipe, Run, RunStopped
-
-    teachers = {"epochs": 2.0, "evaluations": 1}
-    Run(Recipe.load("digits-teacher"), "quick", teachers, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).start()
-    tiny = {"images_from": "noise, none", "bits": "3", "images": 40, "calibration": 20, "updates": 6, "test_limit": 60}
-
-    def run():
-        return Run(Recipe.load("digits-quantization"), "quick", tiny, out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
-
-    whole = run().start()
-    stops = 0
-    while True:
-        try:
-            again = run().start(resume=stops > 0, fresh=stops == 0, max_minutes=1e-9)
-            break
-        except RunStopped:
-            stops += 1
-    assert stops >= 1 and again.numbers == whole.numbers
-    rows = {(row["source"], row["bits"]): row for row in whole.numbers["rows"]}
-    assert len(rows) == 2 and "mended" in rows["noise", 3] and "mended" not in rows["none", 3]
-    assert len(rows["noise", 3]["layers"]) == 4 and (run().folder / "3-bits.safetensors").stat().st_size == whole.numbers["bytes_3"]

@@ -28,6 +28,7 @@ from dfkd_nb.generators.replay import (
     ssd_kd,
 )
 import tiny
+from cases import each
 from tiny import DIGITS
 
 
@@ -494,7 +495,7 @@ def test_the_buffer_in_numbers():
     assert found["confidence"] == pytest.approx(0.55) and found["priority"] == 1
 
 
-@pytest.mark.parametrize(
+@each(
     "mistake, says",
     [
         (lambda: ReplayPool(DIGITS, 0), "give 1 or more"),

@@ -39,6 +39,7 @@ from dfkd_nb.lab.results import (
     uncounted,
 )
 from dfkd_nb.lab.runs import REVISION, SCALES, Result, recipe_names, results
+from cases import each
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,7 +183,7 @@ def test_times_of_different_machines_are_not_averaged():
     assert cell.hours("total") == pytest.approx(800 / 3600) and cell.hours("inspection") is None
 
 
-@pytest.mark.parametrize("value", [None, 88.9, -0.1, "0.9", True, float("nan")])
+@each("value", [None, 88.9, -0.1, "0.9", True, float("nan")])
 def test_an_accuracy_that_is_none_names_the_recipe(value):
     with pytest.raises(DFKDError, match=f"'{PAIR}-fast-5' .full. has student_accuracy"):
         row_of(comparison([made_up(value)])[0])

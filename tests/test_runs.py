@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dfkd_nb.dreams.inversion import preset
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
+from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
 from dfkd_nb.foundations import distillation, models
 from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.lab import runs
@@ -45,6 +45,7 @@ from dfkd_nb.lab.runs import (
     results,
     setting,
 )
+from cases import each
 
 TINY = {"epochs": 1.0, "evaluations": 2}
 
@@ -68,7 +69,7 @@ def rows(run):
 # recipes
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@each("name", recipe_names())
 def test_every_recipe_is_whole(name):
     recipe = Recipe.load(name)
     assert (
@@ -124,7 +125,7 @@ def test_competition_and_measured_statistics_change_one_setting(scale):
 
 
 @pytest.mark.parametrize("method", ["noise", "deepdream", "deepinversion"])
-@pytest.mark.parametrize("data", ["digits", "cifar10"])
+@each("data", ["digits", "cifar10"])
 def test_a_method_leaves_out_what_its_preset_leaves_out(data, method):
     recipe = Recipe.load(f"{data}-transfer-{method}")
     for scale in recipe.scales:
@@ -136,7 +137,7 @@ def test_words_agree_with_the_foundations():
     assert SCHEDULES == distillation.SCHEDULES and set(PRECISIONS) == set(CORE_PRECISIONS)
 
 
-@pytest.mark.parametrize(
+@each(
     "change, words",
     [
         ({"learning_rat": 0.1}, ("'learning_rat'", "'learning_rate'")),
@@ -160,7 +161,7 @@ def test_integers_serve_as_floats():
     assert check_settings(TeacherSettings, {"epochs": 3}, "").epochs == 3.0
 
 
-@pytest.mark.parametrize(
+@each(
     "text, wanted",
     [
         ("epochs=2", ("epochs", 2)),
@@ -199,6 +200,8 @@ def test_a_row_that_comes_again_replaces_the_first(tmp_path):
     for loss in (3.0, 2.0):
         journal.add("a", 1, loss=loss)
     assert [r["loss"] for r in Journal(tmp_path / "j").rows.values()] == [2.0]
+    journal.add("a", 1, batch=1, loss=4.0)
+    assert [r["loss"] for r in Journal(tmp_path / "j").rows.values()] == [2.0, 4.0], "batches have rows of their own"
 
 
 # runs
@@ -353,6 +356,12 @@ def test_what_is_set_to_what_it_was_is_no_change(counting, tmp_path):
     assert counting(to=10, seed=0).start().changed == [] and (tmp_path / "results/count/quick/result.json").is_file()
 
 
+def test_a_wrong_name_is_told_before_the_folder_begins(tmp_path):
+    with pytest.raises(DFKDError, match="'model': unknown model 'resnet21'"):
+        tiny(tmp_path, model="resnet21").start()
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_result_knows_its_revision(counting):
     result = counting().start()
     folder = counting().folder
@@ -430,8 +439,15 @@ def test_a_second_signal_ends_at_once(counting):
 
 
 def test_seconds_add_up_over_processes(counting):
+    with pytest.raises(RunStopped):
+        counting().start(max_minutes=1e-9)
+    path = counting().folder / "checkpoint.pt"
+    state = load_checkpoint(path)
+    state["seconds"]["counting"] += 1000.0  # as if it had been long
+    save_checkpoint(path, state)
     pieces(counting, max_minutes=1e-9)
     result = Result.load(counting().folder)
+    assert 1000 <= result.seconds["counting"] < 1100
     assert (
         set(result.seconds) == {"counting", "doubling", "total"}
         and result.seconds["total"] >= result.seconds["counting"]
@@ -447,6 +463,19 @@ def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
     )
     a, b = (load_tensors(run.folder / "weights.safetensors")[0] for run in (whole, cut))
     assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
+    "The weights are judged in half precision, as they are in the file."
+    judge, halves = distillation.evaluate, []
+
+    def spy(network, *words, **more):
+        halves.append(all(v.equal(v.half().float()) for v in network.parameters()))
+        return judge(network, *words, **more)
+
+    monkeypatch.setattr(distillation, "evaluate", spy)
+    tiny(tmp_path).start()
+    assert halves[-1] and not halves[-2]
 
 
 def test_a_lock_ends_with_its_holder(tmp_path):
@@ -494,8 +523,7 @@ KINDS = {
     "rounds": "evaluations = 2\nrounds = 3\nupdates_between_rounds = 4\ncompetition_weight = 5.0",
     "metadata": "evaluations = 2\nclass_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\n"
     "metadata_clusters = 2\nmetadata_components = 5",
-    "labels": 'evaluations = 2\nlearn_from = "labels"',
-    "measured": 'evaluations = 2\nmeasured_images = 50\nmeasured_data = "digits"',
+    "labels": 'evaluations = 2\nlearn_from = "labels"\nmeasured_images = 50\nmeasured_data = "digits"',
     "dropout": 'student = "dropping"\nevaluations = 4\nsource = "real"',
 }
 
@@ -544,7 +572,7 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
         assert 10 <= again.numbers["metadata_clusters"] <= 20 and again.numbers["goal_distance"] > 0
 
 
-@pytest.mark.parametrize(
+@each(
     ("kind", "changes", "words"),
     [
         ("rounds", {"images": 61}, "multiple of rounds"),
@@ -559,9 +587,8 @@ def test_transfers_that_cannot_be(taught, kind, changes, words):
         student(taught, kind, "impossible", **changes).start(fresh=True)
 
 
-@pytest.mark.parametrize("kind", ["labels"])
-def test_a_pool_is_measured_against_real_images(taught, kind):
-    numbers = student(taught, kind, "measured-against").start().numbers
+def test_a_pool_is_measured_against_real_images(taught):
+    numbers = student(taught, "labels", "labels-whole").start().numbers  # the run of the test above, where it was made
     assert all(0 <= numbers[k] <= 1 for k in ("precision", "recall", "coverage")) and numbers["area"] > 0
 
 

@@ -19,6 +19,7 @@ from dfkd_nb.foundations.data import Augment, ImageSet, data_root
 from dfkd_nb.foundations.distillation import distillation_loss
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.generators import balance_term
+from cases import each
 
 import_torchvision()
 torch.set_num_threads(1)
@@ -81,7 +82,7 @@ def test_scenes_survive_a_file(scenes, tmp_path):
         seg.SceneSet.load(tmp_path / "images.safetensors")
 
 
-@pytest.mark.parametrize(
+@each(
     "masks, words",
     [
         (torch.zeros(24, 16, 15, dtype=torch.uint8), "give one number a pixel"),

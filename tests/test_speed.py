@@ -181,6 +181,12 @@ def test_clocks():
     assert times["a"]["speed"] == 1 and times["b"]["seconds"] >= 0
 
 
+def test_of_two_ways_the_one_that_takes_half_as_long_has_twice_the_speed(monkeypatch):
+    monkeypatch.setattr("dfkd_nb.lab.speed.stopwatch", lambda update, *_: {"a": 2.0, "b": 1.0}[update.way])
+    times = race([_Idle("a"), _Idle("b")], 3, 0)
+    assert (times["a"], times["b"]) == ({"seconds": 2.0, "speed": 1.0}, {"seconds": 1.0, "speed": 2.0})
+
+
 class _Idle:
     device = torch.device("cpu")
 

@@ -11,6 +11,7 @@ from dfkd_nb.dreams.priors import Objective, View
 from dfkd_nb.dreams.statistics import (RunningStatistics, Statistics, Watch, batch_moments, feature_loss, feature_term,
                                        running_feature_term)
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint, save_tensors
+from cases import each
 
 quick = settings(max_examples=15, deadline=None)
 
@@ -202,7 +203,7 @@ def begun():
     return running
 
 
-@pytest.mark.parametrize(('call', 'words'), [
+@each(('call', 'words'), [
     (lambda: RunningStatistics(0.), 'weight of the new batch'),
     (lambda: RunningStatistics(1.1), 'weight of the new batch'),
     (lambda: RunningStatistics(math.nan), 'weight of the new batch'),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import each
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -129,7 +130,7 @@ def test_package_imports_only_what_it_requires() -> None:
 # --- notebooks as they are stored ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_notebook_is_stored_clean(name: str) -> None:
     "No execution counts, errors, standard error, widgets or metadata of an editor: what `make run` writes."
     import nbformat
@@ -143,7 +144,7 @@ def test_notebook_is_stored_clean(name: str) -> None:
     assert nbformat.writes(clean_notebook(stored)) == before, f"run: python tools/run_nbs.py --clean nbs/{name}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_notebook_is_small(name: str) -> None:
     "Less than 1 MB in all, less than 200 kB a picture."
     path = ROOT / "nbs" / name
@@ -156,7 +157,7 @@ def test_notebook_is_small(name: str) -> None:
                     assert size < 200_000, f"cell {number}: a picture of {size / 1e3:.0f} kB"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_notebook_names_no_machine(name: str) -> None:
     for number, cell in enumerate(load(ROOT / "nbs" / name)["cells"]):
         outputs = json.dumps([output.get("text", output.get("data")) for output in cell.get("outputs", [])])
@@ -165,7 +166,7 @@ def test_notebook_names_no_machine(name: str) -> None:
             assert not found, f"{kind} of cell {number} names {found[1]}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_figures_have_captions_and_alternative_text(name: str) -> None:
     for number, cell in enumerate(load(ROOT / "nbs" / name)["cells"]):
         source = text(cell)
@@ -175,7 +176,7 @@ def test_figures_have_captions_and_alternative_text(name: str) -> None:
                 assert re.search(rf"^#\|\s*{option}:\s*\S", source, re.M), f"cell {number}: {label[1]} has no {option}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each("name", NAMES)
 def test_title_cell(name: str) -> None:
     "`# Title`, and a promise of one line in a quotation: the page's head and the module's docstring."
     first = load(ROOT / "nbs" / name)["cells"][0]

@@ -75,6 +75,16 @@ def test_learning_curve_repeats_itself_and_varies_only_what_it_says(teacher, dig
     assert [(row["images"], row["seed"]) for row in rows] == [(10, 0), (60, 0), (10, 1), (60, 1)]
     assert all({"accuracy", "agreement", "divergence"} <= set(row) for row in rows)
     assert rows == learning_curve(teacher, build, pool, [10, 60], digits.subset(100), seeds=(0, 1), probe=pool, **asked)
+    parts = []
+
+    class Watched(ImageSet):
+        def subset(self, which):
+            parts.append(which.tolist())
+            return super().subset(which)
+
+    learning_curve(teacher, build, Watched(pool.images, None, pool.domain), [4, 10], digits.subset(10), seeds=(0, 1), **asked)
+    assert parts[0] == parts[1][:4] and parts[2] == parts[3][:4], "a larger part holds the smaller one"
+    assert parts[1] != parts[3] and len(set(parts[1])) == 10, "each seed draws its own"
     with pytest.raises(DFKDError, match="61 images asked of a pool of 60"):
         learning_curve(teacher, build, pool, [61], digits, **asked)
 
@@ -88,10 +98,10 @@ def test_fidelity_by_hand():
         return nn.Sequential(nn.Flatten(), layer)
 
     images = torch.tensor([255, 0], dtype=torch.uint8).view(2, 1, 1, 1)
-    found = fidelity(Teacher(linear(1.0), domain), linear(-1.0), images)
-    # on white the teacher says (e, 1) / (e + 1), the student (1, e) / (e + 1); on black both say a half
-    p = torch.tensor([1.0, 0.0]).softmax(0)
-    assert found["divergence"] == pytest.approx(float((p * (p / p.flip(0)).log()).sum()) / 2, abs=1e-6)
+    found = fidelity(Teacher(linear(1.0), domain), linear(-3.0), images)
+    # on white they say (e, 1) / (e + 1) and (1, e³) / (e³ + 1); on black both say a half
+    p, q = (torch.tensor([slope, 0.0], dtype=torch.float64).softmax(0) for slope in (1.0, -3.0))
+    assert found["divergence"] == pytest.approx(float((p * (p / q).log()).sum()) / 2, abs=1e-6)
     assert found["agreement"] == 0.5  # at a tie both name the first
     with pytest.raises(DFKDError, match="at least one"):
         fidelity(Teacher(linear(1.0), domain), linear(1.0), images[:0])

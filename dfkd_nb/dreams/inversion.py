@@ -558,9 +558,9 @@ class DeepInversion(Batches):
         with progress(total=total, description='dreaming', initial=done,
                       unit='pixel', unit_scale=True) as bar:
             while not self.finished and not (deadline is not None and time.monotonic() >= deadline):
-                batch = self.batch
+                batch, before = self.batch, self.work_done
                 self.step()
-                bar.update(self.work_done - bar.n)
+                bar.update(self.work_done - before)
                 ended = self.batch > batch
                 if ended or self.dream.done % every == 0: # type: ignore[union-attr]
                     losses = self._read()

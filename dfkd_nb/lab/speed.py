@@ -93,8 +93,8 @@ def make_price(
     if way == 'one pass':
         def look(x: Tensor) -> Any:
             with Watch(teacher) as watch: return teacher(x), watch.moments
-    def price(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits, features, *_ = look(x)
+    def price(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: # x: pixels in their own units, as a batch of dreams keeps them
+        logits, features, *_ = look(teacher.domain.from_pixels(x))
         total, values = made.objective(View(x, logits, targets, features))
         return total, torch.stack([v.detach() for v in (total, *values.values())])
     return price
