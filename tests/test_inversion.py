@@ -720,6 +720,7 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
 def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     "Four updates at half the size are one at full size."
     bars, shares = [], []
+    monkeypatch.setenv("DFKD_PROGRESS", "1")
 
     def progress(**settings):
         bars.append(plain(**settings))

@@ -24,7 +24,7 @@ import pytest
 
 Settings = dict[str, object]
 SMALL: Settings = {"evaluations": 3, "batch_size": 32, "test_limit": 100, "picture": 10}
-STUDENT = SMALL | {"images": 60, "synthesis_batch_size": 20, "synthesis_steps": 40, "updates": 120}
+STUDENT = SMALL | {"images": 40, "synthesis_batch_size": 20, "synthesis_steps": 25, "updates": 60, "test_limit": 60}
 GOALS: Settings = {"goal_weight": 1.0, "real_data": "digits", "metadata_images": 300, "metadata_components": 5}
 GENERATOR: Settings = {"generator_width": 8, "latent_size": 16}
 PAINTED = SMALL | GENERATOR | {"rounds": 12, "warmup_rounds": 2, "updates_per_round": 6}
@@ -40,9 +40,9 @@ CLASSES |= {"images": 40, "synthesis_steps": 12, "half_size_steps": 0, "generato
 KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     "transfer": ("digits-transfer-deepinversion", STUDENT),
     "scenes": ("scenes-segmentation", SCENES | {"arms": "labels, real"}),  # two students draw from one set
-    "dropout": ("digits-vanilla", SMALL | {"student": "mobilenetv2", "updates": 12, "images": 100, "batch_size": 16}),
+    "dropout": ("digits-vanilla", SMALL | {"student": "mobilenetv2", "updates": 6, "images": 60, "batch_size": 8, "test_limit": 30}),
     "teacher": ("digits-teacher", {"epochs": 3.0, "evaluations": 4}),
-    "adaptive": ("digits-adaptive", STUDENT | {"rounds": 3, "updates_between_rounds": 30, "synthesis_steps": 15}),
+    "adaptive": ("digits-adaptive", STUDENT | {"rounds": 2, "updates_between_rounds": 30, "synthesis_steps": 15}),
     "metadata": ("digits-transfer-deepinversion", STUDENT | GOALS),
     "dafl": ("digits-dafl", PAINTED),
     "zskt": ("digits-zskt", PAINTED | {"warmup_rounds": 0}),
@@ -174,7 +174,7 @@ def kill(kind: str, kills: int, root: Path, draw: random.Random) -> dict[str, ob
         folder = folder_of(kind, out, root / "needs")
         while True:
             child = attempt(kind, out)
-            code = ended(child, draw.uniform(0.1, 0.6) * length if done < kills else 300)
+            code = ended(child, draw.uniform(0.05, 0.5) * length if done < kills else 300)
             if code is not None:
                 break
             os.kill(child, signal.SIGKILL)

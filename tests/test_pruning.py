@@ -212,6 +212,13 @@ def test_a_grouped_convolution_goes_by_whole_groups(tmp_path):
     assert {(key.outputs, key.groups) for key in grouped} == {(4 * n, n) for n in range(2, 7)}
 
 
+def test_acceptance_tries_more_than_every_second_filter(monkeypatch):
+    "A grouped convolution that nobody recognises: without every second filter it runs, without others it does not."
+    monkeypatch.setattr(pruning, "_tied", lambda layer: False)
+    found = find_filters(StandIn("grouped").eval(), SMALL)
+    assert list(found.groups) == ["c.0"] and {"a.0", "b.0"} <= set(found.left_alone)
+
+
 def test_what_is_refused_and_why():
     left = stand_in("uneven")[0].left_alone
     assert any("'extra.0' has 12 groups that make 36 of 24 channels" in reason for reason in left.values())

@@ -155,7 +155,10 @@ def test_calibration_repeats_itself(teacher, four):
     again = quantize(teacher, ImageSet(pictures(64), None, DIGITS), 4)
     x = DIGITS.normalize(pictures(5, 3))
     assert torch.equal(again(x), four(x)) and input_ranges(again) == input_ranges(four)
-    assert input_ranges(calibrate(again, pictures(64) // 4)) != input_ranges(four)
+    other = input_ranges(calibrate(again, pictures(64) // 4))
+    assert other != input_ranges(four)
+    again(10 * x)
+    assert input_ranges(again) == other, "looking at images is no calibration"
 
 
 @pytest.mark.parametrize("ranges", ["histogram", "extremes"])

@@ -419,8 +419,8 @@ def only_classes(
 def _check_set(source: Any) -> None:
     "A `DFKDError` unless it is an `ImageSet`."
     if not isinstance(source, ImageSet):
-        raise DFKDError(f'a {type(source).__name__} is no ImageSet: make one with ImageSet.collect, '
-                        'or with in_memory() of files')
+        raise DFKDError(f'a {type(source).__name__} is no ImageSet: make one with '
+                        'ImageSet.collect, or with in_memory() of files')
 
 def balanced(
     source: ImageSet, # labelled

@@ -12,6 +12,7 @@ __all__ = ['Kept', 'CRITERIA', 'FORMAT', 'FilterGroup', 'Gates', 'removal_error'
 # %% ../../nbs/applications/15_pruning.ipynb #913e5229
 import copy
 import io
+import itertools
 import json
 import math
 import platform
@@ -48,8 +49,8 @@ class FilterGroup:
     count: int # filters
     makers: dict[str, Tensor] # convolutions whose outputs they are, and which output belongs to which filter: int64 `(outputs, 2)`
     readers: dict[str, Tensor] # layers that read them, and which input belongs to which filter: int64 `(inputs, 2)`
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0)) # int64 `(filters,)`: those of
-    # one number go together; by default each has its own
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0)) # int64 `(filters,)`: equal
+    # numbers go together; by default each filter has its own
 
     def __post_init__(self) -> None:
         if len(self.blocks): return
@@ -205,7 +206,8 @@ def _check_whole(name: str, blocks: Tensor, filters: Sequence[int]) -> None:
         if gone[members].all(): continue
         raise DFKDError(
             f"filter {int(members[gone[members]][0])} of '{name}' cannot go alone: a grouped "
-            f'convolution needs all of {members.tolist()}; remove all or none (FilterGroup.blocks)')
+            f'convolution needs all of {members.tolist()}; remove all of them or none '
+            '(FilterGroup.blocks)')
 
 # %% ../../nbs/applications/15_pruning.ipynb #38e0b59c
 def _stirred(model: nn.Module) -> nn.Module:
@@ -223,13 +225,15 @@ def _stirred(model: nn.Module) -> nn.Module:
 def removal_error(
     model: nn.Module, # any network
     domain: Domain, # of its images
-    groups: Iterable[FilterGroup], # some filters of these are removed, in several choices
-) -> float: # largest difference, as a share of the largest answer; infinity where a network fails
+    groups: Iterable[FilterGroup], # some filters of these are removed
+    choices: int = 3, # how many different choices of them are tried
+) -> float: # largest difference, as a share of the largest answer; infinity if a network fails
     "Remove filters from one copy, close their gates in another, and compare what the two answer to noise."
     chosen, network = list(groups), _stirred(model)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(4, *domain.shape, generator=rng).to(_black(network, domain, 0))
-    return max(_choice_error(network, domain, chosen, gone, x) for gone in _choices(chosen))
+    return max(_choice_error(network, domain, chosen, gone, x)
+               for gone in itertools.islice(_choices(chosen), choices))
 
 def _choices(groups: Sequence[FilterGroup]) -> Iterator[dict[str, list[int]]]:
     "Every second block of each group; the last one alone; half of them, drawn at random."
@@ -324,9 +328,10 @@ def _shared(model: nn.Module, domain: Domain) -> dict[str, str]:
 
 def _uneven(model: nn.Module) -> dict[str, str]:
     "Grouped convolutions of more outputs than inputs, or fewer, and what to say about it."
+    grouped = {name: c for name, c in model.named_modules()
+               if isinstance(c, nn.Conv2d) and c.groups > 1}
     return {name: f'has {c.groups} groups that make {c.out_channels} of {c.in_channels} channels'
-            for name, c in model.named_modules()
-            if isinstance(c, nn.Conv2d) and c.groups > 1 and c.in_channels != c.out_channels}
+            for name, c in grouped.items() if c.in_channels != c.out_channels}
 
 # %% ../../nbs/applications/15_pruning.ipynb #6b1fb07a
 class Filters:
@@ -381,12 +386,14 @@ def find_filters(
         if bad: left_alone[group.layer] = f"'{bad[0]}' {unfit[bad[0]]}"
         elif not group.readers: left_alone[group.layer] = 'no layer reads its filters: they are the answer'
         elif group.count < 2: left_alone[group.layer] = 'it has one filter'
-        elif group.parts < 2: left_alone[group.layer] = 'grouped convolutions tie all its filters'
+        elif group.parts < 2: left_alone[group.layer] = 'its filters go only all together'
     candidates = [group for group in groups if group.layer not in left_alone]
-    if candidates and removal_error(network, domain, candidates) > 1e-3: # one by one, then
+    for choices in (1, 3): # all together, or else one by one; mostly one choice tells
+        if not candidates or removal_error(network, domain, candidates) <= 1e-3: break
         for group in candidates:
-            if removal_error(network, domain, [group]) > 1e-3: left_alone[group.layer] = 'the network would not work, or compute something else, without some of its filters'
+            if removal_error(network, domain, [group], choices) > 1e-3: left_alone[group.layer] = 'the network would not work, or compute something else, without some of its filters'
         candidates = [group for group in candidates if group.layer not in left_alone]
+    else:
         if candidates and removal_error(network, domain, candidates) > 1e-3: raise DFKDError(f'the filters of {type(network).__name__} cannot be removed together: name fewer layers')
     for name in layers:
         if name in left_alone: raise DFKDError(f"the filters of '{name}' cannot be removed: {left_alone[name]}")
@@ -464,7 +471,7 @@ def criterion_loss(
 def filter_importance(
     model: nn.Module, # whose filters; not changed
     filters: Filters, # what `find_filters` found in it
-    batches: Images | Iterable[tuple[Tensor, Tensor | None]], # an `ImageSet`, or images and labels
+    batches: Images | Iterable[tuple[Tensor, Tensor | None]], # a set, or images and labels
     criterion: str = 'answers', # a word of `CRITERIA`
     teacher: nn.Module | None = None, # who answers; None: the model itself, all its gates open
     kept: Kept | None = None, # filters that are still there; None: all
@@ -505,12 +512,14 @@ def _judging(images: Any, domain: Domain) -> Iterator[tuple[Tensor, Tensor | Non
     try: walk = iter(images)
     except TypeError:
         kind = type(images).__name__
-        raise DFKDError(f'no images in a {kind}: give an ImageSet, or its batches(100)') from None
+        way = 'give an ImageSet, or its batches(100)'
+        raise DFKDError(f'no images in a {kind}: {way}') from None
     for batch in walk:
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not pair or not isinstance(batch[0], Tensor):
-            raise DFKDError(f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair '
-                            'of images (N, C, H, W) and labels: use ImageSet.collect(images, domain)')
+            raise DFKDError(
+                f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair of '
+                'images (N, C, H, W) and labels: use ImageSet.collect(images, domain)')
         yield domain.check(batch[0]), batch[1]
 
 # %% ../../nbs/applications/15_pruning.ipynb #9c299502
@@ -765,18 +774,19 @@ class Plan:
             choice = self.candidates(filters, kept, importance)
             if not choice:
                 raise DFKDError(
-                    f'{self.removed(filters, kept):.0%} of the {self.measure} is all that can be removed '
-                    f'in groups of {self.portion(filters)}, not {self.share:.0%}: ask for less, or for '
-                    'smaller groups')
+                    f'{self.removed(filters, kept):.0%} of the {self.measure} is all that can be '
+                    f'removed in groups of {self.portion(filters)}, not {self.share:.0%}: '
+                    'ask for less, or for smaller groups')
             _, name, order = choice[0]
             kept[name] = kept[name].index_fill(0, order, False)
             gone += filters.weight(name) * len(order)
         removed = self.removed(filters, kept)
         if gone and removed > 1.25 * self.share:
             warnings.warn(
-                f"{removed:.1%} of the {self.measure} are removed instead of {self.share:.1%}: the last "
-                f"step took {len(order)} filters of '{name}', {filters.weight(name) * len(order)} with "
-                'what hangs on them; a smaller group_size comes closer', DFKDWarning, stacklevel=2)
+                f'{removed:.1%} of the {self.measure} are removed instead of {self.share:.1%}: '
+                f"the last step took {len(order)} filters of '{name}', "
+                f'{filters.weight(name) * len(order)} with what hangs on them; '
+                'a smaller group_size comes closer', DFKDWarning, stacklevel=2)
         return kept
 
 def _cheapest(
@@ -849,8 +859,9 @@ class PruningDistiller(Distiller):
             layer = self.student.get_submodule(name)
             weight = dict(layer.named_parameters(recurse=False)).get('weight')
             if weight is None:
-                raise DFKDError(f"the weight of '{name}' is computed from others (a parametrisation): "
-                                'torch.nn.utils.parametrize.remove_parametrizations removes that')
+                raise DFKDError(
+                    f"the weight of '{name}' is computed from others (a parametrisation): undo it "
+                    'with torch.nn.utils.parametrize.remove_parametrizations')
             weight.index_fill_(1, channels.to(weight.device), 0.)
 
     @property
@@ -935,9 +946,9 @@ def export_network(
         lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines()
         reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
         raise DFKDError(
-            f'{type(network).__name__} cannot be exported ({reason[:100]}): export the float network, '
-            'without branches on pixels; a quantised one is kept by save_integers, or made of the '
-            'exported file by its runtime') from error
+            f'{type(network).__name__} cannot be exported ({reason[:100]}): export the float '
+            'network, without branches on pixels; a quantised one is kept by save_integers, or '
+            'made of the exported file by its runtime') from error
     answers = {'torch.export': _logits(torch.export.load(folder / 'network.pt2').module()(x)),
                'ONNX': torch.from_numpy(runtime.InferenceSession(str(folder / 'network.onnx'), providers=['CPUExecutionProvider']).run(None, {'images': x.numpy()})[0])}
     return {name: float((answer.detach() - wanted).abs().max()) for name, answer in answers.items()}
@@ -975,16 +986,16 @@ def share_recovered(
 def reestimate_batchnorm(
     network: nn.Module, # with BatchNorm layers; their running statistics are replaced
     images: Images, # an `ImageSet` or what `as_source` makes one of; labels are not used
-    domain: Domain | None = None, # what the network expects; a `Teacher` and a set know their own
+    domain: Domain | None = None, # what the network expects; a `Teacher` or a set knows its own
     batch_size: int = 100, # images at a time
 ) -> nn.Module: # the same network, in the modes it had
-    "Running means and variances of BatchNorm, measured anew over all images. Nothing else changes."
+    "BatchNorm's running means and variances, measured anew over all images; nothing else changes."
     domain = domain or (network.domain if isinstance(network, Teacher) else None)
     source = as_source(images, domain)
     domain = domain or source.domain
     if source.domain.shape != domain.shape:
-        raise DFKDError(f'the images are {source.domain.shape}, the network takes {domain.shape}: '
-                        'resize them with fit(images, domain)')
+        raise DFKDError(f'the images are {source.domain.shape}, the network takes '
+                        f'{domain.shape}: resize them with fit(images, domain)')
     count, like = len(source), _black(network, domain, 0)
     if count < 2: raise DFKDError(f'{count} images have no variance: give two or more')
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
@@ -992,7 +1003,8 @@ def reestimate_batchnorm(
     if not layers:
         raise DFKDError(f'{type(network).__name__} has no BatchNorm with running statistics: '
                         'there is nothing to re-estimate')
-    before = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers()}) for layer in layers]
+    before = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers()})
+              for layer in layers]
     moments = [_Moments() for _ in layers]
     hooks = [layer.register_forward_pre_hook(m) for layer, m in zip(layers, moments)]
     parts = torch.arange(count).tensor_split(-(-count // batch_size)) # no last one of one image

@@ -143,8 +143,8 @@ class QuantizedNetwork(nn.Module):
             with _quiet(): self.graph = _torchao('.quantize_pt2e').prepare_pt2e(captured, _quantizer(inner, ends, layers[0], layers[-1]))
         except Exception as error: # what its patterns do not foresee ends in many kinds
             raise DFKDError(
-                f"torchao cannot quantise the network '{self.name}' ({_place(error)}): call each layer "
-                'once and add its output to that of another layer, or export the network '
+                f"torchao cannot quantise the network '{self.name}' ({_place(error)}): call each "
+                'layer once and add its output to that of another layer, or export the network '
                 '(export_network) and quantise the ONNX file with the same images') from error
         for parameter in self.graph.parameters(): parameter.requires_grad_(True)
         rounders = {name: module for name, module in self.graph.named_modules()
@@ -204,7 +204,7 @@ def calibrate(
     images: ImageSource | Tensor, # uint8, of the network's domain; labels are not used
     batch_size: int = 128, # images at a time
 ) -> QuantizedNetwork: # the same
-    "Choose the range of each layer's input on images; a `DFKDWarning` if rounding ruins the answers."
+    "Choose each layer's range of inputs on images; a `DFKDWarning` if rounding ruins the answers."
     source = as_source(images, network.domain)
     if source.domain.shape != network.domain.shape: raise DFKDError(f"the images are {source.domain.shape}, the network '{network.name}' takes {network.domain.shape}: resize them")
     if not len(source): raise DFKDError('there are no images to calibrate on: give some, or None to use what BatchNorm knows')
@@ -223,7 +223,7 @@ def calibrate(
 
 @contextmanager
 def _watching(network: QuantizedNetwork) -> Iterator[None]:
-    "Rounding off, fresh observers on, while it lasts; then the ranges are chosen, unless it failed."
+    "Rounding off, fresh observers on; afterwards the ranges are chosen, unless it failed."
     ao = _torchao()
     network.forget()
     try:
@@ -239,19 +239,19 @@ def _check_bytes(images: Tensor) -> None:
     "A `DFKDWarning` for bytes that were intensities in [0, 1] before."
     if images.dtype == torch.uint8 and int(images.max()) <= 1:
         warnings.warn(
-            'no byte of the calibration images is above 1: bytes run to 255, multiply intensities '
-            'in [0, 1] by 255 before they become uint8', DFKDWarning, stacklevel=4)
+            'no byte of the calibration images is above 1: bytes run to 255, multiply '
+            'intensities in [0, 1] by 255 before they become uint8', DFKDWarning, stacklevel=4)
 
 def _check_agreement(network: QuantizedNetwork, x: Tensor, exact: Tensor) -> None:
-    "A `DFKDWarning` where float and rounded answers agree less than halfway from chance to always."
+    "A `DFKDWarning` where float and rounded answers agree closer to chance than to always."
     agreement = float((_logits(network(x)).argmax(1) == exact.argmax(1)).float().mean())
     enough, widths = (1 + 1 / exact.shape[1]) / 2, network.settings
     if len(x) < 16 or agreement >= enough: return # a few images prove nothing
     warnings.warn(
         f"the network '{network.name}', weights of {widths['bits']} bits and inputs of "
-        f"{widths['activation_bits']}, gives the float network's answer on {agreement:.0%} of the "
-        'calibration images: use more bits, or fine-tune it by mend(teacher, network, images).run()',
-        DFKDWarning, stacklevel=4)
+        f"{widths['activation_bits']}, gives the float network's answer on {agreement:.0%} "
+        'of the calibration images: use more bits, or fine-tune it by '
+        'mend(teacher, network, images).run()', DFKDWarning, stacklevel=4)
 
 # %% ../../nbs/applications/17_quantization.ipynb #0d224115
 class _Imagined(fx.Interpreter):
@@ -277,8 +277,8 @@ def imagine(
 ) -> QuantizedNetwork: # the same
     "Choose the range of each layer's input from BatchNorm alone (the assumption of Nagel et al., 2019). A network without BatchNorm is a `DFKDError`."
     if not network.known:
-        raise DFKDError(f"the network '{network.name}' has no BatchNorm that knows its features: give "
-                        'images to calibrate on, e.g. those that `dfkd invert` makes of it')
+        raise DFKDError(f"the network '{network.name}' has no BatchNorm that knows its features: "
+                        'give images to calibrate on, e.g. those that `dfkd invert` makes')
     generator = torch.Generator().manual_seed(seed)
     device = next(network.graph.parameters()).device
     batch = max(1, min(128, 128 * 3 * 64**2 // math.prod(network.domain.shape))) # fewer where images are large

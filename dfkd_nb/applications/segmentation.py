@@ -290,7 +290,7 @@ def load_scenes(
 def confusion(
     model: nn.Module, # a segmenter
     data: SceneSet, # scenes with masks
-    domain: Domain | None = None, # what `model` expects; a `Teacher` knows its own, else the data's
+    domain: Domain | None = None, # what `model` expects; a `Teacher`'s own, else the data's
     batch_size: int = 100, # images at a time
 ) -> Tensor: # int64 `(K, K)`: pixels by their class (row) and by the answer (column)
     "What is taken for what, over all pixels that count (torchmetrics), in eval mode."
@@ -393,7 +393,8 @@ def mask_loss(
     label_smoothing: float = 0., # share of the target spread over all classes
 ) -> Tensor: # scalar, nats: mean over the pixels that count
     "Cross-entropy at every pixel that has a class."
-    pixels = _full(logits).movedim(1, -1).flatten(0, -2) # on GPUs the loss on maps is not deterministic
+    # a row a pixel: on GPUs the loss on maps is not deterministic
+    pixels = _full(logits).movedim(1, -1).flatten(0, -2)
     total = F.cross_entropy(pixels, masks.flatten(), ignore_index=IGNORED, reduction='sum',
                             label_smoothing=label_smoothing)
     return total / (masks != IGNORED).sum().clamp_min(1)

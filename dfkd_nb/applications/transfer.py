@@ -88,7 +88,8 @@ def fidelity(
         for batch, _ in as_source(images, teacher.domain).batches(batch_size):
             told, answer = (
                 _full(_logits(network(_seen(network, batch, scale)))).log_softmax(1).cpu()
-                for network, scale in ((teacher, teacher.domain), (student, domain or teacher.domain)))
+                for network, scale in ((teacher, teacher.domain),
+                                       (student, domain or teacher.domain)))
             agreement += float((told.argmax(1) == answer.argmax(1)).sum())
             divergence += float((told.exp() * (told - answer)).sum())
             count += len(batch)

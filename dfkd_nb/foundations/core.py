@@ -156,7 +156,7 @@ class RandomStreams:
     ) -> None:
         with seeded(seed): torches = _torch_state()
         self._own = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state(), torches
-        self._outside: Any = None # the process's, while somebody is inside
+        self._outside: Any = None # the process's streams, while the block is entered
         self._depth = 0
 
     def _swap(self, streams: Any) -> Any: # those that were there before
