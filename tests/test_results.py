@@ -336,7 +336,7 @@ def test_the_list_of_results_marks_them_too(left, capsys):
     assert main(["results", "--folder", str(left.folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("†") for line in lines[:2]] == [False, True] and lines[0].split()[0].endswith("dafl")
-    assert lines[-1].startswith("† 1 of 2 runs")
+    assert lines[-1].startswith("† 1 of these 2 runs")
 
 
 def test_pictures_leave_matplotlib_as_it_was():
