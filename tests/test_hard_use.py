@@ -16,6 +16,7 @@ from dfkd_nb.applications import continual, segmentation
 from dfkd_nb.applications.pruning import filter_importance, find_filters
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import answer
+from dfkd_nb.dreams.statistics import Watch, fuse_statistics
 from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.data import Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller, evaluate
@@ -116,3 +117,49 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
     for label_weight in (0.0, 1.0):
         race = segmentation.SceneDistiller(paints, double(Segmenter()), scenes, label_weight=label_weight, **QUICK)
         assert race.run().done == 3
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def doubled(norm: nn.Module) -> None:
+    plain = norm.forward
+    norm.forward = lambda x: 2 * plain(x)  # type: ignore[method-assign]
+
+
+CHANGES: dict[str, Callable[[nn.Module], Any]] = {
+    "after": lambda norm: norm.register_forward_hook(lambda _, given, out: 3 * out),
+    "before": lambda norm: norm.register_forward_pre_hook(lambda _, given: (3 * given[0] + 1,)),
+    "gradient": lambda norm: norm.register_full_backward_hook(lambda _, given, out: (3 * given[0],)),
+    "own forward": doubled,
+    "before, a subclass": lambda norm: (
+        norm.register_forward_pre_hook(lambda _, given: (3 * given[0] + 1,)),
+        norm.__setattr__("__class__", type("Other", (nn.BatchNorm2d,), {})),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_the_fused_path_keeps_what_was_put_on_a_batchnorm(kind: str) -> None:
+    model = stirred(Normed()).eval()
+    CHANGES[kind](model.norm)
+    who = Teacher(model, DIGITS)
+    for network_ in (fuse_statistics(who), copy.deepcopy(fuse_statistics(who))):
+        x, again = (torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+        with Watch(who) as watch:
+            plain = who(x)
+        fused, moments = network_(again)
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+        for name, pair in watch.moments.items():
+            for mine, theirs in zip(moments[name], pair, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        for logits in (plain, fused):
+            logits.square().sum().backward()
+        torch.testing.assert_close(again.grad, x.grad, rtol=1e-4, atol=1e-5)
