@@ -23,7 +23,7 @@ from ..dreams.inversion import DeepInversion, preset
 from ..foundations.core import DFKDError, autocast, import_torchvision, seeded
 from ..foundations.data import Domain, ImageFiles, ImageSet, ImageSource
 from ..foundations.distillation import Distiller, Images, _full, as_source, distillation_loss
-from ..foundations.models import Teacher, _logits, check_network, in_eval_mode, tap
+from ..foundations.models import Teacher, _logits, _seen, check_network, in_eval_mode, tap
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import GenerativeSynthesizer, Generator
 
@@ -167,7 +167,7 @@ class BinaryTrainer(Distiller):
         "Binary cross-entropy, summed over classes, mean over images."
         assert labels is not None
         if self.augment is not None: images = self.augment(images, self.generator)
-        x = self.domain.normalize(images).contiguous(memory_format=self.memory_format)
+        x = self.normalized(images)
         with autocast(self.device, self.precision):
             answers = _full(_logits(self.student(x)))
         targets = F.one_hot(labels, self.domain.num_classes).to(answers.dtype)
@@ -272,7 +272,7 @@ class ContinualDistiller(Distiller):
     def _seen(self, images: Tensor) -> Tensor:
         "As the network sees them: shifted and mirrored if need be, normalised."
         moved = images if self.augment is None else self.augment(images, self.generator)
-        return self.domain.normalize(moved).contiguous(memory_format=self.memory_format)
+        return self.normalized(moved)
 
     def _parts(self, answers: Tensor, known: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         "What new images cost."
@@ -324,7 +324,7 @@ class ContinualDistiller(Distiller):
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         with in_eval_mode(self.student), tap(self.student, layer) as taken:
             for chosen in torch.arange(min(limit, len(source))).split(250):
-                x = self.domain.normalize(source.fetch(chosen).to(self.device))
+                x = self.normalized(source.fetch(chosen).to(self.device))
                 answers = _full(_logits(self.student(x)))
                 found.append((taken.pop(), answers, _full(self.teacher_logits(x))))
         labels = None if source.labels is None else source.labels[:limit].to(self.device)
@@ -519,8 +519,7 @@ def measure_sets(
 def _answers(network: nn.Module, domain: Domain, test: ImageSource, batch_size: int) -> tuple[Tensor, Tensor]:
     "Logits and labels of a whole set, on the CPU."
     if test.labels is None or not len(test): raise DFKDError('a test set has no labels or no images: give some')
-    device = next((p.device for p in network.parameters()), torch.device('cpu'))
-    with in_eval_mode(network): found = [_full(_logits(network(domain.normalize(images.to(device))))).cpu() for images, _ in test.batches(batch_size)]
+    with in_eval_mode(network): found = [_full(_logits(network(_seen(network, images, domain)))).cpu() for images, _ in test.batches(batch_size)]
     return torch.cat(found), test.labels.cpu()
 
 # %% ../../nbs/applications/16_continual.ipynb #02edf3d5

@@ -36,7 +36,7 @@ from ..foundations.core import DFKDError, DFKDWarning, atomic_path, import_extra
 from ..foundations.data import DOMAINS, Domain, ImageSource
 from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
 from dfkd_nb.foundations.models import (
-    Teacher, _logits, build_model, count_parameters, in_eval_mode, load_weights, save_weights,
+    Teacher, _logits, _precision, build_model, count_parameters, in_eval_mode, load_weights, save_weights,
 )
 
 # %% ../../nbs/applications/15_pruning.ipynb #38ee441d
@@ -463,7 +463,7 @@ def criterion_loss(
         return lambda logits: F.cross_entropy(logits, labels.to(logits.device), reduction='sum')
     own = teacher.domain if isinstance(teacher, Teacher) else domain
     seen = x if domain is None or own is None else domain.renormalize(x, own)
-    with torch.no_grad(): known = _logits(teacher(seen))
+    with torch.no_grad(): known = _logits(teacher(seen.to(_precision(teacher))))
     if criterion == 'divergence': return lambda logits: len(x) * distillation_loss(logits, known, temperature)
     return lambda logits: (answer_direction(known, logits.detach(), generator) * logits).sum()
 

@@ -29,7 +29,7 @@ from ..dreams.priors import Term, View
 from ..foundations.core import DFKDError, import_torchvision, load_tensors, pick_device, progress, save_tensors, seeded
 from ..foundations.data import Augment, Domain, ImageSource, _decode, data_root
 from ..foundations.distillation import Distiller, _full
-from ..foundations.models import CifarBlock, Teacher, _logits, build_model, in_eval_mode
+from ..foundations.models import CifarBlock, Teacher, _logits, _seen, build_model, in_eval_mode
 from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
@@ -306,7 +306,7 @@ def confusion(
     if not len(data): raise DFKDError('there are no scenes to test on: give some')
     with in_eval_mode(model):
         for images, masks in progress(data.batches(batch_size), 'testing', total=-(-len(data) // batch_size)):
-            logits = _logits(model(domain.normalize(images.to(device))))
+            logits = _logits(model(_seen(model, images, domain)))
             if masks is None or logits.shape != (len(images), domain.num_classes, *masks.shape[1:]): raise DFKDError(f"the network answers {tuple(logits.shape)}, scenes of '{domain.name}' need {(len(images), domain.num_classes, *images.shape[2:])}: give a segmenter of its classes")
             metric.update(logits.argmax(1), masks.to(device))
     return metric.compute().cpu()
@@ -420,8 +420,7 @@ class SceneDistiller(Distiller):
         if self.augment is not None:
             if masks is None: images = self.augment(images, self.generator)
             else: images, masks = augment_scenes(images, masks, self.augment, self.generator)
-        x = self.domain.normalize(images)
-        return x.contiguous(memory_format=self.memory_format), masks
+        return self.normalized(images), masks
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
         "`mask_loss`."

@@ -19,7 +19,7 @@ from ..dreams.inversion import DeepInversion
 from ..foundations.core import DFKDError, seeded
 from ..foundations.data import Domain, ImageSet, ImageSource
 from ..foundations.distillation import Distiller, Images, _full, as_source, evaluate
-from ..foundations.models import Teacher, _logits, in_eval_mode
+from ..foundations.models import Teacher, _logits, _seen, in_eval_mode
 
 # %% ../../nbs/applications/14_transfer.ipynb #49b3e6d4
 def two_schemes(
@@ -95,11 +95,6 @@ def fidelity(
             count += len(batch)
     if not count: raise DFKDError('no images to compare on: give at least one')
     return {'agreement': agreement / count, 'divergence': divergence / count}
-
-def _seen(network: nn.Module, images: Tensor, domain: Domain) -> Tensor:
-    "Images as a network takes them: normalised, on its device, in its precision."
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
-    return domain.normalize(images.to(like.device)).to(like.dtype)
 
 # %% ../../nbs/applications/14_transfer.ipynb #fe204d94
 def teaching_values(

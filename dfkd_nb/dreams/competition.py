@@ -33,7 +33,7 @@ from dfkd_nb.foundations.core import (
 )
 from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
-from ..foundations.models import _logits, in_eval_mode
+from ..foundations.models import _logits, _seen, in_eval_mode
 
 # %% ../../nbs/dreams/08_competition.ipynb #a686eb51
 def jensen_shannon(
@@ -251,8 +251,7 @@ def answer(
 ) -> Tensor: # logits `(N, K)`, on the CPU
     "What a network says to images."
     if not len(images): raise DFKDError('there are no images to ask about: give some')
-    device = next((p.device for p in network.parameters()), torch.device('cpu'))
-    with in_eval_mode(network): return torch.cat([_logits(network(domain.normalize(batch.to(device)))).cpu() for batch, _ in images.batches()])
+    with in_eval_mode(network): return torch.cat([_logits(network(_seen(network, batch, domain))).cpu() for batch, _ in images.batches()])
 
 # %% ../../nbs/dreams/08_competition.ipynb #8503fc43
 class Competition(Turns):

@@ -34,7 +34,7 @@ from dfkd_nb.foundations.core import (
 )
 from ..foundations.data import Domain, ImageSet
 from ..foundations.distillation import learning_rate_at
-from ..foundations.models import Teacher, _logits, classifier_layer, tap
+from ..foundations.models import Teacher, _logits, _precision, classifier_layer, tap
 
 # %% ../../nbs/dreams/07_inversion.ipynb #603bd6f0
 def preset(
@@ -58,7 +58,7 @@ def preset(
 def precision_of(
     network: nn.Module, # any
 ) -> torch.dtype: # of its weights; float32 where it has none
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    return _precision(network)
 
 # %% ../../nbs/dreams/07_inversion.ipynb #d513a776
 class Look:

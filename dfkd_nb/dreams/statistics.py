@@ -562,18 +562,27 @@ class FusedBatchNorm(nn.Module):
         return y
 
 class _Observed(nn.Module):
-    "Any other BatchNorm layer (a subclass, a frozen one, one without running statistics), run as it is after its input was measured."
+    "Any other BatchNorm layer (a subclass, a frozen one, one with hooks), run as it is; its input is measured."
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.calls: tuple[Moments, ...] = ()
+        # the last of all hooks: it sees what those before it made of the input
+        layer.register_forward_pre_hook(self._measure)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _measure(self, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        x = given[0]
         if getattr(self.layer, 'running_mean', None) is None and x.numel() == x.shape[1]:
             raise DFKDError(f'BatchNorm without running statistics got one number a channel, {tuple(x.shape)}: give two images or more at a time')
         self.calls = *self.calls, batch_moments(x)
-        return self.layer(x)
+
+    def forward(self, x: Tensor) -> Tensor: return self.layer(x)
+
+def _is_plain(layer: nn.Module) -> bool:
+    "Whether a layer computes what its class says: it has no hooks and no `forward` of its own."
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return 'forward' not in vars(layer) and not any(getattr(layer, kind) for kind in hooks)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d4fa99aa
 class FusedTeacher(nn.Module):
@@ -590,7 +599,7 @@ class FusedTeacher(nn.Module):
         found = list(self.model.named_modules(remove_duplicate=False)) # some have several names
         for name in self.names:
             layer = self.model.get_submodule(name)
-            fits = type(layer) in plain and isinstance(layer.running_mean, Tensor)
+            fits = type(layer) in plain and isinstance(layer.running_mean, Tensor) and _is_plain(layer)
             fused = FusedBatchNorm(layer) if fits else _Observed(layer)
             for alias, module in found:
                 if module is layer: self.model.set_submodule(alias, fused)

@@ -23,7 +23,7 @@ from dfkd_nb.foundations.core import (
     DFKDError, DFKDWarning, RandomStreams, autocast, import_torchvision, pick_device, progress, same_device,
 )
 from .data import Augment, Domain, ImageSet, ImageSource, Sampler, mixup
-from .models import Teacher, _logits, check_network, in_eval_mode
+from .models import Teacher, _logits, _precision, _seen, check_network, in_eval_mode
 
 # %% ../../nbs/foundations/04_distillation.ipynb #14dee959
 def soften(
@@ -183,6 +183,10 @@ class Distiller:
         self.teacher = copy.deepcopy(teacher).to(self.device) if teacher is not None and away else teacher
         self.student = student.to(self.device)
         check_network(self.student, self.domain, type(student).__name__)
+        self.dtype = _precision(self.student) # of all that it sees
+        if precision != 'float32' and self.dtype != torch.float32:
+            raise DFKDError(f'the student has weights of {self.dtype} and precision is {precision!r}: '
+                            "mixed precision begins from float32, student.float(), or set 'float32'")
         self.memory_format = self._fastest_layout()
         self.steps, self.batch_size, self.learning_rate, self.schedule, self.warmup = steps, batch_size, learning_rate, schedule, warmup
         self.temperature, self.label_weight, self.label_smoothing, self.mixup_alpha = temperature, label_weight, label_smoothing, mixup_alpha
@@ -196,10 +200,10 @@ class Distiller:
 
     def _fastest_layout(self) -> torch.memory_format:
         "Channels last where the student takes it: convolutions are faster, and its weights stay as they are."
-        x = self.domain.normalize(torch.zeros(2, *self.domain.shape, dtype=torch.uint8, device=self.device))
-        like = next(p for p in self.student.parameters() if p.is_floating_point())
+        black = torch.zeros(2, *self.domain.shape, dtype=torch.uint8)
+        x = _seen(self.student, black, self.domain)
         try:
-            with torch.no_grad(), in_eval_mode(self.student): self.student(x.to(like.dtype).contiguous(memory_format=torch.channels_last))
+            with torch.no_grad(), in_eval_mode(self.student): self.student(x.contiguous(memory_format=torch.channels_last))
         except Exception: return torch.contiguous_format # such as x.view(len(x), -1), which needs the usual order
         return torch.channels_last
 
@@ -208,11 +212,16 @@ class Distiller:
         "Of the second term: all of the loss where there is no teacher."
         return self.label_weight if self.teacher is not None else 1.0
 
+    def normalized(self, images: Tensor) -> Tensor:
+        "Images, uint8 or intensities in [0, 1], as the student takes them: on its scale, in its precision and layout."
+        if images.is_floating_point(): images = images.to(self.dtype)
+        return self.domain.normalize(images).to(self.dtype).contiguous(memory_format=self.memory_format)
+
     def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         "What the networks see, and what `label_loss` compares their answers with; `images` are uint8 (or in [0, 1]) on the device."
         if self.augment is not None: images = self.augment(images, self.generator)
-        x = self.domain.normalize(images).contiguous(memory_format=self.memory_format)
-        targets = None if labels is None or not self.weight_of_labels else F.one_hot(labels, self.domain.num_classes).float()
+        x = self.normalized(images)
+        targets = None if labels is None or not self.weight_of_labels else F.one_hot(labels, self.domain.num_classes).to(x.dtype)
         if self.mixup_alpha: # the mixed image is what the teacher is asked about
             x, mixed = mixup(x, x.new_zeros(len(x), 1) if targets is None else targets, self.mixup_alpha, self.generator)
             targets = None if targets is None else mixed
@@ -222,11 +231,12 @@ class Distiller:
     def teacher_logits(self, x: Tensor) -> Tensor:
         "What the teacher says of images on the student's scale, `(N, K)`; it sees them on its own."
         assert self.teacher is not None
-        return self.teacher(self.domain.renormalize(x, self.teacher.domain))
+        return self.teacher(self.domain.renormalize(x, self.teacher.domain).to(_precision(self.teacher)))
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
         "Cross-entropy of the student's logits with what `prepare` made of the labels."
-        return F.cross_entropy(answer.float(), targets, label_smoothing=self.label_smoothing)
+        answer = _full(answer)
+        return F.cross_entropy(answer, targets.to(answer.dtype), label_smoothing=self.label_smoothing)
 
     def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         "The batch's loss and its parts, scalars with gradient."
@@ -350,7 +360,7 @@ def evaluate(
     with in_eval_mode(model):
         for images, labels in progress(data.batches(batch_size), 'testing', total=-(-len(data) // batch_size)):
             assert labels is not None
-            logits = _logits(model(domain.normalize(images.to(device))))
+            logits = _logits(model(_seen(model, images, domain)))
             if logits.shape[1:] != (domain.num_classes,):
                 raise DFKDError(f"the network answers {tuple(logits.shape)}, '{domain.name}' has {domain.num_classes} classes: they must agree")
             metric.update(logits, labels.to(device))

@@ -460,18 +460,31 @@ def in_eval_mode(
         for module, training in modes: module.training = training
 
 # %% ../../nbs/foundations/03_models.ipynb #e3e2a81a
+def _precision(
+    network: nn.Module, # any
+) -> torch.dtype: # of its weights; float32 where it has none
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+
+def _seen(
+    network: nn.Module, # any
+    images: Tensor, # uint8, or intensities in [0, 1]
+    domain: Domain, # what the network expects
+) -> Tensor: # normalised
+    "Images as a network takes them: normalised, on its device, in its precision."
+    device = next((p.device for p in network.parameters()), torch.device('cpu'))
+    return domain.normalize(images.to(device)).to(_precision(network))
+
 def _trial(
     model: nn.Module, # any network
     domain: Domain, # of the images it takes
     seed: int = 0, # of the noise
 ) -> Tensor: # logits `(2, K)`
     "What a network answers, in eval mode, to a black image and one of random noise."
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *domain.shape, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(seed)
     images[1] = torch.randint(0, 256, domain.shape, generator=generator)
     with torch.no_grad(), in_eval_mode(model):
-        return _logits(model(domain.normalize(images.to(like.device)).to(like.dtype)))
+        return _logits(model(_seen(model, images, domain)))
 
 def _are_probabilities(
     logits: Tensor, # `(N, K)` or `(N, K, H, W)`
@@ -647,9 +660,7 @@ class Teacher(nn.Module):
             raise DFKDError(
                 f"'{self.name}' was shown a {type(images).__name__}: "
                 'give a tensor or an ImageSource, e.g. ImageSet.collect(images, domain)')
-        weight = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        dtype = torch.float32 if weight is None else weight.dtype
-        for part in parts: yield self.domain.normalize(part.to(self.device)).to(dtype)
+        for part in parts: yield _seen(self.model, part, self.domain)
 
     @torch.no_grad()
     def predict(self, images: Tensor | ImageSource, batch_size: int = 500) -> Tensor:

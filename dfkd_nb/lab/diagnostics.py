@@ -36,7 +36,7 @@ from dfkd_nb.foundations.core import (
 )
 from ..foundations.data import DOMAINS, Domain, ImageFiles, ImageSet, ImageSource, fit, load_data, read_folder, read_parquet
 from ..foundations.distillation import wilson
-from ..foundations.models import Teacher, build_model, tap
+from ..foundations.models import Teacher, _seen, build_model, tap
 from .runs import open_teacher
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #2f1f24ab
@@ -93,7 +93,7 @@ def observe(
         except DFKDError:
             if layer != 'classifier': raise # a network without a linear layer can still be asked for classes
         for batch, _ in progress(images.batches(batch_size), network.name, -(-len(images) // batch_size)):
-            answer = network(network.domain.normalize(fit(batch.to(network.device), network.domain))).float().cpu()
+            answer = network(_seen(network, fit(batch.to(network.device), network.domain), network.domain)).float().cpu()
             if answer.ndim != 2: raise DFKDError(f"the network '{network.name}' answers each pixel: diagnostics are for classifiers")
             logits.append(answer)
             if taken: embeddings.append(taken[-1].float().cpu())
@@ -705,7 +705,7 @@ def layer_distances(
     for name, part in grouped(images).items():
         source = part.images if isinstance(part, Seen) else part
         def batches(source: ImageSource = source) -> Iterator[Tensor]:
-            for batch, _ in source.batches(batch_size): yield network.domain.normalize(fit(batch.to(network.device), network.domain))
+            for batch, _ in source.batches(batch_size): yield _seen(network, fit(batch.to(network.device), network.domain), network.domain)
         found[name], counts[name] = diary.to(network.device).distance(measure_moments(network.model, batches(), list(diary), diary.at)).cpu(), len(source)
     return LayerDistances(network.name, list(diary), found, counts)
 
