@@ -34,7 +34,7 @@ from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.core import DFKDError, atomic_path, seeded
 from ..foundations.data import DOMAINS, ImageSet
 from ..foundations.distillation import Distiller, distillation_loss
-from ..foundations.models import Teacher, build_model
+from ..foundations.models import Teacher, _trial, build_model
 from ..generators.generators import GenerativeSynthesizer, Generator
 
 # %% ../../nbs/lab/22_speed.ipynb #9d69de1b
@@ -486,7 +486,12 @@ def fold_batchnorm(
     try: folded = fuse(teacher.model)
     except Exception as error: # tracing gives up in many ways
         raise DFKDError(f"the network '{teacher.name}' cannot be traced ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): use it as it is") from None
-    return Teacher(folded, teacher.domain, teacher.name)
+    found = Teacher(folded, teacher.domain, teacher.name)
+    usual, answers = (_trial(who, teacher.domain) for who in (teacher, found))
+    if not torch.allclose(answers, usual, rtol=1e-3, atol=1e-3 * float(usual.abs().max())):
+        raise DFKDError(f"BatchNorm of the network '{teacher.name}' cannot be folded, its answers would change "
+                        '(a convolution that is called twice, or hooks): use it as it is')
+    return found
 
 # %% ../../nbs/lab/22_speed.ipynb #065014bb
 LESSON_WAYS = ('plain', 'no graph', 'channels last', 'folded', 'cached', 'compiled', 'bfloat16')
