@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ from dfkd_nb.applications.pruning import filter_importance, find_filters, remove
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool, answer
 from dfkd_nb.dreams.metadata import Metadata
-from dfkd_nb.dreams.statistics import Watch, fuse_statistics
-from dfkd_nb.foundations.core import DFKDError
+from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
+from dfkd_nb.foundations.core import DFKDError, DFKDWarning
 from dfkd_nb.foundations.data import Augment, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller, evaluate
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GenerativeSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
-from dfkd_nb.lab.commands import read_network
+from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
 from dfkd_nb.lab.speed import fold_batchnorm
 from tiny import DIGITS, network, stirred
@@ -332,3 +333,29 @@ def test_weights_of_a_compiled_network_are_its_weights(tmp_path: Path) -> None:
     for before in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
         torch.save({f"{before}{k}": v for k, v in weights.items()}, tmp_path / "weights.pt")
         assert read_network(tmp_path / "weights.pt").keys() == weights.keys()
+
+
+def test_statistics_know_what_a_teachers_images_look_like(teacher: Teacher) -> None:
+    data = pictures()
+    normalised, whole = DIGITS.normalize(data.images), data.images.float()
+    usual = Statistics.measure(teacher, data)
+    one_line(lambda: Statistics.measure(teacher, whole), "0 to 255", "domain.normalize")
+    with pytest.warns(DFKDWarning, match="not normalised") as said:
+        Statistics.measure(teacher, whole / 255)
+    assert len(said) == 1
+    raw = dataclasses.replace(DIGITS, name="raw", mean=(0.0,), std=(1 / 255,))
+    unit = dataclasses.replace(DIGITS, name="unit", mean=(0.0,), std=(1.0,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for mine, theirs in zip(Statistics.measure(teacher, normalised).values(), usual.values(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        Statistics.measure(Teacher(network(0), raw), whole)
+        Statistics.measure(Teacher(network(0), unit), whole / 255)
+        Statistics.measure(teacher, torch.zeros(4, 1, 8, 8))
+
+
+@pytest.mark.parametrize("words", [["--nope"], ["--steps", "0"], ["--threads", "-1"], ["--batch", "0"], ["--what", "nothing"]])
+def test_the_benchmark_says_in_one_line_what_it_does_not_take(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dfkd: error: ") and said.count("\n") == 1
