@@ -245,12 +245,14 @@ class ContinualDistiller(Distiller):
         if self.lesson.on_old == 'labels' and (self.old is None or self.old.labels is None): raise DFKDError('the old images have no labels: give labelled ones, or learn from answers')
         if self.old is not None and self.old.domain.shape != teacher.domain.shape: raise DFKDError(f"the old images are {self.old.domain.shape}, the network's {teacher.domain.shape}: resize them")
         if self.old is not None and self.lesson.on_old == 'labels':
-            teacher.domain.check_classes(self.old.domain)
+            teacher.domain.check_labels(self.old.labels, self.old.domain) # type: ignore[arg-type]
         if self.old is not None: self.old_sampler = self.old.sampler()
         if settings.get('mixup_alpha'): raise DFKDError('mixup would mix old and new classes: leave mixup_alpha at 0')
         super().__init__(teacher, student, new, domain=domain, label_weight=1., schedule='constant' if self.falls else schedule, temperature=temperature, **settings)
         if domain.num_classes <= teacher.domain.num_classes: raise DFKDError(f'{domain.num_classes} classes, the old network has {teacher.domain.num_classes}: extend it first')
         self.known = teacher.domain.num_classes
+        self._made_with |= {'schedule': 'fifths' if self.falls else schedule, 'lesson': repr(self.lesson),
+                            'clip': clip, 'freeze_batchnorm': freeze_batchnorm}
         self.frozen = [layer for layer in self.student.modules() if isinstance(layer, _BatchNorm)] if freeze_batchnorm else []
         self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 

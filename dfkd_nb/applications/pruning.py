@@ -417,6 +417,11 @@ def remove_filters(
 ) -> nn.Module: # a smaller network, in the mode of the old one, whose weights may be trained
     "Really remove filters: weights, biases, BatchNorm entries and what read them (torch-pruning's dependency graph)."
     network = _bare(model)
+    for name, still in kept.items():
+        group = filters.groups.get(name)
+        if group is not None and (still.dtype != torch.bool or tuple(still.shape) != (group.count,)):
+            raise DFKDError(f"kept['{name}'] is a {still.dtype} tensor of shape {tuple(still.shape)}: "
+                            f'give {group.count} booleans, as filters.all() does')
     return _cut(network, filters.domain, removed_filters(kept)).train(network.training)
 
 # %% ../../nbs/applications/15_pruning.ipynb #12428532
@@ -448,6 +453,16 @@ def answer_direction(
     return root * (signs[:, 1:] - root * (root * signs[:, 1:]).sum(1, keepdim=True)) + signs[:, :1] * (p - q)
 
 # %% ../../nbs/applications/15_pruning.ipynb #af6a9831
+def _fitting(
+    labels: Tensor, # `(N,)`
+    logits: Tensor, # `(N, K)`
+) -> Tensor: # the labels
+    "A `DFKDError` for labels that the network has no answer for."
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise DFKDError(f'labels from {int(labels.min())} to {int(labels.max())}, but the network has {logits.shape[1]} '
+                        'classes: give labels of its domain')
+    return labels
+
 def criterion_loss(
     criterion: str, # a word of `CRITERIA`
     x: Tensor, # normalised images
@@ -460,7 +475,7 @@ def criterion_loss(
     "The loss whose change is estimated, summed over images."
     if criterion == 'labels':
         if labels is None: raise DFKDError("criterion 'labels' needs labelled images: give labels, or take 'answers'")
-        return lambda logits: F.cross_entropy(logits, labels.to(logits.device), reduction='sum')
+        return lambda logits: F.cross_entropy(logits, _fitting(labels, logits).to(logits.device), reduction='sum')
     own = teacher.domain if isinstance(teacher, Teacher) else domain
     seen = x if domain is None or own is None else domain.renormalize(x, own)
     with torch.no_grad(): known = _logits(teacher(seen.to(_precision(teacher))))
@@ -490,6 +505,8 @@ def filter_importance(
     with in_eval_mode(model):
         try:
             model.requires_grad_(False) # only the gates'
+            if criterion == 'labels' and isinstance(batches, ImageSource) and batches.labels is not None:
+                domain.check_labels(batches.labels, batches.domain)
             for pictures, labels in _judging(batches, domain):
                 x = domain.normalize(pictures.to(like.device)).to(like.dtype)
                 asked = criterion, x, labels, teacher or model, generator, temperature
@@ -838,6 +855,9 @@ class PruningDistiller(Distiller):
         self._readers: dict[str, Tensor] = {} # by name, inputs that come from removed filters
         if every < 1 or importance_batches < 1: raise DFKDError(f'every {every}, importance_batches {importance_batches}: give 1 or more of each')
         self.filters, self.plan, self.every, self.criterion, self.importance_batches = filters, plan, every, criterion, importance_batches
+        self._made_with |= {
+            'every': every, 'criterion': criterion, 'importance_batches': importance_batches,
+            **{k: getattr(plan, k) for k in ('share', 'measure', 'per_removal', 'group_size', 'latency_weight')}}
         self.kept: Kept = {}
         self.close(filters.all())
 

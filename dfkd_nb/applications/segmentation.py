@@ -300,12 +300,12 @@ def confusion(
         kind = type(data).__name__
         raise DFKDError(f'no masks in a {kind}: give a SceneSet(images, masks, domain)')
     domain = domain or (model.domain if isinstance(model, Teacher) else data.domain)
-    domain.check_classes(data.domain)
+    domain.check_labels(data.masks[data.masks != IGNORED], data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassConfusionMatrix(domain.num_classes, ignore_index=IGNORED).to(device)
     if not len(data): raise DFKDError('there are no scenes to test on: give some')
     with in_eval_mode(model):
-        for images, masks in progress(data.batches(batch_size), 'testing', total=-(-len(data) // batch_size)):
+        for images, masks in progress(data.batches(batch_size), 'testing', total=-(-len(data) // max(batch_size, 1))):
             logits = _logits(model(_seen(model, images, domain)))
             if masks is None or logits.shape != (len(images), domain.num_classes, *masks.shape[1:]): raise DFKDError(f"the network answers {tuple(logits.shape)}, scenes of '{domain.name}' need {(len(images), domain.num_classes, *images.shape[2:])}: give a segmenter of its classes")
             metric.update(logits.argmax(1), masks.to(device))

@@ -139,6 +139,8 @@ class GrowingPool(ImageSource, Sampler):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood; without images in it, as many have to be here already."
+        if not {'count', 'old'} <= state.keys():
+            raise DFKDError('this state was not saved by a GrowingPool: give the same kind of pool')
         if 'images' in state:
             self.domain.check(state['images'])
             self._images, self._labels, self._count = state['images'].to(self.device), state['labels'].to(self.device), len(state['images'])

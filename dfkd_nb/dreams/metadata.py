@@ -119,6 +119,7 @@ class Metadata:
         if images.labels is None: raise DFKDError('these images have no labels: clusters are made class by class, so give labelled ones')
         if (images.domain.shape, images.domain.num_classes) != (teacher.domain.shape, teacher.domain.num_classes):
             raise DFKDError(f"the images are of '{images.domain.name}', the teacher of '{teacher.domain.name}': give images with its shape and classes")
+        teacher.domain.check_classes(images.domain)
         if not len(images): raise DFKDError('there are no images to measure: give some')
         found = [teacher.embed(batch, layer, batch_size).cpu().float() for batch, _ in images.batches(batch_size)]
         return cls.fit(teacher, torch.cat(found), images.labels.cpu(), clusters=clusters, components=components, smallest=smallest, layer=layer, seed=seed)

@@ -24,7 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .priors import Term, View, _exact
 from ..foundations.core import DFKDError, DFKDWarning, load_tensors, progress, save_tensors
-from ..foundations.data import ImageSource
+from ..foundations.data import Domain, ImageSource
 from ..foundations.models import (Teacher, _logits, _sealed, in_eval_mode, unwrap,
                                         why_no_hooks)
 
@@ -276,12 +276,31 @@ def _batches(
     "Batches for a network, out of whatever holds images."
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for x in _tensors(images):
-        if x.is_floating_point(): yield x.to(like)
+        if x.is_floating_point():
+            if isinstance(model, Teacher): _check_scale(x, model.domain)
+            yield x.to(like)
         elif x.dtype == torch.uint8 and isinstance(model, Teacher):
             yield model.domain.normalize(model.domain.check(x).to(like.device)).to(like)
         else:
             raise DFKDError(f'images are {x.dtype}: give normalised floats, e.g. '
                             'domain.normalize(images), or bytes and a Teacher(model, domain)')
+
+def _check_scale(
+    x: Tensor, # floats that should be normalised
+    domain: Domain, # says where black and white are then
+) -> None:
+    "A `DFKDError` for floats up to 255, a `DFKDWarning` for intensities in [0, 1]."
+    if not x.numel(): return
+    low, high = (float(v) for v in x.aminmax())
+    black, white = (float(v) for v in (domain.limits()[0].min(), domain.limits()[1].max()))
+    if low < 0 or high <= low: return # pixels as they are have no sign
+    way = 'give domain.normalize(images), or bytes'
+    if high > 16 and high > 1.05 * white:
+        raise DFKDError(f"float images from {low:.3g} to {high:.3g}, but '{domain.name}' normalised ends at "
+                        f'{white:.3g}: {way}')
+    if 0.5 < high <= 1 < white and black < -0.1:
+        warnings.warn(f"float images from {low:.3g} to {high:.3g} look like intensities that are not normalised "
+                      f"('{domain.name}' reaches from {black:.3g} to {white:.3g}): {way}", DFKDWarning, stacklevel=5)
 
 def _tensors(images: Any) -> Iterator[Tensor]:
     "Tensors out of one tensor, an `ImageSource`, a list of batches, or a data loader's pairs."

@@ -48,10 +48,20 @@ class Domain:
     classes: tuple[str, ...] # in the order of the network's outputs
 
     def __post_init__(self) -> None:
+        if isinstance(self.classes, str):
+            raise DFKDError(f"the classes of domain '{self.name}' are one string: give a tuple of names")
+        try: # lists, as they come out of JSON, arrays and tensors
+            channels, height, width = map(int, self.shape)
+            given = {'shape': (channels, height, width), 'mean': tuple(map(float, self.mean)),
+                     'std': tuple(map(float, self.std)), 'classes': tuple(self.classes)}
+        except (TypeError, ValueError):
+            raise DFKDError(f"domain '{self.name}': give shape (channels, height, width), mean and std as one "
+                            'number a channel, and names of classes') from None
+        for field, value in given.items(): object.__setattr__(self, field, value)
         counts = self.shape[0], len(self.mean), len(self.std)
         if len(set(counts)) > 1:
             raise DFKDError("domain '{}' has {} channels, {} means and {} stds: give one each a channel".format(self.name, *counts))
-        if min(self.std) <= 0: raise DFKDError(f"domain '{self.name}' has a std of {min(self.std)}: give positive ones")
+        if not all(0 < s < math.inf for s in self.std): raise DFKDError(f"domain '{self.name}' has a std of {min(self.std)}: give positive ones")
         if not 0 <= min(self.mean) <= max(self.mean) <= 1:
             raise DFKDError(f"domain '{self.name}' has means {self.mean}: give those of pixels in [0, 1] (divide by 255)")
         if min(self.shape) < 1 or not self.classes:
@@ -140,6 +150,13 @@ class Domain:
                 raise DFKDError(f"'{name}' is class {i} of '{labelled.name}' and class {own} of '{self.name}': "
                                 'number the labels alike with images.relabel(domain)')
 
+    def check_labels(self, labels: Tensor, labelled: 'Domain') -> None:
+        "As `check_classes`; and no label, a number in `labelled`, may be beyond the classes of this domain."
+        self.check_classes(labelled)
+        if labels.numel() and int(labels.max()) >= self.num_classes:
+            raise DFKDError(f"label {int(labels.max())} in the images, but '{self.name}' has {self.num_classes} "
+                            'classes: give the domain of the images')
+
 # %% ../../nbs/foundations/02_data.ipynb #bc76538b
 _CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
 caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
@@ -197,6 +214,7 @@ class ImageSource(ABC):
 
     def batches(self, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor | None]]:
         "All images and their labels, in order."
+        if batch_size < 1: raise DFKDError(f'batches of {batch_size} images: give 1 or more')
         for indices in torch.arange(len(self)).split(batch_size): yield self._pick(indices)
 
     def _pick(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -252,8 +270,14 @@ class EpochSampler(Sampler):
         return {'order': self.order, 'position': self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on drawing where `state_dict` stood."
-        self.order, self.position = state['order'].cpu(), int(state['position'])
+        "Go on drawing where `state_dict` stood, from as many images."
+        if not {'order', 'position'} <= state.keys():
+            raise DFKDError(f'this state was not saved by the sampler of a {type(self.source).__name__}: '
+                            'give the same kind of images')
+        order = state['order'].cpu()
+        if len(order) and (count := int(order.max()) + 1) != len(self.source):
+            raise DFKDError(f'the state was saved for {count} images, there are {len(self.source)}: give the same images')
+        self.order, self.position = order, int(state['position'])
 
 # %% ../../nbs/foundations/02_data.ipynb #50da7966
 def _labels_by_name(

@@ -105,7 +105,12 @@ class _DrawingSampler(Sampler):
     def __init__(self, source: DrawnImages) -> None: self.source, self.checked = source, False
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, None]:
-        images = self.source.draw(batch_size, generator).detach()
+        images = self.source.draw(batch_size, generator)
+        if not isinstance(images, Tensor) or images.is_meta or not len(images):
+            what = f'{images.device.type} tensor of {len(images)}' if isinstance(images, Tensor) else type(images).__name__
+            raise DFKDError(f'the function that draws images returned a {what}: '
+                            'return a tensor (N, C, H, W), uint8 or intensities in [0, 1]')
+        images = images.detach()
         check = self.source.domain.check_shape if self.checked else self.source.domain.check # reads values: once
         self.checked = True
         return check(images), None
@@ -161,9 +166,12 @@ class Distiller:
         self.source = as_source(source, domain or (None if teacher is None else teacher.domain))
         labels = self.source.labels
         if steps < 1 or batch_size < 1: raise DFKDError(f'{steps} updates of {batch_size} images: give 1 or more of each')
-        if learning_rate <= 0 or not 0 <= warmup <= 1: raise DFKDError(f'learning_rate {learning_rate}, warmup {warmup}: give a positive rate, and a share from 0 to 1')
-        if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
-        if min(label_weight, label_smoothing, mixup_alpha) < 0: raise DFKDError('label_weight, label_smoothing or mixup_alpha is negative: give 0 or more')
+        if not 0 < learning_rate < math.inf or not 0 <= warmup <= 1: raise DFKDError(f'learning_rate {learning_rate}, warmup {warmup}: give a positive rate, and a share from 0 to 1')
+        if not 0 < temperature < math.inf: raise DFKDError(f'temperature {temperature}: give a positive one')
+        if not all(0 <= v < math.inf for v in (label_weight, mixup_alpha, weight_decay)):
+            raise DFKDError(f'label_weight {label_weight}, mixup_alpha {mixup_alpha}, weight_decay {weight_decay}: give 0 or more')
+        if not (0 <= label_smoothing <= 1 and 0 <= momentum < 1):
+            raise DFKDError(f'label_smoothing {label_smoothing}, momentum {momentum}: give shares from 0 to 1')
         if teacher is None and labels is None: raise DFKDError('neither a teacher nor labels to learn from: give one of them')
         if label_weight and labels is None: raise DFKDError(f'label_weight is {label_weight} but the images have no labels: set it to 0, or give labels')
         if not any(p.requires_grad for p in student.parameters()): raise DFKDError('the student has no weight that may change: switch requires_grad on')
@@ -175,9 +183,7 @@ class Distiller:
         for owner, other in (('source', self.source.domain), ('teacher', self.domain if teacher is None else teacher.domain)):
             if self.domain.shape != other.shape: raise DFKDError(f"the student takes {self.domain.shape}, the {owner}'s images are {other.shape}: resize one of them")
         if labels is not None and (teacher is None or label_weight):
-            if len(labels) and int(labels.max()) >= self.domain.num_classes:
-                raise DFKDError(f"label {int(labels.max())} in the images, but '{self.domain.name}' has {self.domain.num_classes} classes: give the domain of the images")
-            self.domain.check_classes(self.source.domain)
+            self.domain.check_labels(labels, self.source.domain)
         if teacher is not None: self.domain.check_classes(teacher.domain)
         away = teacher is not None and not same_device(teacher.device, self.device)
         self.teacher = copy.deepcopy(teacher).to(self.device) if teacher is not None and away else teacher
@@ -194,6 +200,12 @@ class Distiller:
         self.generator, self.streams = torch.Generator().manual_seed(seed), RandomStreams(seed)
         self.optimizer = torch.optim.SGD(self.student.parameters(), learning_rate, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
         self.scaler = torch.amp.GradScaler('cuda', enabled=precision == 'float16') # half-precision gradients underflow unless scaled up
+        self._made_with = {
+            'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate, 'momentum': momentum,
+            'weight_decay': weight_decay, 'schedule': schedule, 'warmup': warmup, 'temperature': temperature,
+            'label_weight': label_weight, 'label_smoothing': label_smoothing, 'mixup_alpha': mixup_alpha,
+            'augment': repr(augment), 'precision': precision,
+            'mean': list(self.domain.mean), 'std': list(self.domain.std)}
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, Tensor] = {} # of the losses since the last row
         self._summed = 0 # updates in them
@@ -262,7 +274,11 @@ class Distiller:
             images, labels = self.sampler.sample(self.batch_size, self.generator)
             for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(self.done, self.steps, self.schedule, self.warmup)
             self.student.train()
-            total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
+            try: total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
+            except ValueError as error:
+                if 'more than 1 value per channel' not in str(error): raise
+                raise DFKDError(f'a batch of {len(images)} is too small for BatchNorm in the student: '
+                                f'raise batch_size ({self.batch_size})') from error
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
             self.scaler.step(self.optimizer)
@@ -279,6 +295,7 @@ class Distiller:
         deadline: float | None = None, # stop cleanly at this `time.monotonic()`
     ) -> 'Distiller': # itself
         "Train on, from wherever it stands, and write a row of mean losses every so many updates. A loss that is not finite is a `DFKDError`."
+        if every < 1: raise DFKDError(f'every is {every}: give 1 or more updates')
         end = min(self.steps, until if until is not None else self.steps)
         def late() -> bool: return deadline is not None and time.monotonic() > deadline
         with progress(total=self.steps, description='student' if self.teacher is not None else 'training', initial=self.done) as bar:
@@ -301,17 +318,28 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits. The tensors are alive: save them (`save_checkpoint`) before the next update."
-        return {'student': self.student.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
+        return {'settings': dict(self._made_with), 'student': self.student.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
                 'generator': self.generator.get_state(), 'sampler': self.sampler.state_dict(), 'done': self.done, 'seconds': self.seconds,
                 'history': list(self.history), 'sums': dict(self._sums), 'summed': self._summed, 'streams': self.streams.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood: same student, same source, same settings."
+        "Go on where `state_dict` stood: same student, same source, same settings; else a `DFKDError`, and nothing is changed."
+        if not {'student', 'sampler', 'streams', 'sums'} <= state.keys():
+            raise DFKDError('this state was not saved by a Distiller: give another path')
+        changed = [f'{k} (was {v}, now {self._made_with.get(k)})'
+                   for k, v in state.get('settings', {}).items() if self._made_with.get(k) != v]
+        if changed:
+            raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; '
+                            'set them back or give another path')
+        saved, own = ({k: v.shape for k, v in weights.items() if isinstance(v, Tensor)}
+                      for weights in (state['student'], self.student.state_dict()))
+        if saved != own:
+            raise DFKDError('this state belongs to another student: build the one it was saved from')
+        self.sampler.load_state_dict(state['sampler'])
         self.student.load_state_dict(state['student'])
         self.optimizer.load_state_dict(state['optimizer'])
         if state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
         self.generator.set_state(state['generator'].cpu())
-        self.sampler.load_state_dict(state['sampler'])
         self.done, self.seconds, self.history = state['done'], state['seconds'], list(state['history'])
         self._sums, self._summed = {k: v.to(self.device) for k, v in state['sums'].items()}, state['summed']
         self.streams.load_state_dict(state['streams'])
@@ -353,12 +381,12 @@ def evaluate(
     domain = domain or (model.domain if isinstance(model, Teacher) else data.domain)
     if domain.shape != data.domain.shape: raise DFKDError(f'the images are {data.domain.shape}, the network takes {domain.shape}: resize them with fit(images, domain)')
     if domain.num_classes < 2: raise DFKDError(f"'{domain.name}' has one class: an accuracy needs two or more")
-    domain.check_classes(data.domain)
+    domain.check_labels(data.labels, data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassAccuracy(domain.num_classes, average='micro').to(device)
     pairs: list[Tensor] = [] # label and prediction as one number
     with in_eval_mode(model):
-        for images, labels in progress(data.batches(batch_size), 'testing', total=-(-len(data) // batch_size)):
+        for images, labels in progress(data.batches(batch_size), 'testing', total=-(-len(data) // max(batch_size, 1))):
             assert labels is not None
             logits = _logits(model(_seen(model, images, domain)))
             if logits.shape[1:] != (domain.num_classes,):

@@ -272,6 +272,7 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same teacher, same settings."
+        if 'bank' not in state: raise DFKDError('this state was not saved by a ContrastiveSynthesizer: build the one it was saved from')
         super().load_state_dict(state)
         self.bank.load_state_dict(state['bank'])
         self.head.load_state_dict(state['head'])

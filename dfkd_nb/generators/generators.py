@@ -158,8 +158,8 @@ def _answers(student: nn.Module, x: Tensor) -> Tensor:
     return _logits(student(x.to(like.dtype)))
 
 def _copied(network: nn.Module) -> nn.Module:
-    "A copy of a generator, or a `DFKDError` where it cannot be copied."
-    try: return copy.deepcopy(network)
+    "A copy of a generator in single precision, or a `DFKDError` where it cannot be copied."
+    try: return copy.deepcopy(network).float()
     except RuntimeError as error: # e.g. weights that are computed from others by a hook
         reason = (str(error).splitlines() or [''])[0][:100]
         raise DFKDError(f"the generator '{type(network).__name__}' cannot be copied ({reason}): "
@@ -169,10 +169,12 @@ def _check_generator(network: nn.Module, domain: Domain, device: torch.device) -
     "A `DFKDError` unless codes of `latent_shape` become images of the domain, in [0, 1]."
     name, shape = type(network).__name__, getattr(network, 'latent_shape', None)
     if shape is None: raise DFKDError(f"the generator '{name}' does not say what it takes: give it latent_shape, the shape of one code")
+    if isinstance(shape, int): raise DFKDError(f"the generator '{name}' has latent_shape {shape}: give a tuple, ({shape},)")
     try:
         with torch.no_grad(), in_eval_mode(network): images = network(torch.zeros(2, *shape, device=device))
     except Exception as error: # networks of other libraries complain in their own ways
         raise DFKDError(f"the generator '{name}' does not take codes of shape {tuple(shape)} ({(str(error).splitlines() or [''])[0][:100]}): correct its latent_shape") from error
+    if not isinstance(images, Tensor): raise DFKDError(f"the generator '{name}' returns a {type(images).__name__}: return images (N, C, H, W) alone")
     if tuple(images.shape) != (2, *domain.shape): raise DFKDError(f"the generator '{name}' makes {tuple(images.shape[1:])}, '{domain.name}' has {tuple(domain.shape)}: build it with that shape")
     if not (images.min() >= 0 and images.max() <= 1):
         raise DFKDError(f"the generator '{name}' makes intensities from {float(images.min()):.2g} to {float(images.max()):.2g}: end it with a sigmoid, the domain normalises")
@@ -469,6 +471,8 @@ class GenerativeSynthesizer(Painting):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same teacher, same settings. Nothing of `state` is shared with it afterwards."
+        if not {'settings', 'weights', 'buffers', 'codes', 'streams'} <= state.keys():
+            raise DFKDError('this state was not saved by a synthesizer with a generator: give another path')
         changed = [f'{k} (was {v}, now {self._made_with.get(k)})' for k, v in state['settings'].items() if self._made_with.get(k) != v]
         if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
         for kind, own in (('weights', self.weights), ('buffers', self.buffers)):

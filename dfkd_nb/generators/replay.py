@@ -291,8 +291,8 @@ class ReplayPool(ImageSource, Sampler):
             raise DFKDError(f'the buffer was saved with other settings: {", ".join(changed)}; '
                             'set them back or give another path')
         self.domain.check(state['images'])
-        self._epochs.load_state_dict(state)
         self.added, self.largest = state['added'], state['largest'].to(self.device)
+        self._epochs.load_state_dict(state) # it counts the images
         for name, mine in (('images', '_images'), ('labels', '_classes'), ('confidences', '_confidences'), ('priorities', '_priorities'), ('draws', '_draws')):
             getattr(self, mine)[:len(self)] = state[name].to(self.device)
         self.counts = torch.bincount(self.labels, minlength=self.domain.num_classes)

@@ -162,7 +162,7 @@ def read_network(
     except DFKDError: raise problem(f'{checkpoint} is truncated, or holds more than weights: save model.state_dict() and give that file') from None
     for key in ('state_dict', 'model_state_dict', 'model', 'net'): # where training scripts like to put it
         if isinstance(state.get(key), dict): state = state[key]
-    weights = {str(k).removeprefix('module.'): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    weights = {re.sub(r'^(module\.|_orig_mod\.)+', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
     if not weights: raise problem(f'{checkpoint} holds no weights: save model.state_dict()')
     return weights
 

@@ -10,7 +10,6 @@ __all__ = ['WAYS', 'CLOCKS', 'SYNTHESIS_WAYS', 'LESSON_WAYS', 'BENCHMARKS', 'tex
            'benchmark_synthesis', 'fold_batchnorm', 'Lesson', 'benchmark_distillation', 'bench']
 
 # %% ../../nbs/lab/22_speed.ipynb #81b07777
-import argparse
 import copy
 import json
 import os
@@ -34,7 +33,7 @@ from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.core import DFKDError, atomic_path, seeded
 from ..foundations.data import DOMAINS, ImageSet
 from ..foundations.distillation import Distiller, distillation_loss
-from ..foundations.models import Teacher, build_model
+from ..foundations.models import Teacher, _trial, build_model
 from ..generators.generators import GenerativeSynthesizer, Generator
 
 # %% ../../nbs/lab/22_speed.ipynb #9d69de1b
@@ -486,7 +485,12 @@ def fold_batchnorm(
     try: folded = fuse(teacher.model)
     except Exception as error: # tracing gives up in many ways
         raise DFKDError(f"the network '{teacher.name}' cannot be traced ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): use it as it is") from None
-    return Teacher(folded, teacher.domain, teacher.name)
+    found = Teacher(folded, teacher.domain, teacher.name)
+    usual, answers = (_trial(who, teacher.domain) for who in (teacher, found))
+    if not torch.allclose(answers, usual, rtol=1e-3, atol=1e-3 * float(usual.abs().max())):
+        raise DFKDError(f"BatchNorm of the network '{teacher.name}' cannot be folded, its answers would change "
+                        '(a convolution that is called twice, or hooks): use it as it is')
+    return found
 
 # %% ../../nbs/lab/22_speed.ipynb #065014bb
 LESSON_WAYS = ('plain', 'no graph', 'channels last', 'folded', 'cached', 'compiled', 'bfloat16')
@@ -569,7 +573,8 @@ def bench(
     arguments: list[str], # as on the command line, without `dfkd bench`
 ) -> int: # exit code
     "`dfkd bench`: time DeepInversion's update, a round of synthesis or a step of distillation against the plainest correct version."
-    parser = argparse.ArgumentParser(prog='dfkd bench', description='Time the plainest correct version and faster ones in turns, at equal losses.')
+    from dfkd_nb.lab.commands import Parser
+    parser = Parser(prog='dfkd bench', description='Time the plainest correct version and faster ones in turns, at equal losses.')
     parser.add_argument('--what', default='inversion', choices=list(BENCHMARKS), help="DeepInversion's update (default), a generator's round, or a student's step")
     parser.add_argument('--student', default='resnet14', help='of synthesis and distillation: a name of build_model (default: resnet14)')
     parser.add_argument('--width', type=int, default=16, help="of synthesis: the generator's (default: 16; papers: 64)")
@@ -586,7 +591,9 @@ def bench(
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--out', type=Path, help='folder for one JSON file a batch size')
     asked = parser.parse_args(arguments)
-    if min(asked.batch) < 1 or asked.rounds < 1: raise DFKDError(f'batch {asked.batch}, {asked.rounds} rounds: give 1 or more')
+    if min(*asked.batch, asked.rounds, asked.steps, asked.width) < 1:
+        raise DFKDError(f'batch {asked.batch}, {asked.rounds} rounds, {asked.steps} steps, width {asked.width}: give 1 or more')
+    if asked.threads < 0: raise DFKDError(f'{asked.threads} threads: give 1 or more, or 0 for as many as PyTorch chooses')
     run, ways, extras, more = BENCHMARKS[asked.what]
     if asked.memory and asked.what != 'inversion': raise DFKDError(f'the memory of {asked.what} is not measured: leave out --memory, or use --what inversion')
     chosen = [way for way in ('channels last', 'compiled', 'bfloat16') if getattr(asked, {'compiled': 'compile'}.get(way, way.replace(' ', '_')))]
