@@ -315,7 +315,7 @@ def test_numbers_that_are_older_carry_a_sign_and_the_table_a_sentence():
     cells = comparison([old, new])
     rows = {cell.method: row_of(cell)["accuracy, %"] for cell in cells}
     assert rows == {"fast-5": "80.00†", "dafl": "90.00"}
-    note = f"† 1 of 2 runs are older than revision {REVISION}"
+    note = f"† 1 of these 2 runs was made before revision {REVISION}"
     for table in (markdown_table, text_table):
         assert sections(cells, table).count(note) == 1 and "80.00†" in sections(cells, table)
     assert "older" not in sections(comparison([new]))
@@ -325,7 +325,7 @@ def test_numbers_that_are_older_carry_a_sign_and_the_table_a_sentence():
     assert "--:" in markdown_table([row_of(cells[0])]).splitlines()[1], "a column of marked numbers stays to the right"
     aside = older(pair="", method="")
     assert other_rows([aside])[0]["accuracy, %"] == "88.90†"
-    assert results_text([old, aside]).count("older than revision") == 2, "once a table"
+    assert results_text([old, aside]).count("made before revision") == 2, "once a table"
 
 
 def test_the_list_of_results_marks_them_too(left, capsys):
@@ -336,7 +336,7 @@ def test_the_list_of_results_marks_them_too(left, capsys):
     assert main(["results", "--folder", str(left.folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("†") for line in lines[:2]] == [False, True] and lines[0].split()[0].endswith("dafl")
-    assert lines[-1].startswith("† 1 of 2 runs")
+    assert lines[-1].startswith("† 1 of these 2 runs")
 
 
 def test_pictures_leave_matplotlib_as_it_was():

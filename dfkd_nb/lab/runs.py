@@ -960,7 +960,8 @@ def older_note(
     "What the sign beside a number means."
     count = sum(run.outdated for run in found)
     if not count: return ''
-    return f'{OLDER} {count} of {len(found)} runs are older than revision {REVISION} of the code that numbers depend on: run again, they would give others.'
+    which = 'This run was' if len(found) == 1 else f"{count} of these {len(found)} runs {'was' if count == 1 else 'were'}"
+    return f'{OLDER} {which} made before revision {REVISION} of the code; made again, the numbers would differ.'
 
 def results_folder() -> Path: # it need not exist
     "Where results are published: `results` in the working directory, or beside the package in a checkout."
