@@ -345,7 +345,8 @@ COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream
            'deepdream': '#56B4E9', 'noise': '#555555'}
 
 # %% ../../nbs/foundations/01_core.ipynb #df949674
-def book_style() -> AbstractContextManager: # enter it around the drawing
+@contextmanager
+def book_style() -> Iterator[None]: # enter it around the drawing
     "The look of this book's figures, for matplotlib and seaborn: colours, sizes of words, two spines. Settings outside stay as they are."
     import matplotlib
     import seaborn
@@ -354,7 +355,10 @@ def book_style() -> AbstractContextManager: # enter it around the drawing
     sizes |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.title_fontsize': 7.5, 'figure.titlesize': 10}
     look = {'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})', 'axes.spines.top': False, 'axes.spines.right': False}
     look |= {'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'legend.frameon': False}
-    return matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'})
+    with matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'}):
+        try: yield
+        finally: interactive = matplotlib.is_interactive() # a notebook's backend, loaded by the first figure, sets it
+    matplotlib.interactive(interactive)
 
 # %% ../../nbs/foundations/01_core.ipynb #43935c16
 def show_images(
