@@ -295,6 +295,22 @@ def test_a_permuted_network_is_told_as_such_and_a_poor_one_is_not(teacher: Teach
             evaluate(build_model("digits-net", 10, 1), data)
 
 
+def test_two_classes_that_are_confused_do_not_make_a_permutation() -> None:
+    "Two of ten classes mostly answered as each other, the others at random: a poor network, not a permuted one."
+    labels = torch.arange(10).repeat_interleave(10)
+    predictions = torch.arange(100) % 10
+    predictions[:6], predictions[10:16] = 1, 0
+    data = ImageSet(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), labels, DOMAINS["digits"])
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.one_hot(predictions, 10).float()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(Fixed(), data)
+
+
 def test_labels_in_another_order_are_refused_and_can_be_renumbered(teacher: Teacher) -> None:
     data = load_data("digits", limit=100)
     order = torch.arange(10).flip(0)
