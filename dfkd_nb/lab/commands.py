@@ -687,7 +687,7 @@ def bench(arguments: argparse.Namespace) -> int:
     "`dfkd bench`: time an update of DeepInversion."
     try: speed = importlib.import_module('dfkd_nb.lab.speed')
     except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
-    return speed.bench(arguments.rest)
+    return speed.bench(arguments.rest, Parser)
 
 # %% ../../nbs/lab/23_commands.ipynb #2a2df9e8
 def parser() -> Parser: # of the whole program

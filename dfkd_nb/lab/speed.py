@@ -10,6 +10,7 @@ __all__ = ['WAYS', 'CLOCKS', 'SYNTHESIS_WAYS', 'LESSON_WAYS', 'BENCHMARKS', 'tex
            'benchmark_synthesis', 'fold_batchnorm', 'Lesson', 'benchmark_distillation', 'bench']
 
 # %% ../../nbs/lab/22_speed.ipynb #81b07777
+import argparse
 import copy
 import json
 import os
@@ -571,10 +572,10 @@ BENCHMARKS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...], tupl
 # %% ../../nbs/lab/22_speed.ipynb #4adb1a20
 def bench(
     arguments: list[str], # as on the command line, without `dfkd bench`
+    parser_type: type[argparse.ArgumentParser] = argparse.ArgumentParser, # reports what cannot be understood
 ) -> int: # exit code
     "`dfkd bench`: time DeepInversion's update, a round of synthesis or a step of distillation against the plainest correct version."
-    from dfkd_nb.lab.commands import Parser
-    parser = Parser(prog='dfkd bench', description='Time the plainest correct version and faster ones in turns, at equal losses.')
+    parser = parser_type(prog='dfkd bench', description='Time the plainest correct version and faster ones in turns, at equal losses.')
     parser.add_argument('--what', default='inversion', choices=list(BENCHMARKS), help="DeepInversion's update (default), a generator's round, or a student's step")
     parser.add_argument('--student', default='resnet14', help='of synthesis and distillation: a name of build_model (default: resnet14)')
     parser.add_argument('--width', type=int, default=16, help="of synthesis: the generator's (default: 16; papers: 64)")
