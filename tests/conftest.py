@@ -18,20 +18,26 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is loaded: many small tests gain nothing from more
+# before PyTorch is loaded: many small tests gain nothing from more
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-# The same examples on every machine and in every run, however busy it is: a failure is a failure for everybody.
+# The same examples on every machine and in every run, however busy it is: a failure is a
+# failure for everybody.
 settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+    'repeatable',
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("repeatable")
+settings.load_profile('repeatable')
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = int(os.environ.get("DFKD_NOTEBOOK_SECONDS", 400))
-PROGRAM = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1])"
+LIMIT = int(os.environ.get('DFKD_NOTEBOOK_SECONDS', 400))
+PROGRAM = 'import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1])'
 
 
 class Outcome(NamedTuple):
@@ -44,47 +50,64 @@ class Outcome(NamedTuple):
 
 def run_notebook(name: str, directory: Path) -> Outcome:
     "Run one notebook in a process that works in `directory` for everything it keeps."
-    changes = {"MPLBACKEND": "agg", "OMP_NUM_THREADS": "1", "IN_TEST": "1", "DFKD_PROGRESS": "0", "TMPDIR": str(directory)}
+    changes = {
+        'MPLBACKEND': 'agg',
+        'OMP_NUM_THREADS': '1',
+        'IN_TEST': '1',
+        'DFKD_PROGRESS': '0',
+        'TMPDIR': str(directory),
+    }
     start = time.time()
     try:
         result = subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(ROOT / "nbs" / name)],
+            [sys.executable, '-c', PROGRAM, str(ROOT / 'nbs' / name)],
             cwd=ROOT,
             env=os.environ | changes,
             timeout=LIMIT,
             capture_output=True,
             text=True,
-            errors="replace",
+            errors='replace',
         )
     except subprocess.TimeoutExpired as error:
-        text = b"".join(part for part in (error.stdout, error.stderr) if isinstance(part, bytes)).decode(
-            errors="replace"
+        text = b''.join(
+            part for part in (error.stdout, error.stderr) if isinstance(part, bytes)
+        ).decode(errors='replace')
+        return Outcome(
+            False, time.time() - start, f'took more than {LIMIT} s\n{text[-2000:]}'
         )
-        return Outcome(False, time.time() - start, f"took more than {LIMIT} s\n{text[-2000:]}")
     text = result.stdout + result.stderr
-    return Outcome(result.returncode == 0, time.time() - start, f"exit {result.returncode}\n{text[-6000:]}")
+    return Outcome(
+        result.returncode == 0,
+        time.time() - start,
+        f'exit {result.returncode}\n{text[-6000:]}',
+    )
 
 
 @pytest.fixture(autouse=True)
 def same_draws() -> None:
     "What a test draws from the global streams does not depend on the tests before it."
     random.seed(0)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    if 'torch' in sys.modules:
+        sys.modules['torch'].manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     "Notebooks are asked last."
-    items.sort(key=lambda item: item.get_closest_marker("notebook") is not None)
+    items.sort(key=lambda item: item.get_closest_marker('notebook') is not None)
 
 
 class Notebooks(dict[str, Future[Outcome]]):
     "What becomes of every notebook; so many run at a time."
 
-    def __init__(self, names: list[str], jobs: int, folders: pytest.TempPathFactory) -> None:
+    def __init__(
+        self, names: list[str], jobs: int, folders: pytest.TempPathFactory
+    ) -> None:
         self.places, self.waiting = threading.Semaphore(jobs), False
         self.pool = ThreadPoolExecutor(jobs + 1)
-        super().__init__((name, self.pool.submit(self.run, name, folders.mktemp(Path(name).stem))) for name in names)
+        super().__init__(
+            (name, self.pool.submit(self.run, name, folders.mktemp(Path(name).stem)))
+            for name in names
+        )
 
     def run(self, name: str, directory: Path) -> Outcome:
         with self.places:
@@ -98,12 +121,20 @@ class Notebooks(dict[str, Future[Outcome]]):
         return self[name].result()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Notebooks]:
+@pytest.fixture(scope='session', autouse=True)
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Notebooks]:
     "All notebooks that were asked for, begun at once."
-    asked = [item.callspec.params["name"] for item in request.session.items if item.get_closest_marker("notebook")]
+    asked = [
+        item.callspec.params['name']
+        for item in request.session.items
+        if item.get_closest_marker('notebook')
+    ]
     alone = len(asked) == len(request.session.items)
-    jobs = int(os.environ.get("DFKD_JOBS", min(4, max(1, (os.cpu_count() or 1) - (not alone)))))
+    jobs = int(
+        os.environ.get('DFKD_JOBS', min(4, max(1, (os.cpu_count() or 1) - (not alone))))
+    )
     notebooks = Notebooks(asked, jobs, tmp_path_factory)
     notebooks.waiting = alone  # then nothing is freed by waiting
     yield notebooks

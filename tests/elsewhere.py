@@ -18,41 +18,62 @@ from dfkd_nb.lab.runs import Recipe, Run
 from test_applications import TASKS, timed_once
 from test_methods import DIFFERENT, tiny
 
-RUNS: dict[str, tuple[str, dict[str, object]]] = {f"digits-{name}": (f"digits-{name}", tiny(name)) for name in DIFFERENT} | TASKS
+RUNS: dict[str, tuple[str, dict[str, object]]] = {
+    f'digits-{name}': (f'digits-{name}', tiny(name)) for name in DIFFERENT
+} | TASKS
 
 
 def load(library: str) -> torch.device:
     "Make the device known to PyTorch."
     torch.ops.load_library(library)
-    torch.utils.rename_privateuse1_backend("elsewhere")
-    module = types.ModuleType("torch.elsewhere")
-    for name, value in {"is_available": True, "device_count": 1, "current_device": 0, "_is_in_bad_fork": False}.items():
+    torch.utils.rename_privateuse1_backend('elsewhere')
+    module = types.ModuleType('torch.elsewhere')
+    for name, value in {
+        'is_available': True,
+        'device_count': 1,
+        'current_device': 0,
+        '_is_in_bad_fork': False,
+    }.items():
         setattr(module, name, lambda value=value: value)
     module.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
-    torch._register_device_module("elsewhere", module)
+    torch._register_device_module('elsewhere', module)
     torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
-    return torch.device("elsewhere:0")
+    return torch.device('elsewhere:0')
 
 
 def main(library: str, folder: Path) -> None:
     there, pick = load(library), core.pick_device
-    core.pick_device = lambda name="auto": there if str(name).startswith("elsewhere") else pick(name)
-    from dfkd_nb.applications import pruning  # only now: other modules take `pick_device` when they are imported
+    core.pick_device = lambda name='auto': (
+        there if str(name).startswith('elsewhere') else pick(name)
+    )
+    # only now: other modules take `pick_device` when they are imported
+    from dfkd_nb.applications import pruning
 
     pruning.fastest = timed_once
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, object]] = {name: {} for name in RUNS}
-    for device in ("cpu", "elsewhere"):
-        where = {"out": folder / device, "device": device, "quiet": True}
-        Run(Recipe.load("digits-teacher"), "quick", {"epochs": 1.0, "evaluations": 1}, **where).start()
-        load_data("digits", "train", limit=40).save(folder / device / "digits-transfer-deepinversion/quick/images.safetensors")
+    for device in ('cpu', 'elsewhere'):
+        where = {'out': folder / device, 'device': device, 'quiet': True}
+        Run(
+            Recipe.load('digits-teacher'),
+            'quick',
+            {'epochs': 1.0, 'evaluations': 1},
+            **where,
+        ).start()
+        load_data('digits', 'train', limit=40).save(
+            folder / device / 'digits-transfer-deepinversion/quick/images.safetensors'
+        )
         for name, (recipe, changes) in RUNS.items():
             try:
-                outcomes[name][device] = Run(Recipe.load(recipe), "quick", changes, **where).start(fresh=True).numbers
+                outcomes[name][device] = (
+                    Run(Recipe.load(recipe), 'quick', changes, **where)
+                    .start(fresh=True)
+                    .numbers
+                )
             except Exception as error:
-                outcomes[name][device] = f"{type(error).__name__}: {error}"
+                outcomes[name][device] = f'{type(error).__name__}: {error}'
     print(json.dumps(outcomes))
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main(sys.argv[1], Path(sys.argv[2]))

@@ -30,7 +30,7 @@ from dfkd_nb.foundations.models import (
 )
 
 HALVES = (0.5, 0.5, 0.5)
-OWN = Domain("own", (3, 8, 8), HALVES, HALVES, tuple("abcd"))
+OWN = Domain('own', (3, 8, 8), HALVES, HALVES, tuple('abcd'))
 IMAGES = torch.randint(
     0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
 )
@@ -57,7 +57,7 @@ def one_line(call: Callable[[], Any], *words: str) -> str:
     with pytest.raises(DFKDError) as caught:
         call()
     message = str(caught.value)
-    assert "\n" not in message and ":" in message, message
+    assert '\n' not in message and ':' in message, message
     for word in words:
         assert word in message, message
     return message
@@ -71,7 +71,7 @@ def process_group() -> Iterator[None]:
     "A group of one process, which `DistributedDataParallel` needs."
     with tempfile.TemporaryDirectory() as folder:
         torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/group", rank=0, world_size=1
+            'gloo', init_method=f'file://{folder}/group', rank=0, world_size=1
         )
         yield
         torch.distributed.destroy_process_group()
@@ -83,7 +83,7 @@ def exported(
     return torch.export.export(
         net,
         (X.to(dtype),),
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=512)},),
+        dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=512)},),
     )
 
 
@@ -92,7 +92,7 @@ class Shifted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.zeros(3, 1, 1, dtype=torch.float64))
+        self.register_buffer('shift', torch.zeros(3, 1, 1, dtype=torch.float64))
         self.net = plain()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,45 +101,45 @@ class Shifted(nn.Module):
 
 def compiled_in_place() -> nn.Module:
     net = plain()
-    net.compile(backend="eager")
+    net.compile(backend='eager')
     return net
 
 
 def compiled_in_part() -> nn.Module:
     net = plain()
-    net[1] = torch.compile(net[1], backend="eager")
+    net[1] = torch.compile(net[1], backend='eager')
     return net
 
 
 FORMS: dict[str, Callable[[], Any]] = {
-    "float64": lambda: plain().double(),
-    "float16": lambda: plain().half(),
-    "bfloat16": lambda: plain().bfloat16(),
-    "float64 buffer": Shifted,
-    "torch.compile": lambda: torch.compile(plain(), backend="eager"),
-    "compiled in place": compiled_in_place,
-    "compiled in part": compiled_in_part,
-    "DataParallel": lambda: nn.DataParallel(plain()),
-    "compiled DDP": lambda: torch.compile(
-        nn.parallel.DistributedDataParallel(plain()), backend="eager"
+    'float64': lambda: plain().double(),
+    'float16': lambda: plain().half(),
+    'bfloat16': lambda: plain().bfloat16(),
+    'float64 buffer': Shifted,
+    'torch.compile': lambda: torch.compile(plain(), backend='eager'),
+    'compiled in place': compiled_in_place,
+    'compiled in part': compiled_in_part,
+    'DataParallel': lambda: nn.DataParallel(plain()),
+    'compiled DDP': lambda: torch.compile(
+        nn.parallel.DistributedDataParallel(plain()), backend='eager'
     ),
-    "torch.fx": lambda: torch.fx.symbolic_trace(plain()),
-    "torch.jit.script": lambda: torch.jit.script(plain()),
-    "torch.jit.trace": lambda: torch.jit.trace(plain(), X),
-    "frozen": lambda: torch.jit.freeze(torch.jit.script(plain())),
-    "scripted float64": lambda: torch.jit.script(plain().double()),
-    "ExportedProgram": lambda: exported(plain()),
-    "torch.export": lambda: exported(plain()).module(),
-    "exported float64": lambda: exported(plain().double(), torch.float64).module(),
+    'torch.fx': lambda: torch.fx.symbolic_trace(plain()),
+    'torch.jit.script': lambda: torch.jit.script(plain()),
+    'torch.jit.trace': lambda: torch.jit.trace(plain(), X),
+    'frozen': lambda: torch.jit.freeze(torch.jit.script(plain())),
+    'scripted float64': lambda: torch.jit.script(plain().double()),
+    'ExportedProgram': lambda: exported(plain()),
+    'torch.export': lambda: exported(plain()).module(),
+    'exported float64': lambda: exported(plain().double(), torch.float64).module(),
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("error::FutureWarning")
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.filterwarnings('error::FutureWarning')
+@pytest.mark.parametrize('form', FORMS)
 def test_a_network_in_any_form_teaches_alike(form: str, process_group: None) -> None:
     own, teacher = Teacher(plain(), OWN), Teacher(FORMS[form](), OWN)
-    rough = form in ("float16", "bfloat16")
+    rough = form in ('float16', 'bfloat16')
     logits = teacher.predict(IMAGES, batch_size=3)
     torch.testing.assert_close(
         logits,
@@ -154,32 +154,32 @@ def test_a_network_in_any_form_teaches_alike(form: str, process_group: None) -> 
     teacher(x).square().sum().backward()
     assert x.grad is not None and float(x.grad.abs().sum()) > 0
     if why_no_hooks(teacher):
-        assert form in list(FORMS)[list(FORMS).index("torch.jit.script") :]
-        for layer in ("classifier", "5"):
-            words = "be read: ", "give the network it was made from"
+        assert form in list(FORMS)[list(FORMS).index('torch.jit.script') :]
+        for layer in ('classifier', '5'):
+            words = 'be read: ', 'give the network it was made from'
             one_line(lambda layer=layer: teacher.embed(IMAGES, layer), *words)
     else:
-        prefix = "net." if form == "float64 buffer" else ""
+        prefix = 'net.' if form == 'float64 buffer' else ''
         norms = [
             name
             for name, layer in teacher.model.named_modules()
             if isinstance(layer, nn.BatchNorm2d)
         ]
-        assert norms == [f"{prefix}1"], "under the names that the network itself has"
+        assert norms == [f'{prefix}1'], 'under the names that the network itself has'
         assert (
             teacher.embed(IMAGES).shape == (5, 8)
-            and classifier_layer(teacher) == f"{prefix}5"
+            and classifier_layer(teacher) == f'{prefix}5'
         )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_a_part_that_cannot_be_read() -> None:
     net = plain()
     teacher = Teacher(nn.Sequential(net[:3], torch.jit.script(net[3:])), OWN)
-    assert teacher.embed(IMAGES, "0.1").equal(Teacher(net, OWN).embed(IMAGES, "1"))
-    for layer in ("1", "1.1", "classifier"):
+    assert teacher.embed(IMAGES, '0.1').equal(Teacher(net, OWN).embed(IMAGES, '1'))
+    for layer in ('1', '1.1', 'classifier'):
         one_line(
-            lambda layer=layer: teacher.embed(IMAGES, layer), "TorchScript", "be read: "
+            lambda layer=layer: teacher.embed(IMAGES, layer), 'TorchScript', 'be read: '
         )
 
 
@@ -194,7 +194,7 @@ def test_double_precision_on_purpose() -> None:
 
 class Detector(nn.Module):
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
-        return [{"boxes": x.new_zeros(1, 4), "scores": x.new_zeros(1)} for _ in x]
+        return [{'boxes': x.new_zeros(1, 4), 'scores': x.new_zeros(1)} for _ in x]
 
 
 class Locked(nn.Linear):
@@ -232,93 +232,93 @@ def dropped_out() -> nn.Module:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
-    "meta": (
-        lambda: plain().to("meta"),
-        ("no numbers", "meta device", "load its weights first"),
+    'meta': (
+        lambda: plain().to('meta'),
+        ('no numbers', 'meta device', 'load its weights first'),
     ),
-    "lazy": (
+    'lazy': (
         lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(4)),
-        ("has a layer without a shape", "call it once"),
+        ('has a layer without a shape', 'call it once'),
     ),
-    "no forward": (
+    'no forward': (
         nn.Module,
-        ("NotImplementedError", "give a network with a forward method"),
+        ('NotImplementedError', 'give a network with a forward method'),
     ),
-    "list of modules": (
+    'list of modules': (
         lambda: nn.ModuleList([plain()]),
-        ("give a network with a forward method",),
+        ('give a network with a forward method',),
     ),
-    "detector": (Detector, ("list of dict", "wrap it so that it returns logits")),
-    "lock": (Locked, ("cannot be copied", "lock")),
-    "one answer": (Averaging, ("1 answers to 2 images", "(N, 4)")),
-    "nothing": (lambda: None, ("NoneType is no network", "give an nn.Module")),
-    "function": (lambda: len, ("is no network", "give an nn.Module")),
-    "class": (lambda: nn.Linear, ("this Linear is no network",)),
-    "weights": (
+    'detector': (Detector, ('list of dict', 'wrap it so that it returns logits')),
+    'lock': (Locked, ('cannot be copied', 'lock')),
+    'one answer': (Averaging, ('1 answers to 2 images', '(N, 4)')),
+    'nothing': (lambda: None, ('NoneType is no network', 'give an nn.Module')),
+    'function': (lambda: len, ('is no network', 'give an nn.Module')),
+    'class': (lambda: nn.Linear, ('this Linear is no network',)),
+    'weights': (
         lambda: plain().state_dict(),
-        ("weights are no network", "load_state_dict"),
+        ('weights are no network', 'load_state_dict'),
     ),
-    "one batch size": (
+    'one batch size': (
         lambda: torch.export.export(plain(), (X[:1],)).module(),
-        ("Guard failed", "for batches of any size"),
+        ('Guard failed', 'for batches of any size'),
     ),
-    "short constants": (
+    'short constants': (
         lambda: torch.jit.freeze(torch.jit.script(plain().half())),
-        ("export it from float32 weights",),
+        ('export it from float32 weights',),
     ),
-    "exported awake": (
+    'exported awake': (
         lambda: exported(plain().train()),
-        ("exported in training mode", "'1.running_mean' changes", ".eval()"),
+        ('exported in training mode', "'1.running_mean' changes", '.eval()'),
     ),
-    "traced awake": (trained_trace, ("exported in training mode", "running_mean' changes")),
-    "traced with dropout": (
+    'traced awake': (trained_trace, ('exported in training mode', "running_mean' changes")),
+    'traced with dropout': (
         dropped_out,
-        ("exported in training mode", "its answer changes"),
+        ('exported in training mode', 'its answer changes'),
     ),
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('case', REFUSED)
 def test_what_cannot_teach_says_what_to_do(case: str) -> None:
     make, words = REFUSED[case]
     message = one_line(lambda: Teacher(make(), OWN), *words)
-    assert "channels and size" not in message, "the shape is not what is wrong"
+    assert 'channels and size' not in message, 'the shape is not what is wrong'
 
 
 @pytest.mark.parametrize(
-    "error",
+    'error',
     [
-        ZeroDivisionError("integer division or modulo by zero"),
+        ZeroDivisionError('integer division or modulo by zero'),
         TypeError("forward() missing 1 required positional argument: 'mask'\nand more"),
-        RuntimeError("Expected all tensors to be on the same device"),
-        KeyError("image_size"),
+        RuntimeError('Expected all tensors to be on the same device'),
+        KeyError('image_size'),
         RuntimeError(),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_a_network_complains_in_its_own_words(error: Exception) -> None:
-    words = (str(error).splitlines() or ["no message"])[0]
+    words = (str(error).splitlines() or ['no message'])[0]
     expected = "'odd' fails on images of shape (3, 8, 8)", type(error).__name__, words
-    message = one_line(lambda: check_network(Fails(error), OWN, "odd"), *expected)
-    assert "call it yourself, model(torch.zeros(2, 3, 8, 8))" in message
-    assert "channels and size" not in message
+    message = one_line(lambda: check_network(Fails(error), OWN, 'odd'), *expected)
+    assert 'call it yourself, model(torch.zeros(2, 3, 8, 8))' in message
+    assert 'channels and size' not in message
 
 
 def test_a_shape_is_blamed_where_it_is_wrong() -> None:
     grey, vector = nn.Conv2d(1, 4, 3), nn.Sequential(nn.Flatten(), nn.Linear(75, 4))
-    words = "does not take images of shape (3, 8, 8)", "check the channels and size"
+    words = 'does not take images of shape (3, 8, 8)', 'check the channels and size'
     for net in (grey, vector, nn.Conv2d(3, 4, 9), torch.jit.script(grey)):
         one_line(lambda net=net: check_network(net, OWN), *words)
-    name: Any = "cifar10"
-    one_line(lambda: Teacher(plain(), name), "'cifar10' is no domain", "DOMAINS")
+    name: Any = 'cifar10'
+    one_line(lambda: Teacher(plain(), name), "'cifar10' is no domain", 'DOMAINS')
 
 
 # --- the caller's network -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "form", ["float64", "torch.compile", "DataParallel", "compiled in part", "float16"]
+    'form', ['float64', 'torch.compile', 'DataParallel', 'compiled in part', 'float16']
 )
 def test_the_callers_network_stays_the_callers(form: str) -> None:
     model = FORMS[form]()
@@ -347,7 +347,7 @@ def test_the_callers_network_stays_the_callers(form: str) -> None:
     teacher = Teacher(model, OWN)
     teacher.predict(IMAGES)
     teacher.embed(IMAGES)
-    one_line(lambda: teacher.embed(IMAGES, "none"), "no layer 'none'")
+    one_line(lambda: teacher.embed(IMAGES, 'none'), "no layer 'none'")
     teacher.double()
     assert look() == before and torch.get_rng_state().equal(stream)
     assert all(v.equal(bits[name]) for name, v in network.state_dict().items())
@@ -362,10 +362,10 @@ def test_the_callers_network_stays_the_callers(form: str) -> None:
 
 
 def test_weights_and_blocks_pass_through_wrappers(tmp_path: Path) -> None:
-    path, net = tmp_path / "w.safetensors", plain()
-    save_weights(path, torch.compile(net, backend="eager"), half=False)
+    path, net = tmp_path / 'w.safetensors', plain()
+    save_weights(path, torch.compile(net, backend='eager'), half=False)
     assert set(load_tensors(path)[0]) == set(net.state_dict()), (
-        "the names of the network, not those of the wrapper"
+        'the names of the network, not those of the wrapper'
     )
     for wrap in (torch.compile, nn.DataParallel):
         for fill in (
@@ -390,17 +390,17 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.se = nn.Conv2d(3, 8, 3), nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.conv, self.se = nn.Conv2d(3, 8, 3), nn.ModuleDict({'fc': nn.Linear(8, 8)})
         self.fc = nn.Linear(8, 4)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.AuxLogits = nn.ModuleDict({"fc": nn.Linear(8, 4)})
+        self.AuxLogits = nn.ModuleDict({'fc': nn.Linear(8, 4)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).relu()
-        x = x * self.se["fc"](x.mean((2, 3))).sigmoid()[..., None, None]
+        x = x * self.se['fc'](x.mean((2, 3))).sigmoid()[..., None, None]
         rows = x.flatten(2).transpose(1, 2)
         x = self.attention(rows, rows, rows)[0].mean(1)
-        return self.fc(x) + 0 if not self.training else self.fc(x) + self.AuxLogits["fc"](x)
+        return self.fc(x) + 0 if not self.training else self.fc(x) + self.AuxLogits['fc'](x)
 
 
 class Heads(nn.Module):
@@ -418,33 +418,33 @@ class Heads(nn.Module):
 def test_the_classifier_is_the_layer_that_answers() -> None:
     teacher = Teacher(Net(), OWN)
     assert (
-        classifier_layer(teacher) == "fc" and classifier_layer(teacher.model, OWN) == "fc"
+        classifier_layer(teacher) == 'fc' and classifier_layer(teacher.model, OWN) == 'fc'
     )
-    assert classifier_layer(Net()) == "AuxLogits.fc", (
-        "without images the order of the list decides"
+    assert classifier_layer(Net()) == 'AuxLogits.fc', (
+        'without images the order of the list decides'
     )
     assert (
         classifier_layer(nn.ModuleList([nn.Linear(8, 8), nn.MultiheadAttention(8, 2)]))
-        == "0"
-    ), "out_proj is never called"
+        == '0'
+    ), 'out_proj is never called'
     heads = Teacher(Heads(), OWN)
-    assert classifier_layer(heads) == "head", "the other one is called later"
+    assert classifier_layer(heads) == 'head', 'the other one is called later'
     torch.testing.assert_close(
-        teacher.model.get_submodule("fc")(teacher.embed(IMAGES)), teacher.predict(IMAGES)
+        teacher.model.get_submodule('fc')(teacher.embed(IMAGES)), teacher.predict(IMAGES)
     )
-    seen = {name: teacher.embed(IMAGES, name) for name in ("classifier", "fc", "se.fc")}
-    assert seen["classifier"].equal(seen["fc"]) and not seen["se.fc"].equal(seen["fc"])
+    seen = {name: teacher.embed(IMAGES, name) for name in ('classifier', 'fc', 'se.fc')}
+    assert seen['classifier'].equal(seen['fc']) and not seen['se.fc'].equal(seen['fc'])
     with tap(teacher) as taken:
         teacher(OWN.normalize(IMAGES))
     assert taken[0].equal(teacher.embed(IMAGES))
     one_line(
-        lambda: teacher.embed(IMAGES, "AuxLogits.fc"), "did not use layer 'AuxLogits.fc'"
+        lambda: teacher.embed(IMAGES, 'AuxLogits.fc'), "did not use layer 'AuxLogits.fc'"
     )
     one_line(
         lambda: classifier_layer(
             Teacher(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), OWN)
         ),
-        "no linear layer",
+        'no linear layer',
     )
 
 
@@ -458,8 +458,8 @@ def test_the_last_call_counts_where_none_answers_alone() -> None:
             return (self.first(x.flatten(1)) + self.second(x.flatten(1))) / 2
 
     assert (
-        classifier_layer(Teacher(Mean(), OWN)) == "second"
-        and classifier_layer(Mean()) == "first"
+        classifier_layer(Teacher(Mean(), OWN)) == 'second'
+        and classifier_layer(Mean()) == 'first'
     )
 
 
@@ -478,15 +478,15 @@ class Shared(nn.Module):
 
 def test_a_layer_of_two_names_that_is_called_twice() -> None:
     teacher, x = Teacher(Shared(), OWN), OWN.normalize(IMAGES)
-    second = teacher.model.get_submodule("first")(
+    second = teacher.model.get_submodule('first')(
         x.flatten(1)
     )  # what enters the second call
-    for name in ("first", "again"):
+    for name in ('first', 'again'):
         torch.testing.assert_close(teacher.embed(IMAGES, name, batch_size=2), second)
-    with tap(teacher.model, "again") as taken:
+    with tap(teacher.model, 'again') as taken:
         for batch in x.split(2):
             teacher(batch)
-    assert [len(rows) for rows in taken] == [2, 2, 1], "one entry each pass"
+    assert [len(rows) for rows in taken] == [2, 2, 1], 'one entry each pass'
     torch.testing.assert_close(torch.cat(taken), second)
 
 
@@ -514,22 +514,22 @@ def test_one_row_an_image() -> None:
     teacher, x = Teacher(Tokens(), OWN), OWN.normalize(IMAGES)
     rows = x.flatten(2).transpose(1, 2)
     torch.testing.assert_close(
-        teacher.embed(IMAGES, "rows"), rows.mean(1)
+        teacher.embed(IMAGES, 'rows'), rows.mean(1)
     )  # over tokens, not over features
     assert all(
-        teacher.embed(IMAGES, name).shape == (5, 6) for name in ("norm", "drop", "fc")
+        teacher.embed(IMAGES, name).shape == (5, 6) for name in ('norm', 'drop', 'fc')
     )
-    assert float(teacher.embed(IMAGES, "relu").min()) < 0, (
-        "what entered, before it was written over"
+    assert float(teacher.embed(IMAGES, 'relu').min()) < 0, (
+        'what entered, before it was written over'
     )
     one_line(
-        lambda: teacher.embed(IMAGES, "window"),
-        "gets 20 rows for 5 images",
-        "one row an image",
+        lambda: teacher.embed(IMAGES, 'window'),
+        'gets 20 rows for 5 images',
+        'one row an image',
     )
     maps = Teacher(plain(), OWN)
-    torch.testing.assert_close(maps.embed(IMAGES, "1"), maps.model[0](x).mean((2, 3)))
-    for name in ("", "2.fc", "x"):
+    torch.testing.assert_close(maps.embed(IMAGES, '1'), maps.model[0](x).mean((2, 3)))
+    for name in ('', '2.fc', 'x'):
         one_line(lambda name=name: maps.embed(IMAGES, name), f"no layer '{name}'")
 
 
@@ -539,7 +539,7 @@ def test_one_row_an_image() -> None:
 def said(make: Callable[[], nn.Module], domain: Domain = OWN) -> list[str]:
     "The warnings of a new teacher."
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter('always')
         Teacher(make(), domain)
     assert all(w.category is DFKDWarning and w.filename == __file__ for w in caught)
     return [str(w.message) for w in caught]
@@ -559,14 +559,14 @@ def test_probabilities_are_noticed() -> None:
     ):
         (message,) = said(make)
         assert (
-            "probabilities" in message
-            and "remove its softmax" in message
-            and "\n" not in message
+            'probabilities' in message
+            and 'remove its softmax' in message
+            and '\n' not in message
         )
-    one = Domain("one", (3, 8, 8), HALVES, HALVES, ("a",))
+    one = Domain('one', (3, 8, 8), HALVES, HALVES, ('a',))
     head = nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Sigmoid())
     for net in (head, nn.Sequential(head, nn.Softmax(1))):
-        assert said(lambda net=net: net, one) == [], "one class has no rows to judge"
+        assert said(lambda net=net: net, one) == [], 'one class has no rows to judge'
 
 
 class Once(nn.Module):
@@ -588,7 +588,8 @@ def test_logits_are_not_taken_for_probabilities() -> None:
         assert said(make) == []
     negative = nn.Sequential(plain(), nn.Softmax(1), nn.Linear(4, 4, bias=False))
     with torch.no_grad():
-        negative[2].weight.copy_(torch.eye(4) * 80 - 19.75)  # sums of one, some below zero
+        # sums of one, some below zero
+        negative[2].weight.copy_(torch.eye(4) * 80 - 19.75)
     assert said(lambda: negative) == []
 
 
@@ -602,21 +603,21 @@ def test_images_of_any_source_or_one_line() -> None:
         source
     ).equal(teacher.embed(IMAGES))
     for call in (teacher.predict, teacher.embed):
-        for wrong in (None, [IMAGES], IMAGES.numpy(), "images"):
+        for wrong in (None, [IMAGES], IMAGES.numpy(), 'images'):
             one_line(
                 lambda call=call, wrong=wrong: call(wrong),
-                "was shown a",
+                'was shown a',
                 type(wrong).__name__,
-                "ImageSource",
+                'ImageSource',
             )
-        one_line(lambda call=call: call(IMAGES, batch_size=0), "batches of 0 images")
-        one_line(lambda call=call: call(IMAGES.float()), "divide by 255")
-        one_line(lambda call=call: call(OWN.normalize(IMAGES)), "normalised already")
-        one_line(lambda call=call: call(IMAGES[:, :1]), "(5, 1, 8, 8)", "own")
+        one_line(lambda call=call: call(IMAGES, batch_size=0), 'batches of 0 images')
+        one_line(lambda call=call: call(IMAGES.float()), 'divide by 255')
+        one_line(lambda call=call: call(OWN.normalize(IMAGES)), 'normalised already')
+        one_line(lambda call=call: call(IMAGES[:, :1]), '(5, 1, 8, 8)', 'own')
 
 
 def test_one_class_is_enough() -> None:
-    one = Domain("one", (3, 8, 8), HALVES, HALVES, ("a",))
+    one = Domain('one', (3, 8, 8), HALVES, HALVES, ('a',))
     teacher = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), one)
     assert teacher.predict(IMAGES).shape == (5, 1) and teacher.embed(IMAGES).shape == (
         5,
@@ -628,7 +629,7 @@ def test_one_class_is_enough() -> None:
 
 
 def test_statistics_that_half_precision_cannot_hold_stay(tmp_path: Path) -> None:
-    path, net = tmp_path / "w.safetensors", plain()
+    path, net = tmp_path / 'w.safetensors', plain()
     with torch.no_grad():
         net[1].running_var[:3] = torch.tensor(
             [1e-8, 1e-5, 0.0]
@@ -638,7 +639,7 @@ def test_statistics_that_half_precision_cannot_hold_stay(tmp_path: Path) -> None
         net[5].bias.copy_(torch.tensor([1e-9, 2e-9, 0.0, 0.0]))
     save_weights(path, net)
     kept = {name for name, v in load_tensors(path)[0].items() if v.dtype == torch.float32}
-    assert kept == {"1.running_var", "1.running_mean", "5.bias"}
+    assert kept == {'1.running_var', '1.running_mean', '5.bias'}
     other = plain(1)
     load_weights(path, other)
     assert all(other.state_dict()[name].equal(net.state_dict()[name]) for name in kept)
@@ -646,22 +647,22 @@ def test_statistics_that_half_precision_cannot_hold_stay(tmp_path: Path) -> None
     assert {v.dtype for v in load_tensors(path)[0].values()} == {
         torch.float16,
         torch.int64,
-    }, "others are halved"
+    }, 'others are halved'
 
 
 def test_damage_is_no_matter_of_precision(tmp_path: Path) -> None:
     net = plain()
     net[1].running_mean[0] = torch.nan
     for half in (True, False):
-        words = "'1.running_mean' is not finite", "the network is damaged"
+        words = "'1.running_mean' is not finite", 'the network is damaged'
         message = one_line(
-            lambda half=half: save_weights(tmp_path / "w", net, half=half), *words
+            lambda half=half: save_weights(tmp_path / 'w', net, half=half), *words
         )
-        assert "half" not in message
+        assert 'half' not in message
     net = plain()
     net[0].weight.data[0] = 1e6
     one_line(
-        lambda: save_weights(tmp_path / "w", net),
+        lambda: save_weights(tmp_path / 'w', net),
         "'0.weight' is not finite in half precision",
-        "half=False",
+        'half=False',
     )

@@ -1,4 +1,6 @@
-"""Competition: a divergence with a bound and a gradient, a pool that forgets nothing, turns that resume, coverage that is not fooled."""
+"""Competition: a divergence with a bound and a gradient, a pool that forgets nothing, turns
+that resume, coverage that is not fooled.
+"""
 
 import dataclasses
 import math
@@ -37,9 +39,9 @@ from cases import each
 from tiny import DIGITS, network
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
 def compete(
@@ -54,13 +56,13 @@ def compete(
     terms=None,
     **settings,
 ):
-    terms = {"competition": (weight, competition_term(3.0))} | (terms or {})
+    terms = {'competition': (weight, competition_term(3.0))} | (terms or {})
     maker = maker or DeepInversion(
-        teacher, steps=5, batch_size=4, jitter=1, device="cpu", terms=terms
+        teacher, steps=5, batch_size=4, jitter=1, device='cpu', terms=terms
     )
     pool, shared = (
         GrowingPool(DIGITS, **settings),
-        {"batch_size": 4, "learning_rate": 0.05, "device": "cpu"},
+        {'batch_size': 4, 'learning_rate': 0.05, 'device': 'cpu'},
     )
     student = student or network(1)
     distiller = Distiller(teacher, student, pool, steps=steps, domain=domain, **shared)
@@ -87,47 +89,75 @@ def weights(model):
 def test_the_divergence_is_half_the_kl_of_each_from_the_middle():
     p, q = torch.randn(2, 20, 7, dtype=torch.float64)
     m = 0.5 * (p.softmax(1) + q.softmax(1))
-    wanted = 0.5 * sum(F.kl_div(m.log(), a.softmax(1), reduction="none").sum(1) for a in (p, q))
+    wanted = 0.5 * sum(
+        F.kl_div(m.log(), a.softmax(1), reduction='none').sum(1) for a in (p, q)
+    )
     assert torch.allclose(jensen_shannon(p, q), wanted, atol=1e-14)
     assert torch.allclose(jensen_shannon(3 * p, 3 * q, 3.0), wanted, atol=1e-14)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 1000), st.sampled_from([1e-3, 1.0, 30.0, 1e4, 1e30]), st.sampled_from([0.5, 1.0, 3.0, 20.0]))
-def test_it_is_bounded_symmetric_and_finite_with_a_finite_gradient(seed, classes, scale, temperature):
-    p, q = (scale * torch.randn(2, 3, classes, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 1000),
+    st.sampled_from([1e-3, 1.0, 30.0, 1e4, 1e30]),
+    st.sampled_from([0.5, 1.0, 3.0, 20.0]),
+)
+def test_it_is_bounded_symmetric_and_finite_with_a_finite_gradient(
+    seed, classes, scale, temperature
+):
+    p, q = (
+        scale * torch.randn(2, 3, classes, generator=torch.Generator().manual_seed(seed))
+    ).requires_grad_()
     js = jensen_shannon(p, q, temperature)
     assert (js >= -1e-6).all() and (js <= math.log(2) + 1e-5).all()
     assert torch.allclose(js, jensen_shannon(q, p, temperature), atol=1e-6)
     assert all(g.isfinite().all() for g in torch.autograd.grad(js.sum(), (p, q)))
 
 
-@pytest.mark.parametrize("classes, scale", [(2, 1.0), (10, 40.0), (1000, 2.0)])
+@pytest.mark.parametrize('classes, scale', [(2, 1.0), (10, 40.0), (1000, 2.0)])
 def test_its_gradient_is_that_of_finite_differences(classes, scale):
-    p, q = (scale * torch.randn(1, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    assert torch.autograd.gradcheck(lambda a, b: jensen_shannon(a, b, 3.0), (p.requires_grad_(), q.requires_grad_()))
+    p, q = (
+        scale
+        * torch.randn(
+            1, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(s)
+        )
+        for s in (0, 1)
+    )
+    assert torch.autograd.gradcheck(
+        lambda a, b: jensen_shannon(a, b, 3.0), (p.requires_grad_(), q.requires_grad_())
+    )
 
 
 def test_a_thousand_flat_classes_still_pull():
     p, q = torch.randn(2, 8, 1000).requires_grad_()
-    g, = torch.autograd.grad(jensen_shannon(p, q, 3.0).sum(), q)
+    (g,) = torch.autograd.grad(jensen_shannon(p, q, 3.0).sum(), q)
     assert (g.norm(dim=1) > 0).all()
 
 
 def test_it_keeps_its_bits_in_half_precision():
     p, q = torch.randn(2, 8, 10)
-    assert torch.allclose(jensen_shannon(p.bfloat16(), q.bfloat16()), jensen_shannon(p.bfloat16().float(), q.bfloat16().float()))
+    assert torch.allclose(
+        jensen_shannon(p.bfloat16(), q.bfloat16()),
+        jensen_shannon(p.bfloat16().float(), q.bfloat16().float()),
+    )
 
 
 def test_the_term_prices_agreement_and_needs_a_student():
     view = View(torch.zeros(3, 1, 8, 8), torch.randn(3, 10), torch.arange(3))
-    with pytest.raises(DFKDError, match="nobody to compete with"):
+    with pytest.raises(DFKDError, match='nobody to compete with'):
         competition_term()(view)
     view.student_logits = torch.randn(3, 10)
-    assert competition_term(3.0)(view) == competition_loss(view.logits, view.student_logits, 3.0)
-    assert 1 - math.log(2) <= competition_term()(view) < competition_loss(view.logits, view.logits)
+    assert competition_term(3.0)(view) == competition_loss(
+        view.logits, view.student_logits, 3.0
+    )
+    assert (
+        1 - math.log(2)
+        <= competition_term()(view)
+        < competition_loss(view.logits, view.logits)
+    )
     for bad in (0.0, -1.0, math.nan):
-        with pytest.raises(DFKDError, match="temperature"):
+        with pytest.raises(DFKDError, match='temperature'):
             competition_term(bad)
 
 
@@ -135,7 +165,9 @@ def test_the_term_prices_agreement_and_needs_a_student():
 
 
 def filled(value, n):
-    return torch.full((n, 1, 8, 8), value, dtype=torch.uint8), torch.zeros(n, dtype=torch.long)
+    return torch.full((n, 1, 8, 8), value, dtype=torch.uint8), torch.zeros(
+        n, dtype=torch.long
+    )
 
 
 def values(batch):
@@ -148,7 +180,10 @@ def test_new_images_come_first_and_then_everything_evenly():
     pool.sample(4, rng)
     pool.add(*filled(2, 4))
     pool.add(*filled(3, 4))  # nothing was drawn in between: both are new
-    assert sorted(values(pool.sample(4, rng)) + values(pool.sample(4, rng))) == [2] * 4 + [3] * 4
+    assert (
+        sorted(values(pool.sample(4, rng)) + values(pool.sample(4, rng)))
+        == [2] * 4 + [3] * 4
+    )
     assert values(pool.sample(4, rng)) + values(pool.sample(4, rng)) == [1] * 8
     drawn = [v for _ in range(4) for v in values(pool.sample(4, rng))]
     assert sorted(drawn) == [1] * 8 + [2] * 4 + [3] * 4
@@ -168,10 +203,10 @@ def test_the_pool_keeps_every_image_and_hands_out_no_empty_room():
         pool.add(*filled(k, 3))
     assert pool.images[:, 0, 0, 0].tolist() == [k for k in range(1, 20) for _ in range(3)]
     assert len(pool) == len(pool.labels) == 57
-    assert pool.state_dict()["images"].untyped_storage().nbytes() == 57 * 64
+    assert pool.state_dict()['images'].untyped_storage().nbytes() == 57 * 64
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize('kept', [True, False])
 def test_a_pool_goes_on_where_it_stood(kept):
     def make():
         pool = GrowingPool(DIGITS, saves_images=kept)
@@ -189,7 +224,7 @@ def test_a_pool_goes_on_where_it_stood(kept):
     assert [values(other.sample(4, rng)) for _ in range(5)] == wanted[1:]
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize('kept', [True, False])
 def test_a_pool_that_is_loaded_knows_what_is_new(kept):
     def make():
         pool = GrowingPool(DIGITS, saves_images=kept)
@@ -209,38 +244,38 @@ def test_a_pool_that_is_loaded_knows_what_is_new(kept):
 def test_a_pool_without_its_images_says_so():
     pool = GrowingPool(DIGITS, saves_images=False)
     pool.add(*filled(1, 6))
-    with pytest.raises(DFKDError, match="add those first"):
+    with pytest.raises(DFKDError, match='add those first'):
         GrowingPool(DIGITS).load_state_dict(pool.state_dict())
 
 
 @each(
-    "images, labels, message",
+    'images, labels, message',
     [
-        (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), "give uint8"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), "8"),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 10]), "0 to 9"),
+        (torch.rand(2, 1, 8, 8), torch.tensor([0, 1]), 'give uint8'),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), '8'),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 10]), '0 to 9'),
         (
             torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
             torch.tensor([0]),
-            "one label an image",
+            'one label an image',
         ),
         (
             torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
             torch.zeros(0, dtype=torch.long),
-            "no images to add",
+            'no images to add',
         ),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, "give the wished classes"),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, 'give the wished classes'),
         (
             torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
             torch.tensor([0.0, 1.0]),
-            "as integers",
+            'as integers',
         ),
     ],
 )
 def test_a_pool_refuses_what_does_not_fit(images, labels, message):
     with pytest.raises(DFKDError, match=message) as error:
         GrowingPool(DIGITS).add(images, labels)
-    assert "\n" not in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 # --- taking turns ---
@@ -248,19 +283,19 @@ def test_a_pool_refuses_what_does_not_fit(images, labels, message):
 
 def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
     contest = compete(teacher).run()
-    assert [row["updates"] for row in contest.history] == [0, 4, 8]
-    assert [row["images"] for row in contest.history] == [6, 12, 18]
+    assert [row['updates'] for row in contest.history] == [0, 4, 8]
+    assert [row['images'] for row in contest.history] == [6, 12, 18]
     assert contest.finished and contest.done == 14 and len(contest.pool) == 18
     assert torch.bincount(contest.pool.labels, minlength=10).tolist() == [2] * 8 + [1, 1]
     fresh = ImageSet(contest.pool.images[:6], contest.pool.labels[:6], DIGITS)
     known = float((answer(teacher, fresh, DIGITS).argmax(1) == fresh.labels).float().mean())
-    assert contest.history[0]["teacher_fresh"] == known
+    assert contest.history[0]['teacher_fresh'] == known
 
 
 def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
     contest, weight = (
         compete(teacher),
-        lambda: contest.maker.objective.weights["competition"],
+        lambda: contest.maker.objective.weights['competition'],
     )
     contest.step()
     assert contest.dreaming and contest.maker.student is None and weight() == 0
@@ -276,37 +311,39 @@ def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
 
 def test_weight_zero_is_deepinversion_without_the_term(teacher):
     with_term, without = compete(teacher, 0.0).run(), compete(teacher, 0.0)
-    without.maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device="cpu")
+    without.maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device='cpu')
     without.run()
     assert torch.equal(with_term.pool.images, without.pool.images)
     assert torch.equal(weights(with_term.student), weights(without.student))
 
 
-@pytest.mark.parametrize("turns", [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
+@pytest.mark.parametrize('turns', [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
 def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
     def fresh():
         torch.manual_seed(5)  # the term's noise begins here
         return compete(
-            teacher, student=forgetful(network(1)), terms={"noise": (1.0, noise_term)}
+            teacher, student=forgetful(network(1)), terms={'noise': (1.0, noise_term)}
         )
 
     whole, part = fresh().run(), fresh()
     for _ in range(turns):
         part.step()
-    save_checkpoint(tmp_path / "state.pt", part.state_dict())
+    save_checkpoint(tmp_path / 'state.pt', part.state_dict())
     other = fresh()
     torch.manual_seed(99)
-    other.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    other.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
     other.run()
     assert torch.equal(other.pool.images, whole.pool.images)
     assert torch.equal(weights(other.student), weights(whole.student))
     for mine, theirs in zip(other.history, whole.history):
-        assert mine | {"loss": 0} == theirs | {"loss": 0}  # `step` leaves the rows of losses to `run`
+        # `step` leaves the rows of losses to `run`
+        assert mine | {'loss': 0} == theirs | {'loss': 0}
 
 
 def test_every_round_begins_with_its_own_noise(teacher):
     contest = compete(teacher, weight=1e-6, rounds=2)
-    contest.images_per_round, contest.maker.stages = 10, [((8, 8), 1)]  # the same classes in every round
+    # the same classes in every round
+    contest.images_per_round, contest.maker.stages = 10, [((8, 8), 1)]
     contest.run()
     first, second = contest.pool.images.split(10)
     assert not torch.equal(first, second)
@@ -324,15 +361,18 @@ def test_a_maker_is_put_back_for_whoever_comes_next(teacher):
 
 
 def test_each_network_is_asked_on_its_own_scale(teacher):
-    "In the loop the student answers as outside: to dreams, to fresh images, on the test set."
+    """In the loop the student answers as outside.
+
+    To dreams, to fresh images, on the test set.
+    """
     other, seen = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,)), []
 
     def remember(view):
         seen.append([view.x.detach().clone(), view.logits, view.student_logits])
         return view.x.mean()
 
-    terms = {"competition": (10.0, competition_term(3.0)), "remember": (1.0, remember)}
-    shared = {"steps": 5, "batch_size": 4, "jitter": 0, "flip": False, "device": "cpu"}
+    terms = {'competition': (10.0, competition_term(3.0)), 'remember': (1.0, remember)}
+    shared = {'steps': 5, 'batch_size': 4, 'jitter': 0, 'flip': False, 'device': 'cpu'}
     maker = DeepInversion(teacher, terms=terms, **shared)
     contest = compete(teacher, domain=other, maker=maker, rounds=2, steps=8)
     contest.run(until=4)
@@ -344,7 +384,7 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
     contest.test = ImageSet(unseen, answers, DIGITS)
     contest.step()  # the first update of the second round
     pixels, known, guessed = seen[0]
-    close = {"rtol": 1e-4, "atol": 1e-5}
+    close = {'rtol': 1e-4, 'atol': 1e-5}
     with torch.no_grad():
         torch.testing.assert_close(known, teacher(DIGITS.from_pixels(pixels)), **close)
         said = contest.student(other.from_pixels(pixels))
@@ -356,9 +396,9 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
         known, guessed = teacher.predict(fresh), contest.student(other.normalize(fresh))
     apart, right = jensen_shannon(known, guessed).mean(), (guessed.argmax(1) == wished)
     row = contest.history[1]
-    assert row["divergence"] == pytest.approx(float(apart), rel=1e-4)
-    assert row["student_fresh"] == pytest.approx(float(right.float().mean()))
-    assert row["accuracy"] == 1
+    assert row['divergence'] == pytest.approx(float(apart), rel=1e-4)
+    assert row['student_fresh'] == pytest.approx(float(right.float().mean()))
+    assert row['accuracy'] == 1
 
 
 def test_a_callback_stops_it_and_it_goes_on(teacher):
@@ -383,31 +423,37 @@ def test_a_deadline_in_the_past_does_nothing(teacher):
 
 def test_another_setting_is_not_resumed(teacher):
     state = compete(teacher).state_dict()
-    with pytest.raises(DFKDError, match="competition"):
+    with pytest.raises(DFKDError, match='competition'):
         compete(teacher, 5.0).load_state_dict(state)
-    with pytest.raises(DFKDError, match="every"):
+    with pytest.raises(DFKDError, match='every'):
         compete(teacher, every=3).load_state_dict(state)
-    with pytest.raises(DFKDError, match="not written by this kind of race .competition"):
-        compete(teacher).load_state_dict({"kind": "synthesis"})
+    with pytest.raises(DFKDError, match='not written by this kind of race .competition'):
+        compete(teacher).load_state_dict({'kind': 'synthesis'})
 
 
 def test_what_cannot_be_a_competition_is_refused(teacher):
-    with pytest.raises(DFKDError, match="the student is the teacher"):
+    with pytest.raises(DFKDError, match='the student is the teacher'):
         compete(teacher, student=network())
-    with pytest.raises(DFKDError, match="fewer rounds"):
+    with pytest.raises(DFKDError, match='fewer rounds'):
         compete(teacher, rounds=5)
-    with pytest.raises(DFKDError, match="1 or more of each"):
+    with pytest.raises(DFKDError, match='1 or more of each'):
         compete(teacher, rounds=0)
-    maker = DeepInversion(teacher, steps=2, device="cpu")
+    maker = DeepInversion(teacher, steps=2, device='cpu')
     images = ImageSet(*filled(1, 4), DIGITS)
-    with pytest.raises(DFKDError, match="give its Distiller a GrowingPool"):
-        Competition(maker, Distiller(teacher, network(1), images, steps=4, device="cpu"), rounds=1, images_per_round=2, every=1)
-    with pytest.raises(DFKDError, match="no images to ask about"):
+    with pytest.raises(DFKDError, match='give its Distiller a GrowingPool'):
+        Competition(
+            maker,
+            Distiller(teacher, network(1), images, steps=4, device='cpu'),
+            rounds=1,
+            images_per_round=2,
+            every=1,
+        )
+    with pytest.raises(DFKDError, match='no images to ask about'):
         answer(teacher, GrowingPool(DIGITS), DIGITS)
-    with pytest.raises(DFKDError, match="every is 0"):
+    with pytest.raises(DFKDError, match='every is 0'):
         compete(teacher).run(every=0)
     contest = compete(teacher).run()
-    with pytest.raises(DFKDError, match="all its updates"):
+    with pytest.raises(DFKDError, match='all its updates'):
         contest.step()
 
 
@@ -416,7 +462,9 @@ def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher
     contest.run(until=4)
     before = weights(contest.student)
     contest.step()
-    assert contest.dreaming and not any(m.training for m in contest.maker.student.model.modules())
+    assert contest.dreaming and not any(
+        m.training for m in contest.maker.student.model.modules()
+    )
     while contest.dreaming:
         contest.step()
     assert torch.equal(before, weights(contest.student))
@@ -430,7 +478,10 @@ def test_the_toy_dreams_where_the_student_is_wrong():
         toy = CompetitionToy(weight=weight, every=60)
         toy.step()
         toy.step()
-        fresh, real = (float(jensen_shannon(toy.teacher(x), toy.student(x)).mean()) for x in (toy.rounds[-1], toy.real))
+        fresh, real = (
+            float(jensen_shannon(toy.teacher(x), toy.student(x)).mean())
+            for x in (toy.rounds[-1], toy.real)
+        )
         assert len(toy.history) == 2 and draw_toy(toy, 100).shape == (3, 100, 100)
         return fresh / real
 
@@ -438,7 +489,7 @@ def test_the_toy_dreams_where_the_student_is_wrong():
 
 
 def test_the_toy_explorer_plays_rounds_and_starts_again():
-    pytest.importorskip("ipywidgets")
+    pytest.importorskip('ipywidgets')
     play = ToyExplorer(every=2)
     play.weight.value = 0.0
     play.next.click()
@@ -460,7 +511,10 @@ def test_measures_by_hand():
     real = line(*range(10))
     assert coverage(real, line(0.5), 1) == 0.2 and density(real, line(0.5), 1) == 2.0
     assert density(real, line(0.5), 2) == 1.0  # in two balls of two neighbours each
-    assert precision_recall(real, line(-20, 30), 1) == (0.0, 1.0) and coverage(real, line(-20, 30), 1) == 0.0
+    assert (
+        precision_recall(real, line(-20, 30), 1) == (0.0, 1.0)
+        and coverage(real, line(-20, 30), 1) == 0.0
+    )
     assert precision_recall(real, line(3, 4), 1) == (1.0, 0.4)
     assert coverage(real, real, 1) == 1.0
 
@@ -470,7 +524,12 @@ def test_distances_match_the_plain_ones_and_skip_oneself():
     plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1)
     assert torch.allclose(nearest_distances(a, b, 4), plain.values[:, :4], atol=1e-6)
     assert torch.equal(nearest(a, b, 4)[1], plain.indices[:, :4])
-    own = torch.cdist(a.double(), a.double(), compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf).sort(1).values[:, :2]
+    own = (
+        torch.cdist(a.double(), a.double(), compute_mode='donot_use_mm_for_euclid_dist')
+        .fill_diagonal_(math.inf)
+        .sort(1)
+        .values[:, :2]
+    )
     assert torch.equal(nearest_distances(a, neighbours=2), own)
     twins = torch.cat([b, b])
     assert (nearest_distances(twins)[:, 0] == 0).all()  # a copy is a neighbour
@@ -496,16 +555,19 @@ def test_the_plane_is_that_of_the_real_points():
 
 
 @each(
-    "call, message",
+    'call, message',
     [
-        (lambda: coverage(line(0, 1, 2), line(0), 3), "3 neighbours among 2 points"),
-        (lambda: coverage(line(0, 1, 2), torch.zeros(2, 3), 1), "embed both with the same network"),
-        (lambda: coverage(line(0, 1, 2), torch.zeros(0, 2), 1), "N at least 1"),
-        (lambda: density(line(0, math.nan), line(0), 1), "NaN"),
-        (lambda: principal_plane(line(0, 1)), "3 or more"),
+        (lambda: coverage(line(0, 1, 2), line(0), 3), '3 neighbours among 2 points'),
+        (
+            lambda: coverage(line(0, 1, 2), torch.zeros(2, 3), 1),
+            'embed both with the same network',
+        ),
+        (lambda: coverage(line(0, 1, 2), torch.zeros(0, 2), 1), 'N at least 1'),
+        (lambda: density(line(0, math.nan), line(0), 1), 'NaN'),
+        (lambda: principal_plane(line(0, 1)), '3 or more'),
     ],
 )
 def test_points_that_cannot_be_compared_are_refused(call, message):
     with pytest.raises(DFKDError, match=message) as error:
         call()
-    assert "\n" not in str(error.value)
+    assert '\n' not in str(error.value)

@@ -1,4 +1,6 @@
-"""Contrast: InfoNCE against a plain loop and its bound, views that are parts, a bank that is a ring, batches that resume."""
+"""Contrast: InfoNCE against a plain loop and its bound, views that are parts, a bank that
+is a ring, batches that resume.
+"""
 
 import math
 
@@ -32,15 +34,25 @@ from tiny import DIGITS, used
 def network(seed=0, domain=DIGITS, norm=True):
     "Two convolutions; BatchNorm, where there is one, has seen something."
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(domain.channels, 6, 3, 2, 1), nn.BatchNorm2d(6) if norm else nn.GELU(), nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1)]
-    layers += [nn.BatchNorm2d(5) if norm else nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, domain.num_classes)]
+    layers = [
+        nn.Conv2d(domain.channels, 6, 3, 2, 1),
+        nn.BatchNorm2d(6) if norm else nn.GELU(),
+        nn.ReLU(),
+        nn.Conv2d(6, 5, 3, padding=1),
+    ]
+    layers += [
+        nn.BatchNorm2d(5) if norm else nn.GELU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, domain.num_classes),
+    ]
     model = nn.Sequential(*layers)
     return used(model, domain.shape)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
 def forgetful(model):
@@ -49,11 +61,24 @@ def forgetful(model):
 
 
 def maker_of(teacher, **change):
-    torch.manual_seed(change.pop("weights", 0))
-    chosen = {"steps": 3, "batch_size": 6, "learning_rate": 5e-3, "latent_learning_rate": 5e-3}
-    chosen |= {"class_weight": 1.0, "feature_weight": 1.0, "labels": "wishes"}
-    chosen |= {"augment": Augment(1, False), "bank_size": 16, "negatives": 8, "head_size": 12, "device": "cpu"}
-    return ContrastiveSynthesizer(teacher, generator=Generator(teacher.domain.shape, 8, 4), **chosen | change)
+    torch.manual_seed(change.pop('weights', 0))
+    chosen = {
+        'steps': 3,
+        'batch_size': 6,
+        'learning_rate': 5e-3,
+        'latent_learning_rate': 5e-3,
+    }
+    chosen |= {'class_weight': 1.0, 'feature_weight': 1.0, 'labels': 'wishes'}
+    chosen |= {
+        'augment': Augment(1, False),
+        'bank_size': 16,
+        'negatives': 8,
+        'head_size': 12,
+        'device': 'cpu',
+    }
+    return ContrastiveSynthesizer(
+        teacher, generator=Generator(teacher.domain.shape, 8, 4), **chosen | change
+    )
 
 
 # --- InfoNCE ---
@@ -61,30 +86,49 @@ def maker_of(teacher, **change):
 
 def test_it_is_the_cross_entropy_of_finding_ones_own():
     u, v = torch.randn(2, 7, 4, dtype=torch.float64)
-    likeness = torch.stack([torch.stack([F.cosine_similarity(a, b, dim=0) for b in v]) for a in u])
-    wanted = F.cross_entropy(likeness / 0.3, torch.arange(7), reduction="none")
+    likeness = torch.stack(
+        [torch.stack([F.cosine_similarity(a, b, dim=0) for b in v]) for a in u]
+    )
+    wanted = F.cross_entropy(likeness / 0.3, torch.arange(7), reduction='none')
     assert torch.allclose(info_nce(u, v, 0.3), wanted, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda u, v: info_nce(u, v, 0.3), (u.requires_grad_(), v.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda u, v: info_nce(u, v, 0.3), (u.requires_grad_(), v.requires_grad_())
+    )
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.sampled_from([0.01, 0.1, 1.0]), st.sampled_from([1e-3, 1.0, 1e6]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 40),
+    st.sampled_from([0.01, 0.1, 1.0]),
+    st.sampled_from([1e-3, 1.0, 1e6]),
+)
 def test_its_bounds_and_that_length_and_order_do_not_count(seed, n, temperature, scale):
-    u, v = torch.randn(2, n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    u, v = torch.randn(
+        2, n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     prices = info_nce(u, v, temperature)
     assert (prices >= 0).all() and (prices <= math.log(n) + 2 / temperature + 1e-9).all()
     assert torch.allclose(info_nce(scale * u, v, temperature), prices, atol=1e-9)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    assert torch.allclose(info_nce(u[order], v[order], temperature), prices[order], atol=1e-9)
+    assert torch.allclose(
+        info_nce(u[order], v[order], temperature), prices[order], atol=1e-9
+    )
 
 
 def test_a_guess_and_a_certainty():
-    assert torch.allclose(info_nce(torch.eye(8), torch.ones(8, 8)), torch.tensor(math.log(8)))
-    assert torch.allclose(info_nce(torch.eye(8), torch.eye(8), 0.1), torch.tensor(math.log(1 + 7 * math.exp(-10))), atol=1e-6)
+    assert torch.allclose(
+        info_nce(torch.eye(8), torch.ones(8, 8)), torch.tensor(math.log(8))
+    )
+    assert torch.allclose(
+        info_nce(torch.eye(8), torch.eye(8), 0.1),
+        torch.tensor(math.log(1 + 7 * math.exp(-10))),
+        atol=1e-6,
+    )
     assert info_nce(torch.zeros(3, 2), torch.zeros(3, 2)).isfinite().all()
-    with pytest.raises(DFKDError, match="one key an anchor"):
+    with pytest.raises(DFKDError, match='one key an anchor'):
         info_nce(torch.eye(3), torch.eye(4))
-    with pytest.raises(DFKDError, match="positive"):
+    with pytest.raises(DFKDError, match='positive'):
         info_nce(torch.eye(3), torch.eye(3), 0.0)
 
 
@@ -95,23 +139,32 @@ def test_the_whole_is_a_view_of_itself_and_no_view_invents_pixels():
     x, rng = torch.rand(40, 3, 12, 20), torch.Generator().manual_seed(0)
     assert torch.allclose(LocalView((1.0, 1.0), (1.0, 1.0), False)(x, rng), x, atol=1e-5)
     mirrored = LocalView((1.0, 1.0), (1.0, 1.0))(x, rng)
-    assert torch.allclose(mirrored.sort(3).values, x.sort(3).values, atol=1e-5) and not torch.allclose(mirrored, x, atol=1e-5)
+    assert torch.allclose(
+        mirrored.sort(3).values, x.sort(3).values, atol=1e-5
+    ) and not torch.allclose(mirrored, x, atol=1e-5)
     parts = LocalView()(x, rng)
     assert parts.shape == x.shape
-    assert (parts.amax((2, 3)) <= x.amax((2, 3)) + 1e-6).all() and (parts.amin((2, 3)) >= x.amin((2, 3)) - 1e-6).all()
+    assert (parts.amax((2, 3)) <= x.amax((2, 3)) + 1e-6).all() and (
+        parts.amin((2, 3)) >= x.amin((2, 3)) - 1e-6
+    ).all()
 
 
 def test_a_part_has_the_area_that_was_asked_for():
     rows = torch.linspace(0, 1, 64)
-    x = torch.stack([rows.expand(64, 64), rows[:, None].expand(64, 64)]).expand(200, 2, 64, 64)
-    parts = LocalView((0.25, 0.6), (0.75, 4 / 3), False)(x, torch.Generator().manual_seed(1))
-    width, height = (parts[:, 0, 32, 48] - parts[:, 0, 32, 16]) * 63 / 32, (parts[:, 1, 48, 32] - parts[:, 1, 16, 32]) * 63 / 32
+    x = torch.stack([rows.expand(64, 64), rows[:, None].expand(64, 64)]).expand(
+        200, 2, 64, 64
+    )
+    parts = LocalView((0.25, 0.6), (0.75, 4 / 3), False)(
+        x, torch.Generator().manual_seed(1)
+    )
+    width = (parts[:, 0, 32, 48] - parts[:, 0, 32, 16]) * 63 / 32
+    height = (parts[:, 1, 48, 32] - parts[:, 1, 16, 32]) * 63 / 32
     area, ratio = width * height, width / height
     assert 0.24 < area.min() and area.max() < 0.62 and area.std() > 0.05
     assert 0.72 < ratio.min() and ratio.max() < 1.38
 
 
-@pytest.mark.parametrize("size", [(8, 8), (7, 12)], ids=str)
+@pytest.mark.parametrize('size', [(8, 8), (7, 12)], ids=str)
 def test_a_view_is_the_resampling_of_an_affine_grid(size):
     "The same images and gradients as by PyTorch's resampling, which has no order on a GPU."
     x = torch.rand(30, 2, *size, dtype=torch.float64).requires_grad_()
@@ -132,7 +185,7 @@ def test_a_view_is_the_resampling_of_an_affine_grid(size):
         [torch.stack([width, zero, right], 1), torch.stack([zero, height, down], 1)], 1
     ).double()
     grid = F.affine_grid(places, list(x.shape), align_corners=False)
-    wanted = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    wanted = F.grid_sample(x, grid, padding_mode='border', align_corners=False)
     torch.testing.assert_close(part, wanted, rtol=0, atol=1e-12)
     slope = torch.randn_like(x)
     torch.testing.assert_close(
@@ -141,15 +194,26 @@ def test_a_view_is_the_resampling_of_an_affine_grid(size):
 
 
 def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
-    x = torch.rand(1, 1, 8, 8, dtype=torch.float64).expand(5, 1, 8, 8).clone().requires_grad_()
-    one, two, other = (LocalView()(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert torch.equal(one, two) and not torch.equal(one, other) and not torch.equal(one[0], one[1])
+    x = (
+        torch.rand(1, 1, 8, 8, dtype=torch.float64)
+        .expand(5, 1, 8, 8)
+        .clone()
+        .requires_grad_()
+    )
+    one, two, other = (
+        LocalView()(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
+    assert (
+        torch.equal(one, two)
+        and not torch.equal(one, other)
+        and not torch.equal(one[0], one[1])
+    )
     assert torch.autograd.grad(one.sum(), x)[0].abs().sum() > 0
-    for wrong in ({"scale": (0.0, 1.0)}, {"scale": (0.5, 2.0)}, {"ratio": (2.0, 1.0)}):
-        with pytest.raises(DFKDError, match="small to large"):
+    for wrong in ({'scale': (0.0, 1.0)}, {'scale': (0.5, 2.0)}, {'ratio': (2.0, 1.0)}):
+        with pytest.raises(DFKDError, match='small to large'):
             LocalView(**wrong)
     for images in (torch.rand(3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
-        with pytest.raises(DFKDError, match=r"give floats \(N, C, H, W\)"):
+        with pytest.raises(DFKDError, match=r'give floats \(N, C, H, W\)'):
             LocalView()(images, torch.Generator())
 
 
@@ -158,12 +222,14 @@ def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
 
 def test_summaries_are_means_of_what_enters_and_hooks_are_removed():
     model, x = network(), torch.randn(4, 1, 8, 8)
-    with Summary(model, ["1", "4", "7"]) as summary:
+    with Summary(model, ['1', '4', '7']) as summary:
         model(x)
         found = summary.vectors()
         with pytest.raises(DFKDError, match="did not use layer '1'"):
             summary.vectors()
-    wanted = torch.cat([model[:1](x).mean((2, 3)), model[:4](x).mean((2, 3)), model[:7](x)], 1)
+    wanted = torch.cat(
+        [model[:1](x).mean((2, 3)), model[:4](x).mean((2, 3)), model[:7](x)], 1
+    )
     assert torch.allclose(found, wanted, atol=1e-6)
     with pytest.raises(RuntimeError), summary:
         raise RuntimeError
@@ -182,7 +248,9 @@ class Excite(nn.Module):
 
 
 class Named(nn.Module):
-    "An `fc` before the classifier `fc`, a head not called in eval mode, a layer of two names."
+    """An `fc` before the classifier `fc`, a head not called in eval mode, a layer of two
+    names.
+    """
 
     def __init__(self, norm):
         super().__init__()
@@ -191,8 +259,8 @@ class Named(nn.Module):
             nn.BatchNorm2d(6) if norm else nn.Identity(),
         )
         self.se, self.AuxLogits = Excite(), nn.Sequential()
-        self.AuxLogits.add_module("norm", nn.BatchNorm1d(6) if norm else nn.Identity())
-        self.AuxLogits.add_module("fc", nn.Linear(6, 10))
+        self.AuxLogits.add_module('norm', nn.BatchNorm1d(6) if norm else nn.Identity())
+        self.AuxLogits.add_module('fc', nn.Linear(6, 10))
         self.fc = nn.Linear(6, 10)
         self.same = self.norm
 
@@ -201,11 +269,11 @@ class Named(nn.Module):
         return self.fc(x) + self.AuxLogits(x) if self.training else self.fc(x)
 
 
-@pytest.mark.parametrize("norm", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize('norm', [True, False], ids=['fused', 'plain'])
 def test_the_right_layer_is_read(norm):
     torch.manual_seed(0)
     teacher, images = Teacher(used(Named(norm)), DIGITS), torch.rand(5, *DIGITS.shape)
-    maker = maker_of(teacher, feature_weight=float(norm), layers=["fc", "se.fc", "same"])
+    maker = maker_of(teacher, feature_weight=float(norm), layers=['fc', 'se.fc', 'same'])
     x = DIGITS.normalize(images)
     with torch.no_grad(), maker.summary:
         maker.look(x)
@@ -220,24 +288,36 @@ def test_the_right_layer_is_read(norm):
     torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-5, atol=1e-5)
     default = maker_of(teacher, feature_weight=float(norm))
     assert (
-        list(default.summary.modules) == (["norm"] if norm else ["fc"])
+        list(default.summary.modules) == (['norm'] if norm else ['fc'])
         and default.features == 6
     )
-    for layers in ([".fc"], ["c"], [""], ["model.fc"], []):
-        with pytest.raises(DFKDError, match="layer"):
+    for layers in (['.fc'], ['c'], [''], ['model.fc'], []):
+        with pytest.raises(DFKDError, match='layer'):
             maker_of(teacher, feature_weight=0.0, layers=layers)
     with pytest.raises(DFKDError, match="did not use layer 'AuxLogits.fc'"):
-        maker_of(teacher, feature_weight=0.0, layers=["AuxLogits.fc"])
-    with pytest.raises(DFKDError, match="give a list"):
-        maker_of(teacher, feature_weight=0.0, layers="fc")
+        maker_of(teacher, feature_weight=0.0, layers=['AuxLogits.fc'])
+    with pytest.raises(DFKDError, match='give a list'):
+        maker_of(teacher, feature_weight=0.0, layers='fc')
 
 
 def test_a_sequence_is_averaged_over_its_places_on_either_path():
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 6, 3), nn.Flatten(2), nn.BatchNorm1d(6), nn.Flatten(), nn.Linear(216, 10)
-    teacher, x = Teacher(used(nn.Sequential(*layers)), DIGITS), torch.randn(3, *DIGITS.shape)
-    for network in (teacher.model, teacher, fuse_statistics(teacher.model), fuse_statistics(teacher)):
-        with Summary(network, ["2"]) as summary:
+    layers = (
+        nn.Conv2d(1, 6, 3),
+        nn.Flatten(2),
+        nn.BatchNorm1d(6),
+        nn.Flatten(),
+        nn.Linear(216, 10),
+    )
+    teacher = Teacher(used(nn.Sequential(*layers)), DIGITS)
+    x = torch.randn(3, *DIGITS.shape)
+    for network in (
+        teacher.model,
+        teacher,
+        fuse_statistics(teacher.model),
+        fuse_statistics(teacher),
+    ):
+        with Summary(network, ['2']) as summary:
             network(x)
             torch.testing.assert_close(summary.vectors(), teacher.model[:2](x).mean(2))
 
@@ -251,7 +331,9 @@ def test_the_bank_keeps_the_last_and_never_grows(size, batches):
         bank.add(torch.stack([new, -new], 1)[..., None])
         ever += new.tolist()
     pairs = bank.draw(99, torch.Generator().manual_seed(0))
-    assert sorted(pairs[:, 0, 0].tolist()) == ever[-size:] and len(bank) == min(size, len(ever))
+    assert sorted(pairs[:, 0, 0].tolist()) == ever[-size:] and len(bank) == min(
+        size, len(ever)
+    )
     assert torch.equal(pairs[:, 0], -pairs[:, 1]) and bank.kept.shape == (size, 2, 1)
 
 
@@ -268,11 +350,11 @@ def test_a_bank_goes_on_where_its_ring_stood():
 
 
 def test_a_bank_that_does_not_fit_is_refused():
-    with pytest.raises(DFKDError, match=r"give \(n, 2, 3\)"):
+    with pytest.raises(DFKDError, match=r'give \(n, 2, 3\)'):
         MemoryBank(4, 3).add(torch.zeros(2, 2, 4))
-    with pytest.raises(DFKDError, match="same size and layers"):
+    with pytest.raises(DFKDError, match='same size and layers'):
         MemoryBank(4, 3).load_state_dict(MemoryBank(5, 3).state_dict())
-    with pytest.raises(DFKDError, match="1 or more"):
+    with pytest.raises(DFKDError, match='1 or more'):
         MemoryBank(0, 3)
 
 
@@ -284,12 +366,15 @@ def test_batches_fill_the_bank_and_each_begins_anew(teacher):
     images = maker.synthesize(4)
     assert len(images) == 24 and len(maker.bank) == 16 and maker.bank.added == 24
     assert maker.features == 11 and not maker.bank.kept.requires_grad
-    assert all(row["contrast"] > 0 for row in maker.history)
-    weights, head = {k: v.clone() for k, v in maker.weights.items()}, [p.clone() for p in maker.head.parameters()]
+    assert all(row['contrast'] > 0 for row in maker.history)
+    weights = {k: v.clone() for k, v in maker.weights.items()}
+    head = [p.clone() for p in maker.head.parameters()]
     maker.start()
     assert all((maker.weights[k] != v).any() for k, v in weights.items() if v.ndim > 1)
     assert all((a != b).any() for a, b in zip(maker.head.parameters(), head, strict=True))
-    assert not any(m._forward_pre_hooks for m in (*teacher.modules(), *maker.look.network.modules()))
+    assert not any(
+        m._forward_pre_hooks for m in (*teacher.modules(), *maker.look.network.modules())
+    )
 
 
 def test_the_head_learns_and_keys_stand_still(teacher):
@@ -302,7 +387,7 @@ def test_the_head_learns_and_keys_stand_still(teacher):
     images = maker.paint(maker.codes).detach().requires_grad_()
     maker.local = lambda images, generator: images.detach()
     _, values, _ = maker.judge(images, maker.targets)
-    assert torch.autograd.grad(values["contrast"], images, allow_unused=True)[0] is None
+    assert torch.autograd.grad(values['contrast'], images, allow_unused=True)[0] is None
 
 
 def test_the_head_learns_from_anchors_alone(teacher):
@@ -311,18 +396,18 @@ def test_the_head_learns_from_anchors_alone(teacher):
     maker.synthesize()
     maker.step()
     images, seen = maker.paint(maker.codes), {}
-    maker.local = lambda images, generator: seen.setdefault("part", images.flip(3))
-    maker.bank.draw = lambda n, generator: seen.setdefault("old", maker.bank.kept[:4])
+    maker.local = lambda images, generator: seen.setdefault('part', images.flip(3))
+    maker.bank.draw = lambda n, generator: seen.setdefault('old', maker.bank.kept[:4])
     maker.augment = None
     _, values, _ = maker.judge(images, maker.targets)
-    found = torch.autograd.grad(values["contrast"], list(maker.head.parameters()))
+    found = torch.autograd.grad(values['contrast'], list(maker.head.parameters()))
     vectors = []
     with maker.summary, torch.no_grad():
-        for shown in (seen["part"], images):
+        for shown in (seen['part'], images):
             maker.look(DIGITS.normalize(shown))
             vectors.append(maker.summary.vectors())
-    anchors = maker.head(torch.cat([vectors[0], seen["old"][:, 0]]))
-    keys = maker.head(torch.cat([vectors[1], seen["old"][:, 1]])).detach()
+    anchors = maker.head(torch.cat([vectors[0], seen['old'][:, 0]]))
+    keys = maker.head(torch.cat([vectors[1], seen['old'][:, 1]])).detach()
     prices = info_nce(anchors, keys, maker.contrastive_temperature)
     wanted = torch.autograd.grad(
         prices[:6].mean() + prices[6:].mean(), list(maker.head.parameters())
@@ -334,10 +419,17 @@ def test_the_head_learns_from_anchors_alone(teacher):
 def test_some_steps_lower_the_contrast_of_a_batch(teacher):
     def price(maker, codes):
         with torch.no_grad():
-            return sum(float(maker.judge(maker.paint(codes), torch.zeros(32, dtype=torch.long))[1]["contrast"]) for _ in range(10))
+            return sum(
+                float(
+                    maker.judge(maker.paint(codes), torch.zeros(32, dtype=torch.long))[1][
+                        'contrast'
+                    ]
+                )
+                for _ in range(10)
+            )
 
-    alone = {"class_weight": 0.0, "feature_weight": 0.0, "contrastive_weight": 1.0}
-    maker = maker_of(teacher, **alone, steps=30, batch_size=32, initialisation="default")
+    alone = {'class_weight': 0.0, 'feature_weight': 0.0, 'contrastive_weight': 1.0}
+    maker = maker_of(teacher, **alone, steps=30, batch_size=32, initialisation='default')
     maker.start()
     maker.bank.added, codes = 0, maker.codes.detach().clone()
     before = price(maker, codes)
@@ -349,31 +441,48 @@ def test_some_steps_lower_the_contrast_of_a_batch(teacher):
 def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty(teacher):
     maker = maker_of(teacher, contrastive_weight=0.0)
     maker.synthesize(2)
-    assert not len(maker.bank) and "contrast" not in maker.history[0]
+    assert not len(maker.bank) and 'contrast' not in maker.history[0]
 
 
-@pytest.mark.parametrize("left", [0, 1, 2])
-@pytest.mark.parametrize("reuse", ["restart", "continue"])
-def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, reuse, left):
-    whole, part, resumed = maker_of(teacher, reuse=reuse), maker_of(teacher, reuse=reuse), maker_of(teacher, reuse=reuse, weights=9)
+@pytest.mark.parametrize('left', [0, 1, 2])
+@pytest.mark.parametrize('reuse', ['restart', 'continue'])
+def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
+    teacher, tmp_path, reuse, left
+):
+    whole = maker_of(teacher, reuse=reuse)
+    part = maker_of(teacher, reuse=reuse)
+    resumed = maker_of(teacher, reuse=reuse, weights=9)
     wanted = whole.synthesize(4)
     part.synthesize(1)
     part.step()
     while part.left > left:
         part.step()
-    save_checkpoint(tmp_path / "state.pt", part.state_dict())
-    resumed.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    save_checkpoint(tmp_path / 'state.pt', part.state_dict())
+    resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
     while resumed.left:
         resumed.step()
-    assert torch.equal(torch.cat([resumed.finish().images, resumed.synthesize(2).images]), wanted.images[6:])
-    assert resumed.history == whole.history and torch.equal(resumed.bank.kept, whole.bank.kept)
+    assert torch.equal(
+        torch.cat([resumed.finish().images, resumed.synthesize(2).images]),
+        wanted.images[6:],
+    )
+    assert resumed.history == whole.history and torch.equal(
+        resumed.bank.kept, whole.bank.kept
+    )
 
 
 def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
     def race():
         student = forgetful(network(1))
         maker = maker_of(teacher, student=student, adversarial_weight=0.5, agreement=True)
-        distiller = Distiller(teacher, student, GrowingPool(DIGITS), steps=8, batch_size=4, learning_rate=0.05, device="cpu")
+        distiller = Distiller(
+            teacher,
+            student,
+            GrowingPool(DIGITS),
+            steps=8,
+            batch_size=4,
+            learning_rate=0.05,
+            device='cpu',
+        )
         return Alternation(maker, distiller, rounds=2, updates_per_round=4)
 
     whole = race().run()
@@ -381,9 +490,9 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         part, resumed = race(), race()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / "race.pt", part.state_dict())
+        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
         resumed.run()
         assert torch.equal(resumed.pool.images, whole.pool.images), turns
         assert torch.equal(resumed.maker.bank.kept, whole.maker.bank.kept), turns
@@ -392,14 +501,14 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
 
 
 @each(
-    ("change", "message"),
+    ('change', 'message'),
     [
-        ({"contrastive_weight": -1.0}, "give 0 or more"),
-        ({"contrastive_temperature": 0.0}, "a positive one"),
-        ({"bank_size": 0}, "1 or more of each"),
-        ({"initialisation": "ones"}, "use normal or default"),
-        ({"layers": ["9"]}, "no layer '9'"),
-        ({"reuse": "meta"}, "use continue, restart"),
+        ({'contrastive_weight': -1.0}, 'give 0 or more'),
+        ({'contrastive_temperature': 0.0}, 'a positive one'),
+        ({'bank_size': 0}, '1 or more of each'),
+        ({'initialisation': 'ones'}, 'use normal or default'),
+        ({'layers': ['9']}, "no layer '9'"),
+        ({'reuse': 'meta'}, 'use continue, restart'),
     ],
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
@@ -408,27 +517,38 @@ def test_what_cannot_work_is_told_at_once(teacher, change, message):
 
 
 def test_a_state_of_other_settings_is_refused(teacher):
-    with pytest.raises(DFKDError, match="contrastive_temperature"):
-        maker_of(teacher).load_state_dict(maker_of(teacher, contrastive_temperature=0.5).state_dict())
-    with pytest.raises(DFKDError, match="contrast"):
-        maker_of(teacher).load_state_dict(maker_of(teacher, contrastive_weight=0.5).state_dict())
-    with pytest.raises(DFKDError, match="same size"):
+    with pytest.raises(DFKDError, match='contrastive_temperature'):
+        maker_of(teacher).load_state_dict(
+            maker_of(teacher, contrastive_temperature=0.5).state_dict()
+        )
+    with pytest.raises(DFKDError, match='contrast'):
+        maker_of(teacher).load_state_dict(
+            maker_of(teacher, contrastive_weight=0.5).state_dict()
+        )
+    with pytest.raises(DFKDError, match='same size'):
         maker_of(teacher).load_state_dict(maker_of(teacher, bank_size=17).state_dict())
-    for change in ({"head_size": 13}, {"local": LocalView((0.5, 1.0))}, {"layers": ["7"]}):
-        with pytest.raises(DFKDError, match=f"other settings: {next(iter(change))}"):
+    for change in ({'head_size': 13}, {'local': LocalView((0.5, 1.0))}, {'layers': ['7']}):
+        with pytest.raises(DFKDError, match=f'other settings: {next(iter(change))}'):
             maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
 
 
 def test_presets_are_settings(teacher):
     for name in PRESETS:
-        chosen = preset(name) | {"steps": 1, "batch_size": 4, "student": network(1)}
-        assert len(ContrastiveSynthesizer(teacher, generator=Generator(DIGITS.shape, 8, 4), device="cpu", **chosen).synthesize()) == 4
-    with pytest.raises(DFKDError, match="use cmi"):
-        preset("best")
+        chosen = preset(name) | {'steps': 1, 'batch_size': 4, 'student': network(1)}
+        assert (
+            len(
+                ContrastiveSynthesizer(
+                    teacher, generator=Generator(DIGITS.shape, 8, 4), device='cpu', **chosen
+                ).synthesize()
+            )
+            == 4
+        )
+    with pytest.raises(DFKDError, match='use cmi'):
+        preset('best')
 
 
 def test_a_foreign_network_without_batchnorm_is_summarised_before_its_classifier():
-    domain = Domain("wide", (3, 24, 40), (0.5,) * 3, (0.3,) * 3, ("yes", "no", "perhaps"))
+    domain = Domain('wide', (3, 24, 40), (0.5,) * 3, (0.3,) * 3, ('yes', 'no', 'perhaps'))
     teacher = Teacher(network(0, domain, norm=False), domain)
     maker = maker_of(teacher, feature_weight=0.0)
     assert maker.synthesize(2).images.shape == (12, 3, 24, 40) and maker.features == 5

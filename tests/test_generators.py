@@ -1,4 +1,6 @@
-"""Generators: sizes, terms against definitions, batches that forget nothing, races that resume to the same bits, networks of one's own."""
+"""Generators: sizes, terms against definitions, batches that forget nothing, races that
+resume to the same bits, networks of one's own.
+"""
 
 import copy
 import dataclasses
@@ -13,7 +15,12 @@ from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import View
-from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    import_torchvision,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dfkd_nb.foundations.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller, DrawnImages
 from dfkd_nb.foundations.models import Teacher, count_parameters, load_teacher
@@ -35,15 +42,17 @@ from cases import each
 from tiny import DIGITS, network
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
-def maker_of(teacher, weights=METHODS["dafl"], **settings):
-    generator = settings.pop("generator", None) or Generator(teacher.domain.shape, 8, 4)
-    defaults = {"steps": 3, "batch_size": 6, "device": "cpu"}
-    return GenerativeSynthesizer(teacher, generator=generator, **defaults | weights | settings)
+def maker_of(teacher, weights=METHODS['dafl'], **settings):
+    generator = settings.pop('generator', None) or Generator(teacher.domain.shape, 8, 4)
+    defaults = {'steps': 3, 'batch_size': 6, 'device': 'cpu'}
+    return GenerativeSynthesizer(
+        teacher, generator=generator, **defaults | weights | settings
+    )
 
 
 def forgetful(model):
@@ -60,18 +69,35 @@ class Noisy(Generator):
 
 def race_of(teacher, weights, pooled=False, rounds=3, warmup=0, **settings):
     student = forgetful(network(1, teacher.domain))
-    if weights.get("adversarial_weight"):
-        settings = {"student": student} | settings
+    if weights.get('adversarial_weight'):
+        settings = {'student': student} | settings
     torch.manual_seed(5)
     maker = maker_of(teacher, weights, **settings)
-    source = GrowingPool(teacher.domain) if pooled else DrawnImages(maker.draw, teacher.domain)
-    distiller = Distiller(teacher, student, source, steps=(rounds - warmup) * 4, batch_size=4, learning_rate=0.05, device="cpu")
-    return Alternation(maker, distiller, rounds=rounds, updates_per_round=4, warmup_rounds=warmup)
+    source = (
+        GrowingPool(teacher.domain) if pooled else DrawnImages(maker.draw, teacher.domain)
+    )
+    distiller = Distiller(
+        teacher,
+        student,
+        source,
+        steps=(rounds - warmup) * 4,
+        batch_size=4,
+        learning_rate=0.05,
+        device='cpu',
+    )
+    return Alternation(
+        maker, distiller, rounds=rounds, updates_per_round=4, warmup_rounds=warmup
+    )
 
 
 def bits(race):
     maker = race.maker
-    return [*race.student.state_dict().values(), *maker.weights.values(), *maker.buffers.values(), maker.codes.detach()]
+    return [
+        *race.student.state_dict().values(),
+        *maker.weights.values(),
+        *maker.buffers.values(),
+        maker.codes.detach(),
+    ]
 
 
 def same(one, other):
@@ -79,20 +105,36 @@ def same(one, other):
 
 
 def view_of(logits, student=None):
-    return View(torch.zeros(len(logits), 1, 8, 8), logits, logits.argmax(1), student_logits=student)
+    return View(
+        torch.zeros(len(logits), 1, 8, 8), logits, logits.argmax(1), student_logits=student
+    )
 
 
 # --- the generator ---
 
 
 @pytest.mark.parametrize(
-    ("latent", "parameters"), [(256, 2_328_899), (512, 4_426_051)], ids=["as in FastDFKD", "as for DAFL"]
+    ('latent', 'parameters'),
+    [(256, 2_328_899), (512, 4_426_051)],
+    ids=['as in FastDFKD', 'as for DAFL'],
 )
 def test_it_has_the_parameters_of_the_field(latent, parameters):
     assert count_parameters(Generator((3, 32, 32), latent)) == parameters
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4), (1, 8, 8), (1, 28, 28), (3, 30, 41), (3, 64, 64), (3, 224, 224), (2, 9, 64)], ids=str)
+@pytest.mark.parametrize(
+    'shape',
+    [
+        (1, 4, 4),
+        (1, 8, 8),
+        (1, 28, 28),
+        (3, 30, 41),
+        (3, 64, 64),
+        (3, 224, 224),
+        (2, 9, 64),
+    ],
+    ids=str,
+)
 def test_any_size_is_painted_and_no_weight_is_idle(shape):
     generator = Generator(shape, 5, 2)
     images = generator(torch.randn(2, 5))
@@ -109,9 +151,9 @@ def test_sizes_of_the_field_are_reached_by_doublings_alone():
 
 
 def test_a_generator_that_cannot_be_is_refused():
-    with pytest.raises(DFKDError, match="4 x 4 pixels"):
+    with pytest.raises(DFKDError, match='4 x 4 pixels'):
         Generator((3, 3, 32))
-    with pytest.raises(DFKDError, match="1 or more of the rest"):
+    with pytest.raises(DFKDError, match='1 or more of the rest'):
         Generator((3, 32, 32), 0)
 
 
@@ -119,9 +161,16 @@ def test_a_generator_that_cannot_be_is_refused():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 20), st.integers(2, 100), st.sampled_from([1e-3, 1.0, 30.0, 1e4]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 20),
+    st.integers(2, 100),
+    st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+)
 def test_balance_and_certainty_make_the_mutual_information(seed, images, classes, scale):
-    logits = scale * torch.randn(images, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    logits = scale * torch.randn(
+        images, classes, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     p = logits.softmax(1)
     balance, hesitation = balance_term(view_of(logits)), torch.special.entr(p).sum(1).mean()
     assert -math.log(classes) - 1e-9 <= balance <= 1e-9
@@ -132,38 +181,48 @@ def test_gradients_of_the_terms_are_right():
     a, b = (2 * torch.randn(2, 4, 7, dtype=torch.float64)).requires_grad_()
     assert torch.autograd.gradcheck(lambda a: balance_term(view_of(a)), [a])
     for distance in DISTANCES:
-        assert torch.autograd.gradcheck(lambda a, b, d=distance: adversarial_term(d, temperature=2.0)(view_of(a, b)), [a, b])
+        assert torch.autograd.gradcheck(
+            lambda a, b, d=distance: adversarial_term(d, temperature=2.0)(view_of(a, b)),
+            [a, b],
+        )
 
 
 def test_terms_survive_answers_that_are_out_of_all_bounds():
     for scale in (1e2, 1e4, 1e8):
         a, b = (scale * torch.randn(2, 5, 10)).requires_grad_()
-        for term in (balance_term, adversarial_term("kl"), adversarial_term("l1"), adversarial_term("js")):
+        for term in (
+            balance_term,
+            adversarial_term('kl'),
+            adversarial_term('l1'),
+            adversarial_term('js'),
+        ):
             price = term(view_of(a, b))
             assert price.isfinite() and torch.autograd.grad(price, a)[0].isfinite().all()
 
 
 def test_the_adversary_is_minus_the_distance():
     a, b = torch.randn(2, 9, 5)
-    kl = F.kl_div(b.log_softmax(1), a.softmax(1), reduction="batchmean")
+    kl = F.kl_div(b.log_softmax(1), a.softmax(1), reduction='batchmean')
     assert torch.allclose(adversarial_term()(view_of(a, b)), -kl, atol=1e-6)
-    assert torch.allclose(adversarial_term("l1")(view_of(a, b)), -(a - b).abs().mean())
-    assert -math.log(2) <= adversarial_term("js")(view_of(90 * a, 90 * b)) <= 0
+    assert torch.allclose(adversarial_term('l1')(view_of(a, b)), -(a - b).abs().mean())
+    assert -math.log(2) <= adversarial_term('js')(view_of(90 * a, 90 * b)) <= 0
     agree = a.argmax(1) == b.argmax(1)
     assert agree.any() and not agree.all()
-    wanted = F.kl_div(b[agree].log_softmax(1), a[agree].softmax(1), reduction="sum") / 9
-    assert torch.allclose(adversarial_term(agreement=True)(view_of(a, b)), -wanted, atol=1e-6)
+    wanted = F.kl_div(b[agree].log_softmax(1), a[agree].softmax(1), reduction='sum') / 9
+    assert torch.allclose(
+        adversarial_term(agreement=True)(view_of(a, b)), -wanted, atol=1e-6
+    )
 
 
 def test_terms_say_what_they_lack():
     logits = torch.randn(2, 3)
-    with pytest.raises(DFKDError, match="give the synthesizer a student"):
+    with pytest.raises(DFKDError, match='give the synthesizer a student'):
         adversarial_term()(view_of(logits))
     with pytest.raises(DFKDError, match="embedding='classifier'"):
         activation_term(view_of(logits))
-    with pytest.raises(DFKDError, match="use kl, l1, js"):
-        adversarial_term("cosine")
-    with pytest.raises(DFKDError, match="positive"):
+    with pytest.raises(DFKDError, match='use kl, l1, js'):
+        adversarial_term('cosine')
+    with pytest.raises(DFKDError, match='positive'):
         adversarial_term(temperature=0.0)
 
 
@@ -179,9 +238,11 @@ def test_the_same_seed_paints_the_same_and_another_another(teacher):
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, other.images)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize('method', METHODS)
 def test_every_method_lowers_its_own_price(teacher, method):
-    weights = METHODS[method] | ({"student": network(1)} if "adversarial_weight" in METHODS[method] else {})
+    weights = METHODS[method] | (
+        {'student': network(1)} if 'adversarial_weight' in METHODS[method] else {}
+    )
     maker = maker_of(teacher, weights, batch_size=32, learning_rate=3e-3)
     codes = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     before = float(maker.judge(maker.paint(codes), None)[0].detach())
@@ -216,41 +277,53 @@ def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
     for _ in range(6):
         codes = maker.codes if maker.left else None
         maker.step()
-        prices.append(maker.best["cost"])
-        pictures.append(maker.best["images"].clone())
+        prices.append(maker.best['cost'])
+        pictures.append(maker.best['images'].clone())
         assert codes is None or torch.equal(codes, maker.codes)
     assert prices == sorted(prices, reverse=True)
     assert torch.equal(maker.finish().images, pictures[-1])
-    with pytest.raises(DFKDError, match="not finished"):
+    with pytest.raises(DFKDError, match='not finished'):
         maker.finish()
 
 
 def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
     student = network(1).train()
-    before = [v.clone() for v in (*teacher.state_dict().values(), *student.state_dict().values())]
-    maker_of(teacher, METHODS["dfq"], student=student, embedding="classifier").synthesize(2)
+    before = [
+        v.clone() for v in (*teacher.state_dict().values(), *student.state_dict().values())
+    ]
+    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(2)
     assert same(before, (*teacher.state_dict().values(), *student.state_dict().values()))
     assert student.training and all(p.grad is None for p in student.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*teacher.modules(), *student.modules()))
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks
+        for m in (*teacher.modules(), *student.modules())
+    )
 
 
 def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
-    pixels = maker_of(teacher, {"class_weight": 1.0}, generator=Pixels(DIGITS.shape), latent_learning_rate=0.1)
+    pixels = maker_of(
+        teacher,
+        {'class_weight': 1.0},
+        generator=Pixels(DIGITS.shape),
+        latent_learning_rate=0.1,
+    )
     assert pixels.synthesize(2).images.shape == (12, 1, 8, 8)
-    with pytest.raises(DFKDError, match="latent_learning_rate above 0"):
-        maker_of(teacher, {"class_weight": 1.0}, generator=Pixels(DIGITS.shape))
-    fresh = maker_of(teacher, reuse="restart", steps=1)
+    with pytest.raises(DFKDError, match='latent_learning_rate above 0'):
+        maker_of(teacher, {'class_weight': 1.0}, generator=Pixels(DIGITS.shape))
+    fresh = maker_of(teacher, reuse='restart', steps=1)
     fresh.step()
-    weight = fresh.weights["last.weight"].clone()
+    weight = fresh.weights['last.weight'].clone()
     fresh.finish()
     fresh.start()
-    assert (fresh.weights["last.weight"] != weight).all()
+    assert (fresh.weights['last.weight'] != weight).all()
 
 
 def test_wishes_are_drawn_and_answers_are_taken(teacher):
-    wished = maker_of(teacher, {"class_weight": 1.0}, labels="wishes", batch_size=64, steps=1).synthesize()
+    wished = maker_of(
+        teacher, {'class_weight': 1.0}, labels='wishes', batch_size=64, steps=1
+    ).synthesize()
     assert wished.labels.unique().numel() == 10
-    answered = maker_of(teacher, {"class_weight": 1.0}, steps=1).synthesize()
+    answered = maker_of(teacher, {'class_weight': 1.0}, steps=1).synthesize()
     assert answered.labels.max() < 10
 
 
@@ -261,8 +334,15 @@ def test_augmentation_and_further_terms_take_part(teacher):
         seen.append(view.x.shape)
         return view.x.square().mean()
 
-    maker = maker_of(teacher, {}, terms={"size": (1.0, remember)}, augment=Augment(2, False))
-    assert set(maker.synthesize().images.shape) and set(maker.history[0]) == {"batch", "updates", "total", "size"}
+    maker = maker_of(
+        teacher, {}, terms={'size': (1.0, remember)}, augment=Augment(2, False)
+    )
+    assert set(maker.synthesize().images.shape) and set(maker.history[0]) == {
+        'batch',
+        'updates',
+        'total',
+        'size',
+    }
     assert seen == [torch.Size([6, 1, 8, 8])] * 3
 
 
@@ -285,7 +365,7 @@ class Computed(Generator):
         self.doubled = 2 * self.last.weight
 
 
-SWAPPED = dataclasses.replace(DIGITS, classes=("1", "0", *"23456789"))
+SWAPPED = dataclasses.replace(DIGITS, classes=('1', '0', *'23456789'))
 
 
 class Stubborn(Pixels):
@@ -300,68 +380,68 @@ class Stubborn(Pixels):
 
 
 @each(
-    ("change", "message"),
+    ('change', 'message'),
     [
-        ({"steps": 0}, "1 or more of each"),
-        ({"learning_rate": 0.0}, "give a positive one"),
-        ({"learning_rate": math.nan}, "give a positive one"),
-        ({"latent_learning_rate": math.inf}, "and 0 or more"),
-        ({"seed": -1}, "seed -1 is out of range"),
-        ({"tv_l2": math.nan}, "give a finite number"),
-        ({"feature_scale": "huge"}, "unknown feature_scale"),
-        ({"distance": "cosine"}, "use kl, l1, js"),
-        ({"temperature": 0.0}, "temperature 0.0"),
-        ({"student_domain": DIGITS}, "give a student"),
+        ({'steps': 0}, '1 or more of each'),
+        ({'learning_rate': 0.0}, 'give a positive one'),
+        ({'learning_rate': math.nan}, 'give a positive one'),
+        ({'latent_learning_rate': math.inf}, 'and 0 or more'),
+        ({'seed': -1}, 'seed -1 is out of range'),
+        ({'tv_l2': math.nan}, 'give a finite number'),
+        ({'feature_scale': 'huge'}, 'unknown feature_scale'),
+        ({'distance': 'cosine'}, 'use kl, l1, js'),
+        ({'temperature': 0.0}, 'temperature 0.0'),
+        ({'student_domain': DIGITS}, 'give a student'),
         (
             {
-                "student": network(1),
-                "student_domain": dataclasses.replace(DIGITS, shape=(1, 9, 9)),
+                'student': network(1),
+                'student_domain': dataclasses.replace(DIGITS, shape=(1, 9, 9)),
             },
-            "mean and std only",
+            'mean and std only',
         ),
-        ({"student": network(1), "student_domain": SWAPPED}, "number the labels alike"),
-        ({"generator": Computed()}, "cannot be copied"),
-        ({"reuse": "never"}, "use continue, restart"),
-        ({"labels": "none"}, "'answers' or 'wishes'"),
-        ({"adversarial_weight": 1.0}, "give a student"),
-        ({"adversarial_weight": 1.0, "student": network()}, "the student is the teacher"),
-        ({"feature_weight": 1.0, "feature_scale": "huge"}, "unknown feature_scale"),
+        ({'student': network(1), 'student_domain': SWAPPED}, 'number the labels alike'),
+        ({'generator': Computed()}, 'cannot be copied'),
+        ({'reuse': 'never'}, 'use continue, restart'),
+        ({'labels': 'none'}, "'answers' or 'wishes'"),
+        ({'adversarial_weight': 1.0}, 'give a student'),
+        ({'adversarial_weight': 1.0, 'student': network()}, 'the student is the teacher'),
+        ({'feature_weight': 1.0, 'feature_scale': 'huge'}, 'unknown feature_scale'),
         (
-            {"class_weight": 0.0, "balance_weight": 0.0, "activation_weight": 0.0},
-            "no term has a weight",
+            {'class_weight': 0.0, 'balance_weight': 0.0, 'activation_weight': 0.0},
+            'no term has a weight',
         ),
-        ({"generator": nn.Linear(4, 64)}, "give it latent_shape"),
-        ({"generator": Generator((1, 16, 16), 4, 2)}, "build it with that shape"),
-        ({"generator": Tanh()}, "end it with a sigmoid"),
-        ({"precision": "float8"}, "unknown precision"),
+        ({'generator': nn.Linear(4, 64)}, 'give it latent_shape'),
+        ({'generator': Generator((1, 16, 16), 4, 2)}, 'build it with that shape'),
+        ({'generator': Tanh()}, 'end it with a sigmoid'),
+        ({'precision': 'float8'}, 'unknown precision'),
     ],
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message) as error:
         maker_of(teacher, **change)
-    assert "\n" not in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
-    with pytest.raises(DFKDError, match="no gradient reaches the generator"):
+    with pytest.raises(DFKDError, match='no gradient reaches the generator'):
         maker_of(teacher, generator=Stubborn()).step()
     with pytest.raises(DFKDError, match="'burst' is not finite"):
-        maker_of(teacher, terms={"burst": (1.0, lambda view: view.x.mean() / 0)}).step()
-    with pytest.raises(DFKDError, match="give 1 or more"):
+        maker_of(teacher, terms={'burst': (1.0, lambda view: view.x.mean() / 0)}).step()
+    with pytest.raises(DFKDError, match='give 1 or more'):
         maker_of(teacher).synthesize(0)
 
 
 # --- what is handed in ---
 
 KINDS = {
-    "continue": (GenerativeSynthesizer, {}),
-    "restart": (GenerativeSynthesizer, {"reuse": "restart"}),
-    "meta": (
+    'continue': (GenerativeSynthesizer, {}),
+    'restart': (GenerativeSynthesizer, {'reuse': 'restart'}),
+    'meta': (
         MetaSynthesizer,
-        {"reset_first_layer_at": 2, "latent_learning_rate": 0.1, "latent_life": 2},
+        {'reset_first_layer_at': 2, 'latent_learning_rate': 0.1, 'latent_life': 2},
     ),
-    "meta restart": (MetaSynthesizer, {"reuse": "restart"}),
-    "contrast": (ContrastiveSynthesizer, {"bank_size": 8, "negatives": 4, "head_size": 8}),
+    'meta restart': (MetaSynthesizer, {'reuse': 'restart'}),
+    'contrast': (ContrastiveSynthesizer, {'bank_size': 8, 'negatives': 4, 'head_size': 8}),
 }
 
 
@@ -387,7 +467,7 @@ def unchanged(network, before):
     return alike and rest == list(before[1:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     teacher, kind
 ):
@@ -402,14 +482,14 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     handed_in = generator, student, teacher
     before = [snapshot(m) for m in handed_in]
     maker_class, settings = KINDS[kind]
-    weights = {"class_weight": 1.0, "feature_weight": 1.0, "adversarial_weight": 1.0}
+    weights = {'class_weight': 1.0, 'feature_weight': 1.0, 'adversarial_weight': 1.0}
     maker = maker_class(
         teacher,
         generator=generator,
         student=student,
         steps=2,
         batch_size=6,
-        device="cpu",
+        device='cpu',
         **weights | settings,
     )
     maker.synthesize(2)
@@ -426,7 +506,7 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     )
     kept = [v.clone() for v in trained.state_dict().values()]
     maker.synthesize(1)
-    assert same(trained.state_dict().values(), kept), "later updates do not reach it"
+    assert same(trained.state_dict().values(), kept), 'later updates do not reach it'
     assert not torch.equal(maker.generator(codes), trained(codes))
 
 
@@ -437,7 +517,7 @@ class Elsewhere(Teacher):
 
     @property
     def device(self):
-        return torch.device("cuda:7")
+        return torch.device('cuda:7')
 
     def to(self, *where, **settings):
         self.moved.append(self)
@@ -447,14 +527,14 @@ class Elsewhere(Teacher):
 def test_a_teacher_on_another_device_is_copied_and_one_on_this_device_is_not(teacher):
     assert maker_of(teacher).teacher is teacher
     away = Elsewhere(network(), DIGITS)
-    maker = maker_of(away, {"class_weight": 1.0})
+    maker = maker_of(away, {'class_weight': 1.0})
     assert Elsewhere.moved == [maker.teacher] and maker.teacher is not away
 
 
 def test_frozen_weights_stay_and_resume(teacher, tmp_path):
     "All frozen: only codes learn. Some frozen: the others learn, also from fresh weights."
-    some = {"last.bias"}
-    for reuse, trained in (("continue", some), ("restart", some), ("continue", set())):
+    some = {'last.bias'}
+    for reuse, trained in (('continue', some), ('restart', some), ('continue', set())):
         torch.manual_seed(1)
         generator = Generator(DIGITS.shape, 8, 4)
         generator.norm.running_mean.normal_()
@@ -473,8 +553,8 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
         wanted = whole.synthesize(3).images
         part.synthesize(1)
         part.step()
-        save_checkpoint(tmp_path / "state.pt", part.state_dict())
-        resumed.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+        save_checkpoint(tmp_path / 'state.pt', part.state_dict())
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
         while resumed.left:
             resumed.step()
         assert torch.equal(
@@ -485,11 +565,11 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
             name for name, p in generator.named_parameters() if (now[name] != p).any()
         }
         assert changed == trained
-        if reuse == "restart":  # a frozen layer keeps its statistics as well
+        if reuse == 'restart':  # a frozen layer keeps its statistics as well
             resumed.start()
-        if reuse == "restart" or not trained:  # nothing to train: eval mode
+        if reuse == 'restart' or not trained:  # nothing to train: eval mode
             assert same(resumed.generator.buffers(), generator.buffers())
-    with pytest.raises(DFKDError, match="no weights that may change"):
+    with pytest.raises(DFKDError, match='no weights that may change'):
         maker_of(teacher, generator=generator)
 
 
@@ -498,7 +578,7 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
 OTHER = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
 
 
-@pytest.mark.parametrize("augment", [None, Augment(2, True)])
+@pytest.mark.parametrize('augment', [None, Augment(2, True)])
 def test_a_student_sees_images_on_its_own_scale(teacher, augment):
     "In the loop it answers as outside, and terms see pixels in units that no network sets."
     student, images = (
@@ -506,7 +586,7 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
         torch.rand(5, *DIGITS.shape, generator=torch.Generator().manual_seed(0)),
     )
     maker = maker_of(
-        teacher, METHODS["dfq"], student=student, student_domain=OTHER, augment=augment
+        teacher, METHODS['dfq'], student=student, student_domain=OTHER, augment=augment
     )
     _, values, view = maker.judge(images, None)
     shown = images if augment is None else augment(images, torch.Generator().manual_seed(0))
@@ -520,14 +600,14 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
     torch.testing.assert_close(view.logits.detach(), known, rtol=1e-4, atol=1e-5)
     assert (said - wrong).abs().max() > 0.1
     torch.testing.assert_close(
-        values["adversarial"],
+        values['adversarial'],
         adversarial_term()(view_of(known, said)),
         rtol=1e-3,
         atol=1e-5,
     )
     torch.testing.assert_close(view.x, (shown - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
     maker_of(
-        teacher, METHODS["zskt"], student=network(), student_domain=OTHER
+        teacher, METHODS['zskt'], student=network(), student_domain=OTHER
     )  # the same weights, but another network
 
 
@@ -535,10 +615,10 @@ def test_a_race_shows_the_student_one_scale(teacher):
     def parts(domain, maker_domain=None, pool_domain=None):
         student = network(1)
         maker = maker_of(
-            teacher, METHODS["dfq"], student=student, student_domain=maker_domain
+            teacher, METHODS['dfq'], student=student, student_domain=maker_domain
         )
         pool = ReplayPool(DIGITS, 20, teacher, student, student_domain=pool_domain)
-        settings = {"steps": 4, "batch_size": 4, "device": "cpu", "domain": domain}
+        settings = {'steps': 4, 'batch_size': 4, 'device': 'cpu', 'domain': domain}
         return Alternation(
             maker,
             Distiller(teacher, student, pool, **settings),
@@ -556,52 +636,52 @@ def test_a_race_shows_the_student_one_scale(teacher):
             teacher.predict(race.pool.images),
             race.student.eval()(OTHER.normalize(race.pool.images)),
         )
-    wanted = F.kl_div(said.log_softmax(1), known.softmax(1), reduction="none").sum(1)
+    wanted = F.kl_div(said.log_softmax(1), known.softmax(1), reduction='none').sum(1)
     torch.testing.assert_close(race.pool.priorities, wanted, rtol=1e-3, atol=1e-5)
     assert parts(None).maker.student_domain == DIGITS
-    for change in ({"maker_domain": DIGITS}, {"pool_domain": DIGITS}):
+    for change in ({'maker_domain': DIGITS}, {'pool_domain': DIGITS}):
         with pytest.raises(
-            DFKDError, match="make student_domain and the domain of the Distiller agree"
+            DFKDError, match='make student_domain and the domain of the Distiller agree'
         ) as error:
             parts(OTHER, **change)
-        assert "\n" not in str(error.value)
+        assert '\n' not in str(error.value)
 
 
 # --- precision ---
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize('kind', KINDS)
 def test_bfloat16_is_finite_and_close(kind):
     """The first price differs by what 8 bits leave of some layers, and prices still fall.
 
     A product is rounded by 2^-9 = 0.2 %; over twenty layers that partly cancels:
     0.4 % at most were seen, 2 % are allowed.
     """
-    teacher, prices = load_teacher("cifar10-resnet20"), []
-    for precision in ("float32", "bfloat16"):
+    teacher, prices = load_teacher('cifar10-resnet20'), []
+    for precision in ('float32', 'bfloat16'):
         torch.manual_seed(0)
         maker_class, settings = KINDS[kind]
         weights = {
-            "class_weight": 1.0,
-            "feature_weight": 0.1,
-            "adversarial_weight": 0.1,
-            "balance_weight": 1.0,
+            'class_weight': 1.0,
+            'feature_weight': 0.1,
+            'adversarial_weight': 0.1,
+            'balance_weight': 1.0,
         }
         shared = {
-            "steps": 3,
-            "batch_size": 8,
-            "device": "cpu",
-            "precision": precision,
-            "student": network(1, teacher.domain),
+            'steps': 3,
+            'batch_size': 8,
+            'device': 'cpu',
+            'precision': precision,
+            'student': network(1, teacher.domain),
         }
         maker = maker_class(
             teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings
         )
         maker.step()
-        prices.append(maker.best["cost"])
+        prices.append(maker.best['cost'])
         while maker.left:
             maker.step()
-        assert maker.best["cost"] < prices[-1], "some updates later it costs less"
+        assert maker.best['cost'] < prices[-1], 'some updates later it costs less'
         maker.finish()
     assert prices[1] == pytest.approx(prices[0], rel=0.02)
 
@@ -609,13 +689,17 @@ def test_bfloat16_is_finite_and_close(kind):
 # --- resuming ---
 
 
-@pytest.mark.parametrize("left", [0, 1, 2])
+@pytest.mark.parametrize('left', [0, 1, 2])
 def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, left):
-    settings = {"latent_learning_rate": 0.01, "augment": Augment(1, False), "labels": "wishes"}
+    settings = {
+        'latent_learning_rate': 0.01,
+        'augment': Augment(1, False),
+        'labels': 'wishes',
+    }
 
     def fresh():
         torch.manual_seed(0)
-        return maker_of(teacher, METHODS["dafl"], **settings)
+        return maker_of(teacher, METHODS['dafl'], **settings)
 
     whole, part = fresh(), fresh()
     wanted = whole.synthesize(3)
@@ -623,13 +707,15 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
     part.step()
     while part.left > left:
         part.step()
-    save_checkpoint(tmp_path / "state.pt", part.state_dict())
+    save_checkpoint(tmp_path / 'state.pt', part.state_dict())
     torch.manual_seed(99)
-    resumed = maker_of(teacher, METHODS["dafl"], **settings)
-    resumed.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    resumed = maker_of(teacher, METHODS['dafl'], **settings)
+    resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
     while resumed.left:
         resumed.step()
-    assert torch.equal(torch.cat([resumed.finish().images, resumed.synthesize().images]), wanted.images[6:])
+    assert torch.equal(
+        torch.cat([resumed.finish().images, resumed.synthesize().images]), wanted.images[6:]
+    )
     assert resumed.history == whole.history
 
 
@@ -646,16 +732,18 @@ def test_what_was_loaded_is_not_shared(teacher):
 
 
 def test_a_state_of_other_settings_is_refused(teacher):
-    with pytest.raises(DFKDError, match=r"steps \(was 4, now 3\)"):
+    with pytest.raises(DFKDError, match=r'steps \(was 4, now 3\)'):
         maker_of(teacher).load_state_dict(maker_of(teacher, steps=4).state_dict())
-    with pytest.raises(DFKDError, match="another generator"):
-        maker_of(teacher).load_state_dict(maker_of(teacher, generator=Generator((1, 8, 8), 8, 5)).state_dict())
+    with pytest.raises(DFKDError, match='another generator'):
+        maker_of(teacher).load_state_dict(
+            maker_of(teacher, generator=Generator((1, 8, 8), 8, 5)).state_dict()
+        )
     for change in (
-        {"temperature": 2.0},
-        {"augment": Augment(1, False)},
-        {"distance": "js"},
-        {"agreement": True},
-        {"feature_scale": "relative"},
+        {'temperature': 2.0},
+        {'augment': Augment(1, False)},
+        {'distance': 'js'},
+        {'agreement': True},
+        {'feature_scale': 'relative'},
     ):
         with pytest.raises(DFKDError, match=next(iter(change))):
             maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
@@ -664,8 +752,8 @@ def test_a_state_of_other_settings_is_refused(teacher):
 # --- the race ---
 
 
-@pytest.mark.parametrize("pooled", [False, True], ids=["drawn", "pooled"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize('pooled', [False, True], ids=['drawn', 'pooled'])
+@pytest.mark.parametrize('method', METHODS)
 def test_a_race_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
     "Wherever it was cut; student and generator draw from the global streams."
 
@@ -680,9 +768,9 @@ def test_a_race_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
         part, resumed = race(), race()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / "race.pt", part.state_dict())
+        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
         resumed.run()
         assert same(bits(resumed), bits(whole)), turns
         assert resumed.maker.history == whole.maker.history
@@ -690,21 +778,23 @@ def test_a_race_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
 
 
 def test_turns_are_as_planned_and_nobody_competes_while_warming_up(teacher):
-    race, turns, competed = race_of(teacher, METHODS["dfq"], True, rounds=4, warmup=2, steps=1), "", []
+    race = race_of(teacher, METHODS['dfq'], True, rounds=4, warmup=2, steps=1)
+    turns = ''
+    competed = []
     while not race.finished:
-        turns += "G" if race.due else "s"
+        turns += 'G' if race.due else 's'
         race.step()
-        if turns[-1] == "G":
-            competed.append("adversarial" in race.maker.history[-1])
-    assert turns == "GGG" + "ssss" + "G" + "ssss"
+        if turns[-1] == 'G':
+            competed.append('adversarial' in race.maker.history[-1])
+    assert turns == 'GGG' + 'ssss' + 'G' + 'ssss'
     assert competed == [False, False, True, True]
     assert len(race.pool) == 24
-    with pytest.raises(DFKDError, match="all its updates"):
+    with pytest.raises(DFKDError, match='all its updates'):
         race.step()
 
 
 def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
-    race = race_of(teacher, METHODS["dafl"])
+    race = race_of(teacher, METHODS['dafl'])
     race.run(callback=lambda now: now.maker.updates == 2)
     assert (race.maker.updates, race.done) == (2, 0)
     race.run(deadline=0.0)
@@ -713,26 +803,28 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
 
 
 @each(
-    ("change", "message"),
+    ('change', 'message'),
     [
-        ({"rounds": 0}, "give 1 or more"),
-        ({"warmup_rounds": 3}, "fewer to warm up"),
-        ({"updates_per_round": 5}, "make them agree"),
-        ({"warmup_rounds": 1, "rounds": 4}, "nothing to paint for"),
+        ({'rounds': 0}, 'give 1 or more'),
+        ({'warmup_rounds': 3}, 'fewer to warm up'),
+        ({'updates_per_round': 5}, 'make them agree'),
+        ({'warmup_rounds': 1, 'rounds': 4}, 'nothing to paint for'),
     ],
 )
 def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
-    race = race_of(teacher, METHODS["zskt"])
+    race = race_of(teacher, METHODS['zskt'])
     with pytest.raises(DFKDError, match=message):
-        Alternation(race.maker, race.distiller, **{"rounds": 3, "updates_per_round": 4} | change)
+        Alternation(
+            race.maker, race.distiller, **{'rounds': 3, 'updates_per_round': 4} | change
+        )
 
 
 def test_a_checkpoint_of_another_race_is_refused(teacher):
-    race = race_of(teacher, METHODS["dafl"])
-    with pytest.raises(DFKDError, match="not written by this kind of race .alternation"):
-        race.load_state_dict({"kind": "competition"})
-    with pytest.raises(DFKDError, match=r"rounds \(was 2, now 3\)"):
-        race.load_state_dict(race_of(teacher, METHODS["dafl"], rounds=2).state_dict())
+    race = race_of(teacher, METHODS['dafl'])
+    with pytest.raises(DFKDError, match='not written by this kind of race .alternation'):
+        race.load_state_dict({'kind': 'competition'})
+    with pytest.raises(DFKDError, match=r'rounds \(was 2, now 3\)'):
+        race.load_state_dict(race_of(teacher, METHODS['dafl'], rounds=2).state_dict())
 
 
 # --- networks of one's own ---
@@ -742,50 +834,80 @@ def test_a_foreign_network_with_its_own_size_mean_and_classes():
     import_torchvision()
     from torchvision.models import resnet18
 
-    domain = Domain("leaves", (3, 40, 40), (0.3, 0.5, 0.2), (0.2, 0.3, 0.1), tuple("abcdefg"))
+    domain = Domain(
+        'leaves', (3, 40, 40), (0.3, 0.5, 0.2), (0.2, 0.3, 0.1), tuple('abcdefg')
+    )
     torch.manual_seed(0)
     model = resnet18(num_classes=7)
     with torch.no_grad():
         model(torch.randn(4, 3, 40, 40))  # BatchNorm has seen something
-    teacher = Teacher(model, domain, "resnet18")
-    race = race_of(teacher, METHODS["dfq"], True, rounds=2, steps=1, augment=Augment(4, True))
+    teacher = Teacher(model, domain, 'resnet18')
+    race = race_of(
+        teacher, METHODS['dfq'], True, rounds=2, steps=1, augment=Augment(4, True)
+    )
     race.run()
-    assert race.pool.images.shape == (12, 3, 40, 40) and race.pool.images.dtype == torch.uint8
+    assert (
+        race.pool.images.shape == (12, 3, 40, 40) and race.pool.images.dtype == torch.uint8
+    )
     assert race.pool.labels.max() < 7
-    assert {"class", "balance", "features", "adversarial"} <= set(race.maker.history[0])
+    assert {'class', 'balance', 'features', 'adversarial'} <= set(race.maker.history[0])
 
 
 def test_a_foreign_size_without_batchnorm_is_painted_by_answers_alone():
-    domain = Domain("wide", (3, 64, 64), (0.5,) * 3, (0.5,) * 3, ("yes", "no"))
+    domain = Domain('wide', (3, 64, 64), (0.5,) * 3, (0.5,) * 3, ('yes', 'no'))
     torch.manual_seed(0)
-    teacher = Teacher(nn.Sequential(nn.Conv2d(3, 4, 5, 4), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), domain)
-    made = maker_of(teacher, METHODS["dafl"], steps=2).synthesize()
+    teacher = Teacher(
+        nn.Sequential(
+            nn.Conv2d(3, 4, 5, 4),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        ),
+        domain,
+    )
+    made = maker_of(teacher, METHODS['dafl'], steps=2).synthesize()
     assert made.images.shape == (6, 3, 64, 64) and made.domain is domain
     with pytest.raises(DFKDError):
-        maker_of(teacher, METHODS["dfq"], student=network(1, domain))
+        maker_of(teacher, METHODS['dfq'], student=network(1, domain))
 
 
 class ChannelsLast(Generator):
     "A generator whose features, and with them its weights' gradients, lie channels last."
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        x = self.norm(self.linear(z).view(len(z), -1, *self.begin)).to(memory_format=torch.channels_last)
+        x = self.norm(self.linear(z).view(len(z), -1, *self.begin)).to(
+            memory_format=torch.channels_last
+        )
         for block in self.blocks:
-            x = block(F.interpolate(x, scale_factor=2, mode="nearest"))
+            x = block(F.interpolate(x, scale_factor=2, mode='nearest'))
         return self.last(x).sigmoid()
 
 
 def test_gradients_in_another_order_of_memory_reach_their_own_weights() -> None:
-    "A fused Adam reads a gradient in the order of memory; one that lies otherwise must be laid out like its weight."
-    teacher = load_teacher("cifar10-resnet20")
+    """A fused Adam reads a gradient in the order of memory; one that lies otherwise must be
+    laid out like its weight.
+    """
+    teacher = load_teacher('cifar10-resnet20')
     makers = []
     for fused in (True, False):
         torch.manual_seed(1)
-        settings = {"batch_size": 4, "steps": 2, "class_weight": 1.0, "feature_weight": 1.0, "device": "cpu"}
-        maker = GenerativeSynthesizer(teacher, generator=ChannelsLast((3, 32, 32), 8, 4), **settings)
+        settings = {
+            'batch_size': 4,
+            'steps': 2,
+            'class_weight': 1.0,
+            'feature_weight': 1.0,
+            'device': 'cpu',
+        }
+        maker = GenerativeSynthesizer(
+            teacher, generator=ChannelsLast((3, 32, 32), 8, 4), **settings
+        )
         if not fused:
-            maker.optimizer = torch.optim.Adam(maker.weights.values(), maker.learning_rate, betas=(0.5, 0.999), fused=False)
+            maker.optimizer = torch.optim.Adam(
+                maker.weights.values(), maker.learning_rate, betas=(0.5, 0.999), fused=False
+            )
         maker.synthesize()
         makers.append(maker)
     for name, weight in makers[0].weights.items():
-        assert (weight - makers[1].weights[name]).abs().max() < 2e-4, name  # Adam's first steps are 1e-3 in some direction
+        # Adam's first steps are 1e-3 in some direction
+        assert (weight - makers[1].weights[name]).abs().max() < 2e-4, name

@@ -33,7 +33,12 @@ from dfkd_nb.lab.speed import fold_batchnorm
 from tiny import DIGITS, network, stirred
 from torch import Tensor, nn
 
-QUICK: dict[str, Any] = {"steps": 3, "batch_size": 8, "learning_rate": 0.02, "device": "cpu"}
+QUICK: dict[str, Any] = {
+    'steps': 3,
+    'batch_size': 8,
+    'learning_rate': 0.02,
+    'device': 'cpu',
+}
 
 
 def pictures(count: int = 40, domain: Domain = DIGITS, seed: int = 0) -> ImageSet:
@@ -47,10 +52,10 @@ def one_line(call: Callable[[], Any], *words: str) -> None:
     with pytest.raises(DFKDError) as caught:
         call()
     text = str(caught.value)
-    assert "\n" not in text and all(word in text for word in words), text
+    assert '\n' not in text and all(word in text for word in words), text
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher() -> Teacher:
     return Teacher(network(0), DIGITS)
 
@@ -62,73 +67,114 @@ def double(model: nn.Module) -> nn.Module:
 class Segmenter(nn.Sequential):
     def __init__(self) -> None:
         torch.manual_seed(0)
-        super().__init__(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1))
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1)
+        )
 
 
 def narrow() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 10)
+    )
 
 
-def learned(who: Teacher, student: nn.Module, source: Any, **settings: Any) -> tuple[float, Tensor]:
+def learned(
+    who: Teacher, student: nn.Module, source: Any, **settings: Any
+) -> tuple[float, Tensor]:
     "The last loss, and all that the student has become."
     done = Distiller(who, student, source, **QUICK | settings).run(every=1)
-    return done.history[-1]["loss"], torch.cat([v.flatten().float() for v in done.student.state_dict().values()])
+    return done.history[-1]['loss'], torch.cat(
+        [v.flatten().float() for v in done.student.state_dict().values()]
+    )
 
 
-@pytest.mark.parametrize("labels", [0.0, 0.5])
-@pytest.mark.parametrize("who", ["student", "teacher", "images", "all"])
-def test_networks_and_images_of_double_precision_learn_alike(teacher: Teacher, who: str, labels: float) -> None:
+@pytest.mark.parametrize('labels', [0.0, 0.5])
+@pytest.mark.parametrize('who', ['student', 'teacher', 'images', 'all'])
+def test_networks_and_images_of_double_precision_learn_alike(
+    teacher: Teacher, who: str, labels: float
+) -> None:
     def source(n: int, rng: torch.Generator) -> Tensor:
         pixels = torch.rand(n, 1, 8, 8, generator=rng)
-        return pixels.double() if who in ("images", "all") else pixels
+        return pixels.double() if who in ('images', 'all') else pixels
 
     given: Any = pictures() if labels else source
     student, tutor = network(5), teacher
     usual = learned(tutor, network(5), given, label_weight=labels)
-    if who in ("student", "all"):
+    if who in ('student', 'all'):
         student = double(student)
-    if who in ("teacher", "all"):
+    if who in ('teacher', 'all'):
         tutor = copy.deepcopy(teacher).double()
     found = learned(tutor, student, given, label_weight=labels)
     assert found[0] == pytest.approx(usual[0], rel=1e-4)
     torch.testing.assert_close(found[1], usual[1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_a_student_of_half_precision_learns_and_is_judged(teacher: Teacher, kind: torch.dtype) -> None:
+@pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])
+def test_a_student_of_half_precision_learns_and_is_judged(
+    teacher: Teacher, kind: torch.dtype
+) -> None:
     loss, _ = learned(teacher, network(5).to(kind), pictures(), label_weight=0.5)
-    assert loss == pytest.approx(learned(teacher, network(5), pictures(), label_weight=0.5)[0], rel=0.02)
+    assert loss == pytest.approx(
+        learned(teacher, network(5), pictures(), label_weight=0.5)[0], rel=0.02
+    )
     model, data = network(5), pictures()
     assert abs(evaluate(model, data) - evaluate(model.to(kind), data)) <= 0.1
 
 
 def test_mixed_precision_begins_from_single_precision(teacher: Teacher) -> None:
-    one_line(lambda: learned(teacher, double(network(5)), pictures(), precision="bfloat16"), "float64", "student.float()")
+    one_line(
+        lambda: learned(teacher, double(network(5)), pictures(), precision='bfloat16'),
+        'float64',
+        'student.float()',
+    )
 
 
 def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) -> None:
-    data, new = pictures(), dataclasses.replace(DIGITS, name="new", classes=("a", "b"))
+    data, new = pictures(), dataclasses.replace(DIGITS, name='new', classes=('a', 'b'))
     model = network(5)
     assert evaluate(double(model), data) == evaluate(model, data)
-    torch.testing.assert_close(answer(double(model), data, DIGITS).float(), answer(model, data, DIGITS))
-    assert fidelity(teacher, double(model), data)["agreement"] == fidelity(teacher, model, data)["agreement"]
-    assert continual.measure_sets(double(model), DIGITS, {"old": data}) == continual.measure_sets(model, DIGITS, {"old": data})
+    torch.testing.assert_close(
+        answer(double(model), data, DIGITS).float(), answer(model, data, DIGITS)
+    )
+    assert (
+        fidelity(teacher, double(model), data)['agreement']
+        == fidelity(teacher, model, data)['agreement']
+    )
+    assert continual.measure_sets(
+        double(model), DIGITS, {'old': data}
+    ) == continual.measure_sets(model, DIGITS, {'old': data})
     long = copy.deepcopy(teacher).double()
     torch.testing.assert_close(observe(data, long).logits, observe(data, teacher).logits)
     for who in (teacher, long):
-        learner = continual.add_classes(who, pictures(20, new), old=data, rows="fitted", **QUICK)
+        learner = continual.add_classes(
+            who, pictures(20, new), old=data, rows='fitted', **QUICK
+        )
         assert learner.run().done == 3
-    wide = stirred(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 10)))
+    wide = stirred(
+        nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3),
+            nn.Flatten(),
+            nn.Linear(96, 10),
+        )
+    )
     filters = find_filters(wide, DIGITS)
-    usual = filter_importance(wide, filters, data, "divergence", teacher)
-    for name, value in filter_importance(double(wide), filters, data, "divergence", teacher).items():
+    usual = filter_importance(wide, filters, data, 'divergence', teacher)
+    for name, value in filter_importance(
+        double(wide), filters, data, 'divergence', teacher
+    ).items():
         torch.testing.assert_close(value, usual[name], rtol=1e-3, atol=1e-6)
     scenes = segmentation.draw_scenes(6, (16, 16))
-    assert segmentation.mean_iou(double(Segmenter()), scenes) == pytest.approx(segmentation.mean_iou(Segmenter(), scenes), abs=1e-3)
+    assert segmentation.mean_iou(double(Segmenter()), scenes) == pytest.approx(
+        segmentation.mean_iou(Segmenter(), scenes), abs=1e-3
+    )
     paints = Teacher(Segmenter(), scenes.domain)
     for label_weight in (0.0, 1.0):
-        race = segmentation.SceneDistiller(paints, double(Segmenter()), scenes, label_weight=label_weight, **QUICK)
+        race = segmentation.SceneDistiller(
+            paints, double(Segmenter()), scenes, label_weight=label_weight, **QUICK
+        )
         assert race.run().done == 3
 
 
@@ -136,7 +182,9 @@ class Normed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm, self.fc = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 10)
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
@@ -148,24 +196,33 @@ def doubled(norm: nn.Module) -> None:
 
 
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
-    "after": lambda norm: norm.register_forward_hook(lambda _, given, out: 3 * out),
-    "before": lambda norm: norm.register_forward_pre_hook(lambda _, given: (3 * given[0] + 1,)),
-    "gradient": lambda norm: norm.register_full_backward_hook(lambda _, given, out: (3 * given[0],)),
-    "own forward": doubled,
-    "before, a subclass": lambda norm: (
+    'after': lambda norm: norm.register_forward_hook(lambda _, given, out: 3 * out),
+    'before': lambda norm: norm.register_forward_pre_hook(
+        lambda _, given: (3 * given[0] + 1,)
+    ),
+    'gradient': lambda norm: norm.register_full_backward_hook(
+        lambda _, given, out: (3 * given[0],)
+    ),
+    'own forward': doubled,
+    'before, a subclass': lambda norm: (
         norm.register_forward_pre_hook(lambda _, given: (3 * given[0] + 1,)),
-        norm.__setattr__("__class__", type("Other", (nn.BatchNorm2d,), {})),
+        norm.__setattr__('__class__', type('Other', (nn.BatchNorm2d,), {})),
     ),
 }
 
 
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize('kind', CHANGES)
 def test_the_fused_path_keeps_what_was_put_on_a_batchnorm(kind: str) -> None:
     model = stirred(Normed()).eval()
     CHANGES[kind](model.norm)
     who = Teacher(model, DIGITS)
     for network_ in (fuse_statistics(who), copy.deepcopy(fuse_statistics(who))):
-        x, again = (torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+        x, again = (
+            torch.randn(
+                6, 1, 8, 8, generator=torch.Generator().manual_seed(0)
+            ).requires_grad_()
+            for _ in range(2)
+        )
         with Watch(who) as watch:
             plain = who(x)
         fused, moments = network_(again)
@@ -194,63 +251,147 @@ def test_batchnorm_is_folded_only_where_the_answers_stay() -> None:
     hooked, plain = (stirred(Normed()).eval() for _ in range(2))
     hooked.norm.register_forward_hook(lambda _, given, out: 3 * out)
     for model in (hooked, stirred(Twice()).eval()):
-        one_line(lambda model=model: fold_batchnorm(Teacher(model, DIGITS)), "cannot be folded", "as it is")
-    assert fold_batchnorm(Teacher(plain, DIGITS)).predict(pictures().images).shape == (40, 10)
+        one_line(
+            lambda model=model: fold_batchnorm(Teacher(model, DIGITS)),
+            'cannot be folded',
+            'as it is',
+        )
+    assert fold_batchnorm(Teacher(plain, DIGITS)).predict(pictures().images).shape == (
+        40,
+        10,
+    )
 
 
-MANY = dataclasses.replace(DIGITS, name="many", classes=tuple(f"c{i}" for i in range(20)))
-SHUFFLED = dataclasses.replace(DIGITS, name="shuffled", classes=tuple("1023456789"))
+MANY = dataclasses.replace(DIGITS, name='many', classes=tuple(f'c{i}' for i in range(20)))
+SHUFFLED = dataclasses.replace(DIGITS, name='shuffled', classes=tuple('1023456789'))
 
 
 def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> None:
     filters = find_filters(wide := narrow(), DIGITS)
     beyond, shuffled = pictures(40, MANY), pictures(200, SHUFFLED)
-    one_line(lambda: evaluate(teacher, beyond), "label 19", "10 classes")
-    one_line(lambda: evaluate(network(5), beyond, domain=DIGITS), "label 19", "10 classes")
-    one_line(lambda: filter_importance(wide, filters, beyond, "labels"), "label 19", "10 classes")
-    one_line(lambda: filter_importance(wide, filters, beyond.batches(100), "labels"), "labels from 0 to 19")
-    one_line(lambda: filter_importance(wide, filters, shuffled, "labels"), "relabel")
-    one_line(lambda: Metadata.measure(teacher, shuffled, clusters=1, components=2), "'1' is class 0", "relabel")
+    one_line(lambda: evaluate(teacher, beyond), 'label 19', '10 classes')
+    one_line(lambda: evaluate(network(5), beyond, domain=DIGITS), 'label 19', '10 classes')
+    one_line(
+        lambda: filter_importance(wide, filters, beyond, 'labels'), 'label 19', '10 classes'
+    )
+    one_line(
+        lambda: filter_importance(wide, filters, beyond.batches(100), 'labels'),
+        'labels from 0 to 19',
+    )
+    one_line(lambda: filter_importance(wide, filters, shuffled, 'labels'), 'relabel')
+    one_line(
+        lambda: Metadata.measure(teacher, shuffled, clusters=1, components=2),
+        "'1' is class 0",
+        'relabel',
+    )
     scenes = segmentation.draw_scenes(4, (16, 16))
-    more = dataclasses.replace(scenes.domain, name="more", classes=tuple("abcdefghij"))
+    more = dataclasses.replace(scenes.domain, name='more', classes=tuple('abcdefghij'))
     foreign = segmentation.SceneSet(scenes.images, scenes.masks + 4, more)
-    one_line(lambda: segmentation.mean_iou(Segmenter(), foreign, domain=scenes.domain), "label 9", "6 classes")
-    lesson = continual.lesson_of("oracle-classify")
-    student, domain = continual.extend(teacher, ["new"])
-    new = continual.renumber(pictures(20, dataclasses.replace(DIGITS, name="n", classes=("new",))), domain)
-    one_line(lambda: continual.ContinualDistiller(teacher, student, new, beyond, domain=domain, lesson=lesson, **QUICK), "label 19")
+    one_line(
+        lambda: segmentation.mean_iou(Segmenter(), foreign, domain=scenes.domain),
+        'label 9',
+        '6 classes',
+    )
+    lesson = continual.lesson_of('oracle-classify')
+    student, domain = continual.extend(teacher, ['new'])
+    new = continual.renumber(
+        pictures(20, dataclasses.replace(DIGITS, name='n', classes=('new',))), domain
+    )
+    one_line(
+        lambda: continual.ContinualDistiller(
+            teacher, student, new, beyond, domain=domain, lesson=lesson, **QUICK
+        ),
+        'label 19',
+    )
 
 
 def test_a_domain_of_lists_is_the_domain_of_tuples() -> None:
     for whole in (list, torch.tensor):
-        mean, std = (whole(v) if whole is list else whole(v, dtype=torch.float64) for v in (DIGITS.mean, DIGITS.std))
-        assert Domain("digits", [1, 8, 8], mean, std, list("0123456789")) == DIGITS  # type: ignore[arg-type]
-    good: dict[str, Any] = {"name": "own", "shape": (1, 8, 8), "mean": (0.3,), "std": (0.3,), "classes": ("a", "b")}
-    wrong: dict[str, Any] = {"std": (float("nan"),), "mean": 0.3, "shape": (1, 8), "classes": "ab"}
-    for key, value in (*wrong.items(), ("std", (float("inf"),)), ("mean", ("x",))):
+        mean, std = (
+            whole(v) if whole is list else whole(v, dtype=torch.float64)
+            for v in (DIGITS.mean, DIGITS.std)
+        )
+        assert Domain('digits', [1, 8, 8], mean, std, list('0123456789')) == DIGITS  # type: ignore[arg-type]
+    good: dict[str, Any] = {
+        'name': 'own',
+        'shape': (1, 8, 8),
+        'mean': (0.3,),
+        'std': (0.3,),
+        'classes': ('a', 'b'),
+    }
+    wrong: dict[str, Any] = {
+        'std': (float('nan'),),
+        'mean': 0.3,
+        'shape': (1, 8),
+        'classes': 'ab',
+    }
+    for key, value in (*wrong.items(), ('std', (float('inf'),)), ('mean', ('x',))):
         one_line(lambda key=key, value=value: Domain(**good | {key: value}), "domain 'own'")
 
 
-@pytest.mark.parametrize("what", [lambda x: (x, None), lambda x: x.numpy(), lambda x: None, lambda x: x[:0], lambda x: x.to("meta")])
-def test_a_function_of_images_returns_images(teacher: Teacher, what: Callable[[Tensor], Any]) -> None:
-    one_line(lambda: learned(teacher, network(5), lambda n, rng: what(torch.rand(n, 1, 8, 8, generator=rng))), "returned a", "(N, C, H, W)")
+@pytest.mark.parametrize(
+    'what',
+    [
+        lambda x: (x, None),
+        lambda x: x.numpy(),
+        lambda x: None,
+        lambda x: x[:0],
+        lambda x: x.to('meta'),
+    ],
+)
+def test_a_function_of_images_returns_images(
+    teacher: Teacher, what: Callable[[Tensor], Any]
+) -> None:
+    one_line(
+        lambda: learned(
+            teacher, network(5), lambda n, rng: what(torch.rand(n, 1, 8, 8, generator=rng))
+        ),
+        'returned a',
+        '(N, C, H, W)',
+    )
 
 
 def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
-    nan = float("nan")
-    for name, value in [("temperature", nan), ("learning_rate", nan), ("label_weight", nan), ("mixup_alpha", nan), ("momentum", -1.0),
-                        ("momentum", 1.0), ("weight_decay", -1.0), ("label_smoothing", 2.0), ("warmup", nan)]:  # fmt: skip
-        one_line(lambda name=name, value=value: learned(teacher, network(5), pictures(), **{name: value}), name, "give")
-    one_line(lambda: Distiller(teacher, network(5), pictures(), **QUICK).run(every=0), "every is 0")
-    one_line(lambda: evaluate(network(5), pictures(), batch_size=0), "batches of 0")
-    one_line(lambda: list(pictures().batches(0)), "batches of 0")
+    nan = float('nan')
+    for name, value in [
+        ('temperature', nan),
+        ('learning_rate', nan),
+        ('label_weight', nan),
+        ('mixup_alpha', nan),
+        ('momentum', -1.0),  # fmt: skip
+        ('momentum', 1.0),
+        ('weight_decay', -1.0),
+        ('label_smoothing', 2.0),
+        ('warmup', nan),
+    ]:
+        one_line(
+            lambda name=name, value=value: learned(
+                teacher, network(5), pictures(), **{name: value}
+            ),
+            name,
+            'give',
+        )
+    one_line(
+        lambda: Distiller(teacher, network(5), pictures(), **QUICK).run(every=0),
+        'every is 0',
+    )
+    one_line(lambda: evaluate(network(5), pictures(), batch_size=0), 'batches of 0')
+    one_line(lambda: list(pictures().batches(0)), 'batches of 0')
     scenes = segmentation.draw_scenes(4, (16, 16))
-    one_line(lambda: segmentation.mean_iou(Segmenter(), scenes, batch_size=0), "batches of 0")
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, 10))
-    one_line(lambda: learned(teacher, flat, pictures(), batch_size=1), "too small for BatchNorm", "batch_size")
+    one_line(
+        lambda: segmentation.mean_iou(Segmenter(), scenes, batch_size=0), 'batches of 0'
+    )
+    flat = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, 10)
+    )
+    one_line(
+        lambda: learned(teacher, flat, pictures(), batch_size=1),
+        'too small for BatchNorm',
+        'batch_size',
+    )
     filters = find_filters(wide := narrow(), DIGITS)
     for kept in (torch.ones(5, dtype=torch.bool), torch.ones(4, dtype=torch.long)):
-        one_line(lambda kept=kept: remove_filters(wide, filters, {"0": kept}), "4 booleans")
+        one_line(lambda kept=kept: remove_filters(wide, filters, {'0': kept}), '4 booleans')
 
 
 class Painter(nn.Module):
@@ -264,17 +405,26 @@ class Painter(nn.Module):
         return (images, z) if self.pair else images
 
 
-@pytest.mark.parametrize("kind", [GenerativeSynthesizer, MetaSynthesizer, ContrastiveSynthesizer])
-def test_a_generator_of_any_precision_paints(teacher: Teacher, kind: type[GenerativeSynthesizer]) -> None:
+@pytest.mark.parametrize(
+    'kind', [GenerativeSynthesizer, MetaSynthesizer, ContrastiveSynthesizer]
+)
+def test_a_generator_of_any_precision_paints(
+    teacher: Teacher, kind: type[GenerativeSynthesizer]
+) -> None:
     def made(generator: nn.Module) -> Tensor:
-        return kind(teacher, generator=generator, class_weight=1.0, batch_size=4, device="cpu").synthesize(2).images
+        return (
+            kind(teacher, generator=generator, class_weight=1.0, batch_size=4, device='cpu')
+            .synthesize(2)
+            .images
+        )
 
     usual, given = made(Painter()), Painter().double()
-    assert made(given).equal(usual) and given.linear.weight.dtype == torch.float64  # float64 from float32: the same weights
+    # float64 from float32: the same weights
+    assert made(given).equal(usual) and given.linear.weight.dtype == torch.float64
     for precision in (torch.float16, torch.bfloat16):
         assert made(Painter().to(precision)).shape == usual.shape
-    one_line(lambda: made(Painter(8)), "latent_shape 8", "(8,)")
-    one_line(lambda: made(Painter(pair=True)), "returns a tuple")
+    one_line(lambda: made(Painter(8)), 'latent_shape 8', '(8,)')
+    one_line(lambda: made(Painter(pair=True)), 'returns a tuple')
 
 
 CHANGED: dict[str, Any] = {
@@ -289,21 +439,33 @@ def untouched(learner: Any, state: Any, *words: str) -> None:
     before = copy.deepcopy(learner.state_dict())
     one_line(lambda: learner.load_state_dict(state), *words)
     after = learner.state_dict()
-    for part in ("student", "weights"):
+    for part in ('student', 'weights'):
         assert all(v.equal(after[part][k]) for k, v in before.get(part, {}).items())
 
 
-@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize('name', CHANGED)
 def test_a_student_goes_on_with_the_same_settings_only(teacher: Teacher, name: str) -> None:
-    settings: dict[str, Any] = QUICK | {"label_weight": 0.5}
+    settings: dict[str, Any] = QUICK | {'label_weight': 0.5}
     saved = Distiller(teacher, network(5), pictures(), **settings).run(until=2).state_dict()
-    word = "mean" if name == "domain" else name
-    untouched(Distiller(teacher, network(6), pictures(), **settings | {name: CHANGED[name]}), saved, "other settings", f"{word} (was ")
+    word = 'mean' if name == 'domain' else name
+    untouched(
+        Distiller(teacher, network(6), pictures(), **settings | {name: CHANGED[name]}),
+        saved,
+        'other settings',
+        f'{word} (was ',
+    )
 
 
-def test_a_state_of_something_else_is_refused_before_anything_changes(teacher: Teacher) -> None:
+def test_a_state_of_something_else_is_refused_before_anything_changes(
+    teacher: Teacher,
+) -> None:
     def learner(student: nn.Module | None = None, source: Any = None) -> Distiller:
-        return Distiller(teacher, student or network(6), pictures() if source is None else source, **QUICK)
+        return Distiller(
+            teacher,
+            student or network(6),
+            pictures() if source is None else source,
+            **QUICK,
+        )
 
     def grown() -> GrowingPool:
         pool = GrowingPool(DIGITS)
@@ -311,51 +473,83 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(teacher: T
         return pool
 
     def painter(kind: type[GenerativeSynthesizer]) -> GenerativeSynthesizer:
-        return kind(teacher, generator=Painter(), class_weight=1.0, batch_size=4, device="cpu", reuse="restart")
+        return kind(
+            teacher,
+            generator=Painter(),
+            class_weight=1.0,
+            batch_size=4,
+            device='cpu',
+            reuse='restart',
+        )
 
     half = learner(network(5)).run(until=2).state_dict()
-    untouched(learner(), {}, "not saved by a Distiller")
-    untouched(learner(), painter(GenerativeSynthesizer).state_dict(), "not saved by a Distiller")
-    untouched(learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), half, "another student")
-    untouched(learner(source=pictures(10)), half, "40 images, there are 10")
-    untouched(learner(source=pictures(100)), half, "40 images, there are 100")
-    untouched(learner(source=grown()), half, "GrowingPool")
-    drawn = learner(source=lambda n, rng: torch.rand(n, 1, 8, 8, generator=rng)).run(until=2).state_dict()
-    untouched(learner(), drawn, "ImageSet")
+    untouched(learner(), {}, 'not saved by a Distiller')
+    untouched(
+        learner(), painter(GenerativeSynthesizer).state_dict(), 'not saved by a Distiller'
+    )
+    untouched(
+        learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), half, 'another student'
+    )
+    untouched(learner(source=pictures(10)), half, '40 images, there are 10')
+    untouched(learner(source=pictures(100)), half, '40 images, there are 100')
+    untouched(learner(source=grown()), half, 'GrowingPool')
+    drawn = (
+        learner(source=lambda n, rng: torch.rand(n, 1, 8, 8, generator=rng))
+        .run(until=2)
+        .state_dict()
+    )
+    untouched(learner(), drawn, 'ImageSet')
     for kind in (GenerativeSynthesizer, MetaSynthesizer, ContrastiveSynthesizer):
-        untouched(painter(kind), half, "not saved by")
-        untouched(painter(kind), {}, "not saved by")
-    untouched(painter(ContrastiveSynthesizer), painter(GenerativeSynthesizer).state_dict(), "ContrastiveSynthesizer")
+        untouched(painter(kind), half, 'not saved by')
+        untouched(painter(kind), {}, 'not saved by')
+    untouched(
+        painter(ContrastiveSynthesizer),
+        painter(GenerativeSynthesizer).state_dict(),
+        'ContrastiveSynthesizer',
+    )
 
 
 def test_weights_of_a_compiled_network_are_its_weights(tmp_path: Path) -> None:
     weights = network(0).state_dict()
-    for before in ("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."):
-        torch.save({f"{before}{k}": v for k, v in weights.items()}, tmp_path / "weights.pt")
-        assert read_network(tmp_path / "weights.pt").keys() == weights.keys()
+    for before in ('_orig_mod.', 'module.', 'module._orig_mod.', '_orig_mod.module.'):
+        torch.save({f'{before}{k}': v for k, v in weights.items()}, tmp_path / 'weights.pt')
+        assert read_network(tmp_path / 'weights.pt').keys() == weights.keys()
 
 
 def test_statistics_know_what_a_teachers_images_look_like(teacher: Teacher) -> None:
     data = pictures()
     normalised, whole = DIGITS.normalize(data.images), data.images.float()
     usual = Statistics.measure(teacher, data)
-    one_line(lambda: Statistics.measure(teacher, whole), "0 to 255", "domain.normalize")
-    with pytest.warns(DFKDWarning, match="not normalised") as said:
+    one_line(lambda: Statistics.measure(teacher, whole), '0 to 255', 'domain.normalize')
+    with pytest.warns(DFKDWarning, match='not normalised') as said:
         Statistics.measure(teacher, whole / 255)
     assert len(said) == 1
-    raw = dataclasses.replace(DIGITS, name="raw", mean=(0.0,), std=(1 / 255,))
-    unit = dataclasses.replace(DIGITS, name="unit", mean=(0.0,), std=(1.0,))
+    raw = dataclasses.replace(DIGITS, name='raw', mean=(0.0,), std=(1 / 255,))
+    unit = dataclasses.replace(DIGITS, name='unit', mean=(0.0,), std=(1.0,))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for mine, theirs in zip(Statistics.measure(teacher, normalised).values(), usual.values(), strict=True):
+        warnings.simplefilter('error')
+        for mine, theirs in zip(
+            Statistics.measure(teacher, normalised).values(), usual.values(), strict=True
+        ):
             torch.testing.assert_close(mine, theirs)
         Statistics.measure(Teacher(network(0), raw), whole)
         Statistics.measure(Teacher(network(0), unit), whole / 255)
         Statistics.measure(teacher, torch.zeros(4, 1, 8, 8))
 
 
-@pytest.mark.parametrize("words", [["--nope"], ["--steps", "0"], ["--threads", "-1"], ["--batch", "0"], ["--what", "nothing"]])
-def test_the_benchmark_says_in_one_line_what_it_does_not_take(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *words]) == 2
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['--nope'],
+        ['--steps', '0'],
+        ['--threads', '-1'],
+        ['--batch', '0'],
+        ['--what', 'nothing'],
+    ],
+)
+def test_the_benchmark_says_in_one_line_what_it_does_not_take(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(['bench', *words]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("dfkd: error: ") and said.count("\n") == 1
+    assert said.startswith('dfkd: error: ') and said.count('\n') == 1

@@ -1,4 +1,6 @@
-"""DeepInversion's contract: repeats, resumes, stops, refuses, and never hands out its own memory."""
+"""DeepInversion's contract: repeats, resumes, stops, refuses, and never hands out its own
+memory.
+"""
 
 import json
 import os
@@ -14,7 +16,15 @@ import torch
 from torch import nn
 
 from dfkd_nb.dreams import inversion
-from dfkd_nb.dreams.inversion import DeepInversion, Explorer, Film, Look, intended_classes, preset, read_stages
+from dfkd_nb.dreams.inversion import (
+    DeepInversion,
+    Explorer,
+    Film,
+    Look,
+    intended_classes,
+    preset,
+    read_stages,
+)
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
 from dfkd_nb.foundations.core import same_device
@@ -27,9 +37,14 @@ from tiny import DIGITS, used
 
 
 def network(channels=1, classes=10, norm=True):
-    "Two convolutions whose BatchNorm layers have seen something: enough for every contract, and fast."
+    """Two convolutions whose BatchNorm layers have seen something.
+
+    Enough for every contract, and fast.
+    """
     torch.manual_seed(0)
-    norms = [nn.BatchNorm2d(6), nn.BatchNorm2d(8)] if norm else [nn.Identity(), nn.Identity()]
+    norms = (
+        [nn.BatchNorm2d(6), nn.BatchNorm2d(8)] if norm else [nn.Identity(), nn.Identity()]
+    )
     model = nn.Sequential(
         nn.Conv2d(channels, 6, 3, padding=1),
         norms[0],
@@ -44,24 +59,32 @@ def network(channels=1, classes=10, norm=True):
     return used(model, (channels, 8, 8), 30)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
 def make(teacher, **settings):
-    return DeepInversion(teacher, **{"steps": 12, "batch_size": 4, "device": "cpu"} | settings)
+    return DeepInversion(
+        teacher, **{'steps': 12, 'batch_size': 4, 'device': 'cpu'} | settings
+    )
 
 
 def test_the_same_seed_dreams_the_same_and_another_does_not(teacher):
-    a, b, c = make(teacher).synthesize(8), make(teacher).synthesize(8), make(teacher, seed=1).synthesize(8)
+    a = make(teacher).synthesize(8)
+    b = make(teacher).synthesize(8)
+    c = make(teacher, seed=1).synthesize(8)
     assert torch.equal(a.images, b.images)
     assert not torch.equal(a.images, c.images)
 
 
 def test_what_comes_out_is_a_labelled_image_set(teacher):
-    images = make(teacher).synthesize(7, classes=["3", 5])
-    assert isinstance(images, ImageSet) and images.images.dtype == torch.uint8 and images.images.shape == (7, 1, 8, 8)
+    images = make(teacher).synthesize(7, classes=['3', 5])
+    assert (
+        isinstance(images, ImageSet)
+        and images.images.dtype == torch.uint8
+        and images.images.shape == (7, 1, 8, 8)
+    )
     assert images.labels.tolist() == [3, 5, 3, 5, 3, 5, 3]
 
 
@@ -76,11 +99,27 @@ def test_batches_are_even_and_bounded(teacher):
 
 
 def test_the_loss_falls(teacher):
-    maker = make(teacher, steps=60, batch_size=20, jitter=0, flip=False, tv_l2=2.5e-5, feature_weight=10.0)
+    maker = make(
+        teacher,
+        steps=60,
+        batch_size=20,
+        jitter=0,
+        flip=False,
+        tv_l2=2.5e-5,
+        feature_weight=10.0,
+    )
     maker.synthesize(20, every=1)
-    assert maker.history[-1]["total"] < 0.6 * maker.history[0]["total"]
-    assert maker.history[-1]["class"] < maker.history[0]["class"]
-    assert set(maker.history[0]) == {"batch", "step", "total", "class", "tv_l2", "l2", "features"}
+    assert maker.history[-1]['total'] < 0.6 * maker.history[0]['total']
+    assert maker.history[-1]['class'] < maker.history[0]['class']
+    assert set(maker.history[0]) == {
+        'batch',
+        'step',
+        'total',
+        'class',
+        'tv_l2',
+        'l2',
+        'features',
+    }
 
 
 def test_every_batch_begins_with_its_own_noise(teacher):
@@ -89,22 +128,32 @@ def test_every_batch_begins_with_its_own_noise(teacher):
 
 
 def test_the_rate_follows_its_schedule_in_every_stage(teacher):
-    maker, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule="cosine"), []
+    maker, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule='cosine'), []
     maker.start(4)
     for _ in range(5):
         maker.dream = maker.dream or maker._begin()
         dream = maker.dream
         maker.step()
-        rates.append(dream.optimizer.param_groups[0]["lr"])
-    expected = [learning_rate_at(step, updates, "cosine") for updates in (3, 2) for step in range(updates)]
-    assert [rate / rates[0] for rate in rates] == pytest.approx([factor / expected[0] for factor in expected])
+        rates.append(dream.optimizer.param_groups[0]['lr'])
+    expected = [
+        learning_rate_at(step, updates, 'cosine')
+        for updates in (3, 2)
+        for step in range(updates)
+    ]
+    assert [rate / rates[0] for rate in rates] == pytest.approx(
+        [factor / expected[0] for factor in expected]
+    )
 
 
 def test_presets_differ_in_weights_alone(teacher):
-    a, b, c = (make(teacher, **preset(m)).settings for m in ("noise", "deepdream", "deepinversion"))
-    assert all(k.startswith("weight of ") for k in a if a[k] != c.get(k) or b.get(k) != c.get(k))
-    assert make(teacher, **preset("noise")).names == ["total", "class"]
-    assert make(teacher, **preset("deepdream")).names == ["total", "class", "tv_l2", "l2"]
+    a, b, c = (
+        make(teacher, **preset(m)).settings for m in ('noise', 'deepdream', 'deepinversion')
+    )
+    assert all(
+        k.startswith('weight of ') for k in a if a[k] != c.get(k) or b.get(k) != c.get(k)
+    )
+    assert make(teacher, **preset('noise')).names == ['total', 'class']
+    assert make(teacher, **preset('deepdream')).names == ['total', 'class', 'tv_l2', 'l2']
 
 
 def test_the_teacher_is_not_changed(teacher):
@@ -118,7 +167,8 @@ def test_images_are_copies(teacher):
     maker = make(teacher, batch_size=4)
     seen = []
     maker.synthesize(8, callback=lambda now: seen.append(now.images), every=4)
-    assert [bool((a != b).any()) for a, b in pairwise(seen)].count(True) >= 4  # not one tensor, six times over
+    # not one tensor, six times over
+    assert [bool((a != b).any()) for a, b in pairwise(seen)].count(True) >= 4
     first = maker.images
     first.images.zero_()
     first.labels.zero_()
@@ -128,7 +178,7 @@ def test_images_are_copies(teacher):
 def test_images_asked_for_too_late_are_refused(teacher):
     kept = []
     make(teacher).synthesize(4, callback=kept.append, every=3)
-    with pytest.raises(DFKDError, match="inside the callback"):
+    with pytest.raises(DFKDError, match='inside the callback'):
         kept[0].images  # noqa: B018
     assert kept[-1].images.shape == (4, 1, 8, 8)  # the finished ones stay
 
@@ -136,7 +186,11 @@ def test_images_asked_for_too_late_are_refused(teacher):
 def test_callback_is_told_where_it_stands(teacher):
     rows = []
     make(teacher).synthesize(
-        8, callback=lambda now: rows.append((now.batch, now.batches, now.step, now.steps, now.labels.tolist())), every=6
+        8,
+        callback=lambda now: rows.append(
+            (now.batch, now.batches, now.step, now.steps, now.labels.tolist())
+        ),
+        every=6,
     )
     assert rows == [
         (0, 2, 6, 12, [0, 1, 2, 3]),
@@ -158,15 +212,15 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"stages": [(4, 5), (8, 7)]}, {"schedule": "cosine", **preset("noise")}],
-    ids=["plain", "stages", "noise"],
+    'settings',
+    [{}, {'stages': [(4, 5), (8, 7)]}, {'schedule': 'cosine', **preset('noise')}],
+    ids=['plain', 'stages', 'noise'],
 )
 def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, settings):
     whole = make(teacher, **settings)
     wanted = whole.synthesize(10, every=3)
     for cut in range(1, 13, 3):
-        path, calls = tmp_path / f"{cut}.pt", []
+        path, calls = tmp_path / f'{cut}.pt', []
 
         def callback(now, calls=calls, cut=cut):
             calls.append(now.step)
@@ -174,10 +228,14 @@ def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, setting
                 raise Interrupted
 
         with pytest.raises(Interrupted):
-            make(teacher, **settings).synthesize(10, checkpoint=path, callback=callback, every=3)
+            make(teacher, **settings).synthesize(
+                10, checkpoint=path, callback=callback, every=3
+            )
         again = make(teacher, **settings)
         found = again.synthesize(10, checkpoint=path, every=3)
-        assert torch.equal(found.images, wanted.images) and torch.equal(found.labels, wanted.labels)
+        assert torch.equal(found.images, wanted.images) and torch.equal(
+            found.labels, wanted.labels
+        )
         assert again.history == whole.history
         assert torch.equal(
             make(teacher, **settings).synthesize(10, checkpoint=path).images, wanted.images
@@ -195,14 +253,15 @@ from test_inversion import make, network, DIGITS
 from dfkd_nb.foundations.models import Teacher
 def callback(now):
     if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
-make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / "c.pt")!r}, callback=callback, every=1, save_every=0.)
+make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, every=1, save_every=0.)
 """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
-    assert load_checkpoint(tmp_path / "c.pt")["batch"] == 1
+    assert subprocess.run([sys.executable, '-c', script]).returncode == -9
+    assert load_checkpoint(tmp_path / 'c.pt')['batch'] == 1
     assert torch.equal(
-        make(teacher).synthesize(8, checkpoint=tmp_path / "c.pt").images, make(teacher).synthesize(8).images
+        make(teacher).synthesize(8, checkpoint=tmp_path / 'c.pt').images,
+        make(teacher).synthesize(8).images,
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["c.pt"]
+    assert [path.name for path in tmp_path.iterdir()] == ['c.pt']
 
 
 def test_state_dict_goes_through_a_checkpoint_of_somebody_else(teacher, tmp_path):
@@ -210,84 +269,113 @@ def test_state_dict_goes_through_a_checkpoint_of_somebody_else(teacher, tmp_path
     maker.start(8)
     for _ in range(17):
         maker.step()
-    save_checkpoint(tmp_path / "run.pt", {"phase": "synthesis", "state": maker.state_dict()})
+    save_checkpoint(
+        tmp_path / 'run.pt', {'phase': 'synthesis', 'state': maker.state_dict()}
+    )
     maker.run()
     other = make(teacher)
     other.start(8)
-    other.load_state_dict(load_checkpoint(tmp_path / "run.pt")["state"])
+    other.load_state_dict(load_checkpoint(tmp_path / 'run.pt')['state'])
     assert torch.equal(other.run().images, maker.images.images)
 
 
 def test_deadline_stops_cleanly(teacher, tmp_path):
-    path = tmp_path / "c.pt"
+    path = tmp_path / 'c.pt'
     some = make(teacher).synthesize(40, checkpoint=path, deadline=time.monotonic() - 1)
     assert len(some) == 0 and path.is_file()
-    assert torch.equal(make(teacher).synthesize(40, checkpoint=path).images, make(teacher).synthesize(40).images)
+    assert torch.equal(
+        make(teacher).synthesize(40, checkpoint=path).images,
+        make(teacher).synthesize(40).images,
+    )
 
 
 @pytest.mark.parametrize(
-    "change, message",
-    [({"learning_rate": 0.2}, "learning_rate"), ({"feature_weight": 5.0}, "weight of features"), ({"seed": 3}, "seed")],
+    'change, message',
+    [
+        ({'learning_rate': 0.2}, 'learning_rate'),
+        ({'feature_weight': 5.0}, 'weight of features'),
+        ({'seed': 3}, 'seed'),
+    ],
 )
-def test_checkpoint_of_other_settings_is_refused_and_kept(teacher, tmp_path, change, message):
-    path = tmp_path / "c.pt"
+def test_checkpoint_of_other_settings_is_refused_and_kept(
+    teacher, tmp_path, change, message
+):
+    path = tmp_path / 'c.pt'
     make(teacher).synthesize(4, checkpoint=path)
     before = path.read_bytes()
     with pytest.raises(DFKDError, match=message):
         make(teacher, **change).synthesize(4, checkpoint=path)
-    with pytest.raises(DFKDError, match="other images"):
+    with pytest.raises(DFKDError, match='other images'):
         make(teacher).synthesize(5, checkpoint=path)
-    with pytest.raises(DFKDError, match="another teacher"):
-        make(Teacher(build_model("digits-net", 10, 1), DIGITS)).synthesize(4, checkpoint=path)
+    with pytest.raises(DFKDError, match='another teacher'):
+        make(Teacher(build_model('digits-net', 10, 1), DIGITS)).synthesize(
+            4, checkpoint=path
+        )
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+@pytest.mark.parametrize('content', [b'', b'not a checkpoint'])
 def test_damaged_and_foreign_checkpoints_are_refused_and_kept(teacher, tmp_path, content):
-    path = tmp_path / "c.pt"
+    path = tmp_path / 'c.pt'
     path.write_bytes(content)
     with pytest.raises(DFKDError):
         make(teacher).synthesize(4, checkpoint=path)
     assert path.read_bytes() == content
-    save_checkpoint(path, {"kind": "something else"})
-    with pytest.raises(DFKDError, match="not written by a synthesis"):
+    save_checkpoint(path, {'kind': 'something else'})
+    with pytest.raises(DFKDError, match='not written by a synthesis'):
         make(teacher).synthesize(4, checkpoint=path)
 
 
 def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
     def poison(view: View):
-        return view.x.mean() * (float("nan") if now["batch"] else 1.0)
+        return view.x.mean() * (float('nan') if now['batch'] else 1.0)
 
-    now = {"batch": 0}
-    maker = make(teacher, terms={"poison": (1.0, poison)})
-    with pytest.raises(DFKDError, match="'poison' is nan at update 1 of batch 2.*lower learning_rate") as caught:
+    now = {'batch': 0}
+    maker = make(teacher, terms={'poison': (1.0, poison)})
+    with pytest.raises(
+        DFKDError, match="'poison' is nan at update 1 of batch 2.*lower learning_rate"
+    ) as caught:
         maker.synthesize(
             8,
-            callback=lambda progress: now.update(batch=progress.step == progress.steps) and None,
-            checkpoint=tmp_path / "c.pt",
+            callback=lambda progress: (
+                now.update(batch=progress.step == progress.steps) and None
+            ),
+            checkpoint=tmp_path / 'c.pt',
         )
-    assert "\n" not in str(caught.value)
+    assert '\n' not in str(caught.value)
     assert len(maker.images) == 4
-    assert len(load_checkpoint(tmp_path / "c.pt")["parts"][0]) == 4
+    assert len(load_checkpoint(tmp_path / 'c.pt')['parts'][0]) == 4
 
 
 def test_stages_grow_by_nearest_neighbours(teacher):
-    maker = make(teacher, stages=[(4, 3), (8, 1)], clip=False, learning_rate=1e-12, jitter=0, flip=False)
+    maker = make(
+        teacher,
+        stages=[(4, 3), (8, 1)],
+        clip=False,
+        learning_rate=1e-12,
+        jitter=0,
+        flip=False,
+    )
     maker.start(4)
     for _ in range(3):
         maker.step()
     small = maker.dream.x.detach().clone()
     assert small.shape == (4, 1, 4, 4) and maker.dream.images().shape == (4, 1, 8, 8)
     seen = maker.dream.look_at()
-    assert seen.shape == (4, 1, 8, 8) and torch.equal(seen, small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert seen.shape == (4, 1, 8, 8) and torch.equal(
+        seen, small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )
     assert maker.dream.optimizer.state == {}  # a new Adam for new pixels
 
 
-@pytest.mark.parametrize("shape, classes", [((1, 8, 8), 10), ((3, 12, 20), 3), ((4, 9, 9), 1), ((2, 16, 16), 100)])
+@pytest.mark.parametrize(
+    'shape, classes',
+    [((1, 8, 8), 10), ((3, 12, 20), 3), ((4, 9, 9), 1), ((2, 16, 16), 100)],
+)
 def test_any_shape_any_number_of_classes_any_normalisation(shape, classes):
     channels = shape[0]
     domain = Domain(
-        "odd",
+        'odd',
         shape,
         tuple(0.1 * (i + 1) for i in range(channels)),
         tuple(0.5 + i for i in range(channels)),
@@ -310,14 +398,16 @@ def test_clipping_keeps_pixels_printable(teacher):
 
 def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
     plain = Teacher(network(norm=False), DIGITS)
-    with pytest.raises(DFKDError, match="no BatchNorm"):
+    with pytest.raises(DFKDError, match='no BatchNorm'):
         make(plain)
-    assert len(make(plain, **preset("deepdream")).synthesize(4)) == 4
-    measured = Statistics.measure(plain, 0.2 * torch.randn(64, 1, 8, 8), layers=["model.0", "model.3"], at="output")
+    assert len(make(plain, **preset('deepdream')).synthesize(4)) == 4
+    measured = Statistics.measure(
+        plain, 0.2 * torch.randn(64, 1, 8, 8), layers=['model.0', 'model.3'], at='output'
+    )
     maker = make(plain, statistics=measured, steps=30, class_weight=0.0, tv_l2=0.0)
     assert not maker.look.fused
     maker.synthesize(4, every=1)
-    assert maker.history[-1]["features"] < maker.history[0]["features"]
+    assert maker.history[-1]['features'] < maker.history[0]['features']
 
 
 def test_hooks_and_fused_layers_agree(teacher):
@@ -334,52 +424,55 @@ def test_hooks_and_fused_layers_agree(teacher):
 
 def test_statistics_named_inside_the_wrapped_network(teacher):
     inner = Statistics.from_batchnorm(teacher.model)
-    assert torch.equal(make(teacher, statistics=inner).synthesize(4).images, make(teacher).synthesize(4).images)
+    assert torch.equal(
+        make(teacher, statistics=inner).synthesize(4).images,
+        make(teacher).synthesize(4).images,
+    )
 
 
 def test_bfloat16_stays_close(teacher):
-    a, b = make(teacher, steps=1, precision="bfloat16"), make(teacher, steps=1)
+    a, b = make(teacher, steps=1, precision='bfloat16'), make(teacher, steps=1)
     for maker in (a, b):
         maker.synthesize(4)
-    assert a.history[0]["total"] == pytest.approx(b.history[0]["total"], rel=0.05)
+    assert a.history[0]['total'] == pytest.approx(b.history[0]['total'], rel=0.05)
 
 
 BAD = {
-    "steps": ({"steps": 0}, "steps is 0"),
-    "batch": ({"batch_size": 0}, "batch_size is 0"),
-    "learning rate": ({"learning_rate": -1.0}, "learning_rate is -1"),
-    "no learning": ({"learning_rate": 0.0}, "give more than 0"),
-    "nan weight": ({"tv_l2": float("nan")}, "tv_l2 is nan"),
-    "negative weight": ({"feature_weight": -1.0}, "feature_weight"),
-    "jitter": ({"jitter": -1}, "jitter -1"),
-    "seed": ({"seed": -1}, "seed -1"),
-    "schedule": ({"schedule": "sometimes"}, "unknown schedule"),
-    "precision": ({"precision": "float8"}, "unknown precision"),
-    "half on the CPU": ({"precision": "float16"}, "needs CUDA"),
-    "device": ({"device": "abacus"}, "unknown device"),
-    "last stage": ({"stages": [(4, 10)]}, "the last stage"),
-    "empty stage": ({"stages": [(4, 0), (8, 1)]}, "0 updates"),
-    "tiny stage": ({"stages": [(1, 1), (8, 1)]}, "1 x 1"),
-    "nothing to want": (preset("noise") | {"class_weight": 0.0}, "no term"),
+    'steps': ({'steps': 0}, 'steps is 0'),
+    'batch': ({'batch_size': 0}, 'batch_size is 0'),
+    'learning rate': ({'learning_rate': -1.0}, 'learning_rate is -1'),
+    'no learning': ({'learning_rate': 0.0}, 'give more than 0'),
+    'nan weight': ({'tv_l2': float('nan')}, 'tv_l2 is nan'),
+    'negative weight': ({'feature_weight': -1.0}, 'feature_weight'),
+    'jitter': ({'jitter': -1}, 'jitter -1'),
+    'seed': ({'seed': -1}, 'seed -1'),
+    'schedule': ({'schedule': 'sometimes'}, 'unknown schedule'),
+    'precision': ({'precision': 'float8'}, 'unknown precision'),
+    'half on the CPU': ({'precision': 'float16'}, 'needs CUDA'),
+    'device': ({'device': 'abacus'}, 'unknown device'),
+    'last stage': ({'stages': [(4, 10)]}, 'the last stage'),
+    'empty stage': ({'stages': [(4, 0), (8, 1)]}, '0 updates'),
+    'tiny stage': ({'stages': [(1, 1), (8, 1)]}, '1 x 1'),
+    'nothing to want': (preset('noise') | {'class_weight': 0.0}, 'no term'),
 }
 
 
-@each("settings, message", BAD.values(), ids=BAD)
+@each('settings, message', BAD.values(), ids=BAD)
 def test_bad_settings_are_one_clear_line(teacher, settings, message):
     with pytest.raises(DFKDError, match=message) as caught:
         make(teacher, **settings)
-    assert "\n" not in str(caught.value)
+    assert '\n' not in str(caught.value)
 
 
 @each(
-    "n, classes, message",
+    'n, classes, message',
     [
-        (0, None, "0 images"),
-        (4, 10, "class 10"),
-        (4, ["x"], "'x'"),
-        (4, [-1], "-1"),
-        (4, [], "no class"),
-        (4, [0.5], "0.5"),
+        (0, None, '0 images'),
+        (4, 10, 'class 10'),
+        (4, ['x'], "'x'"),
+        (4, [-1], '-1'),
+        (4, [], 'no class'),
+        (4, [0.5], '0.5'),
     ],
 )
 def test_bad_wishes_are_one_clear_line(teacher, n, classes, message):
@@ -391,89 +484,91 @@ def test_a_stage_too_small_for_the_network():
     class Fussy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.bn, self.fc = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4 * 36, 10)
+            self.conv = nn.Conv2d(1, 4, 3)
+            self.bn = nn.BatchNorm2d(4)
+            self.fc = nn.Linear(4 * 36, 10)
 
         def forward(self, x):
             return self.fc(self.bn(self.conv(x)).flatten(1))
 
-    with pytest.raises(DFKDError, match="4 x 4 pixels"), pytest.warns(UserWarning):
+    with pytest.raises(DFKDError, match='4 x 4 pixels'), pytest.warns(UserWarning):
         make(Teacher(Fussy(), DIGITS), stages=[(4, 1), (8, 1)])
 
 
 def test_stages_and_wishes_by_hand():
     assert read_stages(None, 7, (8, 8)) == [((8, 8), 7)]
     assert read_stages([(4, 1), ((8, 8), 2)], 7, (8, 8)) == [((4, 4), 1), ((8, 8), 2)]
-    assert intended_classes(4, "7", DIGITS).tolist() == [7, 7, 7, 7]
+    assert intended_classes(4, '7', DIGITS).tolist() == [7, 7, 7, 7]
     assert intended_classes(3, torch.tensor([2, 1]), DIGITS).tolist() == [2, 1, 2]
 
 
 def test_nothing_started_says_so(teacher):
-    with pytest.raises(DFKDError, match="start"):
+    with pytest.raises(DFKDError, match='start'):
         make(teacher).step()
 
 
 def test_film_is_small_and_needs_nothing():
     frames = [torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8) for _ in range(16)]
-    page = Film(frames, range(16), titles=list("abcdefghij"))._repr_html_()
-    assert len(page) < 600_000 and "http" not in page and page.count("<span") == 10
+    page = Film(frames, range(16), titles=list('abcdefghij'))._repr_html_()
+    assert len(page) < 600_000 and 'http' not in page and page.count('<span') == 10
     with pytest.raises(DFKDError):
         Film(frames, [1])
 
 
 def test_explorer_without_a_browser(teacher):
-    ipywidgets = pytest.importorskip("ipywidgets")
-    view = Explorer(teacher, images=4, steps=40, every=2, device="cpu", jitter=0)
+    ipywidgets = pytest.importorskip('ipywidgets')
+    view = Explorer(teacher, images=4, steps=40, every=2, device='cpu', jitter=0)
     assert isinstance(view.widget, ipywidgets.Widget) and not view.running
     view.classes.value = (3, 7)
-    view.sliders["features"].value = 1.0
+    view.sliders['features'].value = 1.0
     view.go.click()  # start
     for _ in range(600):
         if view.dreamer.history:
             break
         time.sleep(0.05)
-    view.sliders["tv_l2"].value = 0.1  # while it runs
+    view.sliders['tv_l2'].value = 0.1  # while it runs
     view.go.click()  # stop
     view.wait()
-    assert view.error is None and not view.running and view.go.description == "start"
+    assert view.error is None and not view.running and view.go.description == 'start'
     stopped = view.dreamer.done
-    assert 0 < stopped <= 40 and view.picture.value[:8] == b"\x89PNG\r\n\x1a\n"
+    assert 0 < stopped <= 40 and view.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
     assert view.dreamer.targets.tolist() == [3, 7, 3, 7]
     view.go.click()  # on to the end
     view.wait()
-    assert view.dreamer.finished and "40 of 40" in view.status.value
-    assert view.dreamer.objective.weights["features"] == 1.0
-    view.sliders["features"].value = 0.0
+    assert view.dreamer.finished and '40 of 40' in view.status.value
+    assert view.dreamer.objective.weights['features'] == 1.0
+    view.sliders['features'].value = 0.0
     view.again.click()  # from noise, without the feature term
     view.wait()
-    assert view.dreamer.finished and "features" not in view.dreamer.history[0]
+    assert view.dreamer.finished and 'features' not in view.dreamer.history[0]
 
 
 def test_explorer_shows_an_error_instead_of_dying(teacher):
-    pytest.importorskip("ipywidgets")
-    view = Explorer(teacher, steps=2, device="cpu")
+    pytest.importorskip('ipywidgets')
+    view = Explorer(teacher, steps=2, device='cpu')
     for slider in view.sliders.values():
         slider.value = 0.0
     view.go.click()
     view.wait()
-    assert isinstance(view.error, DFKDError) and "no term" in view.status.value
+    assert isinstance(view.error, DFKDError) and 'no term' in view.status.value
 
 
 def test_explorer_without_ipywidgets(teacher, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    with pytest.raises(DFKDError, match="pip install"):
+    monkeypatch.setitem(sys.modules, 'ipywidgets', None)
+    with pytest.raises(DFKDError, match='pip install'):
         Explorer(teacher)
 
 
 def test_bench_command(tmp_path, capsys):
     from dfkd_nb.lab.speed import bench
 
-    assert bench(["--batch", "2", "--rounds", "1", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "resnet20-2.json").read_text())
-    assert list(found["ways"]) == ["plain", "frozen", "one pass", "folded"]
-    assert all(row["loss_error"] <= 1e-5 for row in found["ways"].values())
-    assert "floor" in capsys.readouterr().out
+    assert bench(['--batch', '2', '--rounds', '1', '--out', str(tmp_path)]) == 0
+    found = json.loads((tmp_path / 'resnet20-2.json').read_text())
+    assert list(found['ways']) == ['plain', 'frozen', 'one pass', 'folded']
+    assert all(row['loss_error'] <= 1e-5 for row in found['ways'].values())
+    assert 'floor' in capsys.readouterr().out
     with pytest.raises(DFKDError):
-        bench(["--batch", "0"])
+        bench(['--batch', '0'])
 
 
 # units of the pixel range
@@ -485,19 +580,29 @@ class Scaled(nn.Module):
     def __init__(self, model, domain):
         super().__init__()
         self.net = model
-        self.register_buffer("mean", torch.tensor(domain.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(domain.std)[:, None, None])
+        self.register_buffer('mean', torch.tensor(domain.mean)[:, None, None])
+        self.register_buffer('std', torch.tensor(domain.std)[:, None, None])
 
     def forward(self, x):
         return self.net((x / 255 - self.mean) / self.std)
 
 
-@pytest.mark.parametrize("settings", [{}, preset("deepdream"), {"stages": [(4, 4), (8, 4)], "schedule": "cosine", "clip": False}])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {},
+        preset('deepdream'),
+        {'stages': [(4, 4), (8, 4)], 'schedule': 'cosine', 'clip': False},
+    ],
+)
 def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
-    "Its domain says how to scale, or the network does it itself: the same noise, steps, priors and images."
-    wide = Domain("wide", DIGITS.shape, (0.0,), (1 / 255,), DIGITS.classes)
+    """Its domain says how to scale, or the network does it itself.
+
+    The same noise, steps, priors and images.
+    """
+    wide = Domain('wide', DIGITS.shape, (0.0,), (1 / 255,), DIGITS.classes)
     inside = Teacher(Scaled(teacher.model, DIGITS), wide)
-    quick = {"steps": 10, "tv_l2": 0.1, "l2": 0.01} | settings
+    quick = {'steps': 10, 'tv_l2': 0.1, 'l2': 0.01} | settings
     a, b = make(teacher, **quick), make(inside, **quick)
     one, other = (maker.synthesize(8, every=1).images.int() for maker in (a, b))
     assert (one - other).abs().max() <= 1
@@ -513,38 +618,59 @@ def test_terms_see_pixel_units(teacher):
         views.append(view.x.detach().clone())
         return view.x.sum()
 
-    make(teacher, steps=3, learning_rate=5.0, terms={"look": (1e-9, look)}).synthesize(4)
+    make(teacher, steps=3, learning_rate=5.0, terms={'look': (1e-9, look)}).synthesize(4)
     assert views[-1].min() == -2 and views[-1].max() == 2  # clipped at black and at white
 
 
 def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
     "Four updates by hand, in pixel units."
-    maker = make(teacher, steps=4, batch_size=4, jitter=0, flip=False, clip=False, feature_weight=0.0, tv_l2=0.0, l2=0.0)
+    maker = make(
+        teacher,
+        steps=4,
+        batch_size=4,
+        jitter=0,
+        flip=False,
+        clip=False,
+        feature_weight=0.0,
+        tv_l2=0.0,
+        l2=0.0,
+    )
     maker.start(4)
     x = maker._begin().x.detach().clone().double()
     net, targets = Teacher(teacher.model, DIGITS).double(), torch.arange(4)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for step in range(1, 5):
         x.requires_grad_()
-        slope = torch.autograd.grad(nn.functional.cross_entropy(net(DIGITS.from_pixels(x)), targets), x)[0]
+        slope = torch.autograd.grad(
+            nn.functional.cross_entropy(net(DIGITS.from_pixels(x)), targets), x
+        )[0]
         first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope.square()
-        x = (x - 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)).detach()
+        x = (
+            x
+            - 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        ).detach()
         maker.step() if step < 4 else None
     seen = maker.dream.x.detach()
     maker.step()
     assert (seen - x).abs().max() <= 0.11  # one step behind
-    assert (maker._parts[0].float() - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()).abs().max() <= 1
+    assert (
+        maker._parts[0].float() - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()
+    ).abs().max() <= 1
 
 
 def shifts(maker, looks=200):
-    "Where a marked pixel of the batch in hand is seen: largest shift down or right, and share of mirrored looks."
+    """Where a marked pixel of the batch in hand is seen.
+
+    Largest shift down or right, and share of mirrored looks.
+    """
     dream = maker.dream or maker._begin()
     size = dream.x.shape[-1]
     with torch.no_grad():
         dream.x.zero_()
         dream.x[..., size // 2, size // 2] = 1
         dream.x[..., size // 2 - 1, size // 2] = 2
-        dream.x[..., size // 2, size // 2 + 1] = 3  # right of the first one, unless mirrored
+        # right of the first one, unless mirrored
+        dream.x[..., size // 2, size // 2 + 1] = 3
     far, mirrored = 0, 0
     for _ in range(looks):
         seen = dream.look_at()[0, 0]
@@ -562,7 +688,7 @@ def test_jitter_is_in_pixels_of_the_full_size(teacher):
         assert shifts(maker)[0] == wanted
 
 
-@pytest.mark.parametrize("flip, low, high", [(True, 0.35, 0.65), (False, 0.0, 0.0)])
+@pytest.mark.parametrize('flip, low, high', [(True, 0.35, 0.65), (False, 0.0, 0.0)])
 def test_every_second_look_is_mirrored_or_none(teacher, flip, low, high):
     maker = make(teacher, flip=flip)
     maker.start(4)
@@ -570,31 +696,46 @@ def test_every_second_look_is_mirrored_or_none(teacher, flip, low, high):
 
 
 def test_the_scaler_of_half_precision_is_kept_up(teacher):
-    "It doubles after a good update, and halves, skipping the update, after one with an infinite gradient."
+    """It doubles after a good update, and halves, skipping the update, after one with an
+    infinite gradient.
+    """
     maker = make(teacher)
     maker.start(4)
-    dream, scaler = maker._begin(), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    dream = maker._begin()
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.0, growth_interval=1)
     dream.update(dream.x.square().sum(), scaler)
     assert scaler.get_scale() == 8.0
     before = dream.x.detach().clone()
-    dream.update((dream.x * float("inf")).sum(), scaler)
+    dream.update((dream.x * float('inf')).sum(), scaler)
     assert scaler.get_scale() == 4.0 and torch.equal(dream.x, before)
 
 
 def test_a_compiled_update_is_the_update(teacher, monkeypatch):
-    "Two sizes, a student and a term. With a backend that needs no C++ compiler; how often it was asked to compile shows that it was."
+    """Two sizes, a student and a term.
+
+    With a backend that needs no C++ compiler; how often it was asked to compile shows that
+    it was.
+    """
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
 
     plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **words: plain(function, backend=backend, **words))
+    monkeypatch.setattr(
+        torch,
+        'compile',
+        lambda function, **words: plain(function, backend=backend, **words),
+    )
     torch.manual_seed(3)
     torch._dynamo.reset()
-    quick = {"stages": [(4, 2), (8, 2)], "batch_size": 6, "student": build_model("digits-net", 10, 1)}
-    quick |= {"terms": {"rival": (0.1, lambda view: view.student_logits.square().mean())}}
+    quick = {
+        'stages': [(4, 2), (8, 2)],
+        'batch_size': 6,
+        'student': build_model('digits-net', 10, 1),
+    }
+    quick |= {'terms': {'rival': (0.1, lambda view: view.student_logits.square().mean())}}
     compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
     for maker in (compiled, eager):
         maker.synthesize(6, every=1)
@@ -623,43 +764,61 @@ class Excited(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.se, self.fc = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), Excite(), nn.Linear(8, 10)
+        self.conv = nn.Conv2d(1, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.se = Excite()
+        self.fc = nn.Linear(8, 10)
 
     def forward(self, x):
         return self.fc(self.se(self.norm(self.conv(x)).relu()).mean((2, 3)))
 
 
-@pytest.mark.parametrize("embedding, layer", [("classifier", "fc"), ("fc", "fc"), ("se.fc", "se.fc"), ("norm", "norm")])
-@pytest.mark.parametrize("path", ["fused", "fused, named inside", "hooked", "hooked, named inside", "plain"])
+@pytest.mark.parametrize(
+    'embedding, layer',
+    [('classifier', 'fc'), ('fc', 'fc'), ('se.fc', 'se.fc'), ('norm', 'norm')],
+)
+@pytest.mark.parametrize(
+    'path', ['fused', 'fused, named inside', 'hooked', 'hooked, named inside', 'plain']
+)
 def test_the_layer_is_found_by_its_exact_name_on_every_path(path, embedding, layer):
     torch.manual_seed(0)
     teacher = Teacher(used(Excited(), DIGITS.shape), DIGITS)
     x = torch.randn(5, *DIGITS.shape)
-    named = teacher.model if "inside" in path else teacher
-    where = ["norm"] if "inside" in path else ["model.norm"]
-    statistics = {"fused": lambda: Statistics.from_batchnorm(named), "hooked": lambda: Statistics.measure(named, x, where, at="output"),
-                  "plain": lambda: None}[path.split(",")[0]]()
+    named = teacher.model if 'inside' in path else teacher
+    where = ['norm'] if 'inside' in path else ['model.norm']
+    statistics = {
+        'fused': lambda: Statistics.from_batchnorm(named),
+        'hooked': lambda: Statistics.measure(named, x, where, at='output'),
+        'plain': lambda: None,
+    }[path.split(',')[0]]()
     look = Look(teacher, statistics, embedding=embedding)
-    assert look.fused == path.startswith("fused")
+    assert look.fused == path.startswith('fused')
     entered = []
-    hook = teacher.model.get_submodule(layer).register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
+    hook = teacher.model.get_submodule(layer).register_forward_pre_hook(
+        lambda module, inputs: entered.append(inputs[0])
+    )
     wanted = teacher(x)
     hook.remove()
     logits, _, seen = look(x)
     torch.testing.assert_close(logits, wanted)
-    torch.testing.assert_close(seen, entered[0] if entered[0].ndim == 2 else entered[0].mean((2, 3)))
+    torch.testing.assert_close(
+        seen, entered[0] if entered[0].ndim == 2 else entered[0].mean((2, 3))
+    )
 
 
 def test_a_device_by_another_name_is_the_same_device(teacher, monkeypatch):
-    assert make(teacher, device="cpu:0").teacher is teacher  # nothing is copied
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    cuda, first, second, cpu = map(torch.device, ("cuda", "cuda:0", "cuda:1", "cpu"))
+    assert make(teacher, device='cpu:0').teacher is teacher  # nothing is copied
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    cuda, first, second, cpu = map(torch.device, ('cuda', 'cuda:0', 'cuda:1', 'cpu'))
     assert same_device(cuda, second) and same_device(second, cuda) and same_device(cpu, cpu)
-    assert not any(same_device(a, b) for a, b in ((cuda, first), (first, second), (cpu, first), (cpu, cuda)))
+    assert not any(
+        same_device(a, b)
+        for a, b in ((cuda, first), (first, second), (cpu, first), (cpu, cuda))
+    )
 
 
 def test_a_teacher_elsewhere_is_copied_not_moved(teacher, monkeypatch):
-    monkeypatch.setattr(inversion, "same_device", lambda a, b: False)
+    monkeypatch.setattr(inversion, 'same_device', lambda a, b: False)
     maker = make(teacher)
     assert maker.teacher is not teacher and maker.teacher.model is not teacher.model
     with torch.no_grad():
@@ -672,18 +831,28 @@ def test_a_teacher_elsewhere_is_copied_not_moved(teacher, monkeypatch):
 
 def test_a_term_that_fails_says_so_itself(teacher):
     def broken(view):
-        raise ValueError("my own mistake")
+        raise ValueError('my own mistake')
 
-    with pytest.raises(ValueError, match="^my own mistake$") as caught:
-        make(teacher, terms={"mine": (1.0, broken)}).synthesize(4)
+    with pytest.raises(ValueError, match='^my own mistake$') as caught:
+        make(teacher, terms={'mine': (1.0, broken)}).synthesize(4)
     assert not isinstance(caught.value, DFKDError)
 
 
 def test_a_batch_too_small_for_the_network_is_said():
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 10)
-    with pytest.raises(DFKDError, match="a batch of 1 is too small for this network.*dream more images"):
-        make(Teacher(nn.Sequential(*layers), DIGITS), feature_weight=0.0, batch_size=1).synthesize(1)
+    layers = (
+        nn.Conv2d(1, 4, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.Linear(4, 10),
+    )
+    with pytest.raises(
+        DFKDError, match='a batch of 1 is too small for this network.*dream more images'
+    ):
+        make(
+            Teacher(nn.Sequential(*layers), DIGITS), feature_weight=0.0, batch_size=1
+        ).synthesize(1)
 
 
 # randomness, progress
@@ -691,11 +860,14 @@ def test_a_batch_too_small_for_the_network_is_said():
 
 def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
     "Its numbers come from PyTorch's, NumPy's and Python's own streams."
+
     def noisy(view):
-        return (view.x * (torch.rand_like(view.x) + random.random() + float(np.random.rand()))).mean()
+        return (
+            view.x * (torch.rand_like(view.x) + random.random() + float(np.random.rand()))
+        ).mean()
 
     def maker():
-        return make(teacher, terms={"noisy": (5.0, noisy)})
+        return make(teacher, terms={'noisy': (5.0, noisy)})
 
     def begin():
         torch.manual_seed(1), np.random.seed(1), random.seed(1)
@@ -703,7 +875,7 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
     begin()
     whole = maker().synthesize(8)
     for cut in (1, 3, 5):
-        path, calls = tmp_path / f"{cut}.pt", []
+        path, calls = tmp_path / f'{cut}.pt', []
 
         def callback(now, calls=calls, cut=cut):
             calls.append(now)
@@ -720,14 +892,14 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
 def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     "Four updates at half the size are one at full size."
     bars, shares = [], []
-    monkeypatch.setenv("DFKD_PROGRESS", "1")
+    monkeypatch.setenv('DFKD_PROGRESS', '1')
 
     def progress(**settings):
         bars.append(plain(**settings))
         return bars[-1]
 
     plain = inversion.progress
-    monkeypatch.setattr(inversion, "progress", progress)
+    monkeypatch.setattr(inversion, 'progress', progress)
     maker = make(teacher, stages=[(4, 4), (8, 3)])
     maker.start(8)
     for _ in range(5):  # four at half the size, one at full size
@@ -735,7 +907,11 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     assert maker.work_done == 2 * 64
     amounts = []
     plain_update = plain(total=1).__class__.update
-    monkeypatch.setattr(plain(total=1).__class__, "update", lambda bar, n=1: (amounts.append(n), plain_update(bar, n))[1])
+    monkeypatch.setattr(
+        plain(total=1).__class__,
+        'update',
+        lambda bar, n=1: (amounts.append(n), plain_update(bar, n))[1],
+    )
     maker.run(callback=lambda now: shares.append(now.share) and None, every=1)
     assert bars[0].total == 2 * 4 * 64 and bars[0].initial == 2 * 64
     assert amounts == [64, 64, 16, 16, 16, 16, 64, 64, 64]
@@ -745,56 +921,80 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
 # teachers in other forms
 
 FORMS = {
-    "float64": lambda net: net.double(),
-    "half": lambda net: net.half(),
-    "bfloat16": lambda net: net.to(torch.bfloat16),
-    "compiled": lambda net: torch.compile(net, backend="eager"),
-    "parallel": nn.DataParallel,
+    'float64': lambda net: net.double(),
+    'half': lambda net: net.half(),
+    'bfloat16': lambda net: net.to(torch.bfloat16),
+    'compiled': lambda net: torch.compile(net, backend='eager'),
+    'parallel': nn.DataParallel,
 }
-BATCH = torch.export.Dim("batch", min=1, max=512)
+BATCH = torch.export.Dim('batch', min=1, max=512)
 SEALED = {
-    "script": torch.jit.script,
-    "trace": lambda net: torch.jit.trace(net, torch.randn(2, *DIGITS.shape)),
-    "export": lambda net: torch.export.export(net, (torch.randn(2, *DIGITS.shape),), dynamic_shapes=({0: BATCH},)).module(),
+    'script': torch.jit.script,
+    'trace': lambda net: torch.jit.trace(net, torch.randn(2, *DIGITS.shape)),
+    'export': (
+        lambda net: torch.export.export(
+            net, (torch.randn(2, *DIGITS.shape),), dynamic_shapes=({0: BATCH},)
+        ).module()
+    ),
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize('form', FORMS)
 def test_a_teacher_in_another_form_dreams_the_same(teacher, form):
-    dreamed = make(Teacher(FORMS[form](network()), DIGITS), steps=5, learning_rate=0.3).synthesize(4)
+    dreamed = make(
+        Teacher(FORMS[form](network()), DIGITS), steps=5, learning_rate=0.3
+    ).synthesize(4)
     plain = make(teacher, steps=5, learning_rate=0.3).synthesize(4)
-    close = (dreamed.images.int() - plain.images.int()).abs() <= (60 if form in ("half", "bfloat16") else 1)
+    close = (dreamed.images.int() - plain.images.int()).abs() <= (
+        60 if form in ('half', 'bfloat16') else 1
+    )
     assert close.float().mean() > 0.99
 
 
 def test_a_teacher_made_double_afterwards_still_dreams(teacher):
-    settings = {"student": build_model("digits-net", 10, 1), "embedding": "classifier", "stages": [(4, 2), (8, 3)]}
+    settings = {
+        'student': build_model('digits-net', 10, 1),
+        'embedding': 'classifier',
+        'stages': [(4, 2), (8, 3)],
+    }
     maker = make(Teacher(teacher.model, DIGITS).double(), **settings)
     assert maker.synthesize(4).images.float().std() > 20
 
 
-@pytest.mark.parametrize("form", SEALED)
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize('form', SEALED)
+@pytest.mark.filterwarnings('ignore')
 def test_a_sealed_teacher_says_what_to_do_and_dreams_without_statistics(teacher, form):
     sealed = Teacher(SEALED[form](network()), DIGITS)
     asked = (
         lambda: make(sealed),
         lambda: Statistics.measure(sealed, torch.randn(4, *DIGITS.shape)),
-        lambda: make(sealed, feature_weight=0.0, embedding="classifier"),
+        lambda: make(sealed, feature_weight=0.0, embedding='classifier'),
     )
     for ask in asked:
-        with pytest.raises(DFKDError, match="(cannot|can) be read.*give the network it was made from") as caught:
+        with pytest.raises(
+            DFKDError, match='(cannot|can) be read.*give the network it was made from'
+        ) as caught:
             ask()
-        assert "\n" not in str(caught.value)
+        assert '\n' not in str(caught.value)
     images = make(sealed, feature_weight=0.0, batch_size=2).synthesize(2).images
-    assert (images.int() - make(teacher, feature_weight=0.0, batch_size=2).synthesize(2).images.int()).abs().max() <= 1
+    assert (
+        images.int()
+        - make(teacher, feature_weight=0.0, batch_size=2).synthesize(2).images.int()
+    ).abs().max() <= 1
 
 
-@pytest.mark.parametrize("form", ["compiled", "parallel"])
+@pytest.mark.parametrize('form', ['compiled', 'parallel'])
 def test_statistics_of_a_wrapped_network_have_its_own_names(form):
     net, x = network(), torch.randn(6, *DIGITS.shape)
     wrapped, right = FORMS[form](network()), Statistics.measure(net, x)
     for found in (Statistics.measure(wrapped, x), fuse_statistics(wrapped)(x)[1]):
-        assert list(found) == list(right) == list(Statistics.from_batchnorm(wrapped)) == ["1", "4"]
+        assert (
+            list(found)
+            == list(right)
+            == list(Statistics.from_batchnorm(wrapped))
+            == ['1', '4']
+        )
         for name in right:
-            torch.testing.assert_close(tuple(v.detach() for v in found[name]), right[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                tuple(v.detach() for v in found[name]), right[name], rtol=1e-4, atol=1e-5
+            )

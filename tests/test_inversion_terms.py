@@ -1,4 +1,6 @@
-"""What terms may ask for (a student, an embedding, goals), distances without units, memory foretold."""
+"""What terms may ask for (a student, an embedding, goals), distances without units, memory
+foretold.
+"""
 
 import copy
 from dataclasses import replace
@@ -21,14 +23,14 @@ from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.models import Teacher, build_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
 def other():
     torch.manual_seed(7)
-    return build_model("digits-net", 10, 1)
+    return build_model('digits-net', 10, 1)
 
 
 def seen(teacher, **settings):
@@ -39,7 +41,7 @@ def seen(teacher, **settings):
         views.append(view)
         return view.x.square().mean()
 
-    maker = make(teacher, steps=2, terms={"look": (1.0, term)}, **settings)
+    maker = make(teacher, steps=2, terms={'look': (1.0, term)}, **settings)
     return maker, views
 
 
@@ -56,7 +58,9 @@ def test_a_student_answers_to_what_the_teacher_saw(teacher):
     first.start(4)
     noise = first._begin().x.detach()
     with torch.no_grad():
-        torch.testing.assert_close(views[0].student_logits.detach(), student.eval()(DIGITS.from_pixels(noise)))
+        torch.testing.assert_close(
+            views[0].student_logits.detach(), student.eval()(DIGITS.from_pixels(noise))
+        )
     assert x.shape == (4, 1, 8, 8)
 
 
@@ -72,36 +76,42 @@ def test_the_student_kept_is_a_frozen_copy(teacher):
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert student.training and all(p.grad is None for p in student.parameters())
     maker.compete_with(student)
-    assert not torch.equal(next(iter(maker.student.state_dict().values())), next(iter(before.values())))
+    assert not torch.equal(
+        next(iter(maker.student.state_dict().values())), next(iter(before.values()))
+    )
 
 
-@pytest.mark.parametrize("itself", [lambda t: t, lambda t: t.model, lambda t: copy.deepcopy(t.model)])
+@pytest.mark.parametrize(
+    'itself', [lambda t: t, lambda t: t.model, lambda t: copy.deepcopy(t.model)]
+)
 def test_a_competition_against_oneself_is_refused(teacher, itself):
-    with pytest.raises(DFKDError, match="give another network"):
+    with pytest.raises(DFKDError, match='give another network'):
         make(teacher, student=itself(teacher))
 
 
 def test_a_student_of_another_domain_is_refused(teacher):
-    with pytest.raises(DFKDError, match="student"):
-        make(teacher, student=build_model("resnet20"))
+    with pytest.raises(DFKDError, match='student'):
+        make(teacher, student=build_model('resnet20'))
 
 
 def test_a_checkpoint_knows_its_student(teacher, tmp_path):
-    path = tmp_path / "dream.pt"
-    make(teacher, student=other()).synthesize(8, checkpoint=path, callback=lambda now: True, every=3)
+    path = tmp_path / 'dream.pt'
+    make(teacher, student=other()).synthesize(
+        8, checkpoint=path, callback=lambda now: True, every=3
+    )
     changed = other()
     with torch.no_grad():
         next(changed.parameters()).add_(1)
-    with pytest.raises(DFKDError, match="another teacher, student"):
+    with pytest.raises(DFKDError, match='another teacher, student'):
         make(teacher, student=changed).synthesize(8, checkpoint=path)
 
 
 # embedding and goals
 
 
-@pytest.mark.parametrize("settings", [{}, {"feature_weight": 0.0}])
+@pytest.mark.parametrize('settings', [{}, {'feature_weight': 0.0}])
 def test_the_embedding_is_what_enters_the_classifier(teacher, settings):
-    maker, views = seen(teacher, embedding="classifier", jitter=0, flip=False, **settings)
+    maker, views = seen(teacher, embedding='classifier', jitter=0, flip=False, **settings)
     maker.synthesize(4)
     for view in views:
         assert view.embedding.shape == (4, 8) and view.embedding.requires_grad
@@ -110,37 +120,58 @@ def test_the_embedding_is_what_enters_the_classifier(teacher, settings):
 
 def test_goals_reach_their_images_batch_by_batch(teacher):
     goals = torch.arange(10.0)[:, None].expand(10, 8)
-    maker, views = seen(teacher, embedding="classifier", batch_size=4)
+    maker, views = seen(teacher, embedding='classifier', batch_size=4)
     maker.synthesize(10, goals=goals)
-    assert [view.goals[:, 0].tolist() for view in views[::2]] == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    assert [view.goals[:, 0].tolist() for view in views[::2]] == [
+        [0, 1, 2, 3],
+        [4, 5, 6],
+        [7, 8, 9],
+    ]
 
 
 def test_goals_pull(teacher):
-    images = torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
     goals = teacher.embed(images)
 
     def distance(view):
         return (view.embedding - view.goals).square().sum(1).mean()
 
-    settings = dict(class_weight=0.0, tv_l2=0.0, feature_weight=0.0, steps=60, jitter=0, flip=False, batch_size=6)
-    maker = make(teacher, embedding="classifier", terms={"goal": (1.0, distance)}, **settings)
+    settings = dict(
+        class_weight=0.0,
+        tv_l2=0.0,
+        feature_weight=0.0,
+        steps=60,
+        jitter=0,
+        flip=False,
+        batch_size=6,
+    )
+    maker = make(
+        teacher, embedding='classifier', terms={'goal': (1.0, distance)}, **settings
+    )
     found = maker.synthesize(6, goals=goals)
-    assert maker.history[-1]["goal"] < 0.2 * maker.history[0]["goal"]
-    near, far = ((teacher.embed(found.images) - g).norm(dim=1).mean() for g in (goals, goals.roll(1, 0)))
+    assert maker.history[-1]['goal'] < 0.2 * maker.history[0]['goal']
+    near, far = (
+        (teacher.embed(found.images) - g).norm(dim=1).mean()
+        for g in (goals, goals.roll(1, 0))
+    )
     assert near < far
 
 
-@pytest.mark.parametrize("goals", [torch.zeros(3, 8), torch.zeros(4)])
+@pytest.mark.parametrize('goals', [torch.zeros(3, 8), torch.zeros(4)])
 def test_goals_of_the_wrong_shape_are_refused(teacher, goals):
-    with pytest.raises(DFKDError, match="one vector an image"):
-        make(teacher, embedding="classifier").synthesize(4, goals=goals)
+    with pytest.raises(DFKDError, match='one vector an image'):
+        make(teacher, embedding='classifier').synthesize(4, goals=goals)
 
 
 def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
-    path = tmp_path / "dream.pt"
-    quick = dict(embedding="classifier", batch_size=4)
-    make(teacher, **quick).synthesize(8, goals=torch.zeros(8, 8), checkpoint=path, callback=lambda now: True, every=3)
-    with pytest.raises(DFKDError, match="goals"):
+    path = tmp_path / 'dream.pt'
+    quick = dict(embedding='classifier', batch_size=4)
+    make(teacher, **quick).synthesize(
+        8, goals=torch.zeros(8, 8), checkpoint=path, callback=lambda now: True, every=3
+    )
+    with pytest.raises(DFKDError, match='goals'):
         make(teacher, **quick).synthesize(8, goals=torch.ones(8, 8), checkpoint=path)
     whole = make(teacher, **quick).synthesize(8, goals=torch.zeros(8, 8))
     rest = make(teacher, **quick).synthesize(8, goals=torch.zeros(8, 8), checkpoint=path)
@@ -149,7 +180,7 @@ def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
 
 def test_an_unknown_embedding_is_told_at_once(teacher):
     with pytest.raises(DFKDError, match="no layer 'avgpool'"):
-        make(teacher, embedding="avgpool")
+        make(teacher, embedding='avgpool')
 
 
 # distances without units
@@ -179,43 +210,72 @@ def test_changed_units_change_the_absolute_distance_and_not_the_relative_one():
 
 
 def test_the_relative_distance_by_hand_and_its_gradient():
-    statistics = Statistics({"a": (torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0])), "b": (torch.zeros(1), torch.ones(1))})
+    statistics = Statistics(
+        {
+            'a': (torch.tensor([1.0, 0.0]), torch.tensor([4.0, 1.0])),
+            'b': (torch.zeros(1), torch.ones(1)),
+        }
+    )
     term = relative_feature_term(statistics, first_layer_weight=3.0, floor=0.0)
 
     def value(mean, var):
-        features = {"a": (mean, var), "b": (torch.tensor([2.0]), torch.ones(1))}
+        features = {'a': (mean, var), 'b': (torch.tensor([2.0]), torch.ones(1))}
         return term(View(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1), features))
 
     # layer a: z-scores 1 and 2, ratios 2 and 1; layer b: z-score 2
     wanted = 3 * ((5 / 2) ** 0.5 + (1 / 2) ** 0.5) + 2
-    assert float(value(torch.tensor([3.0, 2.0]), torch.tensor([8.0, 1.0]))) == pytest.approx(wanted, rel=1e-6)
+    assert float(
+        value(torch.tensor([3.0, 2.0]), torch.tensor([8.0, 1.0]))
+    ) == pytest.approx(wanted, rel=1e-6)
     mean = torch.tensor([1.0, 0.0], requires_grad=True)
-    assert torch.autograd.grad(value(mean, torch.tensor([4.0, 1.0])), mean)[0].isfinite().all()  # at its minimum
+    # at its minimum
+    assert (
+        torch.autograd.grad(value(mean, torch.tensor([4.0, 1.0])), mean)[0].isfinite().all()
+    )
 
 
 def test_a_dead_channel_does_not_rule_a_layer():
-    statistics = Statistics({"a": (torch.zeros(10), torch.tensor([1e-30] + [1.0] * 9))})
-    view = View(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1), {"a": (torch.zeros(10), torch.tensor([1e-3] + [1.0] * 9))})
+    statistics = Statistics({'a': (torch.zeros(10), torch.tensor([1e-30] + [1.0] * 9))})
+    view = View(
+        torch.zeros(1),
+        torch.zeros(1, 2),
+        torch.zeros(1),
+        {'a': (torch.zeros(10), torch.tensor([1e-3] + [1.0] * 9))},
+    )
     assert float(relative_feature_term(statistics)(view)) < 1
 
 
 def test_the_scale_is_a_setting(teacher):
-    a, b = make(teacher), make(teacher, feature_scale="relative")
+    a, b = make(teacher), make(teacher, feature_scale='relative')
     assert not torch.equal(a.synthesize(4).images, b.synthesize(4).images)
-    with pytest.raises(DFKDError, match="absolute or relative"):
-        make(teacher, feature_scale="metric")
-    maker = make(teacher, **preset("deepinversion", "imagenet"))
-    assert maker.settings["feature_scale"] == "relative" and maker.settings["first_layer_weight"] == 3.0
+    with pytest.raises(DFKDError, match='absolute or relative'):
+        make(teacher, feature_scale='metric')
+    maker = make(teacher, **preset('deepinversion', 'imagenet'))
+    assert (
+        maker.settings['feature_scale'] == 'relative'
+        and maker.settings['first_layer_weight'] == 3.0
+    )
 
 
 # memory
 
 
 def test_memory_is_counted_by_hand():
-    "One convolution without BatchNorm: its input is needed only for weights, which are frozen; the ReLU keeps its output."
-    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]
+    """One convolution without BatchNorm.
+
+    Its input is needed only for weights, which are frozen; the ReLU keeps its output.
+    """
+    layers = [
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 10),
+    ]
     model = nn.Sequential(*layers)
-    maker = DeepInversion(Teacher(model, DIGITS), steps=1, feature_weight=0.0, tv_l2=0.0, l2=0.0, device="cpu")
+    maker = DeepInversion(
+        Teacher(model, DIGITS), steps=1, feature_weight=0.0, tv_l2=0.0, l2=0.0, device='cpu'
+    )
     each = kept_bytes(maker, 3) - kept_bytes(maker, 2)
     relu = 4 * 8 * 8 * 4  # channels, height, width, bytes
     assert relu <= each <= relu + 1024  # the pixels and some logits besides
@@ -225,8 +285,12 @@ def test_what_fits_fits(teacher):
     maker = make(teacher)
     for gigabytes in (0.001, 0.01):
         count = images_that_fit(maker, gigabytes)
-        assert 1.35 * kept_bytes(maker, count) <= gigabytes * 1e9 < 1.35 * kept_bytes(maker, count + 2)
-    with pytest.raises(DFKDError, match="give more memory"):
+        assert (
+            1.35 * kept_bytes(maker, count)
+            <= gigabytes * 1e9
+            < 1.35 * kept_bytes(maker, count + 2)
+        )
+    with pytest.raises(DFKDError, match='give more memory'):
         images_that_fit(maker, 1e-6)
     maker.synthesize(4)  # counting has changed nothing
     assert len(maker.images) == 4
@@ -235,13 +299,16 @@ def test_what_fits_fits(teacher):
 # two networks, two normalisations
 
 
-@pytest.mark.parametrize("given", ["a domain", "a teacher", "later"])
+@pytest.mark.parametrize('given', ['a domain', 'a teacher', 'later'])
 def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, given):
     "Both see one set of pixels, each on its own scale."
     student, theirs = other().eval(), replace(DIGITS, mean=(0.0,), std=(1.0,))
-    words = {"a domain": {"student": student, "student_domain": theirs}, "a teacher": {"student": Teacher(student, theirs)}}
+    words = {
+        'a domain': {'student': student, 'student_domain': theirs},
+        'a teacher': {'student': Teacher(student, theirs)},
+    }
     maker, views = seen(teacher, jitter=0, flip=False, **words.get(given, {}))
-    if given == "later":
+    if given == 'later':
         maker.compete_with(other())
         maker.compete_with(student, theirs)
     maker.start(4)
@@ -250,18 +317,29 @@ def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, 
     inside = views[0].student_logits.detach()
     with torch.no_grad():
         torch.testing.assert_close(inside, student(theirs.from_pixels(noise)))
-        torch.testing.assert_close(views[0].logits.detach(), teacher(DIGITS.from_pixels(noise)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            views[0].logits.detach(),
+            teacher(DIGITS.from_pixels(noise)),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_a_student_of_other_images_or_classes_is_refused(teacher):
-    for changes in ({"shape": (1, 9, 9)}, {"classes": tuple("abc")}, {"classes": (*DIGITS.classes[1:], "0")}):
+    for changes in (
+        {'shape': (1, 9, 9)},
+        {'classes': tuple('abc')},
+        {'classes': (*DIGITS.classes[1:], '0')},
+    ):
         with pytest.raises(DFKDError) as caught:
             make(teacher, student=other(), student_domain=replace(DIGITS, **changes))
-        assert "\n" not in str(caught.value)
+        assert '\n' not in str(caught.value)
 
 
 def test_a_checkpoint_knows_the_students_normalisation(teacher, tmp_path):
-    path, theirs = tmp_path / "dream.pt", replace(DIGITS, mean=(0.0,), std=(1.0,))
-    make(teacher, student=other()).synthesize(8, checkpoint=path, callback=lambda now: True, every=3)
-    with pytest.raises(DFKDError, match="another teacher, student"):
+    path, theirs = tmp_path / 'dream.pt', replace(DIGITS, mean=(0.0,), std=(1.0,))
+    make(teacher, student=other()).synthesize(
+        8, checkpoint=path, callback=lambda now: True, every=3
+    )
+    with pytest.raises(DFKDError, match='another teacher, student'):
         make(teacher, student=other(), student_domain=theirs).synthesize(8, checkpoint=path)

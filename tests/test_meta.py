@@ -1,4 +1,6 @@
-"""The meta-generator: gradients of a start, what a batch begins from, momentum's side, and runs that go on to the same bits."""
+"""The meta-generator: gradients of a start, what a batch begins from, momentum's side, and
+runs that go on to the same bits.
+"""
 
 import copy
 
@@ -11,11 +13,21 @@ from torch import nn
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.dreams.statistics import Statistics
-from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_checkpoint, save_checkpoint
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    import_torchvision,
+    load_checkpoint,
+    save_checkpoint,
+)
 from dfkd_nb.foundations.data import Domain
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
-from dfkd_nb.generators.generators import Alternation, GenerativeSynthesizer, Generator, Pixels
+from dfkd_nb.generators.generators import (
+    Alternation,
+    GenerativeSynthesizer,
+    Generator,
+    Pixels,
+)
 from dfkd_nb.generators.meta import META, MetaSynthesizer, adapt, meta_gradients, preset
 from cases import each
 from tiny import DIGITS, used
@@ -26,83 +38,122 @@ SHAPE = (1, 8, 8)
 def network(seed=0):
     "Two convolutions whose BatchNorm has seen something."
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()]
+    layers = [
+        nn.Conv2d(1, 6, 3, 2, 1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+    ]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     return used(model)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
-PLAIN = {"steps": 3, "batch_size": 6, "learning_rate": 0.01, "latent_learning_rate": 0.1}
-PLAIN |= {"class_weight": 1.0, "feature_weight": 1.0, "labels": "wishes", "device": "cpu"}
+PLAIN = {'steps': 3, 'batch_size': 6, 'learning_rate': 0.01, 'latent_learning_rate': 0.1}
+PLAIN |= {'class_weight': 1.0, 'feature_weight': 1.0, 'labels': 'wishes', 'device': 'cpu'}
 
 
 def maker(teacher, kind=MetaSynthesizer, pixels=False, **changes):
     torch.manual_seed(3)
     generator = Pixels(SHAPE) if pixels else Generator(SHAPE, 5, 3)
-    return kind(teacher, **{"generator": generator, **PLAIN} | changes)
+    return kind(teacher, **{'generator': generator, **PLAIN} | changes)
 
 
 def valley(curvature, centre):
-    return lambda weights: 0.5 * (curvature * (weights["theta"] - centre).square()).sum()
+    return lambda weights: 0.5 * (curvature * (weights['theta'] - centre).square()).sum()
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.floats(0.1, 3.0), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 5), st.floats(0.01, 0.3))
+@given(
+    st.floats(0.1, 3.0),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.integers(1, 5),
+    st.floats(0.01, 0.3),
+)
 def test_gradients_of_a_valley(curvature, centre, begun, steps, rate):
     "In one dimension all four are known."
-    start = {"theta": torch.tensor([begun], dtype=torch.float64)}
-    found = {kind: float(gradient["theta"]) for kind, gradient in meta_gradients(valley(curvature, centre), start, steps, rate).items()}
+    start = {'theta': torch.tensor([begun], dtype=torch.float64)}
+    found = {
+        kind: float(gradient['theta'])
+        for kind, gradient in meta_gradients(
+            valley(curvature, centre), start, steps, rate
+        ).items()
+    }
     rho, slope = 1 - rate * curvature, curvature * (begun - centre)
-    assert found["exact"] == pytest.approx(slope * rho ** (2 * steps), rel=1e-9, abs=1e-12)
-    assert found["last"] == pytest.approx(slope * rho**steps, rel=1e-9, abs=1e-12)
-    assert found["sum"] == pytest.approx(slope * sum(rho**j for j in range(steps)), rel=1e-9, abs=1e-12)
-    assert found["reptile"] == pytest.approx(rate * found["sum"], rel=1e-6, abs=1e-12)
+    assert found['exact'] == pytest.approx(slope * rho ** (2 * steps), rel=1e-9, abs=1e-12)
+    assert found['last'] == pytest.approx(slope * rho**steps, rel=1e-9, abs=1e-12)
+    assert found['sum'] == pytest.approx(
+        slope * sum(rho**j for j in range(steps)), rel=1e-9, abs=1e-12
+    )
+    assert found['reptile'] == pytest.approx(rate * found['sum'], rel=1e-6, abs=1e-12)
 
 
 def test_exact_gradient_against_finite_differences():
     random = torch.Generator().manual_seed(0)
-    shapes = {"codes": (4, 3), "inner": (3, 5), "outer": (5, 2)}
-    start = {name: torch.randn(shape, generator=random, dtype=torch.float64) for name, shape in shapes.items()}
+    shapes = {'codes': (4, 3), 'inner': (3, 5), 'outer': (5, 2)}
+    start = {
+        name: torch.randn(shape, generator=random, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
 
     def loss(weights):
-        images = torch.tanh(weights["codes"] @ weights["inner"]) @ weights["outer"]
+        images = torch.tanh(weights['codes'] @ weights['inner']) @ weights['outer']
         return images.mean(0).square().sum() + (images.var(0) - 1).square().sum()
 
-    found = meta_gradients(loss, start, 4, 0.02)["exact"]
+    found = meta_gradients(loss, start, 4, 0.02)['exact']
     for name, weight in start.items():
         away = torch.zeros_like(weight)
         away.view(-1)[1] = 1e-6
-        after = [loss(adapt(loss, start | {name: weight + sign * away}, 4, 0.02)[0]) for sign in (1, -1)]
-        assert float(found[name].view(-1)[1]) == pytest.approx(float(after[0] - after[1]) / 2e-6, rel=1e-5, abs=1e-7)
+        after = [
+            loss(adapt(loss, start | {name: weight + sign * away}, 4, 0.02)[0])
+            for sign in (1, -1)
+        ]
+        assert float(found[name].view(-1)[1]) == pytest.approx(
+            float(after[0] - after[1]) / 2e-6, rel=1e-5, abs=1e-7
+        )
 
 
 def test_one_step_reptile_is_the_gradient_times_the_rate():
-    start = {"theta": torch.tensor([1.0, -2.0], dtype=torch.float64)}
-    found = meta_gradients(valley(torch.tensor([2.0, 0.5], dtype=torch.float64), 0.3), start, 1, 0.1)
-    torch.testing.assert_close(found["reptile"]["theta"], 0.1 * found["sum"]["theta"])
-    with pytest.raises(DFKDError, match="give 1 or more"):
+    start = {'theta': torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    found = meta_gradients(
+        valley(torch.tensor([2.0, 0.5], dtype=torch.float64), 0.3), start, 1, 0.1
+    )
+    torch.testing.assert_close(found['reptile']['theta'], 0.1 * found['sum']['theta'])
+    with pytest.raises(DFKDError, match='give 1 or more'):
         adapt(valley(1.0, 0.0), start, 0, 0.1)
 
 
 def test_one_step_sum_is_the_plain_generator(teacher):
     one, other = maker(teacher, steps=1), maker(teacher, GenerativeSynthesizer, steps=1)
     assert torch.equal(one.synthesize(4).images, other.synthesize(4).images)
-    assert all(torch.equal(one.meta_weights[name], weight) for name, weight in other.weights.items())
+    assert all(
+        torch.equal(one.meta_weights[name], weight)
+        for name, weight in other.weights.items()
+    )
 
 
 def inner_gradients(m):
-    "Run one batch; the gradients that its inner steps used, and what it began and ended with."
+    """Run one batch; the gradients that its inner steps used, and what it began and ended
+    with.
+    """
     m.start()
     begun = {name: weight.detach().clone() for name, weight in m.weights.items()}
     used = []
     for _ in range(m.steps):
         m.step()
         used.append({name: weight.grad.clone() for name, weight in m.weights.items()})
-    return begun, used, {name: weight.detach().clone() for name, weight in m.weights.items()}
+    return (
+        begun,
+        used,
+        {name: weight.detach().clone() for name, weight in m.weights.items()},
+    )
 
 
 def test_the_sum_is_the_sum(teacher):
@@ -114,19 +165,22 @@ def test_the_sum_is_the_sum(teacher):
 
 def test_the_last_is_taken_at_the_adapted_weights(teacher):
     "Eq. 9: not the gradient of the last inner step, which was taken before that step."
-    m = maker(teacher, meta="last")
+    m = maker(teacher, meta='last')
     _, used, ended = inner_gradients(m)
     images = m.paint(m.codes)
     total, _, _ = m.judge(images, m.targets)
     expected = dict(zip(m.weights, torch.autograd.grad(total, list(m.weights.values()))))
     for name, weight in m.meta_weights.items():
         torch.testing.assert_close(weight.grad, expected[name])
-    assert any(not torch.allclose(used[-1][name], weight.grad) for name, weight in m.meta_weights.items())
+    assert any(
+        not torch.allclose(used[-1][name], weight.grad)
+        for name, weight in m.meta_weights.items()
+    )
     assert m.updates == 3 and m.left == 0
 
 
 def test_reptile_is_the_difference(teacher):
-    m = maker(teacher, meta="reptile")
+    m = maker(teacher, meta='reptile')
     begun, _, ended = inner_gradients(m)
     for name, weight in m.meta_weights.items():
         assert torch.equal(weight.grad, begun[name] - ended[name])
@@ -138,37 +192,49 @@ def test_a_batch_cannot_touch_the_meta_weights(teacher):
     m.step()
     m.step()
     assert all(torch.equal(before[name], weight) for name, weight in m.meta_weights.items())
-    assert {weight.data_ptr() for weight in m.weights.values()}.isdisjoint(weight.data_ptr() for weight in m.meta_weights.values())
+    assert {weight.data_ptr() for weight in m.weights.values()}.isdisjoint(
+        weight.data_ptr() for weight in m.meta_weights.values()
+    )
     m.step()
     m.finish()
     m.start()
-    assert all(torch.equal(weight, m.meta_weights[name]) for name, weight in m.weights.items())
+    assert all(
+        torch.equal(weight, m.meta_weights[name]) for name, weight in m.weights.items()
+    )
 
 
 def test_what_a_batch_begins_from(teacher):
-    again = maker(teacher, reuse="continue")
+    again = maker(teacher, reuse='continue')
     again.synthesize(1)
     ended = {name: weight.detach().clone() for name, weight in again.weights.items()}
     again.start()
     assert all(torch.equal(weight, ended[name]) for name, weight in again.weights.items())
     assert not again.optimizer.state  # a new batch's Adam knows nothing
-    anew = maker(teacher, reuse="restart")
+    anew = maker(teacher, reuse='restart')
     anew.synthesize(1)
     anew.start()
-    assert not any(torch.equal(weight, ended[name]) for name, weight in anew.weights.items() if weight.ndim > 1)
+    assert not any(
+        torch.equal(weight, ended[name])
+        for name, weight in anew.weights.items()
+        if weight.ndim > 1
+    )
     assert not again.meta_weights and not anew.meta_weights
 
 
 def test_meta_step_sizes(teacher):
     m = maker(teacher, latent_life=None)
-    assert [group["lr"] for group in m.meta_optimizer.param_groups] == pytest.approx([0.03, 0.3])
+    assert [group['lr'] for group in m.meta_optimizer.param_groups] == pytest.approx(
+        [0.03, 0.3]
+    )
     m = maker(teacher, meta_learning_rate=0.5, meta_latent_learning_rate=0.2, latent_life=4)
-    assert [group["lr"] for group in m.meta_optimizer.param_groups] == [0.5, 0.2]
-    assert all(group["betas"] == (0.5, 0.999) for group in m.meta_optimizer.param_groups)
+    assert [group['lr'] for group in m.meta_optimizer.param_groups] == [0.5, 0.2]
+    assert all(group['betas'] == (0.5, 0.999) for group in m.meta_optimizer.param_groups)
 
 
 def test_codes_that_live(teacher):
-    "The learned codes are the start of each batch of a life; then new ones are drawn, and the weights' Adam goes on."
+    """The learned codes are the start of each batch of a life; then new ones are drawn, and
+    the weights' Adam goes on.
+    """
     m = maker(teacher, latent_life=2)
     seen = []
     for _ in range(5):
@@ -180,24 +246,40 @@ def test_codes_that_live(teacher):
         m.finish()
     near = [float((b - a).abs().mean()) for a, b in zip(seen, seen[1:])]
     assert near[0] < 0.5 < near[1] and near[2] < 0.5 < near[3]
-    steps = [float(m.meta_optimizer.state[weight]["step"]) for weight in m.meta_weights.values()]
-    assert steps == [5.0] * len(steps) and float(m.meta_optimizer.state[m.meta_codes]["step"]) == 1.0
-    assert not torch.equal(*[maker(teacher).synthesize(2).images[i : i + 6] for i in (0, 6)])  # a life of 1: drawn anew
+    steps = [
+        float(m.meta_optimizer.state[weight]['step']) for weight in m.meta_weights.values()
+    ]
+    assert (
+        steps == [5.0] * len(steps)
+        and float(m.meta_optimizer.state[m.meta_codes]['step']) == 1.0
+    )
+    # a life of 1: drawn anew
+    assert not torch.equal(
+        *[maker(teacher).synthesize(2).images[i : i + 6] for i in (0, 6)]
+    )
 
 
 def test_momentum_weighs_the_new_batch(teacher):
-    "The paper's m: 0.1 of the new batch. The other side, 0.9, would pull nine times as hard."
+    """The paper's m: 0.1 of the new batch.
+
+    The other side, 0.9, would pull nine times as hard.
+    """
     m = maker(teacher, momentum=0.1, class_weight=0.0)
     m.synthesize(1)
     old = m.running.moments
     best = {name: (mean + 1.0, var + 1.0) for name, (mean, var) in old.items()}
     name = next(iter(old))
     leaf = best[name][0].clone().requires_grad_()
-    view = View(torch.zeros(1, 1, 8, 8), torch.zeros(1, 10), torch.zeros(1, dtype=torch.long), best | {name: (leaf, best[name][1])})
-    term = m.objective.terms["features"][1]
+    view = View(
+        torch.zeros(1, 1, 8, 8),
+        torch.zeros(1, 10),
+        torch.zeros(1, dtype=torch.long),
+        best | {name: (leaf, best[name][1])},
+    )
+    term = m.objective.terms['features'][1]
     pull = torch.autograd.grad(term(view), leaf)[0].norm()
     assert float(pull) == pytest.approx(0.1, rel=1e-4)
-    m._finished({"moments": best})
+    m._finished({'moments': best})
     torch.testing.assert_close(m.running.moments[name][0], old[name][0] + 0.1)
 
 
@@ -207,59 +289,78 @@ def test_first_batch_is_judged_by_itself_and_the_kept_iterate_is_accumulated(tea
     assert with_it.history == without.history
     kept = Statistics(with_it.running.moments)
     true = Statistics.from_batchnorm(teacher)
-    assert float(true.distance(kept).sum()) == pytest.approx(with_it.history[0]["features"], rel=1e-5)
+    assert float(true.distance(kept).sum()) == pytest.approx(
+        with_it.history[0]['features'], rel=1e-5
+    )
     assert not torch.equal(with_it.synthesize(1).images, without.synthesize(1).images)
 
 
 def test_relative_statistics_take_momentum_too(teacher):
-    m = maker(teacher, momentum=0.1, feature_scale="relative")
+    m = maker(teacher, momentum=0.1, feature_scale='relative')
     m.synthesize(2)
     assert m.running.batches == 2
 
 
 def test_first_layers_begin_anew(teacher):
-    for reuse in ("meta", "continue"):
+    for reuse in ('meta', 'continue'):
         m = maker(teacher, reuse=reuse, reset_first_layer_at=2)
         m.synthesize(1)
-        before = {name: weight.detach().clone() for name, weight in (m.meta_weights or m.weights).items()}
+        before = {
+            name: weight.detach().clone()
+            for name, weight in (m.meta_weights or m.weights).items()
+        }
         m.start()
-        assert float(m.weights["linear.weight"].detach().std()) == pytest.approx(0.02, rel=0.2)
-        assert not m.weights["linear.bias"].any() and not m.weights["norm.bias"].any() and not (m.weights["norm.weight"].abs() > 0.1).any()
-        assert torch.equal(m.weights["last.weight"], before["last.weight"])
-        kept = m.weights["linear.weight"].detach().clone()
+        assert float(m.weights['linear.weight'].detach().std()) == pytest.approx(
+            0.02, rel=0.2
+        )
+        assert (
+            not m.weights['linear.bias'].any()
+            and not m.weights['norm.bias'].any()
+            and not (m.weights['norm.weight'].abs() > 0.1).any()
+        )
+        assert torch.equal(m.weights['last.weight'], before['last.weight'])
+        kept = m.weights['linear.weight'].detach().clone()
         m.synthesize(1)
         m.start()
-        assert not torch.equal(m.weights["linear.weight"], kept) and m.batches == 2  # once
+        # once
+        assert not torch.equal(m.weights['linear.weight'], kept) and m.batches == 2
 
 
 def test_buffers_go_on_and_painting_in_eval_mode_uses_them(teacher):
     m = maker(teacher)
     m.synthesize(2)
-    assert int(m.buffers["norm.num_batches_tracked"]) == 6
+    assert int(m.buffers['norm.num_batches_tracked']) == 6
     before = {name: buffer.clone() for name, buffer in m.buffers.items()}
     codes = torch.randn(4, 5)
     images = m.paint(codes, train=False)
     assert all(torch.equal(before[name], buffer) for name, buffer in m.buffers.items())
-    torch.testing.assert_close(images[:2], m.paint(codes[:2], train=False))  # each image by itself
-    assert not any(buffer.any() for name, buffer in m.network.named_buffers() if "tracked" in name)  # the module lends its form only
+    # each image by itself
+    torch.testing.assert_close(images[:2], m.paint(codes[:2], train=False))
+    # the module lends its form only
+    assert not any(
+        buffer.any() for name, buffer in m.network.named_buffers() if 'tracked' in name
+    )
 
 
 SWITCHES = [
-    *({"meta": meta} for meta in META),
-    *({"meta": meta, "latent_life": 2, "momentum": 0.1} for meta in META),
-    *({"meta": meta, "latent_life": None, "reset_first_layer_at": 2} for meta in META),
-    {"reuse": "continue", "momentum": 0.1, "reset_first_layer_at": 2},
-    {"reuse": "restart"},
-    {"reuse": "continue", "pixels": True},
-    {"reuse": "restart", "pixels": True},
-    {"pixels": True, "latent_life": None},
+    *({'meta': meta} for meta in META),
+    *({'meta': meta, 'latent_life': 2, 'momentum': 0.1} for meta in META),
+    *({'meta': meta, 'latent_life': None, 'reset_first_layer_at': 2} for meta in META),
+    {'reuse': 'continue', 'momentum': 0.1, 'reset_first_layer_at': 2},
+    {'reuse': 'restart'},
+    {'reuse': 'continue', 'pixels': True},
+    {'reuse': 'restart', 'pixels': True},
+    {'pixels': True, 'latent_life': None},
 ]
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=str)
-@each("cut", [3, 4, 5])
+@pytest.mark.parametrize('switches', SWITCHES, ids=str)
+@each('cut', [3, 4, 5])
 def test_resume(teacher, tmp_path, switches, cut):
-    "After a batch, and after one and two updates of the next: through a file, to the same bits."
+    """After a batch, and after one and two updates of the next.
+
+    Through a file, to the same bits.
+    """
 
     def go(m, updates):
         made = []
@@ -271,8 +372,8 @@ def test_resume(teacher, tmp_path, switches, cut):
 
     first, second = maker(teacher, **switches), maker(teacher, **switches)
     go(first, cut)
-    save_checkpoint(tmp_path / "state.pt", first.state_dict())
-    second.load_state_dict(load_checkpoint(tmp_path / "state.pt"))
+    save_checkpoint(tmp_path / 'state.pt', first.state_dict())
+    second.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
     assert torch.equal(go(first, 9 - cut), go(second, 9 - cut))
     assert first.history == second.history
     for name, weight in first.meta_weights.items():
@@ -281,101 +382,136 @@ def test_resume(teacher, tmp_path, switches, cut):
 
 
 def test_a_live_state_is_not_shared(teacher):
-    first, second = maker(teacher, momentum=0.1, latent_life=None), maker(teacher, momentum=0.1, latent_life=None)
+    first = maker(teacher, momentum=0.1, latent_life=None)
+    second = maker(teacher, momentum=0.1, latent_life=None)
     first.synthesize(1)
     first.step()
     second.load_state_dict(first.state_dict())
     kept = copy.deepcopy(first.state_dict())
     second.step()
     for name, weight in first.meta_weights.items():
-        assert torch.equal(weight, kept["meta_weights"][name])
+        assert torch.equal(weight, kept['meta_weights'][name])
     second.step()
-    assert torch.equal(first.meta_codes, kept["meta_codes"]) and torch.equal(first.codes, kept["codes"])
+    assert torch.equal(first.meta_codes, kept['meta_codes']) and torch.equal(
+        first.codes, kept['codes']
+    )
     for name, gradient in first.gathered.items():
-        assert torch.equal(gradient, kept["gathered"][name])
+        assert torch.equal(gradient, kept['gathered'][name])
 
 
 def test_states_of_others_are_refused(teacher):
     state = maker(teacher).state_dict()
-    for changes in ({"meta": "last"}, {"momentum": 0.1}, {"latent_life": 3}, {"reuse": "continue"}, {"meta_learning_rate": 1.0}):
-        with pytest.raises(DFKDError, match="other settings"):
+    for changes in (
+        {'meta': 'last'},
+        {'momentum': 0.1},
+        {'latent_life': 3},
+        {'reuse': 'continue'},
+        {'meta_learning_rate': 1.0},
+    ):
+        with pytest.raises(DFKDError, match='other settings'):
             maker(teacher, **changes).load_state_dict(state)
-    with pytest.raises(DFKDError, match="not saved by a MetaSynthesizer"):
-        maker(teacher).load_state_dict(maker(teacher, GenerativeSynthesizer, reuse="continue").state_dict())
+    with pytest.raises(DFKDError, match='not saved by a MetaSynthesizer'):
+        maker(teacher).load_state_dict(
+            maker(teacher, GenerativeSynthesizer, reuse='continue').state_dict()
+        )
 
 
 @each(
-    "changes, words",
+    'changes, words',
     [
-        ({"meta": "maml"}, "unknown meta 'maml': use sum, last, reptile"),
-        ({"reuse": "never"}, "unknown reuse 'never'"),
-        ({"latent_life": 0}, "give 1 or more batches"),
-        ({"latent_life": 3, "latent_learning_rate": 0.0}, "latent_learning_rate above 0"),
-        ({"meta_learning_rate": 0.0}, "meta_learning_rate 0.0: give a positive one"),
-        ({"meta_latent_learning_rate": -1.0}, "meta_latent_learning_rate -1.0"),
-        ({"momentum": 0.0}, "weight of the new batch"),
-        ({"momentum": 1.5}, "weight of the new batch"),
-        ({"reset_first_layer_at": 0}, "batches count from 1"),
-        ({"pixels": True}, "latent_life=None"),
+        ({'meta': 'maml'}, "unknown meta 'maml': use sum, last, reptile"),
+        ({'reuse': 'never'}, "unknown reuse 'never'"),
+        ({'latent_life': 0}, 'give 1 or more batches'),
+        ({'latent_life': 3, 'latent_learning_rate': 0.0}, 'latent_learning_rate above 0'),
+        ({'meta_learning_rate': 0.0}, 'meta_learning_rate 0.0: give a positive one'),
+        ({'meta_latent_learning_rate': -1.0}, 'meta_latent_learning_rate -1.0'),
+        ({'momentum': 0.0}, 'weight of the new batch'),
+        ({'momentum': 1.5}, 'weight of the new batch'),
+        ({'reset_first_layer_at': 0}, 'batches count from 1'),
+        ({'pixels': True}, 'latent_life=None'),
         (
-            {"reuse": "continue", "latent_life": 2},
+            {'reuse': 'continue', 'latent_life': 2},
             "nothing is meta-learned with reuse='continue'",
         ),
-        ({"reuse": "restart", "meta_learning_rate": 0.1}, "or set reuse='meta'"),
-        ({"meta_latent_learning_rate": 0.1}, "set latent_life to 2 or more"),
-        ({"meta_learning_rate": float("nan")}, "give a positive one"),
+        ({'reuse': 'restart', 'meta_learning_rate': 0.1}, "or set reuse='meta'"),
+        ({'meta_latent_learning_rate': 0.1}, 'set latent_life to 2 or more'),
+        ({'meta_learning_rate': float('nan')}, 'give a positive one'),
     ],
 )
 def test_what_cannot_work_is_told(teacher, changes, words):
     with pytest.raises(DFKDError) as error:
         maker(teacher, **changes)
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and '\n' not in str(error.value)
 
 
 def test_presets():
-    assert [preset(f"fast-{k}")["steps"] for k in (2, 5, 10)] == [2, 5, 10]
-    assert preset("fast-5", "resnet34")["adversarial_weight"] == 1.33
-    for bad in (("fast-3",), ("fast-5", "vgg19")):
-        with pytest.raises(DFKDError, match="unknown"):
+    assert [preset(f'fast-{k}')['steps'] for k in (2, 5, 10)] == [2, 5, 10]
+    assert preset('fast-5', 'resnet34')['adversarial_weight'] == 1.33
+    for bad in (('fast-3',), ('fast-5', 'vgg19')):
+        with pytest.raises(DFKDError, match='unknown'):
             preset(*bad)
 
 
 def test_a_race_with_a_preset(teacher):
-    "The paper's loop: meta-batches, a growing pool, a student that competes after the warm-up."
+    """The paper's loop: meta-batches, a growing pool, a student that competes after the
+    warm-up.
+    """
     student = network(1)
-    small = {"batch_size": 6, "augment": None, "device": "cpu"}
-    m = MetaSynthesizer(teacher, generator=Generator(SHAPE, 5, 3), student=student, **preset("fast-2") | small)
-    distiller = Distiller(teacher, student, GrowingPool(DIGITS, newest_first=False), steps=4, batch_size=4, device="cpu")
+    small = {'batch_size': 6, 'augment': None, 'device': 'cpu'}
+    m = MetaSynthesizer(
+        teacher,
+        generator=Generator(SHAPE, 5, 3),
+        student=student,
+        **preset('fast-2') | small,
+    )
+    distiller = Distiller(
+        teacher,
+        student,
+        GrowingPool(DIGITS, newest_first=False),
+        steps=4,
+        batch_size=4,
+        device='cpu',
+    )
     race = Alternation(m, distiller, rounds=3, updates_per_round=2, warmup_rounds=1).run()
     assert race.finished and m.batches == 3 and m.running.batches == 3
-    assert "adversarial" not in m.history[0] and "adversarial" in m.history[2]
+    assert 'adversarial' not in m.history[0] and 'adversarial' in m.history[2]
 
 
 def test_better_starts(teacher):
-    "After some batches the first look at a new one costs less than at first, and less than fresh weights do."
+    """After some batches the first look at a new one costs less than at first, and less
+    than fresh weights do.
+    """
     m = maker(teacher, batch_size=32, generator=Generator(SHAPE, 8, 8))
     m.step()
-    first = m.best["cost"]
+    first = m.best['cost']
     while m.left:
         m.step()
     m.finish()
     m.synthesize(30)
     m.step()
-    assert m.best["cost"] < 0.7 * first
+    assert m.best['cost'] < 0.7 * first
 
 
 def test_foreign_network():
-    "torchvision's MobileNetV3 at 40 pixels with 7 classes; a generator of a size that no power of two reaches."
+    """torchvision's MobileNetV3 at 40 pixels with 7 classes; a generator of a size that no
+    power of two reaches.
+    """
     torchvision = import_torchvision()
     torch.manual_seed(0)
-    model = torchvision.models.mobilenet_v3_small(weights=None, num_classes=7, width_mult=0.25)
+    model = torchvision.models.mobilenet_v3_small(
+        weights=None, num_classes=7, width_mult=0.25
+    )
     with torch.no_grad():
         model.train()
         for _ in range(3):
             model(torch.randn(8, 3, 40, 40))
-    domain = Domain("seven", (3, 40, 40), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), tuple("abcdefg"))
-    chosen = PLAIN | {"steps": 2, "batch_size": 4, "meta": "last", "momentum": 0.1}
-    m = MetaSynthesizer(Teacher(model.eval(), domain), generator=Generator((3, 40, 40), 6, 4), **chosen)
+    domain = Domain(
+        'seven', (3, 40, 40), (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), tuple('abcdefg')
+    )
+    chosen = PLAIN | {'steps': 2, 'batch_size': 4, 'meta': 'last', 'momentum': 0.1}
+    m = MetaSynthesizer(
+        Teacher(model.eval(), domain), generator=Generator((3, 40, 40), 6, 4), **chosen
+    )
     images = m.synthesize(2)
     assert images.images.shape == (8, 3, 40, 40) and int(images.labels.max()) < 7
 
@@ -389,4 +525,4 @@ def test_weights_without_gradient_stay(teacher):
     for meta in META:
         m = maker(teacher, generator=Odd(), meta=meta)
         m.synthesize(2)
-        assert torch.equal(m.meta_weights["unused"], torch.ones(2))
+        assert torch.equal(m.meta_weights['unused'], torch.ones(2))

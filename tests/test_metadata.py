@@ -1,4 +1,6 @@
-"""Metadata's contract: moments, files, refusals, goals that are reached, and an honest account of what is given away."""
+"""Metadata's contract: moments, files, refusals, goals that are reached, and an honest
+account of what is given away.
+"""
 
 import dataclasses
 
@@ -33,7 +35,7 @@ from dfkd_nb.foundations.models import Teacher, build_model
 from cases import each
 from tiny import DIGITS, used
 
-CPU = {"device": "cpu"}
+CPU = {'device': 'cpu'}
 
 
 def network(seed=0, width=8, domain=DIGITS):
@@ -51,17 +53,17 @@ def network(seed=0, width=8, domain=DIGITS):
     return used(model, domain.shape, 20, 64)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def digits():
-    return load_data("digits", "train")
+    return load_data('digits', 'train')
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def metadata(teacher, digits):
     return Metadata.measure(teacher, digits, clusters=2, components=4)
 
@@ -81,28 +83,44 @@ def test_every_cluster_is_large_enough_and_none_is_lost():
 
 
 def test_clusters_repeat_with_their_seed(teacher, digits):
-    first, second = (Metadata.measure(teacher, digits, clusters=3, components=3) for _ in range(2))
-    assert torch.equal(first.centroids, second.centroids) and torch.equal(first.components, second.components)
+    first, second = (
+        Metadata.measure(teacher, digits, clusters=3, components=3) for _ in range(2)
+    )
+    assert torch.equal(first.centroids, second.centroids) and torch.equal(
+        first.components, second.components
+    )
 
 
 def test_components_are_the_covariance_s_eigenvectors():
-    vectors = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 7.0))
+    vectors = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(
+        torch.arange(1.0, 7.0)
+    )
     found = principal_components(vectors, 6)
-    lines, variances = found["components"], found["variances"]
+    lines, variances = found['components'], found['variances']
     torch.testing.assert_close(lines @ lines.T, torch.eye(6), atol=1e-5, rtol=0)
-    torch.testing.assert_close(lines.T @ torch.diag(variances) @ lines, vectors.T.cov(), atol=1e-3, rtol=1e-4)
-    assert found["rest"] < 1e-4
+    torch.testing.assert_close(
+        lines.T @ torch.diag(variances) @ lines, vectors.T.cov(), atol=1e-3, rtol=1e-4
+    )
+    assert found['rest'] < 1e-4
     cut = principal_components(vectors, 2)
-    torch.testing.assert_close(cut["rest"] + cut["variances"].sum(), variances.sum(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        cut['rest'] + cut['variances'].sum(), variances.sum(), atol=1e-3, rtol=1e-4
+    )
 
 
 def test_metadata_is_what_one_would_compute_by_hand(teacher, digits):
     found = Metadata.measure(teacher, digits, clusters=1, components=3)
     vectors = teacher.embed(digits.images)
-    assert found.labels.tolist() == list(range(10)) and found.counts.tolist() == digits.labels.bincount().tolist()
+    assert (
+        found.labels.tolist() == list(range(10))
+        and found.counts.tolist() == digits.labels.bincount().tolist()
+    )
     for label in range(10):
         torch.testing.assert_close(
-            found.centroids[label], vectors[digits.labels == label].mean(0), atol=1e-5, rtol=1e-4
+            found.centroids[label],
+            vectors[digits.labels == label].mean(0),
+            atol=1e-5,
+            rtol=1e-4,
         )
 
 
@@ -111,33 +129,37 @@ def test_activations_at_hand_do_as_well(teacher, digits, metadata):
     found = Metadata.fit(teacher, vectors, digits.labels, clusters=2, components=4)
     torch.testing.assert_close(found.centroids, metadata.centroids, atol=1e-5, rtol=1e-4)
     wrong = vectors.clone()
-    wrong[3, 2] = float("nan")
+    wrong[3, 2] = float('nan')
     for bad, labels, message in (
-        (vectors[:, :5], digits.labels, "give one label a vector"),
-        (vectors, digits.labels.float(), "as integers"),
-        (vectors, digits.labels + 1, "0 to 9"),
-        (vectors[:0], digits.labels[:0], "at least one"),
-        (wrong, digits.labels, "NaN"),
+        (vectors[:, :5], digits.labels, 'give one label a vector'),
+        (vectors, digits.labels.float(), 'as integers'),
+        (vectors, digits.labels + 1, '0 to 9'),
+        (vectors[:0], digits.labels[:0], 'at least one'),
+        (wrong, digits.labels, 'NaN'),
     ):
         with pytest.raises(DFKDError, match=message) as error:
             Metadata.fit(teacher, bad, labels)
-        assert "\n" not in str(error.value)
+        assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "name, domain, width",
+    'name, domain, width',
     [
-        ("resnet20", "cifar10", 64),
-        ("wrn16-1", "cifar10", 64),
-        ("wrn16-2", "cifar10", 128),
-        ("digits-net", "digits", 64),
+        ('resnet20', 'cifar10', 64),
+        ('wrn16-1', 'cifar10', 64),
+        ('wrn16-2', 'cifar10', 128),
+        ('digits-net', 'digits', 64),
     ],
 )
 def test_any_network_with_a_linear_head(name, domain, width):
     torch.manual_seed(0)
     domain = DOMAINS[domain]
     teacher = Teacher(build_model(name, domain.num_classes, domain.channels), domain, name)
-    images = ImageSet(torch.randint(0, 256, (24, *domain.shape), dtype=torch.uint8), torch.arange(24) % 2, domain)
+    images = ImageSet(
+        torch.randint(0, 256, (24, *domain.shape), dtype=torch.uint8),
+        torch.arange(24) % 2,
+        domain,
+    )
     found = Metadata.measure(teacher, images, clusters=1, components=2)
     assert found.centroids.shape == (2, width)
     goals, labels, _ = found.sample(4)
@@ -154,100 +176,109 @@ def test_centroids_without_components(teacher, digits):
 
 
 @each(
-    "change, message",
+    'change, message',
     [
-        ({"components": 9}, "give at most 8"),
-        ({"clusters": 1000}, r"lower clusters \(1000\)"),
-        ({"clusters": 0}, "give at least 1, 0 and 1"),
-        ({"layer": "nowhere"}, "no layer 'nowhere'"),
-        ({"smallest": 500}, r"or smallest \(500\)"),
+        ({'components': 9}, 'give at most 8'),
+        ({'clusters': 1000}, r'lower clusters \(1000\)'),
+        ({'clusters': 0}, 'give at least 1, 0 and 1'),
+        ({'layer': 'nowhere'}, "no layer 'nowhere'"),
+        ({'smallest': 500}, r'or smallest \(500\)'),
     ],
 )
 def test_what_cannot_be_measured_says_why(teacher, digits, change, message):
     with pytest.raises(DFKDError, match=message):
-        Metadata.measure(teacher, digits, **{"clusters": 2, "components": 3} | change)
+        Metadata.measure(teacher, digits, **{'clusters': 2, 'components': 3} | change)
 
 
 def test_more_components_than_members_is_refused_and_can_be_merged_away(teacher, digits):
     few = digits.subset(200)  # about twenty a class
-    with pytest.raises(DFKDError, match="merge it with smallest=8"):
+    with pytest.raises(DFKDError, match='merge it with smallest=8'):
         Metadata.measure(teacher, few, clusters=4, components=7, smallest=1)
-    assert Metadata.measure(teacher, few, clusters=4, components=7, smallest=8).counts.min() >= 8
+    assert (
+        Metadata.measure(teacher, few, clusters=4, components=7, smallest=8).counts.min()
+        >= 8
+    )
 
 
 def test_images_that_do_not_belong(teacher, digits):
-    with pytest.raises(DFKDError, match="no labels"):
+    with pytest.raises(DFKDError, match='no labels'):
         Metadata.measure(teacher, ImageSet(digits.images, None, DIGITS))
     with pytest.raises(DFKDError, match="the images are of 'cifar10'"):
-        Metadata.measure(teacher, load_data("cifar10-mini", limit=50))
-    with pytest.raises(DFKDError, match="no images to measure"):
+        Metadata.measure(teacher, load_data('cifar10-mini', limit=50))
+    with pytest.raises(DFKDError, match='no images to measure'):
         Metadata.measure(teacher, digits.subset(torch.arange(0)))
 
 
 # ---- the file
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize('half', [False, True])
 def test_a_file_comes_back(tmp_path, teacher, metadata, half):
-    size = metadata.save(tmp_path / "m.safetensors", half)
-    again = Metadata.load(tmp_path / "m.safetensors", teacher)
-    assert size == (tmp_path / "m.safetensors").stat().st_size
+    size = metadata.save(tmp_path / 'm.safetensors', half)
+    again = Metadata.load(tmp_path / 'm.safetensors', teacher)
+    assert size == (tmp_path / 'm.safetensors').stat().st_size
     for field in dataclasses.fields(Metadata):
         ours, theirs = getattr(metadata, field.name), getattr(again, field.name)
         if isinstance(ours, str):
             assert ours == theirs
         else:
             assert ours.dtype == theirs.dtype
-            torch.testing.assert_close(theirs, ours, rtol=2e-3 if half else 0, atol=1e-3 if half else 0)
+            torch.testing.assert_close(
+                theirs, ours, rtol=2e-3 if half else 0, atol=1e-3 if half else 0
+            )
 
 
 def test_half_precision_is_half_the_size(tmp_path, metadata):
-    sizes = [metadata.save(tmp_path / "m.safetensors", half) for half in (False, True)]
-    numbers = sum(v.numel() for k, v in vars(metadata).items() if isinstance(v, torch.Tensor) and v.is_floating_point())
+    sizes = [metadata.save(tmp_path / 'm.safetensors', half) for half in (False, True)]
+    numbers = sum(
+        v.numel()
+        for k, v in vars(metadata).items()
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+    )
     assert abs(sizes[0] - sizes[1] - 2 * numbers) < 64
 
 
 def test_damaged_and_foreign_files(tmp_path, teacher, digits, metadata):
-    path = tmp_path / "m.safetensors"
+    path = tmp_path / 'm.safetensors'
     metadata.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DFKDError, match="truncated"):
+    with pytest.raises(DFKDError, match='truncated'):
         Metadata.load(path)
-    with pytest.raises(DFKDError, match="no file"):
-        Metadata.load(tmp_path / "nothing")
+    with pytest.raises(DFKDError, match='no file'):
+        Metadata.load(tmp_path / 'nothing')
     digits.save(path)
-    with pytest.raises(DFKDError, match="holds no metadata"):
+    with pytest.raises(DFKDError, match='holds no metadata'):
         Metadata.load(path)
     metadata.save(path)
     tensors, about = load_tensors(path)
-    save_tensors(path, tensors, about | {"format": "99"})
-    with pytest.raises(DFKDError, match="format 99"):
+    save_tensors(path, tensors, about | {'format': '99'})
+    with pytest.raises(DFKDError, match='format 99'):
         Metadata.load(path)
-    save_tensors(path, tensors | {"variances": tensors["variances"][:, :1].clone()}, about)
+    save_tensors(path, tensors | {'variances': tensors['variances'][:, :1].clone()}, about)
     with pytest.raises(DFKDError, match="'variances' has shape"):
         Metadata.load(path)
 
 
 def test_too_large_for_half_precision(tmp_path, metadata):
     loud = dataclasses.replace(metadata, rest=metadata.rest + 1e6)
-    with pytest.raises(DFKDError, match="half=False"):
-        loud.save(tmp_path / "m.safetensors", half=True)
-    assert not (tmp_path / "m.safetensors").exists()
+    with pytest.raises(DFKDError, match='half=False'):
+        loud.save(tmp_path / 'm.safetensors', half=True)
+    assert not (tmp_path / 'm.safetensors').exists()
 
 
 def test_another_teacher_is_told(metadata):
-    with pytest.raises(DFKDError, match="other weights"):
-        metadata.check(Teacher(network(seed=1), DIGITS, "tiny"))
+    with pytest.raises(DFKDError, match='other weights'):
+        metadata.check(Teacher(network(seed=1), DIGITS, 'tiny'))
     with pytest.raises(DFKDError, match="8 dimensions, 'wider' 12"):
-        metadata.check(Teacher(network(width=12), DIGITS, "wider"))
-    cifar = Teacher(network(domain=DOMAINS["cifar10"]), DOMAINS["cifar10"], "colour")
+        metadata.check(Teacher(network(width=12), DIGITS, 'wider'))
+    cifar = Teacher(network(domain=DOMAINS['cifar10']), DOMAINS['cifar10'], 'colour')
     with pytest.raises(DFKDError, match="does not fit 'colour'"):
         GoalSeeker(cifar, metadata, **CPU)
 
 
 def test_weights_rounded_to_half_precision_are_the_same_teacher(metadata):
-    metadata.check(Teacher(network().half().float(), DIGITS, "rounded"))
+    metadata.check(Teacher(network().half().float(), DIGITS, 'rounded'))
 
 
 # ---- goals
@@ -263,7 +294,8 @@ def test_goals_have_the_moments_of_their_clusters(metadata):
             inside.var(0), wanted, rtol=0.15, atol=0
         )  # a variance of 1,500 draws: 4 % standard error
         assert (inside.mean(0).abs() < 5 * (wanted / len(mine)).sqrt()).all()
-        assert (mine - metadata.centroids[k] - inside @ lines).abs().max() < 1e-4  # nothing outside of the lines
+        # nothing outside of the lines
+        assert (mine - metadata.centroids[k] - inside @ lines).abs().max() < 1e-4
 
 
 def test_classes_come_in_turn_and_clusters_by_their_size(metadata):
@@ -271,7 +303,10 @@ def test_classes_come_in_turn_and_clusters_by_their_size(metadata):
     assert torch.equal(labels, torch.arange(20_000) % 10)
     assert torch.equal(metadata.labels[clusters], labels)
     for k in range(len(metadata)):
-        share = metadata.counts[k] / metadata.counts[metadata.labels == metadata.labels[k]].sum()
+        share = (
+            metadata.counts[k]
+            / metadata.counts[metadata.labels == metadata.labels[k]].sum()
+        )
         assert abs((clusters == k).sum() / 2000 - share) < 0.06  # five standard errors
 
 
@@ -284,25 +319,37 @@ def test_goals_repeat_and_obey(metadata):
     assert torch.equal(first[0], second[0]) and not torch.equal(first[0], third[0])
     assert metadata.sample(30, clamp=True)[0].min() >= 0
     assert metadata.sample(5, classes=[3])[1].tolist() == [3] * 5
-    for bad in ({"n": 0}, {"n": 5, "classes": [11]}, {"n": 5, "spread": -1.0}, {"n": 5, "classes": []}):
+    for bad in (
+        {'n': 0},
+        {'n': 5, 'classes': [11]},
+        {'n': 5, 'spread': -1.0},
+        {'n': 5, 'classes': []},
+    ):
         with pytest.raises(DFKDError):
             metadata.sample(**bad)
 
 
 def test_a_class_without_images_has_no_goals(teacher, digits):
-    found = Metadata.measure(teacher, digits.subset((digits.labels > 6).nonzero()[:, 0]), clusters=1, components=2)
+    found = Metadata.measure(
+        teacher,
+        digits.subset((digits.labels > 6).nonzero()[:, 0]),
+        clusters=1,
+        components=2,
+    )
     assert found.sample(6)[1].tolist() == [7, 8, 9, 7, 8, 9]
-    with pytest.raises(DFKDError, match="no cluster of class 3"):
+    with pytest.raises(DFKDError, match='no cluster of class 3'):
         found.sample(2, classes=[3])
 
 
 def test_a_line_goes_through_the_centroid(metadata):
     points = metadata.along(5, 1, [-1.0, 0.0, 2.0])
     assert torch.equal(points[1], metadata.centroids[5])
-    torch.testing.assert_close((points[2] - points[1]).norm(), 2 * metadata.variances[5, 1].sqrt())
-    with pytest.raises(DFKDError, match="cluster 99"):
+    torch.testing.assert_close(
+        (points[2] - points[1]).norm(), 2 * metadata.variances[5, 1].sqrt()
+    )
+    with pytest.raises(DFKDError, match='cluster 99'):
         metadata.along(99, 0, [0.0])
-    with pytest.raises(DFKDError, match="component 4"):
+    with pytest.raises(DFKDError, match='component 4'):
         metadata.along(0, 4, [0.0])
 
 
@@ -311,29 +358,38 @@ def test_a_line_goes_through_the_centroid(metadata):
 
 def test_the_goal_s_gradient_is_exact():
     generator = torch.Generator().manual_seed(0)
-    embedding, goals = (torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    embedding, goals = (
+        torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
     x = torch.zeros(3, 1, 2, 2)
 
     def price(e):
-        return goal_term(View(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, goals=goals))
+        return goal_term(
+            View(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, goals=goals)
+        )
 
     assert torch.autograd.gradcheck(price, embedding.requires_grad_())
-    assert price(goals) == 0 and price(goals + 1) == 5  # summed over the numbers, averaged over the images
+    # summed over the numbers, averaged over the images
+    assert price(goals) == 0 and price(goals + 1) == 5
 
 
 def test_a_goal_that_nobody_gave():
     x, logits, labels = torch.zeros(2, 1, 8, 8), torch.zeros(2, 10), torch.zeros(2).long()
     with pytest.raises(DFKDError, match="embedding='classifier'"):
         goal_term(View(x, logits, labels, embedding=torch.zeros(2, 3)))
-    with pytest.raises(DFKDError, match="same layer"):
-        goal_term(View(x, logits, labels, embedding=torch.zeros(2, 3), goals=torch.zeros(2, 4)))
+    with pytest.raises(DFKDError, match='same layer'):
+        goal_term(
+            View(x, logits, labels, embedding=torch.zeros(2, 3), goals=torch.zeros(2, 4))
+        )
 
 
 def test_goals_are_reached(teacher, metadata):
     goals, labels, _ = metadata.sample(12)
     near = [
         goal_distance(
-            teacher, GoalSeeker(teacher, metadata, steps=steps, **CPU).seek(goals, labels).images, goals
+            teacher,
+            GoalSeeker(teacher, metadata, steps=steps, **CPU).seek(goals, labels).images,
+            goals,
         ).mean()
         for steps in (1, 60)
     ]
@@ -352,11 +408,14 @@ def test_batches_keep_goals_and_labels_together(teacher, metadata):
 def test_images_can_start_elsewhere(teacher, metadata, digits):
     first = digits.images[:10]
     goals, labels = metadata.sample(10)[:2]
-    made = GoalSeeker(teacher, metadata, steps=1, batch_size=4, learning_rate=0.01, **CPU).seek(goals, labels, first)
-    assert (made.images.int() - first.int()).abs().max() <= 1  # a step of 0.01 * 0.25 * 255
-    with pytest.raises(DFKDError, match="3 images to start from"):
+    made = GoalSeeker(
+        teacher, metadata, steps=1, batch_size=4, learning_rate=0.01, **CPU
+    ).seek(goals, labels, first)
+    # a step of 0.01 * 0.25 * 255
+    assert (made.images.int() - first.int()).abs().max() <= 1
+    with pytest.raises(DFKDError, match='3 images to start from'):
         GoalSeeker(teacher, metadata, steps=1, **CPU).seek(goals, labels, first[:3])
-    with pytest.raises(DFKDError, match="use one stage"):
+    with pytest.raises(DFKDError, match='use one stage'):
         GoalSeeker(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
             goals, labels, first
         )
@@ -365,87 +424,104 @@ def test_images_can_start_elsewhere(teacher, metadata, digits):
 def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
     seeker = GoalSeeker(teacher, metadata, steps=1, **CPU)
     for mistake, message in (
-        (lambda: nearest(torch.zeros(2, 8), torch.zeros(3, 7)), "of the same layer"),
-        (lambda: nearest(torch.zeros(8), torch.zeros(3, 8)), "of the same layer"),
+        (lambda: nearest(torch.zeros(2, 8), torch.zeros(3, 7)), 'of the same layer'),
+        (lambda: nearest(torch.zeros(8), torch.zeros(3, 8)), 'of the same layer'),
         (
             lambda: suspicion(metadata, torch.zeros(2, 7), torch.zeros(2).long()),
-            r"give \(N, 8\)",
+            r'give \(N, 8\)',
         ),
         (
             lambda: suspicion(metadata, torch.zeros(2, 8), torch.zeros(3).long()),
-            "one label each",
+            'one label each',
         ),
         (
             lambda: goal_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
-            "one goal an image",
+            'one goal an image',
         ),
-        (lambda: walk(seeker, metadata, []), "give one or more of 0 to"),
-        (lambda: walk(seeker, metadata, [len(metadata)]), "give one or more of 0 to"),
+        (lambda: walk(seeker, metadata, []), 'give one or more of 0 to'),
+        (lambda: walk(seeker, metadata, [len(metadata)]), 'give one or more of 0 to'),
     ):
         with pytest.raises(DFKDError, match=message) as error:
             mistake()
-        assert "\n" not in str(error.value)
+        assert '\n' not in str(error.value)
 
 
 def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):
     goals, labels, _ = metadata.sample(8)
-    make = lambda: GoalSeeker(teacher, metadata, "book", steps=6, batch_size=4, jitter=1, **CPU)  # noqa: E731
+    def make():
+        return GoalSeeker(teacher, metadata, 'book', steps=6, batch_size=4, jitter=1, **CPU)
+
     whole = make().synthesize(8, labels, goals=goals)
     make().synthesize(
         8,
         labels,
         goals=goals,
-        checkpoint=tmp_path / "c.pt",
+        checkpoint=tmp_path / 'c.pt',
         callback=lambda now: (now.batch, now.step) == (1, 3),
         every=3,
     )
-    rest = make().synthesize(8, labels, goals=goals, checkpoint=tmp_path / "c.pt")
+    rest = make().synthesize(8, labels, goals=goals, checkpoint=tmp_path / 'c.pt')
     assert torch.equal(whole.images, rest.images)
-    with pytest.raises(DFKDError, match="goals"):
-        make().synthesize(8, labels, goals=goals + 1, checkpoint=tmp_path / "c.pt")
+    with pytest.raises(DFKDError, match='goals'):
+        make().synthesize(8, labels, goals=goals + 1, checkpoint=tmp_path / 'c.pt')
 
 
 def test_the_front_door(teacher, metadata):
     made = dream_distillation(teacher, metadata, 12, steps=3, **CPU)
     again = dream_distillation(teacher, metadata, 12, steps=3, **CPU)
     other = dream_distillation(teacher, metadata, 12, steps=3, seed=1, **CPU)
-    assert torch.equal(made.images, again.images) and not torch.equal(made.images, other.images)
+    assert torch.equal(made.images, again.images) and not torch.equal(
+        made.images, other.images
+    )
     assert made.labels.tolist() == [*range(10), 0, 1]
-    with pytest.raises(DFKDError, match="unknown source"):
-        dream_distillation(teacher, metadata, 2, "magazine", **CPU)
+    with pytest.raises(DFKDError, match='unknown source'):
+        dream_distillation(teacher, metadata, 2, 'magazine', **CPU)
 
 
 def test_the_paper_asks_for_the_goal_alone(teacher, metadata):
     seeker = GoalSeeker(teacher, metadata, **CPU)
-    assert {name for name, weight in seeker.objective.weights.items() if weight} == {"goal"}
-    assert (seeker.steps, seeker.pixel_settings["learning_rate"], seeker.pixel_settings["jitter"]) == (500, 0.05, 0)
-    assert goal_preset("book")["feature_weight"] > 0
+    assert {name for name, weight in seeker.objective.weights.items() if weight} == {'goal'}
+    assert (
+        seeker.steps,
+        seeker.pixel_settings['learning_rate'],
+        seeker.pixel_settings['jitter'],
+    ) == (500, 0.05, 0)
+    assert goal_preset('book')['feature_weight'] > 0
 
 
 def test_further_terms_join(teacher, metadata):
-    seeker = GoalSeeker(teacher, metadata, steps=2, terms={"dark": (1.0, lambda view: view.x.mean())}, **CPU)
+    seeker = GoalSeeker(
+        teacher, metadata, steps=2, terms={'dark': (1.0, lambda view: view.x.mean())}, **CPU
+    )
     goals, labels, _ = metadata.sample(2)
     seeker.seek(goals, labels)
-    assert {"goal", "dark"} <= seeker.history[-1].keys()
+    assert {'goal', 'dark'} <= seeker.history[-1].keys()
 
 
 def test_a_walk_passes_the_centroid(teacher, metadata):
-    frames = walk(GoalSeeker(teacher, metadata, steps=40, **CPU), metadata, [0, 4, 9], 0, (-2.0, 0.0, 2.0))
+    frames = walk(
+        GoalSeeker(teacher, metadata, steps=40, **CPU),
+        metadata,
+        [0, 4, 9],
+        0,
+        (-2.0, 0.0, 2.0),
+    )
     assert [tuple(frame.shape) for frame in frames] == [(3, 1, 8, 8)] * 3
     ends = [metadata.along(k, 0, [-2.0, 2.0]) for k in (0, 4, 9)]
     for i, end in enumerate(ends):
-        here, there = teacher.embed(frames[0][i : i + 1])[0], teacher.embed(frames[2][i : i + 1])[0]
+        here = teacher.embed(frames[0][i : i + 1])[0]
+        there = teacher.embed(frames[2][i : i + 1])[0]
         assert (here - end[0]).norm() < (there - end[0]).norm()
 
 
 def test_a_film_of_a_walk_speaks_of_places():
     frames = [torch.zeros(2, 1, 8, 8, dtype=torch.uint8)] * 3
     page = WalkFilm(frames, [-1.0, 0.0, 1.0])._repr_html_()
-    assert "update" not in page and "1.0 sd</output>" in page
+    assert 'update' not in page and '1.0 sd</output>' in page
 
 
 def test_the_browser_moves(teacher, metadata):
-    pytest.importorskip("ipywidgets")
+    pytest.importorskip('ipywidgets')
     view = Browser(teacher, metadata, steps=5, first_steps=10, jitter=1, **CPU)
     seen = [view.picture.value]
     view.cluster.value = 3
@@ -453,7 +529,7 @@ def test_the_browser_moves(teacher, metadata):
     view.position.value = 2.0
     seen.append(view.picture.value)
     assert len(set(seen)) == 3 and set(view.centres) == {0, 3}
-    assert "squared distance" in view.status.value
+    assert 'squared distance' in view.status.value
 
 
 # ---- what is given away
@@ -463,7 +539,7 @@ def test_nearest_is_the_nearest():
     points = torch.randn(2500, 3, generator=torch.Generator().manual_seed(0))
     distances, which = nearest(points + 1e-3, points)
     assert torch.equal(which, torch.arange(2500)) and distances.max() < 3e-3
-    with pytest.raises(DFKDError, match="at least one"):
+    with pytest.raises(DFKDError, match='at least one'):
         nearest(points, points[:0])
 
 
@@ -478,7 +554,9 @@ def test_clusters_of_one_image_name_their_members(teacher, digits):
     inside, outside = digits.subset(200), digits.subset(torch.arange(200, 400))
     loose = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=1)
     safe = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=6)
-    told = [privacy(teacher, found, inside, outside)["auc_centroid"] for found in (loose, safe)]
+    told = [
+        privacy(teacher, found, inside, outside)['auc_centroid'] for found in (loose, safe)
+    ]
     assert loose.counts.min() < 6 <= safe.counts.min()
     assert told[0] > told[1]
 
@@ -486,7 +564,12 @@ def test_clusters_of_one_image_name_their_members(teacher, digits):
 def test_components_name_their_members(teacher, digits):
     inside, outside = digits.subset(200), digits.subset(torch.arange(200, 400))
     told = [
-        privacy(teacher, Metadata.measure(teacher, inside, clusters=1, components=m), inside, outside)["auc_rest"]
+        privacy(
+            teacher,
+            Metadata.measure(teacher, inside, clusters=1, components=m),
+            inside,
+            outside,
+        )['auc_rest']
         for m in (1, 7)
     ]
     assert told[1] > told[0]
@@ -494,19 +577,27 @@ def test_components_name_their_members(teacher, digits):
 
 def test_nobody_is_suspect_among_equals(teacher, digits, metadata):
     images = digits.subset(300)
-    assert abs(privacy(teacher, metadata, images, images)["auc_rest"] - 0.5) < 1e-6
+    assert abs(privacy(teacher, metadata, images, images)['auc_rest'] - 0.5) < 1e-6
 
 
 def test_suspicion_stays_within_the_class(metadata):
     vector = metadata.centroids[:1]
-    own, other = (suspicion(metadata, vector, torch.tensor([label]))[0] for label in (int(metadata.labels[0]), 9))
+    own, other = (
+        suspicion(metadata, vector, torch.tensor([label]))[0]
+        for label in (int(metadata.labels[0]), 9)
+    )
     assert own == 0 and other < 0
-    with pytest.raises(DFKDError, match="unknown suspicion"):
-        suspicion(metadata, vector, torch.tensor([0]), "smell")
+    with pytest.raises(DFKDError, match='unknown suspicion'):
+        suspicion(metadata, vector, torch.tensor([0]), 'smell')
 
 
 def test_an_image_of_a_class_without_clusters_is_not_suspect(teacher, digits):
-    found = Metadata.measure(teacher, digits.subset((digits.labels > 6).nonzero()[:, 0]), clusters=1, components=2)
+    found = Metadata.measure(
+        teacher,
+        digits.subset((digits.labels > 6).nonzero()[:, 0]),
+        clusters=1,
+        components=2,
+    )
     vectors, labels = teacher.embed(digits.images[:50]), digits.labels[:50]
     assert 0 <= membership_auc(found, (vectors, labels), (vectors + 1, labels)) <= 1
 
@@ -514,12 +605,23 @@ def test_an_image_of_a_class_without_clusters_is_not_suspect(teacher, digits):
 # ---- other data, where it is
 
 
-@pytest.mark.parametrize("name, folder", [("cifar100", "cifar-100-python"), ("fashion-mnist", "FashionMNIST")])
+@pytest.mark.parametrize(
+    'name, folder', [('cifar100', 'cifar-100-python'), ('fashion-mnist', 'FashionMNIST')]
+)
 def test_a_student_of_other_data(name, folder):
     if not any((data_root() / place).is_dir() for place in (name, folder)):
-        pytest.skip(f"{name} is not on this machine")
-    images = load_data(name, "train", limit=32)
-    domain = Domain("other", images.domain.shape, images.domain.mean, images.domain.std, DIGITS.classes)
-    teacher = Teacher(network(domain=domain), domain, "elsewhere")
+        pytest.skip(f'{name} is not on this machine')
+    images = load_data(name, 'train', limit=32)
+    domain = Domain(
+        'other', images.domain.shape, images.domain.mean, images.domain.std, DIGITS.classes
+    )
+    teacher = Teacher(network(domain=domain), domain, 'elsewhere')
     student = network(seed=1, domain=domain)
-    Distiller(teacher, student, ImageSet(images.images, None, domain), steps=2, batch_size=16, **CPU).run()
+    Distiller(
+        teacher,
+        student,
+        ImageSet(images.images, None, domain),
+        steps=2,
+        batch_size=16,
+        **CPU,
+    ).run()

@@ -14,18 +14,20 @@ if TYPE_CHECKING:
     from conftest import Notebooks
 
 NOTEBOOKS = sorted(
-    str(path.relative_to(ROOT / "nbs"))
-    for path in (ROOT / "nbs").rglob("*.ipynb")
-    if not any(part[0] in "._" for part in path.relative_to(ROOT).parts)
+    str(path.relative_to(ROOT / 'nbs'))
+    for path in (ROOT / 'nbs').rglob('*.ipynb')
+    if not any(part[0] in '._' for part in path.relative_to(ROOT).parts)
 )
 
 
 @pytest.mark.notebook
 @pytest.mark.timeout(LIMIT * max(1, len(NOTEBOOKS)))
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook(name: str, outcomes: Notebooks, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize('name', NOTEBOOKS)
+def test_notebook(
+    name: str, outcomes: Notebooks, capsys: pytest.CaptureFixture[str]
+) -> None:
     outcome = outcomes.outcome(name)
     with capsys.disabled():
-        print(f" {outcome.seconds:.0f} s ", end="", flush=True)
+        print(f' {outcome.seconds:.0f} s ', end='', flush=True)
     if not outcome.passed:
-        pytest.fail(f"{name}: {outcome.text}", pytrace=False)
+        pytest.fail(f'{name}: {outcome.text}', pytrace=False)

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-NETWORK = "--model digits-net --num-classes 10 --mean 0.3 --std 0.4 --size 8 --device cpu".split()
-SETTINGS = "--images 10 --set synthesis_batch_size=2 --set synthesis_steps=6 --save-every 1e-9".split()
-COMMAND = ["invert", *NETWORK, *SETTINGS]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DFKD_PROGRESS": "0", "MPLBACKEND": "Agg"}
+NETWORK = (
+    '--model digits-net --num-classes 10 --mean 0.3 --std 0.4 --size 8 --device cpu'.split()
+)
+SETTINGS = '--images 10 --set synthesis_batch_size=2 --set synthesis_steps=6 --save-every 1e-9'.split()
+COMMAND = ['invert', *NETWORK, *SETTINGS]
+ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'DFKD_PROGRESS': '0', 'MPLBACKEND': 'Agg'}
 
 
 def dying_after(updates: int, step):
@@ -45,14 +47,16 @@ def slow(seconds: float, work):
     return waiting
 
 
-def workers(root: Path, count: int, *words: str, killed: int | None = None, late: int | None = None) -> list[int]:
+def workers(
+    root: Path, count: int, *words: str, killed: int | None = None, late: int | None = None
+) -> list[int]:
     """Fork so many processes that run the command together. Returns exit codes.
 
     `killed` kills itself in its second batch. `late` takes 2.5 seconds more than the others, while gloo's own limit on
     waiting, half an hour, is one second.
     """
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     children = []
     for rank in range(count):
@@ -63,11 +67,11 @@ def workers(root: Path, count: int, *words: str, killed: int | None = None, late
         code = 1
         try:
             os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                'RANK': str(rank),
+                'LOCAL_RANK': str(rank),
+                'WORLD_SIZE': str(count),
+                'MASTER_ADDR': '127.0.0.1',
+                'MASTER_PORT': str(port),
             }
             from torch.distributed import distributed_c10d
 
@@ -80,7 +84,7 @@ def workers(root: Path, count: int, *words: str, killed: int | None = None, late
                 distributed_c10d.default_pg_timeout = timedelta(seconds=1)
             if rank == late:
                 Dreaming.work = slow(2.5, Dreaming.work)
-            code = main([*COMMAND, "--checkpoint", str(root / "own.safetensors"), *words])
+            code = main([*COMMAND, '--checkpoint', str(root / 'own.safetensors'), *words])
         finally:
             os._exit(code)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -98,41 +102,52 @@ def main(root: Path) -> None:
 
     import_torchvision()
     torch.manual_seed(0)
-    model = stirred(build_model("digits-net", 10, 1))
-    save_weights(root / "own.safetensors", model, half=False)
+    model = stirred(build_model('digits-net', 10, 1))
+    save_weights(root / 'own.safetensors', model, half=False)
     codes = {
-        "one": workers(root, 1, "--out", str(root / "one")),
-        "two": workers(root, 2, "--out", str(root / "two")),
-        "parquet": workers(root, 2, "--out", str(root / "parquet"), "--format", "parquet"),
+        'one': workers(root, 1, '--out', str(root / 'one')),
+        'two': workers(root, 2, '--out', str(root / 'two')),
+        'parquet': workers(root, 2, '--out', str(root / 'parquet'), '--format', 'parquet'),
     }
     for rank in range(2):
-        codes[f"late-{rank}"] = workers(root, 2, "--out", str(root / f"late-{rank}"), late=rank)
+        codes[f'late-{rank}'] = workers(
+            root, 2, '--out', str(root / f'late-{rank}'), late=rank
+        )
     for rank in range(2):
-        folder, begun = str(root / f"killed-{rank}"), time.monotonic()
-        codes[f"killed-{rank}"] = workers(root, 2, "--out", folder, killed=rank)
-        codes[f"seconds-{rank}"] = time.monotonic() - begun
-        (root / f"left-{rank}.json").write_text(json.dumps(sorted(p.name for p in Path(folder).iterdir())))
-        codes[f"resumed-{rank}"] = workers(root, 2 - rank, "--out", folder, "--resume")
-    codes["refused"] = workers(root, 2, "--out", str(root / "two"))
+        folder, begun = str(root / f'killed-{rank}'), time.monotonic()
+        codes[f'killed-{rank}'] = workers(root, 2, '--out', folder, killed=rank)
+        codes[f'seconds-{rank}'] = time.monotonic() - begun
+        (root / f'left-{rank}.json').write_text(
+            json.dumps(sorted(p.name for p in Path(folder).iterdir()))
+        )
+        codes[f'resumed-{rank}'] = workers(root, 2 - rank, '--out', folder, '--resume')
+    codes['refused'] = workers(root, 2, '--out', str(root / 'two'))
     print(json.dumps(codes))
 
 
 def images(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.png"))}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob('*.png'))
+    }
 
 
 def lines(folder: Path) -> list[dict]:
-    return json.loads((folder / "manifest.json").read_text())["images"]
+    return json.loads((folder / 'manifest.json').read_text())['images']
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "The folders that all kinds of runs left, and their exit codes."
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    root = tmp_path_factory.mktemp("processes")
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs fork')
+    root = tmp_path_factory.mktemp('processes')
     done = subprocess.run(
-        [sys.executable, __file__, str(root)], capture_output=True, text=True, timeout=500, env=os.environ | ENVIRONMENT
+        [sys.executable, __file__, str(root)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return root, json.loads(done.stdout.splitlines()[-1]), done
@@ -140,70 +155,92 @@ def made(tmp_path_factory):
 
 def test_two_processes_make_the_images_of_one(made):
     root, codes, _ = made
-    assert codes["one"] == [0] and codes["two"] == [0, 0]
-    assert len(images(root / "one")) == 10
-    assert images(root / "two") == images(root / "one") and lines(root / "two") == lines(root / "one")
-    assert sorted(p.name for p in (root / "two").iterdir()) == sorted(p.name for p in (root / "one").iterdir())
+    assert codes['one'] == [0] and codes['two'] == [0, 0]
+    assert len(images(root / 'one')) == 10
+    assert images(root / 'two') == images(root / 'one') and lines(root / 'two') == lines(
+        root / 'one'
+    )
+    assert sorted(p.name for p in (root / 'two').iterdir()) == sorted(
+        p.name for p in (root / 'one').iterdir()
+    )
 
 
 def test_and_the_table_of_one(made):
     from dfkd_nb.foundations.data import read_parquet
 
     root, codes, _ = made
-    assert codes["parquet"] == [0, 0]
-    encoded, labels = read_parquet([root / "parquet/images.parquet"])
-    expected = lines(root / "one")
-    assert encoded == [(root / "one" / line["file"]).read_bytes() for line in expected]
-    assert labels.tolist() == [line["class"] for line in expected]
+    assert codes['parquet'] == [0, 0]
+    encoded, labels = read_parquet([root / 'parquet/images.parquet'])
+    expected = lines(root / 'one')
+    assert encoded == [(root / 'one' / line['file']).read_bytes() for line in expected]
+    assert labels.tolist() == [line['class'] for line in expected]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize('rank', [0, 1])
 def test_the_first_that_is_ready_waits_as_long_as_it_takes(made, rank):
     root, codes, _ = made
-    assert codes[f"late-{rank}"] == [0, 0]
-    assert images(root / f"late-{rank}") == images(root / "one")
+    assert codes[f'late-{rank}'] == [0, 0]
+    assert images(root / f'late-{rank}') == images(root / 'one')
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize('rank', [0, 1])
 def test_one_is_killed_and_all_are_resumed(made, rank):
     "The other one finishes its share and stops, soon; two, or one alone, make the rest."
     root, codes, done = made
-    assert codes[f"seconds-{rank}"] < 20
-    assert codes[f"killed-{rank}"][rank] == -signal.SIGKILL and codes[f"killed-{rank}"][1 - rank] == 3
-    assert "another process is gone" in done.stderr
-    left = json.loads((root / f"left-{rank}.json").read_text())
-    finished = [name for name in left if name.startswith("unfinished-") and name.endswith(".json")]
-    assert len(finished) == (3 if rank == 0 else 4) and sum(name.endswith(".pt") for name in left) == 1, left
-    assert set(codes[f"resumed-{rank}"]) == {0}
-    assert images(root / f"killed-{rank}") == images(root / "one")
-    assert lines(root / f"killed-{rank}") == lines(root / "one")
+    assert codes[f'seconds-{rank}'] < 20
+    assert (
+        codes[f'killed-{rank}'][rank] == -signal.SIGKILL
+        and codes[f'killed-{rank}'][1 - rank] == 3
+    )
+    assert 'another process is gone' in done.stderr
+    left = json.loads((root / f'left-{rank}.json').read_text())
+    finished = [
+        name for name in left if name.startswith('unfinished-') and name.endswith('.json')
+    ]
+    assert (
+        len(finished) == (3 if rank == 0 else 4)
+        and sum(name.endswith('.pt') for name in left) == 1
+    ), left
+    assert set(codes[f'resumed-{rank}']) == {0}
+    assert images(root / f'killed-{rank}') == images(root / 'one')
+    assert lines(root / f'killed-{rank}') == lines(root / 'one')
 
 
 def test_what_one_refuses_all_refuse(made):
     _, codes, done = made
-    assert codes["refused"] == [2, 2] and done.stderr.count("is not empty") == 1
+    assert codes['refused'] == [2, 2] and done.stderr.count('is not empty') == 1
 
 
 def test_torchrun(made, tmp_path):
     root, _, _ = made
     torchrun = [
         sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "-m",
-        "dfkd_nb.lab.commands",
+        '-m',
+        'torch.distributed.run',
+        '--nproc-per-node',
+        '2',
+        '--standalone',
+        '-m',
+        'dfkd_nb.lab.commands',
     ]
-    words = [*COMMAND, "--checkpoint", str(root / "own.safetensors"), "--out", str(tmp_path / "dreams")]
+    words = [
+        *COMMAND,
+        '--checkpoint',
+        str(root / 'own.safetensors'),
+        '--out',
+        str(tmp_path / 'dreams'),
+    ]
     done = subprocess.run(
-        [*torchrun, *words], capture_output=True, text=True, timeout=500, env=os.environ | ENVIRONMENT
+        [*torchrun, *words],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("10 images in") == 1
-    assert images(tmp_path / "dreams") == images(root / "one")
+    assert done.stdout.count('10 images in') == 1
+    assert images(tmp_path / 'dreams') == images(root / 'one')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main(Path(sys.argv[1]))

@@ -1,4 +1,6 @@
-"""Replay: the buffer against plain Python, its properties, drawn frequencies against probabilities, resuming to the bit."""
+"""Replay: the buffer against plain Python, its properties, drawn frequencies against
+probabilities, resuming to the bit.
+"""
 
 import copy
 import dataclasses
@@ -40,9 +42,9 @@ def network(seed=0):
     return model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher():
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
 def forgetful(model):
@@ -51,7 +53,9 @@ def forgetful(model):
 
 
 def pictures(n, seed=0):
-    return torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def filled(n=5, size=5, priorities=None, **options):
@@ -62,20 +66,23 @@ def filled(n=5, size=5, priorities=None, **options):
     return pool
 
 
-# --- the formulas -------------------------------------------------------------------------------------------------
+# --- the formulas
+# -------------------------------------------------------------------------------------------------
 
 shares = st.floats(0, 1)
 many = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=40)
 
 
-made = st.lists(st.tuples(st.integers(0, 3), shares), min_size=1, max_size=20) # class and confidence
+# class and confidence
+made = st.lists(st.tuples(st.integers(0, 3), shares), min_size=1, max_size=20)
 
 
 @given(made, st.lists(st.integers(0, 9), min_size=4, max_size=4), st.floats(0, 5))
 @settings(max_examples=60, deadline=None)
 def test_modulation_is_equation_3(images, counts, gamma):
     size = max(sum(counts), 1)
-    classes, confidences = torch.tensor([c for c, _ in images]), torch.tensor([p for _, p in images], dtype=torch.float64)
+    classes = torch.tensor([c for c, _ in images])
+    confidences = torch.tensor([p for _, p in images], dtype=torch.float64)
     phi = modulation(classes, confidences, torch.tensor(counts), size, gamma)
     for value, (c, p) in zip(phi.tolist(), images):
         assert value == pytest.approx((1 - counts[c] / size) * (1 - p) ** gamma, abs=1e-6)
@@ -96,7 +103,9 @@ def test_modulation_falls_with_confidence_and_with_frequency(p, q, few, more, ga
     zero = torch.zeros(2, dtype=torch.long)
     sure = modulation(zero, torch.tensor([p, q]).double(), counts, size, gamma)
     assert sure[0] >= sure[1]
-    often = modulation(torch.tensor([0, 1]), torch.tensor([p, p]).double(), counts, size, gamma)
+    often = modulation(
+        torch.tensor([0, 1]), torch.tensor([p, p]).double(), counts, size, gamma
+    )
     assert often[0] >= often[1]
 
 
@@ -107,10 +116,15 @@ def test_probabilities_are_equation_6(priorities, alpha, epsilon):
     mass = [(abs(d) + epsilon) ** alpha for d in torch.tensor(priorities).tolist()]
     assert found.tolist() == pytest.approx([m / sum(mass) for m in mass], rel=1e-9)
     assert float(found.sum()) == pytest.approx(1, abs=1e-9)
-    assert (found > 0).all(), "epsilon keeps everything drawable"
+    assert (found > 0).all(), 'epsilon keeps everything drawable'
     order = torch.tensor(priorities).argsort()
-    assert (found[order].diff() >= -1e-15).all(), "a larger priority is not drawn less often"
-    assert torch.allclose(sampling_probabilities(torch.tensor(priorities), 0.0, epsilon), torch.full_like(found, 1 / len(found)))
+    assert (found[order].diff() >= -1e-15).all(), (
+        'a larger priority is not drawn less often'
+    )
+    assert torch.allclose(
+        sampling_probabilities(torch.tensor(priorities), 0.0, epsilon),
+        torch.full_like(found, 1 / len(found)),
+    )
 
 
 @given(many, st.floats(0, 1))
@@ -118,20 +132,31 @@ def test_probabilities_are_equation_6(priorities, alpha, epsilon):
 def test_weights_undo_the_preference(priorities, beta):
     probabilities = sampling_probabilities(torch.tensor(priorities))
     weights = importance_weights(probabilities, len(probabilities), beta)
-    assert weights.tolist() == pytest.approx([(len(priorities) * p) ** -beta for p in probabilities.tolist()], rel=1e-9)
-    assert float((probabilities * weights).sum()) <= 1 + 1e-9, "on average never more than 1 (Jensen)"
+    assert weights.tolist() == pytest.approx(
+        [(len(priorities) * p) ** -beta for p in probabilities.tolist()], rel=1e-9
+    )
+    assert float((probabilities * weights).sum()) <= 1 + 1e-9, (
+        'on average never more than 1 (Jensen)'
+    )
     full = importance_weights(probabilities, len(probabilities), 1.0)
-    assert torch.allclose(probabilities * full, torch.full_like(full, 1 / len(full))), "beta = 1: every image counts alike"
+    assert torch.allclose(probabilities * full, torch.full_like(full, 1 / len(full))), (
+        'beta = 1: every image counts alike'
+    )
 
 
-# --- a reference in plain Python ----------------------------------------------------------------------------------
+# --- a reference in plain Python
+# ----------------------------------------------------------------------------------
 
 
 class PlainPool:
     "The same buffer with lists and loops: oldest first, no tensors but the images."
 
     def __init__(self, size, alpha, beta, epsilon, normalised):
-        self.size, self.alpha, self.beta, self.epsilon, self.normalised = size, alpha, beta, epsilon, normalised
+        self.size = size
+        self.alpha = alpha
+        self.beta = beta
+        self.epsilon = epsilon
+        self.normalised = normalised
         self.slots, self.next = [], 0
 
     def add(self, rows):
@@ -143,7 +168,7 @@ class PlainPool:
             self.next = (self.next + 1) % self.size
 
     def probabilities(self):
-        mass = [(abs(row["priority"]) + self.epsilon) ** self.alpha for row in self.slots]
+        mass = [(abs(row['priority']) + self.epsilon) ** self.alpha for row in self.slots]
         return [m / sum(mass) for m in mass]
 
     def draw(self, tickets):
@@ -164,7 +189,7 @@ class PlainPool:
         for index, distance in zip(chosen, distances):
             heard.setdefault(index, []).append(weights[index] * distance)
         for index, values in heard.items():
-            self.slots[index]["priority"] = sum(values) / len(values)
+            self.slots[index]['priority'] = sum(values) / len(values)
 
 
 def divergence(teacher_logits, student_logits):
@@ -172,10 +197,19 @@ def divergence(teacher_logits, student_logits):
     return (p * (p / q).log()).sum(1)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize('normalised', [False, True])
 def test_the_buffer_follows_plain_python(teacher, normalised):
     student, size = network(1), 12
-    pool = ReplayPool(DIGITS, size, teacher, student, alpha=0.7, beta=0.5, epsilon=0.01, normalised=normalised)
+    pool = ReplayPool(
+        DIGITS,
+        size,
+        teacher,
+        student,
+        alpha=0.7,
+        beta=0.5,
+        epsilon=0.01,
+        normalised=normalised,
+    )
     plain = PlainPool(size, 0.7, 0.5, 0.01, normalised)
     generator, twin = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     noise = torch.Generator().manual_seed(4)
@@ -184,20 +218,40 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
         pool.add(fresh, torch.zeros(5, dtype=torch.long))
         with torch.no_grad():
             known, said = teacher.predict(fresh), student(DIGITS.normalize(fresh))
-        rows = zip(fresh, known.argmax(1).tolist(), known.softmax(1).amax(1).tolist(), divergence(known, said).tolist())
-        plain.add([{"image": i, "class": c, "confidence": p, "priority": d} for i, c, p, d in rows])
+        rows = zip(
+            fresh,
+            known.argmax(1).tolist(),
+            known.softmax(1).amax(1).tolist(),
+            divergence(known, said).tolist(),
+        )
+        plain.add(
+            [
+                {'image': i, 'class': c, 'confidence': p, 'priority': d}
+                for i, c, p, d in rows
+            ]
+        )
         for _ in range(3):
             images, labels = pool.sample(20, generator)
-            chosen = plain.draw(torch.rand(20, generator=twin, dtype=torch.float64).tolist())
-            assert torch.equal(images, torch.stack([plain.slots[i]["image"] for i in chosen]))
-            assert labels.tolist() == [plain.slots[i]["class"] for i in chosen]
+            chosen = plain.draw(
+                torch.rand(20, generator=twin, dtype=torch.float64).tolist()
+            )
+            assert torch.equal(
+                images, torch.stack([plain.slots[i]['image'] for i in chosen])
+            )
+            assert labels.tolist() == [plain.slots[i]['class'] for i in chosen]
             answers = torch.randn(2, 20, 10, generator=noise)
             pool.report(answers[0], answers[1])
             plain.report(chosen, divergence(answers[1], answers[0]).tolist())
         assert pool.probabilities.tolist() == pytest.approx(plain.probabilities(), rel=1e-4)
-        assert pool.priorities.tolist() == pytest.approx([row["priority"] for row in plain.slots], rel=1e-4, abs=1e-6)
-        assert pool.confidences.tolist() == pytest.approx([row["confidence"] for row in plain.slots], rel=1e-5)
-        assert pool.counts.tolist() == [sum(row["class"] == k for row in plain.slots) for k in range(10)]
+        assert pool.priorities.tolist() == pytest.approx(
+            [row['priority'] for row in plain.slots], rel=1e-4, abs=1e-6
+        )
+        assert pool.confidences.tolist() == pytest.approx(
+            [row['confidence'] for row in plain.slots], rel=1e-5
+        )
+        assert pool.counts.tolist() == [
+            sum(row['class'] == k for row in plain.slots) for k in range(10)
+        ]
         assert len(pool) == len(plain.slots) == min(size, 5 * (turn + 1))
 
 
@@ -206,31 +260,42 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
 def test_size_is_constant_and_the_oldest_go_first(portions, size):
     pool, everything = ReplayPool(DIGITS, size), []
     for turn, n in enumerate(portions):
-        images, classes = pictures(n, turn), torch.randint(10, (n,), generator=torch.Generator().manual_seed(turn))
+        images = pictures(n, turn)
+        classes = torch.randint(10, (n,), generator=torch.Generator().manual_seed(turn))
         pool.insert(images, classes, torch.rand(n))
         everything += [(int(c), image.sum().item()) for c, image in zip(classes, images)]
         kept = everything[-size:]
         assert len(pool) == len(kept) == len(pool.images) == len(pool.labels)
-        assert sorted(zip(pool.labels.tolist(), pool.images.sum((1, 2, 3)).tolist())) == sorted(kept)
+        assert sorted(
+            zip(pool.labels.tolist(), pool.images.sum((1, 2, 3)).tolist())
+        ) == sorted(kept)
         assert pool.counts.tolist() == torch.bincount(pool.labels, minlength=10).tolist()
         assert pool.added == len(everything)
 
 
-# --- drawing ------------------------------------------------------------------------------------------------------
+# --- drawing
+# ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
 def test_drawn_frequencies_are_the_probabilities(alpha):
     size, draws = 40, 40_000
     pool = ReplayPool(DIGITS, size, alpha=alpha, epsilon=0.01)
-    pool.insert(pictures(size), torch.arange(size) % 10, torch.rand(size), torch.linspace(0.3, 3, size))
+    pool.insert(
+        pictures(size),
+        torch.arange(size) % 10,
+        torch.rand(size),
+        torch.linspace(0.3, 3, size),
+    )
     generator = torch.Generator().manual_seed(0)
     for _ in range(draws // 1000):
         pool.sample(1000, generator)
     expected = draws * pool.probabilities
     assert pool.draws.sum() == draws and expected.min() > 5
     chi_square = float(((pool.draws - expected).square() / expected).sum())
-    assert abs(chi_square - (size - 1)) < 4 * math.sqrt(2 * (size - 1)), "mean K - 1, variance 2 (K - 1)"
+    assert abs(chi_square - (size - 1)) < 4 * math.sqrt(2 * (size - 1)), (
+        'mean K - 1, variance 2 (K - 1)'
+    )
 
 
 def test_the_statistical_test_can_fail():
@@ -253,7 +318,7 @@ def test_draws_add_whole_numbers(monkeypatch):
     added = []
     plain = torch.Tensor.cumsum
     monkeypatch.setattr(
-        torch.Tensor, "cumsum", lambda x, dim: added.append(x) or plain(x, dim)
+        torch.Tensor, 'cumsum', lambda x, dim: added.append(x) or plain(x, dim)
     )
     size = 20_000
     pool = ReplayPool(DIGITS, size)
@@ -270,7 +335,7 @@ def test_draws_add_whole_numbers(monkeypatch):
         share.double() / 2**53, pool.probabilities, rtol=1e-9, atol=0
     )
     assert 0 <= 2**53 - int(share.sum()) <= size, (
-        "what rounding takes is far below the smallest share"
+        'what rounding takes is far below the smallest share'
     )
     shares, numbers = (
         share.tolist(),
@@ -286,20 +351,24 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
     for n in range(1, 4):
         for _ in range(2):
             pool.sample(5, generator)
-            pool.report(torch.randn(5, 10, generator=generator), torch.randn(5, 10, generator=generator))
+            pool.report(
+                torch.randn(5, 10, generator=generator),
+                torch.randn(5, 10, generator=generator),
+            )
         assert pool.draws.tolist() == [n] * 10
     assert pool.probabilities.tolist() == pytest.approx([0.1] * 10)
     assert torch.equal(pool.weights(torch.arange(10)), torch.ones(10))
 
 
-# --- priorities ---------------------------------------------------------------------------------------------------
+# --- priorities
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0])
     pool.update(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
     assert pool.priorities.tolist() == [1.0, 0.5, 3.0, 9.0, 5.0]
-    pool.update(torch.tensor([0, 2, 2]), torch.tensor([float("nan"), float("inf"), 7.0]))
+    pool.update(torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0]))
     assert pool.priorities.tolist() == [1.0, 0.5, 7.0, 9.0, 5.0]
 
 
@@ -311,7 +380,9 @@ def test_duplicates_are_weighed_by_the_probabilities_they_were_drawn_with():
     apart = divergence(known, said)
     pool.report(said, known)
     for i in range(5):
-        assert float(pool.priorities[i]) == pytest.approx(float(weights[i] * apart[chosen == i].mean()), rel=1e-4)
+        assert float(pool.priorities[i]) == pytest.approx(
+            float(weights[i] * apart[chosen == i].mean()), rel=1e-4
+        )
 
 
 def test_first_priorities(teacher):
@@ -321,15 +392,21 @@ def test_first_priorities(teacher):
     assert alone.priorities.tolist() == [1.0] * 6
     alone.update(torch.tensor([2]), torch.tensor([4.0]))
     alone.add(fresh[:2])
-    assert alone.priorities.tolist() == [4.0, 4.0, 4.0, 1.0, 1.0, 1.0], "the largest so far"
+    assert alone.priorities.tolist() == [4.0, 4.0, 4.0, 1.0, 1.0, 1.0], 'the largest so far'
     student = network(1).train()
     watched = ReplayPool(DIGITS, 6, teacher, student)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     watched.add(fresh)
-    assert student.training and all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert student.training and all(
+        torch.equal(v, before[k]) for k, v in student.state_dict().items()
+    )
     with torch.no_grad():
-        expected = divergence(teacher.predict(fresh), student.eval()(DIGITS.normalize(fresh)))
-    assert watched.priorities.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-6)
+        expected = divergence(
+            teacher.predict(fresh), student.eval()(DIGITS.normalize(fresh))
+        )
+    assert watched.priorities.tolist() == pytest.approx(
+        expected.tolist(), rel=1e-4, abs=1e-6
+    )
 
 
 def test_networks_of_other_scales_and_precisions(teacher):
@@ -353,48 +430,74 @@ def test_networks_of_other_scales_and_precisions(teacher):
 
 
 def test_fixed_point_softens_alpha():
-    "With distances that stand still, priorities settle at P ~ KL^(alpha / (1 + alpha beta))."
+    """With distances that stand still, priorities settle at P ~ KL^(alpha / (1 + alpha
+    beta)).
+    """
     apart, alpha, beta = torch.logspace(-2, 1, 8), 0.6, 0.5
     for normalised in (False, True):
-        pool = ReplayPool(DIGITS, 8, alpha=alpha, beta=beta, epsilon=1e-9, normalised=normalised)
+        pool = ReplayPool(
+            DIGITS, 8, alpha=alpha, beta=beta, epsilon=1e-9, normalised=normalised
+        )
         pool.insert(pictures(8), torch.arange(8), torch.ones(8), apart)
         every = torch.arange(8)
         for _ in range(80):
             pool.update(every, pool.weights(every) * apart)
         expected = apart.double() ** (alpha / (1 + alpha * beta))
-        assert pool.probabilities.tolist() == pytest.approx((expected / expected.sum()).tolist(), rel=1e-4)
+        assert pool.probabilities.tolist() == pytest.approx(
+            (expected / expected.sum()).tolist(), rel=1e-4
+        )
 
 
 def test_a_loss_may_be_weighed(teacher):
-    plain, weighing = (ReplayPool(DIGITS, 8, teacher, network(1), beta=1.0, weighs_loss=on) for on in (False, True))
+    plain, weighing = (
+        ReplayPool(DIGITS, 8, teacher, network(1), beta=1.0, weighs_loss=on)
+        for on in (False, True)
+    )
     for pool in (plain, weighing):
         pool.add(pictures(8))
         pool.sample(5, torch.Generator().manual_seed(0))
     assert plain.loss_weights is None
     assert torch.equal(weighing.loss_weights, weighing.weights(weighing.chosen))
-    assert weighing.loss_weights.tolist() == pytest.approx((1 / (8 * weighing.probabilities[weighing.chosen])).tolist(), rel=1e-5)
+    assert weighing.loss_weights.tolist() == pytest.approx(
+        (1 / (8 * weighing.probabilities[weighing.chosen])).tolist(), rel=1e-5
+    )
 
 
-# --- the term -----------------------------------------------------------------------------------------------------
+# --- the term
+# -----------------------------------------------------------------------------------------------------
 
 
 def view(logits):
-    return View(torch.zeros(len(logits), 1, 8, 8), logits, torch.zeros(len(logits), dtype=torch.long))
+    return View(
+        torch.zeros(len(logits), 1, 8, 8),
+        logits,
+        torch.zeros(len(logits), dtype=torch.long),
+    )
 
 
 def test_the_term_weighs_the_teachers_own_class():
     pool = filled(5, 5)
-    logits = (3 * torch.randn(7, 10, generator=torch.Generator().manual_seed(0)).double()).requires_grad_()
+    logits = (
+        3 * torch.randn(7, 10, generator=torch.Generator().manual_seed(0)).double()
+    ).requires_grad_()
     value = modulated_class_term(pool, 2.0)(view(logits))
     confidences, classes = logits.softmax(1).max(1)
-    phi = torch.tensor([(1 - float(pool.counts[c]) / 5) * (1 - p) ** 2 for c, p in zip(classes, confidences.tolist())]).double()
-    expected = (phi * F.cross_entropy(logits, classes, reduction="none")).mean()
+    phi = torch.tensor(
+        [
+            (1 - float(pool.counts[c]) / 5) * (1 - p) ** 2
+            for c, p in zip(classes, confidences.tolist())
+        ]
+    ).double()
+    expected = (phi * F.cross_entropy(logits, classes, reduction='none')).mean()
     torch.testing.assert_close(value, expected)
-    slope, = torch.autograd.grad(value, logits)
-    torch.testing.assert_close(slope, torch.autograd.grad(expected, logits)[0]) # phi is a number: no gradient passes it
+    (slope,) = torch.autograd.grad(value, logits)
+    # phi is a number: no gradient passes it
+    torch.testing.assert_close(slope, torch.autograd.grad(expected, logits)[0])
     through = modulated_class_term(pool, 2.0, through=True)(view(logits))
     torch.testing.assert_close(through, value)
-    assert torch.autograd.grad(through, logits)[0].norm() > slope.norm(), "raising the confidence pays twice"
+    assert torch.autograd.grad(through, logits)[0].norm() > slope.norm(), (
+        'raising the confidence pays twice'
+    )
     plain = modulated_class_term(pool, 2.0, difficulty=False, diversity=False)(view(logits))
     torch.testing.assert_close(plain, F.cross_entropy(logits, classes))
 
@@ -403,48 +506,80 @@ def test_the_term_counts_what_the_buffer_holds_now(teacher):
     pool = ReplayPool(DIGITS, 4, teacher)
     term, logits = modulated_class_term(pool, difficulty=False), torch.eye(10)[:1] * 2
     empty = float(term(view(logits)))
-    assert empty == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0])))) # nothing is frequent in an empty buffer
+    # nothing is frequent in an empty buffer
+    assert empty == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0]))))
     pool.insert(pictures(4), torch.tensor([0, 0, 0, 1]), torch.ones(4))
     assert float(term(view(logits))) == pytest.approx(empty / 4)
 
 
-# --- keeping ------------------------------------------------------------------------------------------------------
+# --- keeping
+# ------------------------------------------------------------------------------------------------------
 
 
 def race(teacher, size=20, seed=0, **options):
     student = forgetful(network(seed + 1))
     pool = ReplayPool(DIGITS, size, teacher, student, **options)
-    shared = {"batch_size": 8, "device": "cpu", "seed": seed}
-    distiller = Distiller(teacher, student, pool, steps=24, learning_rate=0.05, augment=Augment(1, False), **shared)
-    terms, generator = {"modulated": (1.0, modulated_class_term(pool))}, Generator((1, 8, 8), 4, 4)
-    weights = {"feature_weight": 1.0, "adversarial_weight": 1.0, "terms": terms}
-    maker = GenerativeSynthesizer(teacher, generator=generator, steps=3, latent_learning_rate=0.01, student=student, **weights, **shared)
+    shared = {'batch_size': 8, 'device': 'cpu', 'seed': seed}
+    distiller = Distiller(
+        teacher,
+        student,
+        pool,
+        steps=24,
+        learning_rate=0.05,
+        augment=Augment(1, False),
+        **shared,
+    )
+    terms = {'modulated': (1.0, modulated_class_term(pool))}
+    generator = Generator((1, 8, 8), 4, 4)
+    weights = {'feature_weight': 1.0, 'adversarial_weight': 1.0, 'terms': terms}
+    maker = GenerativeSynthesizer(
+        teacher,
+        generator=generator,
+        steps=3,
+        latent_learning_rate=0.01,
+        student=student,
+        **weights,
+        **shared,
+    )
     return Alternation(maker, distiller, rounds=6, updates_per_round=4)
 
 
-@pytest.mark.parametrize("options", [{}, {"prioritised": False}, {"weighs_loss": True, "normalised": True}])
+@pytest.mark.parametrize(
+    'options', [{}, {'prioritised': False}, {'weighs_loss': True, 'normalised': True}]
+)
 def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
     torch.manual_seed(0)
     whole = race(teacher, **options)
     for turn in range(42):
         if turn in (13, 26):
-            save_checkpoint(tmp_path / f"{turn}.pt", whole.state_dict())
+            save_checkpoint(tmp_path / f'{turn}.pt', whole.state_dict())
         whole.step()
     assert whole.finished
     for turn in (13, 26):
         torch.manual_seed(99)
         second = race(teacher, **options)
-        second.load_state_dict(load_checkpoint(tmp_path / f"{turn}.pt"))
+        second.load_state_dict(load_checkpoint(tmp_path / f'{turn}.pt'))
         for _ in range(42 - turn):
             second.step()
-        for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values()):
+        for a, b in zip(
+            whole.student.state_dict().values(), second.student.state_dict().values()
+        ):
             assert torch.equal(a, b)
-        for name in ("images", "labels", "confidences", "priorities", "draws", "counts", "probabilities", "largest"):
+        for name in (
+            'images',
+            'labels',
+            'confidences',
+            'priorities',
+            'draws',
+            'counts',
+            'probabilities',
+            'largest',
+        ):
             assert torch.equal(getattr(whole.pool, name), getattr(second.pool, name)), name
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"prioritised": False}, {"weighs_loss": True, "normalised": True}]
+    'options', [{}, {'prioritised': False}, {'weighs_loss': True, 'normalised': True}]
 )
 def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
     "A state that is taken between `sample` and `report`."
@@ -455,166 +590,236 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
         first.sample(6, generator)
         answers = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(turn))
         if turn:
-            save_checkpoint(tmp_path / "pool.pt", first.state_dict())
+            save_checkpoint(tmp_path / 'pool.pt', first.state_dict())
         first.report(*answers)
     second = ReplayPool(DIGITS, 9, teacher, network(1), **options)
-    second.load_state_dict(load_checkpoint(tmp_path / "pool.pt"))
-    if options.get("weighs_loss"):
+    second.load_state_dict(load_checkpoint(tmp_path / 'pool.pt'))
+    if options.get('weighs_loss'):
         assert torch.equal(second.loss_weights, first.loss_weights)
     second.report(*answers)
     assert torch.equal(first.priorities, second.priorities) and torch.equal(
         first.largest, second.largest
     )
-    with pytest.raises(DFKDError, match=r"alpha \(was 0.6, now 0.5\)"):
-        ReplayPool(DIGITS, 9, **options | {"alpha": 0.5}).load_state_dict(
+    with pytest.raises(DFKDError, match=r'alpha \(was 0.6, now 0.5\)'):
+        ReplayPool(DIGITS, 9, **options | {'alpha': 0.5}).load_state_dict(
             first.state_dict()
         )
 
 
 def test_one_file_holds_the_buffer(teacher, tmp_path):
     pool = race(teacher, size=9, alpha=0.3, normalised=True).run(until=12).pool
-    pool.save(tmp_path / "pool.safetensors")
-    again = ReplayPool.load(tmp_path / "pool.safetensors", teacher)
-    for name in ("images", "labels", "confidences", "priorities", "draws", "counts", "probabilities", "largest"):
+    pool.save(tmp_path / 'pool.safetensors')
+    again = ReplayPool.load(tmp_path / 'pool.safetensors', teacher)
+    for name in (
+        'images',
+        'labels',
+        'confidences',
+        'priorities',
+        'draws',
+        'counts',
+        'probabilities',
+        'largest',
+    ):
         assert torch.equal(getattr(pool, name), getattr(again, name)), name
-    assert (again.size, again.added, again.alpha, again.normalised, again.weighs_loss) == (9, pool.added, 0.3, True, False)
-    assert torch.equal(ImageSet.load(tmp_path / "pool.safetensors").labels, pool.labels)
+    assert (again.size, again.added, again.alpha, again.normalised, again.weighs_loss) == (
+        9,
+        pool.added,
+        0.3,
+        True,
+        False,
+    )
+    assert torch.equal(ImageSet.load(tmp_path / 'pool.safetensors').labels, pool.labels)
     oldest = pool.added % 9
     again.add(pictures(1))
     assert torch.equal(again.images[oldest], pictures(1)[0])
     pool.fetch(torch.arange(3)), next(pool.batches(4))
-    ImageSet(pool.images, pool.labels, DIGITS).save(tmp_path / "images.safetensors")
-    with pytest.raises(DFKDError, match="no replay buffer"):
-        ReplayPool.load(tmp_path / "images.safetensors")
+    ImageSet(pool.images, pool.labels, DIGITS).save(tmp_path / 'images.safetensors')
+    with pytest.raises(DFKDError, match='no replay buffer'):
+        ReplayPool.load(tmp_path / 'images.safetensors')
 
 
 def test_the_buffer_in_numbers():
     pool = filled(4, 4, [1.0, 1.0, 1.0, 1.0])
     found = pool.describe()
-    assert found["images"] == 4 and found["classes"] == pytest.approx(4) and found["effective"] == pytest.approx(4)
-    assert found["confidence"] == pytest.approx(0.55) and found["priority"] == 1
+    assert (
+        found['images'] == 4
+        and found['classes'] == pytest.approx(4)
+        and found['effective'] == pytest.approx(4)
+    )
+    assert found['confidence'] == pytest.approx(0.55) and found['priority'] == 1
 
 
 @each(
-    "mistake, says",
+    'mistake, says',
     [
-        (lambda: ReplayPool(DIGITS, 0), "give 1 or more"),
-        (lambda: ReplayPool(DIGITS, 5, epsilon=0.0), "an epsilon above 0"),
-        (lambda: ReplayPool(DIGITS, 5, alpha=-1.0), "give 0 or more"),
-        (lambda: ReplayPool(DIGITS, 5, temperature=0.0), "give a positive one"),
-        (lambda: ReplayPool(DIGITS, 5, beta=math.nan), "give 0 or more"),
+        (lambda: ReplayPool(DIGITS, 0), 'give 1 or more'),
+        (lambda: ReplayPool(DIGITS, 5, epsilon=0.0), 'an epsilon above 0'),
+        (lambda: ReplayPool(DIGITS, 5, alpha=-1.0), 'give 0 or more'),
+        (lambda: ReplayPool(DIGITS, 5, temperature=0.0), 'give a positive one'),
+        (lambda: ReplayPool(DIGITS, 5, beta=math.nan), 'give 0 or more'),
         (
             lambda: ReplayPool(
                 DIGITS, 5, student_domain=dataclasses.replace(DIGITS, shape=(1, 9, 9))
             ),
-            "mean and std only",
+            'mean and std only',
         ),
-        (lambda: filled().sample(0, torch.Generator()), "draw 1 or more"),
-        (lambda: filled().ask_student(pictures(1)), "give the pool a student"),
+        (lambda: filled().sample(0, torch.Generator()), 'draw 1 or more'),
+        (lambda: filled().ask_student(pictures(1)), 'give the pool a student'),
         (
             lambda: filled().insert(pictures(2), torch.zeros(2).long(), torch.ones(3)),
-            r"confidences of shape \(3,\)",
+            r'confidences of shape \(3,\)',
         ),
         (
             lambda: filled().insert(
                 pictures(2), torch.zeros(2).long(), torch.ones(2), torch.ones(2, 1)
             ),
-            r"priorities of shape \(2, 1\)",
+            r'priorities of shape \(2, 1\)',
         ),
         (
             lambda: filled().update(torch.tensor([5]), torch.ones(1)),
-            "a buffer that holds 5",
+            'a buffer that holds 5',
         ),
-        (lambda: filled().update(torch.tensor([-1]), torch.ones(1)), "count from 0"),
+        (lambda: filled().update(torch.tensor([-1]), torch.ones(1)), 'count from 0'),
         (
             lambda: modulation(
                 torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan
             ),
-            "give 0 or more",
+            'give 0 or more',
         ),
-        (lambda: ReplayPool(DIGITS, 5).add(pictures(2)), "give the pool a teacher"),
-        (lambda: ReplayPool(DIGITS, 5).sample(2, torch.Generator()), "add some first"),
-        (lambda: ReplayPool(DIGITS, 5).describe(), "add images first"),
+        (lambda: ReplayPool(DIGITS, 5).add(pictures(2)), 'give the pool a teacher'),
+        (lambda: ReplayPool(DIGITS, 5).sample(2, torch.Generator()), 'add some first'),
+        (lambda: ReplayPool(DIGITS, 5).describe(), 'add images first'),
         (
             lambda: filled().insert(
                 torch.rand(2, 1, 8, 8), torch.zeros(2).long(), torch.ones(2)
             ),
-            "give uint8",
+            'give uint8',
         ),
         (
             lambda: filled().insert(pictures(0), torch.zeros(0).long(), torch.ones(0)),
-            "give one or more",
+            'give one or more',
         ),
         (
             lambda: filled().insert(pictures(2), torch.tensor([0, 10]), torch.ones(2)),
-            "0 to 9",
+            '0 to 9',
         ),
         (
             lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)),
-            "sample one first",
+            'sample one first',
         ),
-        (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), "give one of each"),
-        (lambda: filled().load_state_dict({"size": 7}), "same size"),
-        (lambda: setattr(filled(), "labels", torch.zeros(5)), "teacher's answers"),
+        (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), 'give one of each'),
+        (lambda: filled().load_state_dict({'size': 7}), 'same size'),
+        (lambda: setattr(filled(), 'labels', torch.zeros(5)), "teacher's answers"),
         (
             lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0),
-            "give 0 or more",
+            'give 0 or more',
         ),
         (
             lambda: modulation(torch.tensor([0]), torch.ones(2), torch.ones(2), 2),
-            "one of each",
+            'one of each',
         ),
-        (lambda: modulated_class_term(filled(), -1.0), "give 0 or more"),
+        (lambda: modulated_class_term(filled(), -1.0), 'give 0 or more'),
     ],
 )
 def test_mistakes_are_told_in_one_line(mistake, says):
     with pytest.raises(DFKDError, match=says) as error:
         mistake()
-    assert "\n" not in str(error.value)
+    assert '\n' not in str(error.value)
 
 
 def test_a_report_belongs_to_its_batch(teacher):
     pool = filled()
     pool.sample(3, torch.Generator().manual_seed(0))
-    with pytest.raises(DFKDError, match="batch of 3 images"):
+    with pytest.raises(DFKDError, match='batch of 3 images'):
         pool.report(torch.zeros(2, 10), torch.zeros(2, 10))
-    with pytest.raises(DFKDError, match="both the same classes"):
+    with pytest.raises(DFKDError, match='both the same classes'):
         pool.report(torch.zeros(3, 10), torch.zeros(3, 9))
     pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
-    with pytest.raises(DFKDError, match="sample one first"):
+    with pytest.raises(DFKDError, match='sample one first'):
         pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
-    with pytest.raises(DFKDError, match="mixup_alpha"):
-        Distiller(teacher, network(1), filled(), steps=1, batch_size=2, mixup_alpha=0.2, device="cpu")
+    with pytest.raises(DFKDError, match='mixup_alpha'):
+        Distiller(
+            teacher,
+            network(1),
+            filled(),
+            steps=1,
+            batch_size=2,
+            mixup_alpha=0.2,
+            device='cpu',
+        )
 
 
-# --- all of it ----------------------------------------------------------------------------------------------------
+# --- all of it
+# ----------------------------------------------------------------------------------------------------
 
 GENERATOR = Generator((1, 8, 8), 4, 4)
-SMALL = {"batch_size": 8, "steps": 2, "augment": None, "momentum": None, "reset_first_layer_at": None}
+SMALL = {
+    'batch_size': 8,
+    'steps': 2,
+    'augment': None,
+    'momentum': None,
+    'reset_first_layer_at': None,
+}
 
 
 def together(teacher, student, **changes):
-    maker = SMALL | {"generator": Generator((1, 8, 8), 4, 4)} | changes.pop("maker", {})
-    settings = {"size": 12, "rounds": 4, "updates_per_round": 2, "device": "cpu", "maker": maker, "distiller": {"batch_size": 8}}
+    maker = SMALL | {'generator': Generator((1, 8, 8), 4, 4)} | changes.pop('maker', {})
+    settings = {
+        'size': 12,
+        'rounds': 4,
+        'updates_per_round': 2,
+        'device': 'cpu',
+        'maker': maker,
+        'distiller': {'batch_size': 8},
+    }
     return ssd_kd(teacher, student, **settings | changes)
 
 
 def test_the_settings_are_the_papers():
-    assert preset() == preset("ssd-kd-5") and preset()["steps"] == 5 and preset("ssd-kd-2")["steps"] == 2
-    assert preset()["labels"] == "answers" and preset("ssd-kd", "resnet34")["adversarial_weight"] == 1.33
-    with pytest.raises(DFKDError, match="unknown preset"):
-        preset("ssd-kd-3")
+    assert (
+        preset() == preset('ssd-kd-5')
+        and preset()['steps'] == 5
+        and preset('ssd-kd-2')['steps'] == 2
+    )
+    assert (
+        preset()['labels'] == 'answers'
+        and preset('ssd-kd', 'resnet34')['adversarial_weight'] == 1.33
+    )
+    with pytest.raises(DFKDError, match='unknown preset'):
+        preset('ssd-kd-3')
 
 
-@pytest.mark.parametrize("reuse", ["meta", "continue", "restart"])
+@pytest.mark.parametrize('reuse', ['meta', 'continue', 'restart'])
 def test_parts_come_together(teacher, reuse):
-    race = together(teacher, network(1), maker={"reuse": reuse}, warmup_rounds=1, gamma=2.0, pool={"alpha": 0.3})
+    race = together(
+        teacher,
+        network(1),
+        maker={'reuse': reuse},
+        warmup_rounds=1,
+        gamma=2.0,
+        pool={'alpha': 0.3},
+    )
     weights = race.maker.objective.weights
-    assert weights["modulated"] == 0.4 and weights["class"] == 0 and weights["adversarial"] == 1.1 and weights["features"] == 10
-    assert race.maker.student is race.student is race.pool.student and race.pool.alpha == 0.3
+    assert (
+        weights['modulated'] == 0.4
+        and weights['class'] == 0
+        and weights['adversarial'] == 1.1
+        and weights['features'] == 10
+    )
+    assert (
+        race.maker.student is race.student is race.pool.student and race.pool.alpha == 0.3
+    )
     race.run()
-    assert race.finished and race.pool.added == 32 and len(race.pool) == 12 and race.pool.draws.sum() > 0
-    assert race.maker.history[-1]["modulated"] >= 0 and race.maker.history[-1]["adversarial"] <= 0
+    assert (
+        race.finished
+        and race.pool.added == 32
+        and len(race.pool) == 12
+        and race.pool.draws.sum() > 0
+    )
+    assert (
+        race.maker.history[-1]['modulated'] >= 0
+        and race.maker.history[-1]['adversarial'] <= 0
+    )
 
 
 def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
@@ -623,12 +828,12 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
 
     def race():
         maker = {
-            "momentum": 0.1,
-            "reset_first_layer_at": 2,
-            "augment": Augment(1, False),
-            "seed": 3,
+            'momentum': 0.1,
+            'reset_first_layer_at': 2,
+            'augment': Augment(1, False),
+            'seed': 3,
         }
-        shared = {"pool": {"weighs_loss": True}, "warmup_rounds": 1}
+        shared = {'pool': {'weighs_loss': True}, 'warmup_rounds': 1}
         student = forgetful(network(1))
         built = ssd_kd(
             teacher,
@@ -636,10 +841,10 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
             size=12,
             rounds=4,
             updates_per_round=2,
-            device="cpu",
+            device='cpu',
             **shared,
-            distiller={"batch_size": 8, "domain": domain},
-            maker=SMALL | maker | {"generator": copy.deepcopy(GENERATOR)},
+            distiller={'batch_size': 8, 'domain': domain},
+            maker=SMALL | maker | {'generator': copy.deepcopy(GENERATOR)},
         )
         assert (
             built.maker.seed == 3
@@ -652,11 +857,11 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
         part, resumed = race(), race()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / "race.pt", part.state_dict())
+        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / "race.pt"))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
         resumed.run()
-        for name in ("images", "priorities", "draws"):
+        for name in ('images', 'priorities', 'draws'):
             assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
                 turns,
                 name,
@@ -667,26 +872,47 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
 
 
 def test_a_picture_of_the_buffer(teacher):
-    with pytest.raises(DFKDError, match="add images first"):
+    with pytest.raises(DFKDError, match='add images first'):
         draw_buffer(ReplayPool(DIGITS, 3))
     picture = draw_buffer(filled(), (600, 200))
-    assert picture.shape == (3, 200, 600) and picture.dtype == torch.uint8 and picture.float().std() > 10
+    assert (
+        picture.shape == (3, 200, 600)
+        and picture.dtype == torch.uint8
+        and picture.float().std() > 10
+    )
 
 
 def test_the_explorer_turns_what_runs(teacher):
-    pytest.importorskip("ipywidgets")
-    settings = {"size": 12, "rounds": 3, "updates_per_round": 2, "device": "cpu", "distiller": {"batch_size": 8}}
-    play = replay_explorer(teacher, lambda: network(1), maker=SMALL | {"generator": Generator((1, 8, 8), 4, 4)}, **settings)
-    assert play.race.round == 1 and bytes(play.picture.value).startswith(b"\x89PNG")
+    pytest.importorskip('ipywidgets')
+    settings = {
+        'size': 12,
+        'rounds': 3,
+        'updates_per_round': 2,
+        'device': 'cpu',
+        'distiller': {'batch_size': 8},
+    }
+    play = replay_explorer(
+        teacher,
+        lambda: network(1),
+        maker=SMALL | {'generator': Generator((1, 8, 8), 4, 4)},
+        **settings,
+    )
+    assert play.race.round == 1 and bytes(play.picture.value).startswith(b'\x89PNG')
     before, even = bytes(play.picture.value), play.race.pool.probabilities.max()
     play.alpha.value = 2.0
-    assert play.race.pool.alpha == 2.0 and bytes(play.picture.value) != before and play.race.pool.probabilities.max() > even
+    assert (
+        play.race.pool.alpha == 2.0
+        and bytes(play.picture.value) != before
+        and play.race.pool.probabilities.max() > even
+    )
     play.gamma.value, play.beta.value = 4.0, 0.0
     logits = torch.eye(10)[:2] * 3
-    _, term = play.race.maker.objective.terms["modulated"]
-    torch.testing.assert_close(term(view(logits)), modulated_class_term(play.race.pool, 4.0)(view(logits)))
+    _, term = play.race.maker.objective.terms['modulated']
+    torch.testing.assert_close(
+        term(view(logits)), modulated_class_term(play.race.pool, 4.0)(view(logits))
+    )
     for _ in range(4):
         play.step()
-    assert play.race.finished and "round 3 of 3" in play.status.value
+    assert play.race.finished and 'round 3 of 3' in play.status.value
     play.again.click()
     assert play.race.round == 1 and play.race.pool.alpha == 2.0

@@ -1,4 +1,7 @@
-"""Scenes, masks and what is learned from them: answers by hand, torchmetrics, resumed runs, refusals."""
+"""Scenes, masks and what is learned from them.
+
+Answers by hand, torchmetrics, resumed runs, refusals.
+"""
 
 import copy
 import io
@@ -25,20 +28,22 @@ import_torchvision()
 torch.set_num_threads(1)
 
 
-def network(seed=0, name="deeplab-tiny", classes=6):
+def network(seed=0, name='deeplab-tiny', classes=6):
     torch.manual_seed(seed)
     return seg.build_segmenter(name, classes)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def scenes():
     return seg.draw_scenes(24, (16, 16), seed=0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher(scenes):
     net = network()
-    seg.SceneDistiller(None, net, scenes, steps=60, batch_size=8, learning_rate=0.1, device="cpu").run()
+    seg.SceneDistiller(
+        None, net, scenes, steps=60, batch_size=8, learning_rate=0.1, device='cpu'
+    ).run()
     return Teacher(net, scenes.domain)
 
 
@@ -53,8 +58,15 @@ def test_the_same_seed_draws_the_same_scenes():
 @given(st.integers(8, 40), st.integers(8, 40), st.integers(0, 99))
 def test_every_size_has_sky_above_and_ground_below(height, width, seed):
     found = seg.draw_scenes(3, (height, width), seed)
-    assert found.images.shape == (3, 3, height, width) and found.masks.shape == (3, height, width)
-    assert not (found.masks[:, -1] == 0).any() and not ((found.masks[:, 0] == 1) | (found.masks[:, 0] == 2)).any()
+    assert found.images.shape == (3, 3, height, width) and found.masks.shape == (
+        3,
+        height,
+        width,
+    )
+    assert (
+        not (found.masks[:, -1] == 0).any()
+        and not ((found.masks[:, 0] == 1) | (found.masks[:, 0] == 2)).any()
+    )
 
 
 def test_masks_are_exact():
@@ -66,30 +78,34 @@ def test_masks_are_exact():
 
 def test_a_batch_brings_masks_and_labels_are_one_an_image(scenes):
     images, masks = scenes.sampler().sample(5, torch.Generator().manual_seed(0))
-    assert images.dtype == torch.uint8 and masks.dtype == torch.int64 and masks.shape == (5, 16, 16)
+    assert (
+        images.dtype == torch.uint8
+        and masks.dtype == torch.int64
+        and masks.shape == (5, 16, 16)
+    )
     assert scenes.labels.shape == (24,)
     counts = torch.bincount(scenes.masks[3].flatten().long(), minlength=6)
     assert int(scenes.labels[3]) == int(counts.argmax())
 
 
 def test_scenes_survive_a_file(scenes, tmp_path):
-    scenes.save(tmp_path / "scenes.safetensors")
-    again = seg.SceneSet.load(tmp_path / "scenes.safetensors")
+    scenes.save(tmp_path / 'scenes.safetensors')
+    again = seg.SceneSet.load(tmp_path / 'scenes.safetensors')
     assert torch.equal(again.masks, scenes.masks) and again.domain == scenes.domain
-    assert torch.equal(ImageSet.load(tmp_path / "scenes.safetensors").images, scenes.images)
-    ImageSet(scenes.images, None, scenes.domain).save(tmp_path / "images.safetensors")
-    with pytest.raises(DFKDError, match="holds no scenes"):
-        seg.SceneSet.load(tmp_path / "images.safetensors")
+    assert torch.equal(ImageSet.load(tmp_path / 'scenes.safetensors').images, scenes.images)
+    ImageSet(scenes.images, None, scenes.domain).save(tmp_path / 'images.safetensors')
+    with pytest.raises(DFKDError, match='holds no scenes'):
+        seg.SceneSet.load(tmp_path / 'images.safetensors')
 
 
 @each(
-    "masks, words",
+    'masks, words',
     [
-        (torch.zeros(24, 16, 15, dtype=torch.uint8), "give one number a pixel"),
-        (torch.zeros(24, 16, 16), "as integers"),
-        (torch.full((24, 16, 16), 6), "masks hold 6"),
-        (torch.full((24, 16, 16), -1), "masks hold -1"),
-        (torch.full((24, 16, 16), 300), "masks hold 300"),
+        (torch.zeros(24, 16, 15, dtype=torch.uint8), 'give one number a pixel'),
+        (torch.zeros(24, 16, 16), 'as integers'),
+        (torch.full((24, 16, 16), 6), 'masks hold 6'),
+        (torch.full((24, 16, 16), -1), 'masks hold -1'),
+        (torch.full((24, 16, 16), 300), 'masks hold 300'),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(scenes, masks, words):
@@ -99,14 +115,20 @@ def test_masks_that_do_not_fit_are_refused(scenes, masks, words):
 
 def test_bad_sizes_and_names_are_refused():
     for call, words in (
-        (lambda: seg.draw_scenes(0), "give 1 or more"),
-        (lambda: seg.draw_scenes(1, (4, 32)), "8 x 8 or more"),
-        (lambda: seg.scene_domain("kitti"), "unknown scenes"),
-        (lambda: seg.load_scenes("scenes", "holdout"), "unknown split"),
-        (lambda: seg.load_scenes("scenes", limit=0), "leaves no scene"),
-        (lambda: seg.build_segmenter("deeplab-huge", 6), "unknown segmenter"),
-        (lambda: seg.build_segmenter("deeplab-tiny", 6, True), "with a pretrained backbone"),
-        (lambda: seg.build_segmenter("torchvision:deeplabv3_resnet5", 6), "torchvision has no"),
+        (lambda: seg.draw_scenes(0), 'give 1 or more'),
+        (lambda: seg.draw_scenes(1, (4, 32)), '8 x 8 or more'),
+        (lambda: seg.scene_domain('kitti'), 'unknown scenes'),
+        (lambda: seg.load_scenes('scenes', 'holdout'), 'unknown split'),
+        (lambda: seg.load_scenes('scenes', limit=0), 'leaves no scene'),
+        (lambda: seg.build_segmenter('deeplab-huge', 6), 'unknown segmenter'),
+        (
+            lambda: seg.build_segmenter('deeplab-tiny', 6, True),
+            'with a pretrained backbone',
+        ),
+        (
+            lambda: seg.build_segmenter('torchvision:deeplabv3_resnet5', 6),
+            'torchvision has no',
+        ),
     ):
         with pytest.raises(DFKDError, match=words):
             call()
@@ -115,61 +137,80 @@ def test_bad_sizes_and_names_are_refused():
 # files
 def png(pixels, mode=None):
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy(), mode).save(buffer, "PNG")
+    Image.fromarray(pixels.numpy(), mode).save(buffer, 'PNG')
     return buffer.getvalue()
 
 
 def test_folders_of_png_files(tmp_path):
-    for kind in ("image", "seg13"):
-        (tmp_path / "nyuv2" / kind / "test").mkdir(parents=True)
+    for kind in ('image', 'seg13'):
+        (tmp_path / 'nyuv2' / kind / 'test').mkdir(parents=True)
     mask = torch.zeros(30, 40, dtype=torch.uint8)
     mask[:, 20:], mask[:, 30:] = 1, 13
-    (tmp_path / "nyuv2/image/test/0001.png").write_bytes(png(torch.zeros(30, 40, 3, dtype=torch.uint8)))
-    with pytest.raises(DFKDError, match="has no mask: put 0001.png into"):
-        seg.load_scenes("nyuv2", root=tmp_path)
-    (tmp_path / "nyuv2/seg13/test/0001.png").write_bytes(png(mask))
-    found = seg.load_scenes("nyuv2", size=(30, 40), root=tmp_path)
+    (tmp_path / 'nyuv2/image/test/0001.png').write_bytes(
+        png(torch.zeros(30, 40, 3, dtype=torch.uint8))
+    )
+    with pytest.raises(DFKDError, match='has no mask: put 0001.png into'):
+        seg.load_scenes('nyuv2', root=tmp_path)
+    (tmp_path / 'nyuv2/seg13/test/0001.png').write_bytes(png(mask))
+    found = seg.load_scenes('nyuv2', size=(30, 40), root=tmp_path)
     assert found.masks[0, 5, [0, 19, 20, 29, 30, 39]].tolist() == [255, 255, 0, 0, 12, 12]
-    small = seg.load_scenes("nyuv2", size=(10, 10), root=tmp_path)  # 13 x 10, its middle cut out
+    # 13 x 10, its middle cut out
+    small = seg.load_scenes('nyuv2', size=(10, 10), root=tmp_path)
     assert set(small.masks.unique().tolist()) == {255, 0, 12}
-    (tmp_path / "nyuv2/seg13/test/0001.png").write_bytes(png(torch.zeros(30, 40, 3, dtype=torch.uint8)))
+    (tmp_path / 'nyuv2/seg13/test/0001.png').write_bytes(
+        png(torch.zeros(30, 40, 3, dtype=torch.uint8))
+    )
     with pytest.raises(DFKDError, match="mode 'RGB'"):
-        seg.load_scenes("nyuv2", root=tmp_path)
+        seg.load_scenes('nyuv2', root=tmp_path)
 
 
 def test_parquet_files(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder = tmp_path / "camvid"
+    folder = tmp_path / 'camvid'
     folder.mkdir()
-    image, mask = png(torch.zeros(24, 32, 3, dtype=torch.uint8)), torch.arange(24 * 32).view(24, 32).remainder(12).to(torch.uint8)
-    pq.write_table(pa.table({"image": [{"bytes": image}], "mask": [png(mask)]}), folder / "test.parquet")
-    found = seg.load_scenes("camvid", size=(24, 32), root=tmp_path)
+    image = png(torch.zeros(24, 32, 3, dtype=torch.uint8))
+    mask = torch.arange(24 * 32).view(24, 32).remainder(12).to(torch.uint8)
+    pq.write_table(
+        pa.table({'image': [{'bytes': image}], 'mask': [png(mask)]}),
+        folder / 'test.parquet',
+    )
+    found = seg.load_scenes('camvid', size=(24, 32), root=tmp_path)
     assert torch.equal(found.masks[0], mask.masked_fill(mask == 11, 255))  # void
-    pq.write_table(pa.table({"image": [image]}), folder / "test.parquet")
+    pq.write_table(pa.table({'image': [image]}), folder / 'test.parquet')
     with pytest.raises(DFKDError, match="needs 'image' and 'mask'"):
-        seg.load_scenes("camvid", root=tmp_path)
-    (folder / "test.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DFKDError, match="no Parquet file"):
-        seg.load_scenes("camvid", root=tmp_path)
-    with pytest.raises(DFKDError, match="put train.parquet"):
-        seg.load_scenes("camvid", "train", root=tmp_path)
+        seg.load_scenes('camvid', root=tmp_path)
+    (folder / 'test.parquet').write_bytes(b'PAR1 not really')
+    with pytest.raises(DFKDError, match='no Parquet file'):
+        seg.load_scenes('camvid', root=tmp_path)
+    with pytest.raises(DFKDError, match='put train.parquet'):
+        seg.load_scenes('camvid', 'train', root=tmp_path)
 
 
-@pytest.mark.skipif(not (data_root() / "camvid").is_dir(), reason="no CamVid under DFKD_DATA")
+@pytest.mark.skipif(
+    not (data_root() / 'camvid').is_dir(), reason='no CamVid under DFKD_DATA'
+)
 def test_camvid():
-    found = seg.load_scenes("camvid", "val", (24, 32), limit=5)
+    found = seg.load_scenes('camvid', 'val', (24, 32), limit=5)
     assert len(found) == 5 and found.domain.num_classes == 11
-    road, sky = (found.masks == 3).float().mean((0, 2)), (found.masks == 0).float().mean((0, 2))
+    road = (found.masks == 3).float().mean((0, 2))
+    sky = (found.masks == 0).float().mean((0, 2))
     assert road[-3:].mean() > 0.5 > road[:3].mean() and sky[:3].mean() > sky[-3:].mean()
 
 
 # networks
-@pytest.mark.parametrize("name", [*seg.SEGMENTERS, "torchvision:deeplabv3_mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    'name', [*seg.SEGMENTERS, 'torchvision:deeplabv3_mobilenet_v3_large']
+)
 def test_a_segmenter_answers_at_every_pixel(name):
     with torch.no_grad():
-        assert network(0, name, 5).eval()(torch.zeros(1, 3, 24, 40))["out"].shape == (1, 5, 24, 40)
+        assert network(0, name, 5).eval()(torch.zeros(1, 3, 24, 40))['out'].shape == (
+            1,
+            5,
+            24,
+            40,
+        )
 
 
 # learning
@@ -178,43 +219,67 @@ def test_a_segmenter_answers_at_every_pixel(name):
 def test_an_image_and_its_mask_move_alike(padding, flip, seed):
     masks = torch.randint(6, (5, 9, 11), generator=torch.Generator().manual_seed(seed))
     masks[:, 4, 4] = seg.IGNORED
-    images = (masks + 1).clamp_max(40).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)  # the picture is its own mask, padding 0
-    moved, answer = seg.augment_scenes(images, masks, Augment(padding, flip), torch.Generator().manual_seed(seed))
-    expected = torch.where((moved[:, 0] == 0) | (moved[:, 0] == 40), seg.IGNORED, moved[:, 0].long() - 1)
+    # the picture is its own mask, padding 0
+    images = (masks + 1).clamp_max(40).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
+    moved, answer = seg.augment_scenes(
+        images, masks, Augment(padding, flip), torch.Generator().manual_seed(seed)
+    )
+    expected = torch.where(
+        (moved[:, 0] == 0) | (moved[:, 0] == 40), seg.IGNORED, moved[:, 0].long() - 1
+    )
     assert torch.equal(answer, expected) and answer.shape == masks.shape
 
 
 def test_the_loss_at_pixels_by_hand():
-    logits = torch.tensor([[[[0.0, 5.0]], [[math.log(3), -5.0]]]])  # at the first pixel 1 : 3, the second does not count
+    # at the first pixel 1 : 3, the second does not count
+    logits = torch.tensor([[[[0.0, 5.0]], [[math.log(3), -5.0]]]])
     masks = torch.tensor([[[1, seg.IGNORED]]])
     assert float(seg.mask_loss(logits, masks)) == pytest.approx(math.log(4 / 3), abs=1e-6)
     assert float(seg.mask_loss(logits, torch.full((1, 1, 2), seg.IGNORED))) == 0
 
 
 def test_distillation_at_pixels_is_distillation_of_pixels():
-    student, known = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0)).double()
+    student, known = torch.randn(
+        2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0)
+    ).double()
     flat = [logits.movedim(1, -1).reshape(-1, 5) for logits in (student, known)]
-    torch.testing.assert_close(distillation_loss(student, known, 3.0), distillation_loss(*flat, 3.0))
+    torch.testing.assert_close(
+        distillation_loss(student, known, 3.0), distillation_loss(*flat, 3.0)
+    )
 
 
 def lesson(source, teacher=None, **more):
-    usual = {"steps": 6, "batch_size": 4, "learning_rate": 0.05, "device": "cpu", "augment": Augment(2, True)}
+    usual = {
+        'steps': 6,
+        'batch_size': 4,
+        'learning_rate': 0.05,
+        'device': 'cpu',
+        'augment': Augment(2, True),
+    }
     return seg.SceneDistiller(teacher, network(1), source, **usual | more)
 
 
-@pytest.mark.parametrize("label_weight", [0.0, 0.5])
+@pytest.mark.parametrize('label_weight', [0.0, 0.5])
 def test_a_distiller_goes_on_to_the_same_bits(scenes, teacher, label_weight):
-    whole = lesson(scenes, teacher, label_weight=label_weight).run()  # one set, three consumers
+    # one set, three consumers
+    whole = lesson(scenes, teacher, label_weight=label_weight).run()
     first = lesson(scenes, teacher, label_weight=label_weight).run(until=3)
     scenes.sampler().sample(5, torch.Generator())  # and a fourth
     second = lesson(scenes, teacher, label_weight=label_weight)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     second.run()
-    assert all(torch.equal(a, b) for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            whole.student.state_dict().values(), second.student.state_dict().values()
+        )
+    )
 
 
 def test_pixels_are_learned_as_deterministically_as_images(scenes, teacher):
-    "No operation of an update is one that PyTorch cannot repeat on a GPU (its list in `use_deterministic_algorithms`)."
+    """No operation of an update is one that PyTorch cannot repeat on a GPU (its list in
+    `use_deterministic_algorithms`).
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Recorder(TorchDispatchMode):
@@ -226,8 +291,15 @@ def test_pixels_are_learned_as_deterministically_as_images(scenes, teacher):
     learner = lesson(scenes, teacher, label_weight=0.5)
     with Recorder():
         learner.step()
-    assert "convolution_backward" in names and "nll_loss_backward" in names
-    assert not names & {"nll_loss2d_forward", "nll_loss2d_backward", "grid_sampler_2d_backward", "cumsum", "put_", "histc"}
+    assert 'convolution_backward' in names and 'nll_loss_backward' in names
+    assert not names & {
+        'nll_loss2d_forward',
+        'nll_loss2d_backward',
+        'grid_sampler_2d_backward',
+        'cumsum',
+        'put_',
+        'histc',
+    }
 
 
 def test_a_student_of_another_normalisation_learns_the_same_masks(scenes, teacher):
@@ -243,17 +315,27 @@ def test_a_student_of_another_normalisation_learns_the_same_masks(scenes, teache
 
 def test_what_cannot_be_learned_is_refused(scenes, teacher):
     plain = ImageSet(scenes.images, scenes.labels, scenes.domain)
-    swapped = replace(scenes.domain, classes=(*scenes.domain.classes[1::-1], *scenes.domain.classes[2:]))
+    swapped = replace(
+        scenes.domain, classes=(*scenes.domain.classes[1::-1], *scenes.domain.classes[2:])
+    )
     for call, words in (
-        (lambda: lesson(scenes, mixup_alpha=1.0), "mixed scenes have no mask"),
-        (lambda: lesson(plain), "give a SceneSet"),
-        (lambda: lesson(plain, teacher, label_weight=1.0), "give a SceneSet"),
-        (lambda: seg.mean_iou(network(0, classes=5), scenes), "give a segmenter of its classes"),
-        (lambda: seg.mean_iou(network(), scenes.subset(torch.tensor([], dtype=torch.long))), "no scenes to test on"),
-        (lambda: seg.mean_iou(network(), plain), "give a SceneSet"),
-        (lambda: seg.mean_iou(network(), None), "give a SceneSet"),
+        (lambda: lesson(scenes, mixup_alpha=1.0), 'mixed scenes have no mask'),
+        (lambda: lesson(plain), 'give a SceneSet'),
+        (lambda: lesson(plain, teacher, label_weight=1.0), 'give a SceneSet'),
+        (
+            lambda: seg.mean_iou(network(0, classes=5), scenes),
+            'give a segmenter of its classes',
+        ),
+        (
+            lambda: seg.mean_iou(
+                network(), scenes.subset(torch.tensor([], dtype=torch.long))
+            ),
+            'no scenes to test on',
+        ),
+        (lambda: seg.mean_iou(network(), plain), 'give a SceneSet'),
+        (lambda: seg.mean_iou(network(), None), 'give a SceneSet'),
         (lambda: seg.mean_iou(network(), scenes, domain=swapped), "'sky' is class 0"),
-        (lambda: lesson([scenes.images], teacher), "ImageSet.collect"),
+        (lambda: lesson([scenes.images], teacher), 'ImageSet.collect'),
     ):
         with pytest.raises(DFKDError, match=words):
             call()
@@ -266,17 +348,21 @@ class Says(torch.nn.Module):
         self.logits = F.one_hot(answers, 6).movedim(3, 1).float()
 
     def forward(self, x):
-        return {"out": self.logits}
+        return {'out': self.logits}
 
 
 def test_intersection_over_union_by_hand():
-    domain = seg.scene_domain("scenes", (8, 8))
-    truth, answer = torch.zeros(1, 8, 8, dtype=torch.long), torch.zeros(1, 8, 8, dtype=torch.long)
-    truth[:, :, 4:], answer[:, :, 6:] = 1, 1  # 32 pixels of each class, 16 of the second taken for the first
+    domain = seg.scene_domain('scenes', (8, 8))
+    truth = torch.zeros(1, 8, 8, dtype=torch.long)
+    answer = torch.zeros(1, 8, 8, dtype=torch.long)
+    # 32 pixels of each class, 16 of the second taken for the first
+    truth[:, :, 4:], answer[:, :, 6:] = 1, 1
     truth[:, 7], answer[:, 7] = seg.IGNORED, 5  # does not count, whatever is said there
     scenes = seg.SceneSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), truth, domain)
     found = seg.intersection_over_union(seg.confusion(Says(answer), scenes))
-    assert found[:2].tolist() == pytest.approx([28 / 42, 14 / 28]) and found[2:].isnan().all()
+    assert (
+        found[:2].tolist() == pytest.approx([28 / 42, 14 / 28]) and found[2:].isnan().all()
+    )
     assert seg.mean_iou(Says(answer), scenes) == pytest.approx((28 / 42 + 1 / 2) / 2)
 
 
@@ -284,11 +370,20 @@ def test_mean_iou_is_that_of_torchmetrics():
     from torchmetrics.classification import MulticlassJaccardIndex
 
     rng = torch.Generator().manual_seed(0)
-    truth, answer = torch.randint(5, (2, 4, 8, 8), generator=rng)  # the sixth class never occurs
+    # the sixth class never occurs
+    truth, answer = torch.randint(5, (2, 4, 8, 8), generator=rng)
     truth[:, :2] = seg.IGNORED
-    scenes = seg.SceneSet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), truth, seg.scene_domain("scenes", (8, 8)))
-    theirs = MulticlassJaccardIndex(6, average="macro", ignore_index=seg.IGNORED)(answer, truth)
-    assert seg.mean_iou(Says(answer), scenes, batch_size=4) == pytest.approx(float(theirs), abs=1e-6)
+    scenes = seg.SceneSet(
+        torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
+        truth,
+        seg.scene_domain('scenes', (8, 8)),
+    )
+    theirs = MulticlassJaccardIndex(6, average='macro', ignore_index=seg.IGNORED)(
+        answer, truth
+    )
+    assert seg.mean_iou(Says(answer), scenes, batch_size=4) == pytest.approx(
+        float(theirs), abs=1e-6
+    )
 
 
 def test_borders_by_hand():
@@ -298,7 +393,9 @@ def test_borders_by_hand():
 
 def test_pictures_of_masks():
     colours = seg.palette(20)
-    assert len({tuple(c) for c in colours.tolist()}) == 20 and torch.equal(colours[:6], seg.palette(6))
+    assert len({tuple(c) for c in colours.tolist()}) == 20 and torch.equal(
+        colours[:6], seg.palette(6)
+    )
     drawn = seg.colour_masks(torch.tensor([[[0, 5], [255, -1]]]), 6)
     assert drawn[0, :, 0, 0].tolist() == colours[0].tolist() and drawn[0, :, 1].sum() == 0
 
@@ -306,22 +403,41 @@ def test_pictures_of_masks():
 # without data
 def test_balance_counts_pixels_as_a_classifiers_counts_images():
     logits = torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(0)).double()
+
     def view(a):
         return View(torch.zeros(len(a), 3, 4, 5), a, torch.zeros(len(a)))
-    torch.testing.assert_close(seg.scene_balance_term(view(logits)), balance_term(view(logits.movedim(1, -1).reshape(-1, 6))))
-    assert float(seg.scene_balance_term(view(torch.zeros(2, 6, 4, 5)))) == pytest.approx(-math.log(6), abs=1e-6)
+
+    torch.testing.assert_close(
+        seg.scene_balance_term(view(logits)),
+        balance_term(view(logits.movedim(1, -1).reshape(-1, 6))),
+    )
+    assert float(seg.scene_balance_term(view(torch.zeros(2, 6, 4, 5)))) == pytest.approx(
+        -math.log(6), abs=1e-6
+    )
 
 
 def race(teacher, replay=0, **maker):
-    sizes = {"rounds": 3, "updates_per_round": 2, "warmup_rounds": 1, "generator_width": 4, "latent_size": 8}
-    parts = {"maker": {"batch_size": 4, "steps": 2} | maker, "distiller": {"batch_size": 4, "learning_rate": 0.05}}
-    return seg.scene_race(teacher, network(1), replay=replay, device="cpu", **sizes, **parts)
+    sizes = {
+        'rounds': 3,
+        'updates_per_round': 2,
+        'warmup_rounds': 1,
+        'generator_width': 4,
+        'latent_size': 8,
+    }
+    parts = {
+        'maker': {'batch_size': 4, 'steps': 2} | maker,
+        'distiller': {'batch_size': 4, 'learning_rate': 0.05},
+    }
+    return seg.scene_race(
+        teacher, network(1), replay=replay, device='cpu', **sizes, **parts
+    )
 
 
-@pytest.mark.parametrize("replay", [0, 6])
+@pytest.mark.parametrize('replay', [0, 6])
 def test_a_race_goes_on_to_the_same_bits(teacher, replay):
     whole = race(teacher, replay, balance_weight=1.0).run(every=1)
-    first, second = race(teacher, replay, balance_weight=1.0), race(teacher, replay, balance_weight=1.0)
+    first = race(teacher, replay, balance_weight=1.0)
+    second = race(teacher, replay, balance_weight=1.0)
     for _ in range(7):  # in the middle of a batch
         first.step()
     assert first.maker.left
@@ -331,14 +447,25 @@ def test_a_race_goes_on_to_the_same_bits(teacher, replay):
     second.load_state_dict(torch.load(buffer, weights_only=True))
     second.run(every=1)
     assert torch.equal(whole.pool.images, second.pool.images)
-    assert all(torch.equal(a, b) for a, b in zip(whole.student.state_dict().values(), second.student.state_dict().values()))
-    assert torch.equal(whole.pool.labels, seg.dominant(teacher.predict(whole.pool.images).argmax(1), 6)) or not replay
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            whole.student.state_dict().values(), second.student.state_dict().values()
+        )
+    )
+    assert (
+        torch.equal(
+            whole.pool.labels, seg.dominant(teacher.predict(whole.pool.images).argmax(1), 6)
+        )
+        or not replay
+    )
 
 
 def test_a_wish_for_an_image_is_refused(teacher):
-    with pytest.raises(DFKDError, match="asked about pixels"):
-        race(teacher, labels="wishes")
-    assert race(teacher).maker.objective.weights["class"] == 0  # statistics and competition alone
+    with pytest.raises(DFKDError, match='asked about pixels'):
+        race(teacher, labels='wishes')
+    # statistics and competition alone
+    assert race(teacher).maker.objective.weights['class'] == 0
 
 
 def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
@@ -347,8 +474,14 @@ def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
     pool.add(scenes.images[:8])
     with torch.no_grad():
         x = scenes.domain.normalize(scenes.images[:8])
-        known, said = teacher(x), student(x)["out"]
-        apart = F.kl_div(said.log_softmax(1), known.log_softmax(1), reduction="none", log_target=True).sum(1).mean((1, 2))
+        known, said = teacher(x), student(x)['out']
+        apart = (
+            F.kl_div(
+                said.log_softmax(1), known.log_softmax(1), reduction='none', log_target=True
+            )
+            .sum(1)
+            .mean((1, 2))
+        )
     torch.testing.assert_close(pool.priorities, apart, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(pool.confidences, known.softmax(1).amax(1).mean((1, 2)))
     assert torch.equal(pool.labels, seg.dominant(known.argmax(1), 6))
@@ -356,22 +489,31 @@ def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
     pool.report(said[:4], known[:4])
     pool.add(scenes.images[8:12])
     assert len(pool) == 10 and pool.added == 12
-    pool.save(tmp_path / "pool.safetensors")
-    assert torch.equal(seg.ScenePool.load(tmp_path / "pool.safetensors", teacher).priorities, pool.priorities)
-    with pytest.raises(DFKDError, match="nobody to ask"):
+    pool.save(tmp_path / 'pool.safetensors')
+    assert torch.equal(
+        seg.ScenePool.load(tmp_path / 'pool.safetensors', teacher).priorities,
+        pool.priorities,
+    )
+    with pytest.raises(DFKDError, match='nobody to ask'):
         seg.ScenePool(scenes.domain, 4).add(scenes.images[:2])
 
 
 def test_a_layout_is_dreamed(teacher, scenes):
     masks = scenes.masks[:3]
+
     def seen(some):
         return float((teacher.predict(some.images).argmax(1) == masks).float().mean())
-    first, last = (seg.dream_layouts(teacher, masks, steps=steps, device="cpu") for steps in (1, 50))
+
+    first, last = (
+        seg.dream_layouts(teacher, masks, steps=steps, device='cpu') for steps in (1, 50)
+    )
     assert seen(last) > max(seen(first) + 0.1, 0.7) and torch.equal(last.masks, masks)
-    with pytest.raises(DFKDError, match="give one number a pixel"):
-        seg.dream_layouts(teacher, masks[:, :8], device="cpu")
-    with pytest.raises(DFKDError, match="nothing is drawn"):
-        seg.layout_term((16, 16))(View(torch.zeros(1, 3, 16, 16), torch.zeros(1, 6, 16, 16), torch.zeros(1)))
+    with pytest.raises(DFKDError, match='give one number a pixel'):
+        seg.dream_layouts(teacher, masks[:, :8], device='cpu')
+    with pytest.raises(DFKDError, match='nothing is drawn'):
+        seg.layout_term((16, 16))(
+            View(torch.zeros(1, 3, 16, 16), torch.zeros(1, 6, 16, 16), torch.zeros(1))
+        )
 
 
 # as a run
@@ -405,31 +547,55 @@ def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path, monkeypatch)
     from dfkd_nb.lab.runs import Recipe, Run, RunStopped
 
     def run(out, **more):
-        recipe = Recipe.parse(TINY, "tiny")
-        return Run(recipe, "quick", more, out=tmp_path / out, results=tmp_path / "results", device="cpu", save_every=1e9, quiet=True)
+        recipe = Recipe.parse(TINY, 'tiny')
+        return Run(
+            recipe,
+            'quick',
+            more,
+            out=tmp_path / out,
+            results=tmp_path / 'results',
+            device='cpu',
+            save_every=1e9,
+            quiet=True,
+        )
 
-    whole, looks, stops = run("whole").start(), 0, 0
+    whole, looks, stops = run('whole').start(), 0, 0
 
     def third_look(self):
         nonlocal looks
         looks += 1
         return looks % 3 == 0
 
-    monkeypatch.setattr(Run, "asked_to_stop", property(third_look))
+    monkeypatch.setattr(Run, 'asked_to_stop', property(third_look))
     again = None
     while again is None:
         try:
-            again = run("cut").start(resume=stops > 0)
+            again = run('cut').start(resume=stops > 0)
         except RunStopped:
             stops += 1
     assert stops > 1 and again.numbers == whole.numbers
-    assert set(again.numbers["class_iou"]) == {"teacher", "labels", "real", "dreams", "layouts"}
-    for whole_file in sorted((tmp_path / "whole/tiny/quick").glob("*.safetensors")):
-        one, other = (load_tensors(tmp_path / out / "tiny/quick" / whole_file.name)[0] for out in ("whole", "cut"))
-        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one), whole_file.name
-    left = {path.name for path in (tmp_path / "cut/tiny/quick").iterdir()}
-    assert {"images.png", "teacher.safetensors", "student-dreams.safetensors"} <= left
-    changes = {"unknown arm 'dream'": {"arms": "dream"}, "a multiple of them": {"updates": 5}, "leave 'layouts' out": {"data": "camvid"}}
+    assert set(again.numbers['class_iou']) == {
+        'teacher',
+        'labels',
+        'real',
+        'dreams',
+        'layouts',
+    }
+    for whole_file in sorted((tmp_path / 'whole/tiny/quick').glob('*.safetensors')):
+        one, other = (
+            load_tensors(tmp_path / out / 'tiny/quick' / whole_file.name)[0]
+            for out in ('whole', 'cut')
+        )
+        assert one.keys() == other.keys() and all(
+            torch.equal(one[k], other[k]) for k in one
+        ), whole_file.name
+    left = {path.name for path in (tmp_path / 'cut/tiny/quick').iterdir()}
+    assert {'images.png', 'teacher.safetensors', 'student-dreams.safetensors'} <= left
+    changes = {
+        "unknown arm 'dream'": {'arms': 'dream'},
+        'a multiple of them': {'updates': 5},
+        "leave 'layouts' out": {'data': 'camvid'},
+    }
     for words, change in changes.items():
         with pytest.raises(DFKDError, match=words):
-            run("wrong", **change).start(fresh=True)
+            run('wrong', **change).start(fresh=True)

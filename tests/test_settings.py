@@ -1,4 +1,7 @@
-"Every setting of a recipe reaches what is made with it: each is changed alone, and what comes out must differ."
+"""Every setting of a recipe reaches what is made with it.
+
+Each is changed alone, and what comes out must differ.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,22 @@ from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import View
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.lab.methods import GenerativeSettings, painter, waiting
-from dfkd_nb.lab.runs import Learning, Synthesis, TransferSettings, learning, synthesizer, wishes
+from dfkd_nb.lab.runs import (
+    Learning,
+    Synthesis,
+    TransferSettings,
+    learning,
+    synthesizer,
+    wishes,
+)
 from tiny import DIGITS, network
 
-CPU = torch.device("cpu")
+CPU = torch.device('cpu')
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def teacher() -> Teacher:
-    return Teacher(network(), DIGITS, "tiny")
+    return Teacher(network(), DIGITS, 'tiny')
 
 
 def other(field: dataclasses.Field[Any]) -> Any:
@@ -29,21 +39,31 @@ def other(field: dataclasses.Field[Any]) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return next(choice for choice in rules["choices"] if choice != value)
+        return next(choice for choice in rules['choices'] if choice != value)
     changed = value + 1 if isinstance(value, int) else value / 2 + 0.01
-    return changed if rules["high"] is None or changed <= rules["high"] else rules["high"] / 2
+    return (
+        changed if rules['high'] is None or changed <= rules['high'] else rules['high'] / 2
+    )
 
 
-def ignored(kind: type, base: Any, names: set[str], make: Callable[[Any], Any]) -> list[str]:
+def ignored(
+    kind: type, base: Any, names: set[str], make: Callable[[Any], Any]
+) -> list[str]:
     "Settings of `kind` that change nothing in what `make` makes of them."
     fields = {f.name: f for f in dataclasses.fields(kind)}
     assert names <= fields.keys()
     plain = make(base)
-    assert plain == make(base), "the same settings, the same outcome"
+    assert plain == make(base), 'the same settings, the same outcome'
     changes = {name: other(fields[name]) for name in sorted(names)}
-    changes = {name: value for name, value in changes.items() if value != getattr(base, name)}
-    assert changes.keys() == names, f"nothing was changed: {names - changes.keys()}"
-    return [name for name, value in changes.items() if make(dataclasses.replace(base, **{name: value})) == plain]
+    changes = {
+        name: value for name, value in changes.items() if value != getattr(base, name)
+    }
+    assert changes.keys() == names, f'nothing was changed: {names - changes.keys()}'
+    return [
+        name
+        for name, value in changes.items()
+        if make(dataclasses.replace(base, **{name: value})) == plain
+    ]
 
 
 def own(kind: type, *without: str) -> set[str]:
@@ -52,67 +72,134 @@ def own(kind: type, *without: str) -> set[str]:
 
 
 def test_a_student_learns_as_the_recipe_says() -> None:
-    names = own(Learning, "evaluations", "test_data", "test_limit")  # of the run, not of the student
-    assert ignored(Learning, Learning(), names, lambda settings: repr(learning(settings, CPU))) == []
+    # of the run, not of the student
+    names = own(Learning, 'evaluations', 'test_data', 'test_limit')
+    assert (
+        ignored(Learning, Learning(), names, lambda settings: repr(learning(settings, CPU)))
+        == []
+    )
 
 
-def test_dreams_are_made_as_the_recipe_says(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dreams_are_made_as_the_recipe_says(
+    teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {}
     real = DeepInversion.__init__
 
     def note(self: DeepInversion, teacher: Teacher, **keywords: Any) -> None:
         asked.clear()
         asked.update(keywords)
-        real(self, teacher, **keywords | {"compile": False})
+        real(self, teacher, **keywords | {'compile': False})
 
-    monkeypatch.setattr(DeepInversion, "__init__", note)
+    monkeypatch.setattr(DeepInversion, '__init__', note)
 
     def made(settings: Any) -> tuple[str, str]:
         maker = synthesizer(settings, teacher, CPU, 0)
-        return repr(maker.settings), repr(asked["compile"])
+        return repr(maker.settings), repr(asked['compile'])
 
-    elsewhere = {"teacher", "source", "real_data", "images_from", "images", "classes", "single_share", "single_size_steps"}
-    elsewhere |= {"measured_images", "measured_data", "quarter_size_steps"}  # real images; a size too small here
-    elsewhere |= {name for name in own(Synthesis) if name.startswith(("metadata", "goal"))}
+    elsewhere = {
+        'teacher',
+        'source',
+        'real_data',
+        'images_from',
+        'images',
+        'classes',
+        'single_share',
+        'single_size_steps',
+    }
+    # real images; a size too small here
+    elsewhere |= {'measured_images', 'measured_data', 'quarter_size_steps'}
+    elsewhere |= {name for name in own(Synthesis) if name.startswith(('metadata', 'goal'))}
     assert ignored(Synthesis, TransferSettings(), own(Synthesis, *elsewhere), made) == []
 
 
 def known_of(pool: Any) -> tuple[Any, ...]:
-    names = "size", "prioritised", "alpha", "beta", "epsilon", "newest_first"
+    names = 'size', 'prioritised', 'alpha', 'beta', 'epsilon', 'newest_first'
     return type(pool).__name__, *(getattr(pool, name, None) for name in names)
 
 
-@pytest.mark.parametrize("kind", ["meta", "contrastive"])
+@pytest.mark.parametrize('kind', ['meta', 'contrastive'])
 def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> None:
     student, logits = network(1), 3 * torch.eye(10)[:4]
     view = View(torch.zeros(4, 1, 8, 8), logits, logits.argmax(1), student_logits=-logits)
 
     def made(settings: GenerativeSettings) -> tuple[Any, ...]:
         pool = waiting(settings, teacher, student, CPU)
-        if hasattr(pool, "insert"):
-            pool.insert(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), torch.arange(6) // 2, torch.full((6,), 0.5))
+        if hasattr(pool, 'insert'):
+            pool.insert(
+                torch.zeros(6, 1, 8, 8, dtype=torch.uint8),
+                torch.arange(6) // 2,
+                torch.full((6,), 0.5),
+            )
         maker = painter(settings, teacher, student, pool, CPU)
         shapes = [tuple(v.shape) for v in maker.weights.values()]
-        terms = {name: float(maker.objective.terms[name][1](view)) for name in ("task", "adversarial")}
-        extra = maker._made_with | {"augment": maker.augment, "seed": maker.seed, "shapes": shapes, "scale": maker.look.precision}
-        features = maker.objective.terms["features"][1].__qualname__
-        return known_of(pool), repr(extra), repr(terms), features, repr(getattr(maker, "meta", None))
+        terms = {
+            name: float(maker.objective.terms[name][1](view))
+            for name in ('task', 'adversarial')
+        }
+        extra = maker._made_with | {
+            'augment': maker.augment,
+            'seed': maker.seed,
+            'shapes': shapes,
+            'scale': maker.look.precision,
+        }
+        features = maker.objective.terms['features'][1].__qualname__
+        return (
+            known_of(pool),
+            repr(extra),
+            repr(terms),
+            features,
+            repr(getattr(maker, 'meta', None)),
+        )
 
-    meta = kind == "meta"
+    meta = kind == 'meta'
     base = GenerativeSettings(
-        synthesizer=kind, pool="replay", modulated=True, class_weight=1.0, feature_weight=1.0, adversarial_weight=1.0
+        synthesizer=kind,
+        pool='replay',
+        modulated=True,
+        class_weight=1.0,
+        feature_weight=1.0,
+        adversarial_weight=1.0,
     )
-    base = dataclasses.replace(base, latent_size=8, generator_width=4, activation_weight=1.0)
-    names = own(GenerativeSettings, *(name for name in own(Learning) if name not in ("padding", "flip", "seed")))
-    names -= {"pair", "method", "teacher", "student", "student_start", "temperature", "picture"}  # of the run
-    names -= {"rounds", "warmup_rounds", "updates_per_round"}  # of the alternation
-    names -= {"synthesizer", "pool", "modulated"}  # decide what is made at all
-    names -= {"contrastive_weight", "contrastive_temperature"} if meta else {"meta", "feature_momentum", "reset_round"}
+    base = dataclasses.replace(
+        base, latent_size=8, generator_width=4, activation_weight=1.0
+    )
+    names = own(
+        GenerativeSettings,
+        *(name for name in own(Learning) if name not in ('padding', 'flip', 'seed')),
+    )
+    # of the run
+    names -= {
+        'pair',
+        'method',
+        'teacher',
+        'student',
+        'student_start',
+        'temperature',
+        'picture',
+    }
+    names -= {'rounds', 'warmup_rounds', 'updates_per_round'}  # of the alternation
+    names -= {'synthesizer', 'pool', 'modulated'}  # decide what is made at all
+    names -= (
+        {'contrastive_weight', 'contrastive_temperature'}
+        if meta
+        else {'meta', 'feature_momentum', 'reset_round'}
+    )
     assert ignored(GenerativeSettings, base, names, made) == []
 
 
 def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
-    few = {"images": 5, "classes": "spread"}
+    few = {'images': 5, 'classes': 'spread'}
     assert wishes(Synthesis(**few), 100).tolist() == [0, 20, 40, 60, 80]
-    assert wishes(Synthesis(**few | {"classes": "in turn"}), 100).tolist() == [0, 1, 2, 3, 4]
-    assert wishes(Synthesis(**few), 3).tolist() == wishes(Synthesis(images=5), 3).tolist() == [0, 1, 2, 0, 1]
+    assert wishes(Synthesis(**few | {'classes': 'in turn'}), 100).tolist() == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert (
+        wishes(Synthesis(**few), 3).tolist()
+        == wishes(Synthesis(images=5), 3).tolist()
+        == [0, 1, 2, 0, 1]
+    )

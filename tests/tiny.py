@@ -5,11 +5,19 @@ from torch import nn
 
 from dfkd_nb.foundations.data import DOMAINS, Domain
 
-DIGITS = DOMAINS["digits"]
+DIGITS = DOMAINS['digits']
 
 
-def used(model: nn.Module, shape: tuple[int, int, int] = DIGITS.shape, batches: int = 10, images: int = 32) -> nn.Module:
-    "The network in eval mode, after some batches of noise: its BatchNorm layers have seen something."
+def used(
+    model: nn.Module,
+    shape: tuple[int, int, int] = DIGITS.shape,
+    batches: int = 10,
+    images: int = 32,
+) -> nn.Module:
+    """The network in eval mode, after some batches of noise.
+
+    Its BatchNorm layers have seen something.
+    """
     with torch.no_grad():
         for _ in range(batches):
             model(torch.randn(images, *shape))
@@ -17,7 +25,9 @@ def used(model: nn.Module, shape: tuple[int, int, int] = DIGITS.shape, batches: 
 
 
 def stirred(model: nn.Module) -> nn.Module:
-    "The network with random numbers in its BatchNorm layers, as if it had seen something: quicker than `used`."
+    """The network with random numbers in its BatchNorm layers, as if it had seen something:
+    quicker than `used`.
+    """
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):
@@ -29,5 +39,11 @@ def stirred(model: nn.Module) -> nn.Module:
 def network(seed: int = 0, domain: Domain = DIGITS) -> nn.Module:
     "One convolution whose BatchNorm has seen something."
     torch.manual_seed(seed)
-    layers = nn.Conv2d(domain.channels, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    layers = (
+        nn.Conv2d(domain.channels, 6, 3, 2, 1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
     return used(nn.Sequential(*layers, nn.Linear(6, domain.num_classes)), domain.shape)

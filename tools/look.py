@@ -26,13 +26,19 @@ from typing import Any, NamedTuple
 import websocket
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSERS = (
+    'chromium',
+    'chromium-browser',
+    'google-chrome',
+    'google-chrome-stable',
+    'chrome',
+)
 OPTIONS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --mute-audio --remote-debugging-port=0 "
-    "--remote-allow-origins=*"
+    '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run'
+    ' --disable-background-networking --disable-component-update --disable-sync'
+    ' --hide-scrollbars --mute-audio --remote-debugging-port=0 --remote-allow-origins=*'
 ).split()
-VIEWS = {"desktop": (1280, "light"), "phone": (390, "light"), "dark": (1280, "dark")}
+VIEWS = {'desktop': (1280, 'light'), 'phone': (390, 'light'), 'dark': (1280, 'dark')}
 LOOK = """(() => {
   const holds = e => ['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(e).overflowX)
     && e.tagName !== 'BODY' && e.id !== 'quarto-content';
@@ -79,11 +85,13 @@ def serve(folder: Path) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             "Say nothing."
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))
+    )
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        yield f'http://127.0.0.1:{server.server_address[1]}/'
     finally:
         server.shutdown()
         server.server_close()
@@ -97,24 +105,28 @@ class Tab:
         self.numbers = itertools.count(1)
         self.events: list[dict[str, Any]] = []
 
-    def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
+    def call(
+        self, method: str, session: str | None = None, **parameters: Any
+    ) -> dict[str, Any]:
         "Send a command and wait for its answer; events on the way are kept."
         number = next(self.numbers)
-        message = {"id": number, "method": method, "params": parameters} | ({"sessionId": session} if session else {})
+        message = {'id': number, 'method': method, 'params': parameters} | (
+            {'sessionId': session} if session else {}
+        )
         self.socket.send(json.dumps(message))
         while True:
             answer = json.loads(self.socket.recv())
-            if answer.get("id") == number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return answer["result"]
+            if answer.get('id') == number:
+                if 'error' in answer:
+                    raise RuntimeError(f'{method}: {answer["error"]["message"]}')
+                return answer['result']
             self.events.append(answer)
 
     def wait(self, event: str, seconds: float) -> None:
         "Read events until one of this name has come."
         end = time.time() + seconds
         while time.time() < end:
-            if any(one.get("method") == event for one in self.events):
+            if any(one.get('method') == event for one in self.events):
                 return
             self.socket.settimeout(max(0.1, end - time.time()))
             try:
@@ -130,19 +142,19 @@ def chromium(program: str) -> Iterator[Tab]:
     "A browser with a profile of its own that is gone afterwards."
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [program, *OPTIONS, f"--user-data-dir={profile}", "about:blank"],
+            [program, *OPTIONS, f'--user-data-dir={profile}', 'about:blank'],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         try:
-            port = Path(profile) / "DevToolsActivePort"
+            port = Path(profile) / 'DevToolsActivePort'
             end = time.time() + 60
             while not (port.exists() and len(port.read_text().split()) == 2):
                 if time.time() > end or process.poll() is not None:
-                    raise RuntimeError(f"{program} does not start")
+                    raise RuntimeError(f'{program} does not start')
                 time.sleep(0.1)
             number, path = port.read_text().split()
-            tab = Tab(f"ws://127.0.0.1:{number}{path}")
+            tab = Tab(f'ws://127.0.0.1:{number}{path}')
             yield tab
             tab.socket.close()
         finally:
@@ -158,90 +170,133 @@ def complaints(events: list[dict[str, Any]], base: str) -> list[str]:
     "Errors on the console and requests to other machines."
     found = []
     for event in events:
-        method, detail = event.get("method"), event.get("params", {})
-        if method == "Runtime.exceptionThrown":
-            exception = detail["exceptionDetails"]
-            found.append(f"exception: {exception.get('exception', {}).get('description', exception['text'])[:300]}")
-        elif method == "Runtime.consoleAPICalled" and detail["type"] in ("error", "assert"):
+        method, detail = event.get('method'), event.get('params', {})
+        if method == 'Runtime.exceptionThrown':
+            exception = detail['exceptionDetails']
             found.append(
-                "console: "
-                + " ".join(str(one.get("value", one.get("description", ""))) for one in detail["args"])[:300]
+                'exception:'
+                f' {exception.get("exception", {}).get("description", exception["text"])[:300]}'
             )
-        elif method == "Log.entryAdded" and detail["entry"]["level"] == "error":
-            entry = detail["entry"]
-            if not entry.get("url", "").endswith("/favicon.ico"):
-                found.append(f"log: {entry['text'][:200]} {entry.get('url', '')}")
-        elif method == "Network.requestWillBeSent":
-            address = detail["request"]["url"]
-            if not address.startswith((base, "data:", "blob:", "about:")):
-                found.append(f"request to another machine: {address[:200]}")
+        elif method == 'Runtime.consoleAPICalled' and detail['type'] in ('error', 'assert'):
+            found.append(
+                'console: '
+                + ' '.join(
+                    str(one.get('value', one.get('description', '')))
+                    for one in detail['args']
+                )[:300]
+            )
+        elif method == 'Log.entryAdded' and detail['entry']['level'] == 'error':
+            entry = detail['entry']
+            if not entry.get('url', '').endswith('/favicon.ico'):
+                found.append(f'log: {entry["text"][:200]} {entry.get("url", "")}')
+        elif method == 'Network.requestWillBeSent':
+            address = detail['request']['url']
+            if not address.startswith((base, 'data:', 'blob:', 'about:')):
+                found.append(f'request to another machine: {address[:200]}')
     return found
 
 
 def look_at(tab: Tab, base: str, page: str, view: str, out: Path | None) -> Seen:
     "Open one page in one view."
     width, scheme = VIEWS[view]
-    target = tab.call("Target.createTarget", url="about:blank")["targetId"]
-    session = tab.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    target = tab.call('Target.createTarget', url='about:blank')['targetId']
+    session = tab.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
     tab.events.clear()
-    for domain in ("Page", "Runtime", "Log", "Network"):
-        tab.call(f"{domain}.enable", session)
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": view == "phone"}
-    tab.call("Emulation.setDeviceMetricsOverride", session, **size)
-    tab.call("Emulation.setEmulatedMedia", session, features=[{"name": "prefers-color-scheme", "value": scheme}])
-    tab.call("Page.navigate", session, url=base + page)
-    tab.wait("Page.loadEventFired", 60)
-    settled = "new Promise(done => document.fonts.ready.then(() => setTimeout(() => done(1), 400)))"
-    tab.call("Runtime.evaluate", session, expression=settled, awaitPromise=True)
-    state = json.loads(tab.call("Runtime.evaluate", session, expression=LOOK, returnByValue=True)["result"]["value"])
+    for domain in ('Page', 'Runtime', 'Log', 'Network'):
+        tab.call(f'{domain}.enable', session)
+    size = {
+        'width': width,
+        'height': 900,
+        'deviceScaleFactor': 1,
+        'mobile': view == 'phone',
+    }
+    tab.call('Emulation.setDeviceMetricsOverride', session, **size)
+    tab.call(
+        'Emulation.setEmulatedMedia',
+        session,
+        features=[{'name': 'prefers-color-scheme', 'value': scheme}],
+    )
+    tab.call('Page.navigate', session, url=base + page)
+    tab.wait('Page.loadEventFired', 60)
+    settled = (
+        'new Promise(done => document.fonts.ready.then(() => setTimeout(() => done(1),'
+        ' 400)))'
+    )
+    tab.call('Runtime.evaluate', session, expression=settled, awaitPromise=True)
+    state = json.loads(
+        tab.call('Runtime.evaluate', session, expression=LOOK, returnByValue=True)[
+            'result'
+        ]['value']
+    )
     problems = complaints(tab.events, base)
-    if state["width"] > width + 1 or state["wide"]:
-        problems.append(f"wider than the window: {state['width']} > {width} {', '.join(state['wide'])}")
-    problems += [f"KaTeX cannot set: {one}" for one in state["bad"]]
-    problems += [f"picture not shown: {one}" for one in state["broken"]]
-    if state["raw"]:
-        problems.append(f"{state['raw']} formulas are not set")
+    if state['width'] > width + 1 or state['wide']:
+        problems.append(
+            f'wider than the window: {state["width"]} > {width} {", ".join(state["wide"])}'
+        )
+    problems += [f'KaTeX cannot set: {one}' for one in state['bad']]
+    problems += [f'picture not shown: {one}' for one in state['broken']]
+    if state['raw']:
+        problems.append(f'{state["raw"]} formulas are not set')
     screenshot = None
     if out is not None:
-        height = min(state["height"], 16000)
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        picture = tab.call("Page.captureScreenshot", session, format="png", captureBeyondViewport=True, clip=clip)
-        screenshot = out / f"{page.removesuffix('.html').replace('/', '-')}-{view}.png"
-        screenshot.write_bytes(base64.b64decode(picture["data"]))
-    tab.call("Target.closeTarget", targetId=target)
-    return Seen(page, view, problems, screenshot, state["formulas"])
+        height = min(state['height'], 16000)
+        clip = {'x': 0, 'y': 0, 'width': width, 'height': height, 'scale': 1}
+        picture = tab.call(
+            'Page.captureScreenshot',
+            session,
+            format='png',
+            captureBeyondViewport=True,
+            clip=clip,
+        )
+        screenshot = out / f'{page.removesuffix(".html").replace("/", "-")}-{view}.png'
+        screenshot.write_bytes(base64.b64decode(picture['data']))
+    tab.call('Target.closeTarget', targetId=target)
+    return Seen(page, view, problems, screenshot, state['formulas'])
 
 
-def look(site: Path, out: Path | None = None, views: tuple[str, ...] = tuple(VIEWS), only: str = "") -> list[Seen]:
+def look(
+    site: Path,
+    out: Path | None = None,
+    views: tuple[str, ...] = tuple(VIEWS),
+    only: str = '',
+) -> list[Seen]:
     "Open the pages of a built site; with `out`, leave screenshots there."
     program = browser()
     if program is None:
-        raise RuntimeError("Chromium is not installed")
+        raise RuntimeError('Chromium is not installed')
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
+    pages = sorted(path.relative_to(site).as_posix() for path in site.rglob('*.html'))
     with serve(site) as base, chromium(program) as tab:
-        return [look_at(tab, base, page, view, out) for page in pages if only in page for view in views]
+        return [
+            look_at(tab, base, page, view, out)
+            for page in pages
+            if only in page
+            for view in views
+        ]
 
 
 def main() -> int:
     "Command line; returns 1 if something is wrong."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--site", type=Path, default=ROOT / "_site")
-    parser.add_argument("--out", type=Path, default=ROOT / "_look")
-    parser.add_argument("--only", default="", help="pages whose address contains this")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--site', type=Path, default=ROOT / '_site')
+    parser.add_argument('--out', type=Path, default=ROOT / '_look')
+    parser.add_argument('--only', default='', help='pages whose address contains this')
     options = parser.parse_args()
     try:
         seen = look(options.site, options.out, only=options.only)
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         return 1
     for one in seen:
         print(
-            f"{one.page} ({one.view}): {'; '.join(one.problems) or 'fine'}, {one.formulas} formulas, {one.screenshot}"
+            f'{one.page} ({one.view}): {"; ".join(one.problems) or "fine"}, {one.formulas}'
+            f' formulas, {one.screenshot}'
         )
     return int(any(one.problems for one in seen))
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     raise SystemExit(main())

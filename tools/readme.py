@@ -22,8 +22,8 @@ from tools.website.notebook import process, read, split_options  # noqa: E402
 from tools.website.symbols import Index  # noqa: E402
 from tools.website.text import joined, outside_code, source  # noqa: E402
 
-NOTE = "<!-- Made from nbs/index.ipynb by `make readme`: change it there. -->\n"
-PICTURES = "nbs/pictures"
+NOTE = '<!-- Made from nbs/index.ipynb by `make readme`: change it there. -->\n'
+PICTURES = 'nbs/pictures'
 
 
 class PaperLinks(Citations):
@@ -33,20 +33,24 @@ class PaperLinks(Citations):
         text = super().resolve(text)
         for key in self.cited:
             fields = self.bibliography[key].fields
-            address = fields.get("url") or f"https://doi.org/{fields.get('doi', '')}"
-            text = text.replace(f"](#ref-{key})", f"]({address})")
+            address = fields.get('url') or f'https://doi.org/{fields.get("doi", "")}'
+            text = text.replace(f'](#ref-{key})', f']({address})')
         return text
 
 
 def plain(text: str) -> str:
-    "Markdown without Quarto's divs and attributes, its links pointing from the repository's root."
+    """Markdown without Quarto's divs and attributes, its links pointing from the
+    repository's root.
+    """
 
     def change(part: str) -> str:
-        part = re.sub(r"^:::.*\n?", "", part, flags=re.M)
-        part = re.sub(r"^:\s+(\S[^\n]*?)\s*\{#tbl-[^}]*\}", r"*\1*", part, flags=re.M)
-        part = re.sub(r"\[([^\]]*)\]\(#(?:fig|tbl|eq|sec)-[\w-]+\)", r"\1", part)
-        part = re.sub(r"(?<=[\])`\w])[ \t]*\{[#.][^{}\n]*\}", "", part)
-        return re.sub(r"\]\((?!https?:|#|mailto:|/|nbs/)([^)\s]+)\)", r"](nbs/\1)", part).replace("](/", "](nbs/")
+        part = re.sub(r'^:::.*\n?', '', part, flags=re.M)
+        part = re.sub(r'^:\s+(\S[^\n]*?)\s*\{#tbl-[^}]*\}', r'*\1*', part, flags=re.M)
+        part = re.sub(r'\[([^\]]*)\]\(#(?:fig|tbl|eq|sec)-[\w-]+\)', r'\1', part)
+        part = re.sub(r'(?<=[\])`\w])[ \t]*\{[#.][^{}\n]*\}', '', part)
+        return re.sub(
+            r'\]\((?!https?:|#|mailto:|/|nbs/)([^)\s]+)\)', r'](nbs/\1)', part
+        ).replace('](/', '](nbs/')
 
     return outside_code(text, change)
 
@@ -54,68 +58,95 @@ def plain(text: str) -> str:
 def code_cell(cell: dict[str, Any], number: int, pictures: dict[str, bytes]) -> list[str]:
     "A code cell and its outputs; pictures are put into `pictures`."
     options, code = split_options(source(cell))
-    parts = [] if options.get("echo") == "false" or not code else [f"```python\n{code}\n```"]
-    caption = unquoted(options.get("fig-cap", ""))
-    alternative = unquoted(options.get("fig-alt", "")) or caption
-    for output in cell.get("outputs", []):
-        data = output.get("data", {})
-        if output["output_type"] == "stream":
-            parts.append("```text\n" + joined(output["text"]).rstrip() + "\n```")
-        elif "image/png" in data:
-            name = f"{PICTURES}/{options.get('label', f'index-{number}')}.png"
-            pictures[name] = base64.b64decode(joined(data["image/png"]))
-            parts.append(f"![{alternative}]({name})" + (f"\n\n*{caption}*" if caption else ""))
-        elif "text/markdown" in data:
-            parts.append(joined(data["text/markdown"]))
-        elif "<script" in joined(data.get("text/html", "")):
+    parts = (
+        [] if options.get('echo') == 'false' or not code else [f'```python\n{code}\n```']
+    )
+    caption = unquoted(options.get('fig-cap', ''))
+    alternative = unquoted(options.get('fig-alt', '')) or caption
+    for output in cell.get('outputs', []):
+        data = output.get('data', {})
+        if output['output_type'] == 'stream':
+            parts.append('```text\n' + joined(output['text']).rstrip() + '\n```')
+        elif 'image/png' in data:
+            name = f'{PICTURES}/{options.get("label", f"index-{number}")}.png'
+            pictures[name] = base64.b64decode(joined(data['image/png']))
+            parts.append(
+                f'![{alternative}]({name})' + (f'\n\n*{caption}*' if caption else '')
+            )
+        elif 'text/markdown' in data:
+            parts.append(joined(data['text/markdown']))
+        elif '<script' in joined(data.get('text/html', '')):
             continue  # an animation: on the site
-        elif "text/html" in data:
-            parts.append(re.sub(r"<style.*?</style>", "", joined(data["text/html"]), flags=re.S).strip())
-        elif "text/plain" in data:
-            parts.append("```text\n" + joined(data["text/plain"]) + "\n```")
+        elif 'text/html' in data:
+            parts.append(
+                re.sub(
+                    r'<style.*?</style>', '', joined(data['text/html']), flags=re.S
+                ).strip()
+            )
+        elif 'text/plain' in data:
+            parts.append('```text\n' + joined(data['text/plain']) + '\n```')
     return parts
 
 
-def readme(notebook: dict[str, Any], bibliography: dict[str, Reference]) -> tuple[str, dict[str, bytes]]:
+def readme(
+    notebook: dict[str, Any], bibliography: dict[str, Reference]
+) -> tuple[str, dict[str, bytes]]:
     "The README's text, and the pictures that go with it by path."
-    made = process(notebook, PurePosixPath("index.ipynb"), Index())
-    labels, citations = Labels("index.ipynb"), PaperLinks(bibliography, "index.ipynb")
-    labels.collect(made["cells"])
-    first = source(notebook["cells"][0]).strip().split("\n")
-    promise = [line for line in first[1:] if line.startswith(">")]
-    parts, pictures = [NOTE, first[0], "\n".join(promise)], {}
-    for number, cell in enumerate(made["cells"][1:]):
-        if cell["cell_type"] == "markdown":
+    made = process(notebook, PurePosixPath('index.ipynb'), Index())
+    labels, citations = Labels('index.ipynb'), PaperLinks(bibliography, 'index.ipynb')
+    labels.collect(made['cells'])
+    first = source(notebook['cells'][0]).strip().split('\n')
+    promise = [line for line in first[1:] if line.startswith('>')]
+    parts, pictures = [NOTE, first[0], '\n'.join(promise)], {}
+    for number, cell in enumerate(made['cells'][1:]):
+        if cell['cell_type'] == 'markdown':
             parts.append(plain(citations.resolve(labels.resolve(source(cell)))))
-        elif cell["cell_type"] == "code":
-            parts += [plain(citations.resolve(labels.resolve(part))) for part in code_cell(cell, number, pictures)]
-    text = "\n\n".join(part.strip("\n") for part in parts if part.strip())
-    return re.sub(r"\n{3,}", "\n\n", text) + "\n", pictures
+        elif cell['cell_type'] == 'code':
+            parts += [
+                plain(citations.resolve(labels.resolve(part)))
+                for part in code_cell(cell, number, pictures)
+            ]
+    text = '\n\n'.join(part.strip('\n') for part in parts if part.strip())
+    return re.sub(r'\n{3,}', '\n\n', text) + '\n', pictures
 
 
 def outdated(root: Path = ROOT) -> list[str]:
     "Which files differ from what nbs/index.ipynb makes."
-    text, pictures = readme(read(root / "nbs/index.ipynb"), read_bibliography(root / "nbs/references.bib"))
-    wanted = {"README.md": text.encode(), **pictures}
-    return [name for name, data in wanted.items() if not (root / name).exists() or (root / name).read_bytes() != data]
+    text, pictures = readme(
+        read(root / 'nbs/index.ipynb'), read_bibliography(root / 'nbs/references.bib')
+    )
+    wanted = {'README.md': text.encode(), **pictures}
+    return [
+        name
+        for name, data in wanted.items()
+        if not (root / name).exists() or (root / name).read_bytes() != data
+    ]
 
 
 def main() -> int:
     "Command line; with `--check`, returns 1 if something is out of date."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--check', action='store_true', help='write nothing')
     if parser.parse_args().check:
         old = outdated()
-        print(f"out of date: {', '.join(old)}; run `make readme`" if old else "README.md is up to date")
+        print(
+            f'out of date: {", ".join(old)}; run `make readme`'
+            if old
+            else 'README.md is up to date'
+        )
         return int(bool(old))
-    text, pictures = readme(read(ROOT / "nbs/index.ipynb"), read_bibliography(ROOT / "nbs/references.bib"))
-    (ROOT / "README.md").write_text(text, encoding="utf-8")
+    text, pictures = readme(
+        read(ROOT / 'nbs/index.ipynb'), read_bibliography(ROOT / 'nbs/references.bib')
+    )
+    (ROOT / 'README.md').write_text(text, encoding='utf-8')
     for name, data in pictures.items():
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / name).write_bytes(data)
-    print(f"README.md: {len(text.splitlines())} lines, {len(pictures)} pictures")
+    print(f'README.md: {len(text.splitlines())} lines, {len(pictures)} pictures')
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     raise SystemExit(main())

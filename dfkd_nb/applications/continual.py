@@ -22,82 +22,156 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..dreams.inversion import DeepInversion, preset
 from ..foundations.core import DFKDError, autocast, import_torchvision, seeded
 from ..foundations.data import Domain, ImageFiles, ImageSet, ImageSource
-from ..foundations.distillation import Distiller, Images, _full, as_source, distillation_loss
-from ..foundations.models import Teacher, _logits, _seen, check_network, in_eval_mode, tap
+from dfkd_nb.foundations.distillation import (
+    Distiller,
+    Images,
+    _full,
+    as_source,
+    distillation_loss,
+)
+from dfkd_nb.foundations.models import (
+    Teacher,
+    _logits,
+    _seen,
+    check_network,
+    in_eval_mode,
+    tap,
+)
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import GenerativeSynthesizer, Generator
 
 # %% ../../nbs/applications/16_continual.ipynb #00310238
 def answering_layer(
-    network: nn.Module, # any classifier
-    domain: Domain, # of its images
-) -> str: # its name in `named_modules()`
-    "The layer whose outputs are the answers: the last linear layer or 1 x 1 convolution that an image passes. A `DFKDError` where that is no such layer."
+    network: nn.Module,  # any classifier
+    domain: Domain,  # of its images
+) -> str:  # its name in `named_modules()`
+    """The layer whose outputs are the answers.
+
+    The last linear layer or 1 x 1 convolution that an image passes. A `DFKDError` where
+    that is no such layer.
+    """
     passed: list[str] = []
-    hooks = [layer.register_forward_hook(lambda *_, name=name: passed.append(name)) for name, layer in network.named_modules() if _can_grow(layer)]
-    try: check_network(network, domain)
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: passed.append(name))
+        for name, layer in network.named_modules()
+        if _can_grow(layer)
+    ]
+    try:
+        check_network(network, domain)
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     last = network.get_submodule(passed[-1]) if passed else None
-    if last is None or len(last.weight) != domain.num_classes: # type: ignore[arg-type]
-        raise DFKDError(f"the last layer of {type(network).__name__} cannot be found ({f'{passed[-1]!r} comes last, with {len(last.weight)} outputs' if last else 'it has no linear layer'}, " # type: ignore[arg-type]
-                        f"classes: {domain.num_classes}): name it as layer='...'")
-    if passed.count(passed[-1]) > 1: raise DFKDError(f"the layer '{passed[-1]}' is used {passed.count(passed[-1])} times on the way to one answer: it cannot be widened; give the network a last layer of its own")
+    if last is None or len(last.weight) != domain.num_classes:  # type: ignore[arg-type]
+        raise DFKDError(
+            f'the last layer of {type(network).__name__} cannot be found ({f"{passed[-1]!r} comes last, with {len(last.weight)} outputs" if last else "it has no linear layer"}, '  # type: ignore[arg-type]
+            f"classes: {domain.num_classes}): name it as layer='...'"
+        )
+    if passed.count(passed[-1]) > 1:
+        raise DFKDError(
+            f"the layer '{passed[-1]}' is used {passed.count(passed[-1])} times on the way"
+            ' to one answer: it cannot be widened; give the network a last layer of'
+            ' its own'
+        )
     return passed[-1]
 
-def _can_grow(layer: nn.Module) -> bool: return isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and max(layer.kernel_size) == layer.groups == 1
+
+def _can_grow(layer: nn.Module) -> bool:
+    return (
+        isinstance(layer, nn.Linear)
+        or isinstance(layer, nn.Conv2d)
+        and max(layer.kernel_size) == layer.groups == 1
+    )
 
 # %% ../../nbs/applications/16_continual.ipynb #73bbc9e9
 def _check_own(network: nn.Module, name: str) -> None:
     "A `DFKDError` unless the layer's weights are plain, and nobody else's."
-    if not name or name not in dict(network.named_modules(remove_duplicate=False)): raise DFKDError(f"no layer '{name}' in {type(network).__name__}: give a name of named_modules()")
+    if not name or name not in dict(network.named_modules(remove_duplicate=False)):
+        raise DFKDError(
+            f"no layer '{name}' in {type(network).__name__}: give a name of named_modules()"
+        )
     layer = network.get_submodule(name)
-    if not _can_grow(layer): raise DFKDError(f"the layer '{name}' is a {type(layer).__name__}: only a linear layer or a 1 x 1 convolution can be widened")
-    if 'weight' not in dict(layer.named_parameters()): raise DFKDError(f"the weight of '{name}' is computed from others (a parametrisation): remove that first, torch.nn.utils.parametrize.remove_parametrizations")
+    if not _can_grow(layer):
+        raise DFKDError(
+            f"the layer '{name}' is a {type(layer).__name__}: only a linear layer or a 1 x"
+            ' 1 convolution can be widened'
+        )
+    if 'weight' not in dict(layer.named_parameters()):
+        raise DFKDError(
+            f"the weight of '{name}' is computed from others (a parametrisation): remove"
+            ' that first, torch.nn.utils.parametrize.remove_parametrizations'
+        )
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    tied = [n for n, p in network.named_parameters(remove_duplicate=False) if n.rpartition('.')[0] != name and p.untyped_storage().data_ptr() in own]
-    if tied: raise DFKDError(f"'{name}' shares its weights with '{tied[0]}': new rows would appear there too; clone the weights of one of them first")
+    tied = [
+        n
+        for n, p in network.named_parameters(remove_duplicate=False)
+        if n.rpartition('.')[0] != name and p.untyped_storage().data_ptr() in own
+    ]
+    if tied:
+        raise DFKDError(
+            f"'{name}' shares its weights with '{tied[0]}': new rows would appear there"
+            ' too; clone the weights of one of them first'
+        )
 
 # %% ../../nbs/applications/16_continual.ipynb #fc66fd12
 def wider_domain(
-    domain: Domain, # of the old network
-    new_classes: Sequence[str], # names, in the order of their numbers
-) -> Domain: # the same images, more classes
-    "The old classes keep their numbers, the new ones follow. A name that is taken is a `DFKDError`."
+    domain: Domain,  # of the old network
+    new_classes: Sequence[str],  # names, in the order of their numbers
+) -> Domain:  # the same images, more classes
+    """The old classes keep their numbers, the new ones follow.
+
+    A name that is taken is a `DFKDError`.
+    """
     names = tuple(new_classes)
-    if isinstance(new_classes, str) or not names: raise DFKDError('no list of new classes: give at least one name')
+    if isinstance(new_classes, str) or not names:
+        raise DFKDError('no list of new classes: give at least one name')
     twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
-    if twice is not None: raise DFKDError(f"the new class '{twice}' is named twice: give every class a name of its own")
+    if twice is not None:
+        raise DFKDError(
+            f"the new class '{twice}' is named twice: give every class a name of its own"
+        )
     taken = [n for n in names if n in domain.classes]
-    if taken: raise DFKDError(f"the class '{taken[0]}' exists already in '{domain.name}' ({len(taken)} of {len(names)} new names): rename it, e.g. 'new {taken[0]}', or leave it out")
+    if taken:
+        raise DFKDError(
+            f"the class '{taken[0]}' exists already in '{domain.name}' ({len(taken)} of"
+            f" {len(names)} new names): rename it, e.g. 'new {taken[0]}', or leave it out"
+        )
     return replace(domain, classes=domain.classes + names)
 
 # %% ../../nbs/applications/16_continual.ipynb #36c12043
 def extend(
-    network: nn.Module, # any classifier, or a `Teacher`; it is copied, not changed
-    new_classes: Sequence[str], # their names
-    domain: Domain | None = None, # of its images; a teacher knows its own
+    network: nn.Module,  # any classifier, or a `Teacher`; it is copied, not changed
+    new_classes: Sequence[str],  # their names
+    domain: Domain | None = None,  # of its images; a teacher knows its own
     *,
-    layer: str = '', # the one to widen; '' finds it, see `answering_layer`
-    seed: int = 0, # of the new rows
-) -> tuple[nn.Module, Domain]: # the wider network, trainable, and what its outputs mean
-    "New outputs beside the old ones, whose weights stay as they are bit by bit. What cannot be widened is a `DFKDError`."
-    if isinstance(network, Teacher): domain, network = domain or network.domain, network.model
-    if domain is None: raise DFKDError('this network does not say what its images mean: give a domain, or a Teacher')
+    layer: str = '',  # the one to widen; '' finds it, see `answering_layer`
+    seed: int = 0,  # of the new rows
+) -> tuple[nn.Module, Domain]:  # the wider network, trainable, and what its outputs mean
+    """New outputs beside the old ones, whose weights stay as they are bit by bit.
+
+    What cannot be widened is a `DFKDError`.
+    """
+    if isinstance(network, Teacher):
+        domain, network = domain or network.domain, network.model
+    if domain is None:
+        raise DFKDError(
+            'this network does not say what its images mean: give a domain, or a Teacher'
+        )
     wider = wider_domain(domain, new_classes)
     name = layer or answering_layer(network, domain)
     _check_own(network, name)
     grown = copy.deepcopy(network)
     _grow(grown.get_submodule(name), len(wider.classes) - len(domain.classes), seed)
-    for parameter in grown.parameters(): parameter.requires_grad_(parameter.is_floating_point())
+    for parameter in grown.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     _check_grown(network, grown, domain, wider, name)
     return grown, wider
 
 # %% ../../nbs/applications/16_continual.ipynb #6bc102bf
 def _grow(
-    layer: Any, # a linear layer or a 1 x 1 convolution
-    rows: int, # new outputs
-    seed: int, # of their weights
+    layer: Any,  # a linear layer or a 1 x 1 convolution
+    rows: int,  # new outputs
+    seed: int,  # of their weights
 ) -> None:
     "New rows below the old ones, drawn as PyTorch draws a fresh layer's."
     with seeded(seed):
@@ -106,115 +180,174 @@ def _grow(
         more = getattr(fresh, kind).detach().to(own).view(rows, *own.shape[1:])
         setattr(layer, kind, nn.Parameter(torch.cat([own.detach(), more])))
     for size in ('out_features', 'out_channels'):
-        if hasattr(layer, size): setattr(layer, size, getattr(layer, size) + rows)
+        if hasattr(layer, size):
+            setattr(layer, size, getattr(layer, size) + rows)
+
 
 @torch.no_grad()
-def _check_grown(network: nn.Module, grown: nn.Module, domain: Domain, wider: Domain, name: str) -> None:
+def _check_grown(
+    network: nn.Module, grown: nn.Module, domain: Domain, wider: Domain, name: str
+) -> None:
     "A `DFKDError` unless the old answers are still there, and the new ones beside them."
-    try: check_network(grown, wider)
-    except DFKDError as error: raise DFKDError(f"'{name}' is not the last word: with {wider.num_classes} outputs there, {error}") from error
+    try:
+        check_network(grown, wider)
+    except DFKDError as error:
+        raise DFKDError(
+            f"'{name}' is not the last word: with {wider.num_classes} outputs there,"
+            f' {error}'
+        ) from error
     like = next(grown.parameters())
-    x = torch.rand(2, *domain.shape, generator=torch.Generator().manual_seed(0)).to(like.device)
-    with in_eval_mode(network), in_eval_mode(grown): before, after = (_logits(n(domain.normalize(x).to(like.dtype))) for n in (network, grown))
-    if not torch.allclose(before, after[:, :domain.num_classes], rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise DFKDError(f"new outputs of '{name}' change the old answers: something after it mixes them; give a network that ends with its logits")
+    x = torch.rand(2, *domain.shape, generator=torch.Generator().manual_seed(0)).to(
+        like.device
+    )
+    with in_eval_mode(network), in_eval_mode(grown):
+        before, after = (
+            _logits(n(domain.normalize(x).to(like.dtype))) for n in (network, grown)
+        )
+    if not torch.allclose(
+        before,
+        after[:, : domain.num_classes],
+        rtol=1e-3,
+        atol=1e-3 * float(before.abs().max()),
+    ):
+        raise DFKDError(
+            f"new outputs of '{name}' change the old answers: something after it mixes"
+            ' them; give a network that ends with its logits'
+        )
 
 # %% ../../nbs/applications/16_continual.ipynb #03d27fc0
 def log_share(
-    logits: Tensor, # `(N, K)`
-    first: int, # a class
-    stop: int | None = None, # the class after the last; None: all that follow
-) -> Tensor: # `(N,)`, logarithms of probabilities
+    logits: Tensor,  # `(N, K)`
+    first: int,  # a class
+    stop: int | None = None,  # the class after the last; None: all that follow
+) -> Tensor:  # `(N,)`, logarithms of probabilities
     "How probable it is that the class is one of `first` to `stop - 1`."
     full = _full(logits)
     return full[:, first:stop].logsumexp(1) - full.logsumexp(1)
 
 # %% ../../nbs/applications/16_continual.ipynb #259fc9a3
 def memory_loss(
-    logits: Tensor, # the new network on old images or dreams, `(N, K + n)`
-    old_logits: Tensor, # the old network on the same, `(N, K)`
-    temperature: float = 1., # of both; the paper has 1
-) -> Tensor: # scalar, nats times T²
-    "KL divergence of the new answer from the old one with zeros appended: old answers, and no new class (DeepInversion, Eq. 11, first term)."
+    logits: Tensor,  # the new network on old images or dreams, `(N, K + n)`
+    old_logits: Tensor,  # the old network on the same, `(N, K)`
+    temperature: float = 1.0,  # of both; the paper has 1
+) -> Tensor:  # scalar, nats times T²
+    """KL divergence of the new answer from the old one with zeros appended.
+
+    Old answers, and no new class (DeepInversion, Eq. 11, first term).
+    """
     outside = log_share(logits / temperature, 0, old_logits.shape[1]).mean()
     return conditional_loss(logits, old_logits, temperature) - temperature**2 * outside
 
+
 def conditional_loss(
-    logits: Tensor, # the new network, `(N, K + n)`
-    old_logits: Tensor, # the old network on the same images, `(N, K)`
-    temperature: float = 1., # of both
-) -> Tensor: # scalar, nats times T²
-    "KL divergence between the answers of both *given* that the class is an old one (DeepInversion, Eq. 11, third term)."
-    if old_logits.shape[1] >= logits.shape[1]: raise DFKDError(f'{old_logits.shape[1]} old classes and {logits.shape[1]} in all: the new network must have more outputs than the old one')
-    return distillation_loss(logits[:, :old_logits.shape[1]], old_logits, temperature)
+    logits: Tensor,  # the new network, `(N, K + n)`
+    old_logits: Tensor,  # the old network on the same images, `(N, K)`
+    temperature: float = 1.0,  # of both
+) -> Tensor:  # scalar, nats times T²
+    """KL divergence between the answers of both *given* that the class is an old one
+    (DeepInversion, Eq. 11, third term).
+    """
+    if old_logits.shape[1] >= logits.shape[1]:
+        raise DFKDError(
+            f'{old_logits.shape[1]} old classes and {logits.shape[1]} in all: the new'
+            ' network must have more outputs than the old one'
+        )
+    return distillation_loss(logits[:, : old_logits.shape[1]], old_logits, temperature)
 
 # %% ../../nbs/applications/16_continual.ipynb #d4145a15
 def lwf_mc_loss(
-    logits: Tensor, # the new network on new images, `(N, K + n)`
-    old_logits: Tensor, # the old network on the same, `(N, K)`
-    labels: Tensor, # int64 `(N,)`, numbers of the wider domain
-) -> Tensor: # scalar, nats: sum over classes, mean over images
-    "Every class by itself, yes or no: the old network's answer for old classes, the truth for new ones (LwF.MC in Rebuffi et al., 2017)."
+    logits: Tensor,  # the new network on new images, `(N, K + n)`
+    old_logits: Tensor,  # the old network on the same, `(N, K)`
+    labels: Tensor,  # int64 `(N,)`, numbers of the wider domain
+) -> Tensor:  # scalar, nats: sum over classes, mean over images
+    """Every class by itself, yes or no.
+
+    The old network's answer for old classes, the truth for new ones (LwF.MC in Rebuffi et
+    al., 2017).
+    """
     targets = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
-    targets[:, :old_logits.shape[1]] = old_logits.sigmoid()
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction='sum') / len(logits)
+    targets[:, : old_logits.shape[1]] = old_logits.sigmoid()
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction='sum') / len(
+        logits
+    )
 
 # %% ../../nbs/applications/16_continual.ipynb #e470bd0a
 class BinaryTrainer(Distiller):
     "Ordinary training in which every class is a question of its own, yes or no."
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         "Binary cross-entropy, summed over classes, mean over images."
         assert labels is not None
-        if self.augment is not None: images = self.augment(images, self.generator)
+        if self.augment is not None:
+            images = self.augment(images, self.generator)
         x = self.normalized(images)
         with autocast(self.device, self.precision):
             answers = _full(_logits(self.student(x)))
         targets = F.one_hot(labels, self.domain.num_classes).to(answers.dtype)
-        loss = F.binary_cross_entropy_with_logits(answers, targets, reduction='sum') / len(labels)
+        loss = F.binary_cross_entropy_with_logits(answers, targets, reduction='sum') / len(
+            labels
+        )
         return loss, {'binary': loss}
 
+
 def binary_trainer(
-    teacher: Teacher, # trained with softmax
-    real: ImageSource, # its own training images: in this LwF.MC is not free of data
-    **settings: Any, # of `Distiller`: steps, batch_size, learning_rate ...
-) -> BinaryTrainer: # ready to `run`
+    teacher: Teacher,  # trained with softmax
+    real: ImageSource,  # its own training images: in this LwF.MC is not free of data
+    **settings: Any,  # of `Distiller`: steps, batch_size, learning_rate ...
+) -> BinaryTrainer:  # ready to `run`
     "Tune a copy of a network until each of its outputs answers yes or no (supplement E.1)."
     network = copy.deepcopy(teacher.model)
-    for parameter in network.parameters(): parameter.requires_grad_(parameter.is_floating_point())
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     return BinaryTrainer(None, network, real, domain=teacher.domain, **settings)
 
 # %% ../../nbs/applications/16_continual.ipynb #5dccd0a0
 @dataclass(frozen=True)
 class Lesson:
     "What the new network is asked for."
-    on_old: str = 'answers' # images of old classes, or what stands for them: the old network's 'answers', their 'labels'; '' for none
-    on_new: str = 'labels' # new images: 'labels', or yes and no for every class, 'binary'
-    conditional: bool = True # also the old network's answers to new images, among old classes
+
+    # images of old classes, or what stands for them: the old network's 'answers', their
+    # 'labels'; '' for none
+    on_old: str = 'answers'
+    on_new: str = 'labels'  # new images: 'labels', or yes and no for every class, 'binary'
+    # also the old network's answers to new images, among old classes
+    conditional: bool = True
 
 # %% ../../nbs/applications/16_continual.ipynb #c570890e
 LESSONS = {
-    'fine-tuning': Lesson('', conditional=False), # nothing is kept
-    'lwf': Lesson(''), # Eq. 11 without images of old classes
+    'fine-tuning': Lesson('', conditional=False),  # nothing is kept
+    'lwf': Lesson(''),  # Eq. 11 without images of old classes
     'lwf-mc': Lesson('', 'binary'),
-    'deepdream': Lesson(), 'deepinversion': Lesson(), 'generator': Lesson(), # Eq. 11; they differ in who makes the images
-    'oracle-distill': Lesson(conditional=False), # real old images, the old network's answers to them
-    'oracle-classify': Lesson('labels', conditional=False), # real old images and their labels
+    # Eq. 11; they differ in who makes the images
+    'deepdream': Lesson(),
+    'deepinversion': Lesson(),
+    'generator': Lesson(),
+    # real old images, the old network's answers to them
+    'oracle-distill': Lesson(conditional=False),
+    # real old images and their labels
+    'oracle-classify': Lesson('labels', conditional=False),
 }
 
 # %% ../../nbs/applications/16_continual.ipynb #9c0164d6
 def lesson_of(
-    method: str, # a word of `LESSONS`
+    method: str,  # a word of `LESSONS`
 ) -> Lesson:
     "What a method asks for."
-    if method not in LESSONS: raise DFKDError(f"unknown method '{method}': use {', '.join(LESSONS)}")
+    if method not in LESSONS:
+        raise DFKDError(f"unknown method '{method}': use {', '.join(LESSONS)}")
     return LESSONS[method]
 
+
 def fifths(
-    step: int, # updates made so far
-    steps: int, # updates in all
-) -> float: # factor on the learning rate
-    "The supplement's schedule (E.1): a fifth is left after 1/3, 1/2, 2/3 and 5/6 of the updates each."
+    step: int,  # updates made so far
+    steps: int,  # updates in all
+) -> float:  # factor on the learning rate
+    """The supplement's schedule (E.1).
+
+    A fifth is left after 1/3, 1/2, 2/3 and 5/6 of the updates each.
+    """
     done = (step + 1) / max(steps, 1)
     return 0.2 ** sum(done > mark for mark in (1 / 3, 1 / 2, 2 / 3, 5 / 6))
 
@@ -224,51 +357,111 @@ class ContinualDistiller(Distiller):
 
     def __init__(
         self,
-        teacher: Teacher, # the old network
-        student: nn.Module, # the wider one, see `extend`; trained in place
-        new: ImageSource, # new images, labels numbered in `domain`
-        old: Images | None, # what stands for old images; None where the lesson does without
+        teacher: Teacher,  # the old network
+        student: nn.Module,  # the wider one, see `extend`; trained in place
+        new: ImageSource,  # new images, labels numbered in `domain`
+        # what stands for old images; None where the lesson does without
+        old: Images | None,
         *,
-        domain: Domain, # the wider one
-        lesson: Lesson | str = 'deepinversion', # a word of `LESSONS`, or one of your own
-        clip: float = 0.1, # largest norm of a gradient; 0: any
-        freeze_batchnorm: bool = True, # statistics, scale and shift of BatchNorm stay as they are
-        schedule: str = 'fifths', # see `fifths`, or a word of `learning_rate_at`
-        temperature: float = 1., # of both KL divergences
-        **settings: Any, # of `Distiller`
+        domain: Domain,  # the wider one
+        lesson: Lesson | str = 'deepinversion',  # a word of `LESSONS`, or one of your own
+        clip: float = 0.1,  # largest norm of a gradient; 0: any
+        # statistics, scale and shift of BatchNorm stay as they are
+        freeze_batchnorm: bool = True,
+        schedule: str = 'fifths',  # see `fifths`, or a word of `learning_rate_at`
+        temperature: float = 1.0,  # of both KL divergences
+        **settings: Any,  # of `Distiller`
     ) -> None:
         self.lesson = lesson_of(lesson) if isinstance(lesson, str) else lesson
-        self.falls, self.clip, self.old = schedule == 'fifths', clip, None if old is None or not self.lesson.on_old else as_source(old, teacher.domain)
-        if self.lesson.on_old not in ('answers', 'labels', '') or self.lesson.on_new not in ('labels', 'binary'): raise DFKDError(f"unknown words in {self.lesson}: use 'answers', 'labels' or '' on old images, 'labels' or 'binary' on new ones")
-        if clip < 0: raise DFKDError(f'clip is {clip}: give 0 or more')
-        if self.lesson.on_old and self.old is None: raise DFKDError("this lesson needs images of old classes, or what stands for them: give `old`, or take 'lwf' or 'lwf-mc'")
-        if self.lesson.on_old == 'labels' and (self.old is None or self.old.labels is None): raise DFKDError('the old images have no labels: give labelled ones, or learn from answers')
-        if self.old is not None and self.old.domain.shape != teacher.domain.shape: raise DFKDError(f"the old images are {self.old.domain.shape}, the network's {teacher.domain.shape}: resize them")
+        self.falls = schedule == 'fifths'
+        self.clip = clip
+        self.old = (
+            None
+            if old is None or not self.lesson.on_old
+            else as_source(old, teacher.domain)
+        )
+        if self.lesson.on_old not in (
+            'answers',
+            'labels',
+            '',
+        ) or self.lesson.on_new not in ('labels', 'binary'):
+            raise DFKDError(
+                f"unknown words in {self.lesson}: use 'answers', 'labels' or '' on old"
+                " images, 'labels' or 'binary' on new ones"
+            )
+        if clip < 0:
+            raise DFKDError(f'clip is {clip}: give 0 or more')
+        if self.lesson.on_old and self.old is None:
+            raise DFKDError(
+                'this lesson needs images of old classes, or what stands for them: give'
+                " `old`, or take 'lwf' or 'lwf-mc'"
+            )
+        if self.lesson.on_old == 'labels' and (self.old is None or self.old.labels is None):
+            raise DFKDError(
+                'the old images have no labels: give labelled ones, or learn from answers'
+            )
+        if self.old is not None and self.old.domain.shape != teacher.domain.shape:
+            raise DFKDError(
+                f"the old images are {self.old.domain.shape}, the network's"
+                f' {teacher.domain.shape}: resize them'
+            )
         if self.old is not None and self.lesson.on_old == 'labels':
-            teacher.domain.check_labels(self.old.labels, self.old.domain) # type: ignore[arg-type]
-        if self.old is not None: self.old_sampler = self.old.sampler()
-        if settings.get('mixup_alpha'): raise DFKDError('mixup would mix old and new classes: leave mixup_alpha at 0')
-        super().__init__(teacher, student, new, domain=domain, label_weight=1., schedule='constant' if self.falls else schedule, temperature=temperature, **settings)
-        if domain.num_classes <= teacher.domain.num_classes: raise DFKDError(f'{domain.num_classes} classes, the old network has {teacher.domain.num_classes}: extend it first')
+            teacher.domain.check_labels(self.old.labels, self.old.domain)  # type: ignore[arg-type]
+        if self.old is not None:
+            self.old_sampler = self.old.sampler()
+        if settings.get('mixup_alpha'):
+            raise DFKDError('mixup would mix old and new classes: leave mixup_alpha at 0')
+        super().__init__(
+            teacher,
+            student,
+            new,
+            domain=domain,
+            label_weight=1.0,
+            schedule='constant' if self.falls else schedule,
+            temperature=temperature,
+            **settings,
+        )
+        if domain.num_classes <= teacher.domain.num_classes:
+            raise DFKDError(
+                f'{domain.num_classes} classes, the old network has'
+                f' {teacher.domain.num_classes}: extend it first'
+            )
         self.known = teacher.domain.num_classes
-        self._made_with |= {'schedule': 'fifths' if self.falls else schedule, 'lesson': repr(self.lesson),
-                            'clip': clip, 'freeze_batchnorm': freeze_batchnorm}
-        self.frozen = [layer for layer in self.student.modules() if isinstance(layer, _BatchNorm)] if freeze_batchnorm else []
+        self._made_with |= {
+            'schedule': 'fifths' if self.falls else schedule,
+            'lesson': repr(self.lesson),
+            'clip': clip,
+            'freeze_batchnorm': freeze_batchnorm,
+        }
+        self.frozen = (
+            [layer for layer in self.student.modules() if isinstance(layer, _BatchNorm)]
+            if freeze_batchnorm
+            else []
+        )
         self.optimizer.register_step_pre_hook(lambda *_: self._before_update())
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        "The terms of the lesson on a batch of new images, and on one of old ones that is drawn here."
-        for layer in self.frozen: layer.eval() # `step` has put the network into training mode
+    def loss(
+        self, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The terms of the lesson on a batch of new images, and on one of old ones that is
+        drawn here.
+        """
+        # `step` has put the network into training mode
+        for layer in self.frozen:
+            layer.eval()
         new, old, old_labels = len(images), None, None
         if self.old is not None:
             old, old_labels = self.old_sampler.sample(self.batch_size, self.generator)
-            images = torch.cat([self._seen(images), self._seen(old.to(self.device))]) # one look at both: frozen BatchNorm does not mix them
-        else: images = self._seen(images)
+            # one look at both: frozen BatchNorm does not mix them
+            images = torch.cat([self._seen(images), self._seen(old.to(self.device))])
+        else:
+            images = self._seen(images)
         with autocast(self.device, self.precision):
             answers = _logits(self.student(images))
             known = self.teacher_logits(images)
         parts = self._parts(answers[:new], known[:new], labels)
-        if old is not None: parts['memory'] = self._memory(answers[new:], known[new:], old_labels)
+        if old is not None:
+            parts['memory'] = self._memory(answers[new:], known[new:], old_labels)
         return torch.stack(list(parts.values())).sum(), parts
 
     def _seen(self, images: Tensor) -> Tensor:
@@ -276,52 +469,97 @@ class ContinualDistiller(Distiller):
         moved = images if self.augment is None else self.augment(images, self.generator)
         return self.normalized(moved)
 
-    def _parts(self, answers: Tensor, known: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def _parts(
+        self, answers: Tensor, known: Tensor, labels: Tensor | None
+    ) -> dict[str, Tensor]:
         "What new images cost."
         assert labels is not None
-        if self.lesson.on_new == 'binary': return {'new': lwf_mc_loss(_full(answers), _full(known), labels)}
-        parts = {'new': F.cross_entropy(_full(answers), labels, label_smoothing=self.label_smoothing)}
-        return parts | ({'conditional': conditional_loss(answers, known, self.temperature)} if self.lesson.conditional else {})
+        if self.lesson.on_new == 'binary':
+            return {'new': lwf_mc_loss(_full(answers), _full(known), labels)}
+        parts = {
+            'new': F.cross_entropy(
+                _full(answers), labels, label_smoothing=self.label_smoothing
+            )
+        }
+        return parts | (
+            {'conditional': conditional_loss(answers, known, self.temperature)}
+            if self.lesson.conditional
+            else {}
+        )
 
     def _memory(self, answers: Tensor, known: Tensor, labels: Tensor | None) -> Tensor:
         "What old images cost, or what stands for them."
-        if self.lesson.on_old == 'answers' or labels is None: return memory_loss(answers, known, self.temperature)
+        if self.lesson.on_old == 'answers' or labels is None:
+            return memory_loss(answers, known, self.temperature)
         return F.cross_entropy(_full(answers), labels.to(self.device))
 
     def _before_update(self) -> None:
         "Clip the gradient, and take the step size of the moment."
-        for layer in self.frozen: # the optimiser leaves a weight without gradient alone
-            for parameter in layer.parameters(): parameter.grad = None
-        if self.clip: nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.grad is not None], self.clip)
+        for layer in self.frozen:  # the optimiser leaves a weight without gradient alone
+            for parameter in layer.parameters():
+                parameter.grad = None
+        if self.clip:
+            nn.utils.clip_grad_norm_(
+                [p for p in self.student.parameters() if p.grad is not None], self.clip
+            )
         if self.falls:
-            for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * fifths(self.done, self.steps)
+            for group in self.optimizer.param_groups:
+                group['lr'] = self.learning_rate * fifths(self.done, self.steps)
 
     def fit_rows(
         self,
-        layer: str, # the one that was widened
-        limit: int = 2000, # images of each kind
-        iterations: int = 100, # of L-BFGS
-        decay: float = 1e-3, # on the squared weights
+        layer: str,  # the one that was widened
+        limit: int = 2000,  # images of each kind
+        iterations: int = 100,  # of L-BFGS
+        decay: float = 1e-3,  # on the squared weights
     ) -> None:
-        "The new rows alone, to their best, while features and old rows stay: the lesson is then a convex problem, solved by L-BFGS."
+        """The new rows alone, to their best, while features and old rows stay.
+
+        The lesson is then a convex problem, solved by L-BFGS.
+        """
         new, labels = self._embedded(self.source, layer, limit)
-        old, old_labels = (None, None) if self.old is None else self._embedded(self.old, layer, limit)
+        old, old_labels = (
+            (None, None) if self.old is None else self._embedded(self.old, layer, limit)
+        )
         last: Any = self.student.get_submodule(layer)
-        rows = [p.detach()[self.known:].flatten(1).clone().requires_grad_() if p.ndim > 1 else p.detach()[self.known:].clone().requires_grad_() for p in last.parameters()]
-        optimizer = torch.optim.LBFGS(rows, max_iter=iterations, line_search_fn='strong_wolfe')
+        rows = [
+            (
+                p.detach()[self.known :].flatten(1).clone().requires_grad_()
+                if p.ndim > 1
+                else p.detach()[self.known :].clone().requires_grad_()
+            )
+            for p in last.parameters()
+        ]
+        optimizer = torch.optim.LBFGS(
+            rows, max_iter=iterations, line_search_fn='strong_wolfe'
+        )
+
         def cost() -> Tensor:
             optimizer.zero_grad()
-            def answer(seen: tuple[Tensor, Tensor, Tensor]) -> Tensor: return torch.cat([seen[1][:, :self.known], F.linear(seen[0], *rows)], 1)
-            parts = self._parts(answer(new), new[2], labels) | ({} if old is None else {'memory': self._memory(answer(old), old[2], old_labels)})
-            total = torch.stack(list(parts.values())).sum() + decay * sum(r.square().sum() for r in rows)
-            total.backward() # type: ignore[no-untyped-call]
+
+            def answer(seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+                return torch.cat([seen[1][:, : self.known], F.linear(seen[0], *rows)], 1)
+
+            parts = self._parts(answer(new), new[2], labels) | (
+                {}
+                if old is None
+                else {'memory': self._memory(answer(old), old[2], old_labels)}
+            )
+            total = torch.stack(list(parts.values())).sum() + decay * sum(
+                r.square().sum() for r in rows
+            )
+            total.backward()  # type: ignore[no-untyped-call]
             return total
-        optimizer.step(cost) # type: ignore[no-untyped-call]
+
+        optimizer.step(cost)  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            for whole, part in zip(last.parameters(), rows): whole[self.known:] = part.view_as(whole[self.known:])
+            for whole, part in zip(last.parameters(), rows):
+                whole[self.known :] = part.view_as(whole[self.known :])
 
     @torch.no_grad()
-    def _embedded(self, source: ImageSource, layer: str, limit: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    def _embedded(
+        self, source: ImageSource, layer: str, limit: int
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         "What enters the last layer, the new and the old network's answers; and the labels."
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         with in_eval_mode(self.student), tap(self.student, layer) as taken:
@@ -330,87 +568,138 @@ class ContinualDistiller(Distiller):
                 answers = _full(_logits(self.student(x)))
                 found.append((taken.pop(), answers, _full(self.teacher_logits(x))))
         labels = None if source.labels is None else source.labels[:limit].to(self.device)
-        return (torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found]), torch.cat([f[2] for f in found])), labels
+        return (
+            torch.cat([f[0] for f in found]),
+            torch.cat([f[1] for f in found]),
+            torch.cat([f[2] for f in found]),
+        ), labels
 
     def as_teacher(
         self,
-        name: str = '', # for reports
-    ) -> Teacher: # frozen
+        name: str = '',  # for reports
+    ) -> Teacher:  # frozen
         "What has been learned so far, as the old network of the next step."
         return Teacher(self.student, self.domain, name)
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, the place among old images included."
-        return super().state_dict() | ({} if self.old is None else {'old': self.old_sampler.state_dict()})
+        return super().state_dict() | (
+            {} if self.old is None else {'old': self.old_sampler.state_dict()}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same sources, same settings."
         super().load_state_dict(state)
-        if self.old is not None: self.old_sampler.load_state_dict(state['old'])
+        if self.old is not None:
+            self.old_sampler.load_state_dict(state['old'])
 
 # %% ../../nbs/applications/16_continual.ipynb #df361eeb
 def first_class(
-    classes: Sequence[str], # of one set, in order
-    domain: Domain, # that has them, one after the other
-) -> int: # the number of the first
+    classes: Sequence[str],  # of one set, in order
+    domain: Domain,  # that has them, one after the other
+) -> int:  # the number of the first
     "Where the classes of a set begin among all. A set that is not there is a `DFKDError`."
-    places = [i for i in range(domain.num_classes - len(classes) + 1) if domain.classes[i:i + len(classes)] == tuple(classes)]
-    if not places: raise DFKDError(f"the classes {', '.join(classes[:3])}{' ...' if len(classes) > 3 else ''} are not among those of the network: extend it, or leave this set out")
+    places = [
+        i
+        for i in range(domain.num_classes - len(classes) + 1)
+        if domain.classes[i : i + len(classes)] == tuple(classes)
+    ]
+    if not places:
+        raise DFKDError(
+            f'the classes {", ".join(classes[:3])}{" ..." if len(classes) > 3 else ""} are'
+            ' not among those of the network: extend it, or leave this set out'
+        )
     return places[0]
 
+
 def renumber(
-    source: ImageSource, # an `ImageSet` or `ImageFiles`, labels numbered in its own domain
-    domain: Domain, # of the wider network
-) -> ImageSource: # the same images with the wider network's class numbers
+    # an `ImageSet` or `ImageFiles`, labels numbered in its own domain
+    source: ImageSource,
+    domain: Domain,  # of the wider network
+) -> ImageSource:  # the same images with the wider network's class numbers
     "Labels of one set as class numbers of all."
     source = as_source(source)
     first = first_class(source.domain.classes, domain)
-    if source.labels is None: raise DFKDError('these images have no labels: new classes need them')
-    if isinstance(source, ImageSet): return ImageSet(source.images, source.labels + first, domain)
-    if isinstance(source, ImageFiles): return ImageFiles(source.encoded, source.labels + first, domain)
-    raise DFKDError(f'a {type(source).__name__} cannot be renumbered: collect its images in an ImageSet')
+    if source.labels is None:
+        raise DFKDError('these images have no labels: new classes need them')
+    if isinstance(source, ImageSet):
+        return ImageSet(source.images, source.labels + first, domain)
+    if isinstance(source, ImageFiles):
+        return ImageFiles(source.encoded, source.labels + first, domain)
+    raise DFKDError(
+        f'a {type(source).__name__} cannot be renumbered: collect its images in an ImageSet'
+    )
+
 
 def joined(
-    sets: Sequence[ImageSet], # labelled, each in its own domain
-    domain: Domain, # that has the classes of all
-) -> ImageSet: # all images, one after the other
+    sets: Sequence[ImageSet],  # labelled, each in its own domain
+    domain: Domain,  # that has the classes of all
+) -> ImageSet:  # all images, one after the other
     "Several sets as one."
     parts = [renumber(some, domain) for some in sets]
-    return ImageSet(torch.cat([s.fetch(torch.arange(len(s))) for s in parts]), torch.cat([s.labels for s in parts if s.labels is not None]), domain)
+    return ImageSet(
+        torch.cat([s.fetch(torch.arange(len(s))) for s in parts]),
+        torch.cat([s.labels for s in parts if s.labels is not None]),
+        domain,
+    )
 
 # %% ../../nbs/applications/16_continual.ipynb #fcd0d5e8
 def add_classes(
-    teacher: Teacher, # the old network
-    new: ImageSource, # labelled images; their domain names the new classes
-    method: str = 'deepinversion', # a word of `LESSONS`
-    old: Images | None = None, # what stands for old images
+    teacher: Teacher,  # the old network
+    new: ImageSource,  # labelled images; their domain names the new classes
+    method: str = 'deepinversion',  # a word of `LESSONS`
+    old: Images | None = None,  # what stands for old images
     *,
-    layer: str = '', # see `extend`
-    rows: str = 'random', # what the new rows begin with: 'random', or 'fitted', see `fit_rows`
-    rows_decay: float = 1e-3, # on the squared weights of rows that are fitted
-    seed: int = 0, # of new rows and batches
-    **settings: Any, # of `ContinualDistiller` and `Distiller`: steps, batch_size, learning_rate ...
-) -> ContinualDistiller: # ready to `run`; afterwards `.student`, `.domain`, `.as_teacher()`
+    layer: str = '',  # see `extend`
+    # what the new rows begin with: 'random', or 'fitted', see `fit_rows`
+    rows: str = 'random',
+    rows_decay: float = 1e-3,  # on the squared weights of rows that are fitted
+    seed: int = 0,  # of new rows and batches
+    # of `ContinualDistiller` and `Distiller`: steps, batch_size, learning_rate ...
+    **settings: Any,
+) -> (
+    ContinualDistiller
+):  # ready to `run`; afterwards `.student`, `.domain`, `.as_teacher()`
     "One step of continual learning: a wider network, and all that it takes to teach it."
-    if rows not in ('random', 'fitted'): raise DFKDError(f"unknown rows '{rows}': use 'random' or 'fitted'")
+    if rows not in ('random', 'fitted'):
+        raise DFKDError(f"unknown rows '{rows}': use 'random' or 'fitted'")
     new = as_source(new)
     layer = layer or answering_layer(teacher.model, teacher.domain)
     student, domain = extend(teacher, new.domain.classes, layer=layer, seed=seed)
-    learner = ContinualDistiller(teacher, student, renumber(new, domain), old, domain=domain, lesson=method, seed=seed, **settings)
-    if rows == 'fitted': learner.fit_rows(layer, decay=rows_decay)
+    learner = ContinualDistiller(
+        teacher,
+        student,
+        renumber(new, domain),
+        old,
+        domain=domain,
+        lesson=method,
+        seed=seed,
+        **settings,
+    )
+    if rows == 'fitted':
+        learner.fit_rows(layer, decay=rows_decay)
     return learner
 
 # %% ../../nbs/applications/16_continual.ipynb #f3cf5f9f
 def only_classes(
-    source: ImageSet, # labelled
-    classes: Sequence[int], # which to keep, in the order of their new numbers
-) -> ImageSet: # those images, labels from 0
+    source: ImageSet,  # labelled
+    classes: Sequence[int],  # which to keep, in the order of their new numbers
+) -> ImageSet:  # those images, labels from 0
     "A part of a data set, as if there were no other classes."
     _check_set(source)
     numbers = list(classes)
-    if not numbers or min(numbers) < 0 or max(numbers) >= source.domain.num_classes or len(set(numbers)) < len(numbers):
-        raise DFKDError(f"classes {numbers} of '{source.domain.name}': give different numbers from 0 to {source.domain.num_classes - 1}")
-    if source.labels is None: raise DFKDError('these images have no labels: give labelled ones')
+    if (
+        not numbers
+        or min(numbers) < 0
+        or max(numbers) >= source.domain.num_classes
+        or len(set(numbers)) < len(numbers)
+    ):
+        raise DFKDError(
+            f"classes {numbers} of '{source.domain.name}': give different numbers from 0 to"
+            f' {source.domain.num_classes - 1}'
+        )
+    if source.labels is None:
+        raise DFKDError('these images have no labels: give labelled ones')
     place = torch.full((source.domain.num_classes,), -1)
     place[numbers] = torch.arange(len(numbers))
     labels = place[source.labels.cpu()]
@@ -418,76 +707,111 @@ def only_classes(
     names = tuple(source.domain.classes[c] for c in numbers)
     return ImageSet(source.fetch(keep), labels[keep], replace(source.domain, classes=names))
 
+
 def _check_set(source: Any) -> None:
     "A `DFKDError` unless it is an `ImageSet`."
     if not isinstance(source, ImageSet):
-        raise DFKDError(f'a {type(source).__name__} is no ImageSet: make one with '
-                        'ImageSet.collect, or with in_memory() of files')
+        raise DFKDError(
+            f'a {type(source).__name__} is no ImageSet: make one with '
+            'ImageSet.collect, or with in_memory() of files'
+        )
+
 
 def balanced(
-    source: ImageSet, # labelled
-    images: int, # how many
-    seed: int = 0, # of the choice
-) -> ImageSet: # that many, classes in turn as far as they last
+    source: ImageSet,  # labelled
+    images: int,  # how many
+    seed: int = 0,  # of the choice
+) -> ImageSet:  # that many, classes in turn as far as they last
     "A random choice with as many images of every class as can be."
     _check_set(source)
-    if source.labels is None or len(source) < images: raise DFKDError(f'{images} of {len(source)} {"labelled " if source.labels is not None else ""}images: give more, labelled, or ask for fewer')
+    if source.labels is None or len(source) < images:
+        raise DFKDError(
+            f'{images} of {len(source)}'
+            f' {"labelled " if source.labels is not None else ""}images: give more,'
+            ' labelled, or ask for fewer'
+        )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     labels = source.labels.cpu()[order]
-    rank = F.one_hot(labels, source.domain.num_classes).cumsum(0).gather(1, labels[:, None]).squeeze(1) # the how manieth of its class
+    # the how manieth of its class
+    rank = (
+        F.one_hot(labels, source.domain.num_classes)
+        .cumsum(0)
+        .gather(1, labels[:, None])
+        .squeeze(1)
+    )
     return source.subset(order[rank.argsort(stable=True)[:images]])
 
 # %% ../../nbs/applications/16_continual.ipynb #04a3d896
 def replay_generator(
-    teacher: Teacher, # who teaches it to paint
+    teacher: Teacher,  # who teaches it to paint
     *,
-    latent_size: int = 64, # numbers in a code
-    width: int = 32, # channels
-    seed: int = 0, # of everything random
-    **settings: Any, # of `GenerativeSynthesizer`
-) -> GenerativeSynthesizer: # untrained: `synthesize(batches)` teaches it
-    "A generator for replay: DAFL's terms and the feature statistics; there is no student to compete with yet."
-    with seeded(seed): network = Generator(teacher.domain.shape, latent_size, width)
-    return GenerativeSynthesizer(teacher, generator=network, seed=seed, **GENERATIVE['dafl'] | {'feature_weight': 1.} | settings)
+    latent_size: int = 64,  # numbers in a code
+    width: int = 32,  # channels
+    seed: int = 0,  # of everything random
+    **settings: Any,  # of `GenerativeSynthesizer`
+) -> GenerativeSynthesizer:  # untrained: `synthesize(batches)` teaches it
+    """A generator for replay: DAFL's terms and the feature statistics; there is no student
+    to compete with yet.
+    """
+    with seeded(seed):
+        network = Generator(teacher.domain.shape, latent_size, width)
+    return GenerativeSynthesizer(
+        teacher,
+        generator=network,
+        seed=seed,
+        **GENERATIVE['dafl'] | {'feature_weight': 1.0} | settings,
+    )
+
 
 def painted(
-    maker: GenerativeSynthesizer, # with a generator that has learned
-    images: int, # how many
-    seed: int = 0, # of the codes
-) -> ImageSet: # labelled with the teacher's answers
+    maker: GenerativeSynthesizer,  # with a generator that has learned
+    images: int,  # how many
+    seed: int = 0,  # of the codes
+) -> ImageSet:  # labelled with the teacher's answers
     "What a generator paints, as bytes."
-    pixels = torch.cat([maker.draw(min(500, images - i), torch.Generator().manual_seed(seed + i)) for i in range(0, images, 500)])
+    pixels = torch.cat(
+        [
+            maker.draw(min(500, images - i), torch.Generator().manual_seed(seed + i))
+            for i in range(0, images, 500)
+        ]
+    )
     found = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     return ImageSet(found, maker.teacher.predict(found).argmax(1), maker.teacher.domain)
 
 # %% ../../nbs/applications/16_continual.ipynb #ac9d08bf
 def old_images(
-    teacher: Teacher, # the network as it is before it is extended
-    method: str, # a word of `LESSONS`
-    images: int, # how many
+    teacher: Teacher,  # the network as it is before it is extended
+    method: str,  # a word of `LESSONS`
+    images: int,  # how many
     *,
-    real: ImageSet | None = None, # for the oracles: real images of all old classes
-    rounds: int = 100, # batches from which a generator learns
-    **settings: Any, # of `DeepInversion` or `replay_generator`: steps, batch_size, seed, device ...
-) -> ImageSet | None: # None where the method needs none
+    real: ImageSet | None = None,  # for the oracles: real images of all old classes
+    rounds: int = 100,  # batches from which a generator learns
+    # of `DeepInversion` or `replay_generator`: steps, batch_size, seed, device ...
+    **settings: Any,
+) -> ImageSet | None:  # None where the method needs none
     "What a method shows in place of the old images."
-    if not lesson_of(method).on_old: return None
+    if not lesson_of(method).on_old:
+        return None
     if method == 'generator':
         maker = replay_generator(teacher, **settings)
         maker.synthesize(rounds)
         return painted(maker, images, maker.seed)
-    if not method.startswith('oracle'): return DeepInversion(teacher, **preset(method) | settings).synthesize(images)
-    if real is None: raise DFKDError(f"'{method}' looks at real old images: give some")
+    if not method.startswith('oracle'):
+        return DeepInversion(teacher, **preset(method) | settings).synthesize(images)
+    if real is None:
+        raise DFKDError(f"'{method}' looks at real old images: give some")
     return balanced(real, images, settings.get('seed', 0))
 
 # %% ../../nbs/applications/16_continual.ipynb #2f422e92
 @dataclass(frozen=True)
 class Sets:
     "How a network does on several sets of classes, all classes being possible answers."
-    names: tuple[str, ...] # of the sets
-    accuracy: tuple[float, ...] # share of right answers, 0 to 1, each set
-    within: tuple[float, ...] # the same if one were told which set the image is from
-    crossed: tuple[tuple[float, ...], ...] # row: images of a set; column: the share that is put into classes of each
+
+    names: tuple[str, ...]  # of the sets
+    accuracy: tuple[float, ...]  # share of right answers, 0 to 1, each set
+    within: tuple[float, ...]  # the same if one were told which set the image is from
+    # row: images of a set; column: the share that is put into classes of each
+    crossed: tuple[tuple[float, ...], ...]
 
     @property
     def combined(self) -> float:
@@ -497,40 +821,82 @@ class Sets:
 # %% ../../nbs/applications/16_continual.ipynb #08851103
 @torch.no_grad()
 def measure_sets(
-    network: nn.Module, # the wider network
-    domain: Domain, # its classes
-    tests: Mapping[str, ImageSource], # labelled test images by the name of the set, in the order of the classes; every set's domain names its own
-    batch_size: int = 500, # images at a time
+    network: nn.Module,  # the wider network
+    domain: Domain,  # its classes
+    # labelled test images by the name of the set, in the order of the classes; every set's
+    # domain names its own
+    tests: Mapping[str, ImageSource],
+    batch_size: int = 500,  # images at a time
 ) -> Sets:
     "Accuracy of every set, and what is taken for what across the borders (torchmetrics)."
-    import_torchvision() # see `evaluate`
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+    import_torchvision()  # see `evaluate`
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_confusion_matrix,
+    )
+
     tests = {name: as_source(test) for name, test in tests.items()}
-    places = [(first_class(test.domain.classes, domain), test.domain.num_classes) for test in tests.values()]
+    places = [
+        (first_class(test.domain.classes, domain), test.domain.num_classes)
+        for test in tests.values()
+    ]
     group = torch.full((domain.num_classes,), len(tests))
-    for i, (first, count) in enumerate(places): group[first:first + count] = i
+    for i, (first, count) in enumerate(places):
+        group[first : first + count] = i
     accuracy, within, crossed = [], [], []
     for i, (test, (first, count)) in enumerate(zip(tests.values(), places)):
         logits, labels = _answers(network, domain, test, batch_size)
-        accuracy.append(float(multiclass_accuracy(logits, labels + first, domain.num_classes, average='micro')))
-        within.append(float(multiclass_accuracy(logits[:, first:first + count], labels, count, average='micro')) if count > 1 else 1.)
-        table = multiclass_confusion_matrix(group[logits.argmax(1)], torch.full_like(labels, i), len(tests) + 1)[i]
-        crossed.append(tuple((table / table.sum()).tolist()[:len(tests)]))
+        accuracy.append(
+            float(
+                multiclass_accuracy(
+                    logits, labels + first, domain.num_classes, average='micro'
+                )
+            )
+        )
+        within.append(
+            float(
+                multiclass_accuracy(
+                    logits[:, first : first + count], labels, count, average='micro'
+                )
+            )
+            if count > 1
+            else 1.0
+        )
+        table = multiclass_confusion_matrix(
+            group[logits.argmax(1)], torch.full_like(labels, i), len(tests) + 1
+        )[i]
+        crossed.append(tuple((table / table.sum()).tolist()[: len(tests)]))
     return Sets(tuple(tests), tuple(accuracy), tuple(within), tuple(crossed))
 
-def _answers(network: nn.Module, domain: Domain, test: ImageSource, batch_size: int) -> tuple[Tensor, Tensor]:
+
+def _answers(
+    network: nn.Module, domain: Domain, test: ImageSource, batch_size: int
+) -> tuple[Tensor, Tensor]:
     "Logits and labels of a whole set, on the CPU."
-    if test.labels is None or not len(test): raise DFKDError('a test set has no labels or no images: give some')
-    with in_eval_mode(network): found = [_full(_logits(network(_seen(network, images, domain)))).cpu() for images, _ in test.batches(batch_size)]
+    if test.labels is None or not len(test):
+        raise DFKDError('a test set has no labels or no images: give some')
+    with in_eval_mode(network):
+        found = [
+            _full(_logits(network(_seen(network, images, domain)))).cpu()
+            for images, _ in test.batches(batch_size)
+        ]
     return torch.cat(found), test.labels.cpu()
 
 # %% ../../nbs/applications/16_continual.ipynb #02edf3d5
 def forgetting(
-    history: Sequence[Sets], # one a step, the first of them before any class was added
-) -> dict[str, float]: # by the name of the set, 0 to 1
-    "How far each set is below the best that any earlier step had (Chaudhry et al., 2018); the last set cannot have been forgotten yet."
-    if not history: raise DFKDError('an empty history: give what was measured after each step')
+    history: Sequence[Sets],  # one a step, the first of them before any class was added
+) -> dict[str, float]:  # by the name of the set, 0 to 1
+    """How far each set is below the best that any earlier step had (Chaudhry et al., 2018);
+    the last set cannot have been forgotten yet.
+    """
+    if not history:
+        raise DFKDError('an empty history: give what was measured after each step')
     past: dict[str, list[float]] = {}
     for sets in history:
-        for name, value in zip(sets.names, sets.accuracy): past.setdefault(name, []).append(value)
-    return {name: max(values[:-1]) - values[-1] for name, values in past.items() if len(values) > 1}
+        for name, value in zip(sets.names, sets.accuracy):
+            past.setdefault(name, []).append(value)
+    return {
+        name: max(values[:-1]) - values[-1]
+        for name, values in past.items()
+        if len(values) > 1
+    }

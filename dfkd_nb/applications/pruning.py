@@ -32,74 +32,115 @@ from torch import Tensor, nn
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..foundations.core import DFKDError, DFKDWarning, atomic_path, import_extra, load_tensors
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    DFKDWarning,
+    atomic_path,
+    import_extra,
+    load_tensors,
+)
 from ..foundations.data import DOMAINS, Domain, ImageSource
 from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
 from dfkd_nb.foundations.models import (
-    Teacher, _logits, _precision, build_model, count_parameters, in_eval_mode, load_weights, save_weights,
+    Teacher,
+    _logits,
+    _precision,
+    build_model,
+    count_parameters,
+    in_eval_mode,
+    load_weights,
+    save_weights,
 )
 
 # %% ../../nbs/applications/15_pruning.ipynb #38ee441d
-Kept = dict[str, Tensor] # for each prunable layer, bool `(filters,)`: which are still there
+# for each prunable layer, bool `(filters,)`: which are still there
+Kept = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class FilterGroup:
     "Filters of one layer, and the channels of other layers that go with them."
-    layer: str # the convolution that makes them
-    count: int # filters
-    makers: dict[str, Tensor] # convolutions whose outputs they are, and which output belongs to which filter: int64 `(outputs, 2)`
-    readers: dict[str, Tensor] # layers that read them, and which input belongs to which filter: int64 `(inputs, 2)`
-    blocks: Tensor = field(default_factory=lambda: torch.empty(0)) # int64 `(filters,)`: equal
+
+    layer: str  # the convolution that makes them
+    count: int  # filters
+    # convolutions whose outputs they are, and which output belongs to which filter: int64
+    # `(outputs, 2)`
+    makers: dict[str, Tensor]
+    # layers that read them, and which input belongs to which filter: int64 `(inputs, 2)`
+    readers: dict[str, Tensor]
+    # int64 `(filters,)`: equal
+    blocks: Tensor = field(default_factory=lambda: torch.empty(0))
     # numbers go together; by default each filter has its own
 
     def __post_init__(self) -> None:
-        if len(self.blocks): return
+        if len(self.blocks):
+            return
         object.__setattr__(self, 'blocks', torch.arange(self.count))
 
     @property
     def parts(self) -> int:
-        "How many blocks there are: as many as filters, unless a grouped convolution ties some."
+        """How many blocks there are: as many as filters, unless a grouped convolution ties
+        some.
+        """
         return int(self.blocks.max()) + 1
 
 # %% ../../nbs/applications/15_pruning.ipynb #e0d60c3b
-def _bare(model: nn.Module) -> nn.Module: return model.get_submodule('model') if isinstance(model, Teacher) else model
+def _bare(model: nn.Module) -> nn.Module:
+    return model.get_submodule('model') if isinstance(model, Teacher) else model
+
 
 def _black(model: nn.Module, domain: Domain, images: int) -> Tensor:
     "Zeros `(images, C, H, W)` on the network's device and in its precision."
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(images, *domain.shape, dtype=like.dtype, device=like.device)
 
+
 def _tied(layer: nn.Module) -> bool:
     "A convolution whose groups stay or go as a whole; depthwise ones have groups of one."
-    if not isinstance(layer, nn.Conv2d): return False
+    if not isinstance(layer, nn.Conv2d):
+        return False
     return 1 < layer.groups < layer.in_channels == layer.out_channels
 
+
 def _mark_tied(network: nn.Module) -> dict[type, Any]:
-    "Give tied convolutions a class of their own for a while; and how torch-pruning prunes it."
+    """Give tied convolutions a class of their own for a while; and how torch-pruning prunes
+    it.
+    """
     function = import_extra('torch_pruning.pruner.function', 'torch-pruning')
-    class WholeGroups(function.ConvPruner): # type: ignore[name-defined]
+
+    class WholeGroups(function.ConvPruner):  # type: ignore[name-defined]
         def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
             width = layer.out_channels // layer.groups
             super().prune_out_channels(layer, idxs)
             layer.in_channels = layer.out_channels
             layer.groups = layer.out_channels // width
             return layer
-        prune_in_channels = prune_out_channels # what goes in and what comes out go together
+
+        # what goes in and what comes out go together
+        prune_in_channels = prune_out_channels
+
     kinds: dict[type, type] = {}
     for layer in network.modules():
-        if not _tied(layer): continue
+        if not _tied(layer):
+            continue
         kind = type(layer)
-        if kind not in kinds: kinds[kind] = type(kind.__name__, (kind,), {'unmarked': kind})
+        if kind not in kinds:
+            kinds[kind] = type(kind.__name__, (kind,), {'unmarked': kind})
         layer.__class__ = kinds[kind]
     return {kind: WholeGroups() for kind in kinds.values()}
+
 
 def _unmark(network: nn.Module) -> None:
     for layer in network.modules():
         kind = getattr(type(layer), 'unmarked', None)
-        if kind is not None: layer.__class__ = kind
+        if kind is not None:
+            layer.__class__ = kind
+
 
 def _graph(model: nn.Module, domain: Domain) -> tuple[Any, nn.Module]:
-    "torch-pruning's dependency graph of a copy, and the copy, all of whose weights may change."
+    """torch-pruning's dependency graph of a copy, and the copy, all of whose weights may
+    change.
+    """
     pruning = import_extra('torch_pruning', 'torch-pruning')
     network = copy.deepcopy(_bare(model)).eval().requires_grad_(True)
     rng = torch.Generator().manual_seed(0)
@@ -107,25 +148,38 @@ def _graph(model: nn.Module, domain: Domain) -> tuple[Any, nn.Module]:
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            network(example) # torch-pruning would hide what fails here
-            return pruning.DependencyGraph().build_dependency(
-                network, (example,), output_transform=_logits, verbose=False,
-                customized_pruners=_mark_tied(network)), network
-    except Exception as error: # torch-pruning complains in many ways
+            network(example)  # torch-pruning would hide what fails here
+            return (
+                pruning.DependencyGraph().build_dependency(
+                    network,
+                    (example,),
+                    output_transform=_logits,
+                    verbose=False,
+                    customized_pruners=_mark_tied(network),
+                ),
+                network,
+            )
+    except Exception as error:  # torch-pruning complains in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DFKDError(f'torch-pruning cannot trace {type(network).__name__} ({reason}): check that it takes images of shape {tuple(domain.shape)} and is built of plain layers') from error
+        raise DFKDError(
+            f'torch-pruning cannot trace {type(network).__name__} ({reason}): check that it'
+            f' takes images of shape {tuple(domain.shape)} and is built of plain layers'
+        ) from error
+
 
 def _blocks(group: Any) -> Tensor:
     "Which of a group's filters go together, numbered in the order of their first ones."
     labels = torch.arange(len(group[0].idxs))
     for item in group:
         layer = item.dep.target.module
-        if not _tied(layer): continue
+        if not _tied(layer):
+            continue
         parts = torch.tensor(item.idxs) // (layer.in_channels // layer.groups)
         for part in parts.unique():
             members = labels[torch.tensor(item.root_idxs)[parts == part]].unique()
             labels[torch.isin(labels, members)] = members[0]
     return labels.unique(return_inverse=True)[1]
+
 
 def _groups(graph: Any, network: nn.Module) -> list[FilterGroup]:
     "What hangs together, in the order of the layers."
@@ -134,62 +188,104 @@ def _groups(graph: Any, network: nn.Module) -> list[FilterGroup]:
     for raw in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
         makers, readers = dict[str, Tensor](), dict[str, Tensor]()
         for item in raw:
-            module, pairs = item.dep.target.module, torch.tensor([*zip(item.idxs, item.root_idxs)])
-            if item.dep.handler.__name__ == 'prune_in_channels': readers[names[module]] = pairs
-            elif isinstance(module, nn.Conv2d): makers[names[module]] = pairs
+            module = item.dep.target.module
+            pairs = torch.tensor([*zip(item.idxs, item.root_idxs)])
+            if item.dep.handler.__name__ == 'prune_in_channels':
+                readers[names[module]] = pairs
+            elif isinstance(module, nn.Conv2d):
+                makers[names[module]] = pairs
         layer = names[raw[0].dep.target.module]
         found[layer] = FilterGroup(layer, len(raw[0].idxs), makers, readers, _blocks(raw))
     return [found[name] for name in names.values() if name in found]
 
 # %% ../../nbs/applications/15_pruning.ipynb #9656d2ef
 class Gates:
-    "A factor on every filter, where it is read: 1 keeps it, 0 removes it. In effect inside a `with` block."
+    """A factor on every filter, where it is read: 1 keeps it, 0 removes it.
+
+    In effect inside a `with` block.
+    """
 
     def __init__(
         self,
-        model: nn.Module, # gets hooks while the block lasts
-        groups: Iterable[FilterGroup], # whose filters get a gate
-        values: Kept, # for each layer `(filters,)`, or `(N, filters)` with gates of their own for each image
+        model: nn.Module,  # gets hooks while the block lasts
+        groups: Iterable[FilterGroup],  # whose filters get a gate
+        # for each layer `(filters,)`, or `(N, filters)` with gates of their own for each
+        # image
+        values: Kept,
     ) -> None:
         self.model, self.groups, self.values = _bare(model), list(groups), values
         self._hooks: list[Any] = []
 
-    def _scale(self, layer: nn.Module, x: Tensor, found: list[tuple[str, Tensor]]) -> Tensor:
+    def _scale(
+        self, layer: nn.Module, x: Tensor, found: list[tuple[str, Tensor]]
+    ) -> Tensor:
         dim = 1 if isinstance(layer, nn.Conv2d) else x.ndim - 1
         for name, pairs in found:
             gate = self.values[name].to(x.dtype)
             channels, filters = pairs.to(x.device).unbind(1)
-            factor = torch.ones(*gate.shape[:-1], x.shape[dim], dtype=x.dtype, device=x.device).index_copy(-1, channels, gate[..., filters])
-            x = x * factor.view(len(factor) if gate.ndim > 1 else 1, *[-1 if d == dim else 1 for d in range(1, x.ndim)])
+            factor = torch.ones(
+                *gate.shape[:-1], x.shape[dim], dtype=x.dtype, device=x.device
+            ).index_copy(-1, channels, gate[..., filters])
+            x = x * factor.view(
+                len(factor) if gate.ndim > 1 else 1,
+                *[-1 if d == dim else 1 for d in range(1, x.ndim)],
+            )
         return x
 
     def __enter__(self) -> 'Gates':
         layers = dict(self.model.named_modules())
         foreign = [n for group in self.groups for n in group.readers if n not in layers]
         if foreign:
-            raise DFKDError(f"no layer '{foreign[0]}' in {type(self.model).__name__}: "
-                            'these filters belong to another network')
+            raise DFKDError(
+                f"no layer '{foreign[0]}' in {type(self.model).__name__}: "
+                'these filters belong to another network'
+            )
         for name in dict.fromkeys(n for group in self.groups for n in group.readers):
-            found = [(group.layer, group.readers[name]) for group in self.groups if name in group.readers]
-            def hook(layer: nn.Module, inputs: tuple[Tensor, ...], found: list[tuple[str, Tensor]] = found) -> tuple[Tensor, ...]:
+            found = [
+                (group.layer, group.readers[name])
+                for group in self.groups
+                if name in group.readers
+            ]
+
+            def hook(
+                layer: nn.Module,
+                inputs: tuple[Tensor, ...],
+                found: list[tuple[str, Tensor]] = found,
+            ) -> tuple[Tensor, ...]:
                 return self._scale(layer, inputs[0], found), *inputs[1:]
+
             self._hooks.append(layers[name].register_forward_pre_hook(hook))
         return self
 
     def __exit__(self, *details: Any) -> None:
-        while self._hooks: self._hooks.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
 # %% ../../nbs/applications/15_pruning.ipynb #975ddbea
-def _cut(model: nn.Module, domain: Domain, removed: Mapping[str, Sequence[int]]) -> nn.Module:
+def _cut(
+    model: nn.Module, domain: Domain, removed: Mapping[str, Sequence[int]]
+) -> nn.Module:
     "A copy without these filters."
     graph, network = _graph(model, domain)
     layers = dict(network.named_modules())
     for name, filters in removed.items():
         layer = layers.get(name)
-        if not isinstance(layer, nn.Conv2d): raise DFKDError(f"no convolution '{name}' in {type(network).__name__}: these filters belong to another network")
-        if not set(filters) <= set(range(layer.out_channels)) or len(set(filters)) >= layer.out_channels:
-            raise DFKDError(f"'{name}' has {layer.out_channels} filters, and {len(set(filters))} of them shall go, up to number {max(filters)}: leave at least one, and number them from 0")
-        if not filters: continue
+        if not isinstance(layer, nn.Conv2d):
+            raise DFKDError(
+                f"no convolution '{name}' in {type(network).__name__}: these filters belong"
+                ' to another network'
+            )
+        if (
+            not set(filters) <= set(range(layer.out_channels))
+            or len(set(filters)) >= layer.out_channels
+        ):
+            raise DFKDError(
+                f"'{name}' has {layer.out_channels} filters, and {len(set(filters))} of"
+                f' them shall go, up to number {max(filters)}: leave at least one, and'
+                ' number them from 0'
+            )
+        if not filters:
+            continue
         prune = graph.get_pruner_of_module(layer).prune_out_channels
         whole = graph.get_pruning_group(layer, prune, range(layer.out_channels))
         _check_whole(name, _blocks(whole), filters)
@@ -197,95 +293,148 @@ def _cut(model: nn.Module, domain: Domain, removed: Mapping[str, Sequence[int]])
     _unmark(network)
     return network
 
+
 def _check_whole(name: str, blocks: Tensor, filters: Sequence[int]) -> None:
     "A `DFKDError` if a part of a block shall go and the rest stay."
     gone = torch.zeros(len(blocks), dtype=torch.bool)
     gone[list(filters)] = True
     for block in blocks[gone].unique():
         members = (blocks == block).nonzero().flatten()
-        if gone[members].all(): continue
+        if gone[members].all():
+            continue
         raise DFKDError(
-            f"filter {int(members[gone[members]][0])} of '{name}' cannot go alone: a grouped "
-            f'convolution needs all of {members.tolist()}; remove all of them or none '
-            '(FilterGroup.blocks)')
+            f"filter {int(members[gone[members]][0])} of '{name}' cannot go alone: a"
+            f' grouped convolution needs all of {members.tolist()}; remove all of them or'
+            ' none (FilterGroup.blocks)'
+        )
 
 # %% ../../nbs/applications/15_pruning.ipynb #38e0b59c
 def _stirred(model: nn.Module) -> nn.Module:
-    "A copy whose BatchNorms differ from channel to channel, so that no two of them can be mixed up unnoticed."
+    """A copy whose BatchNorms differ from channel to channel, so that no two of them can be
+    mixed up unnoticed.
+    """
     network = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
     for layer in network.modules():
-        if not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)) or layer.running_mean is None or layer.running_var is None or not layer.affine: continue
+        if (
+            not isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d))
+            or layer.running_mean is None
+            or layer.running_var is None
+            or not layer.affine
+        ):
+            continue
         with torch.no_grad():
-            for value, low, high in ((layer.running_mean, -.2, .2), (layer.running_var, .5, 1.5), (layer.weight, .5, 1.5), (layer.bias, -.2, .4)):
-                value.copy_(low + (high - low) * torch.rand(value.shape, generator=generator))
+            for value, low, high in (
+                (layer.running_mean, -0.2, 0.2),
+                (layer.running_var, 0.5, 1.5),
+                (layer.weight, 0.5, 1.5),
+                (layer.bias, -0.2, 0.4),
+            ):
+                value.copy_(
+                    low + (high - low) * torch.rand(value.shape, generator=generator)
+                )
     return network
 
 # %% ../../nbs/applications/15_pruning.ipynb #958614f3
 def removal_error(
-    model: nn.Module, # any network
-    domain: Domain, # of its images
-    groups: Iterable[FilterGroup], # some filters of these are removed
-    choices: int = 3, # how many different choices of them are tried
-) -> float: # largest difference, as a share of the largest answer; infinity if a network fails
-    "Remove filters from one copy, close their gates in another, and compare what the two answer to noise."
+    model: nn.Module,  # any network
+    domain: Domain,  # of its images
+    groups: Iterable[FilterGroup],  # some filters of these are removed
+    choices: int = 3,  # how many different choices of them are tried
+) -> (
+    float
+):  # largest difference, as a share of the largest answer; infinity if a network fails
+    """Remove filters from one copy, close their gates in another, and compare what the two
+    answer to noise.
+    """
     chosen, network = list(groups), _stirred(model)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(4, *domain.shape, generator=rng).to(_black(network, domain, 0))
-    return max(_choice_error(network, domain, chosen, gone, x)
-               for gone in itertools.islice(_choices(chosen), choices))
+    return max(
+        _choice_error(network, domain, chosen, gone, x)
+        for gone in itertools.islice(_choices(chosen), choices)
+    )
+
 
 def _choices(groups: Sequence[FilterGroup]) -> Iterator[dict[str, list[int]]]:
     "Every second block of each group; the last one alone; half of them, drawn at random."
     rng = torch.Generator().manual_seed(2)
     draws: tuple[Callable[[int], Tensor], ...] = (
-        lambda parts: torch.arange(0, parts, 2)[:parts - 1],
+        lambda parts: torch.arange(0, parts, 2)[: parts - 1],
         lambda parts: torch.tensor([parts - 1]),
-        lambda parts: torch.randperm(parts, generator=rng)[:parts // 2])
+        lambda parts: torch.randperm(parts, generator=rng)[: parts // 2],
+    )
     for draw in draws:
-        yield {g.layer: torch.isin(g.blocks, draw(g.parts)).nonzero().flatten().tolist()
-               for g in groups}
+        yield {
+            g.layer: torch.isin(g.blocks, draw(g.parts)).nonzero().flatten().tolist()
+            for g in groups
+        }
+
 
 def _choice_error(
-    network: nn.Module, # any
-    domain: Domain, # of its images
-    groups: Sequence[FilterGroup], # that lose filters
-    gone: Mapping[str, list[int]], # their numbers
-    x: Tensor, # what both are asked about
-) -> float: # see `removal_error`
+    network: nn.Module,  # any
+    domain: Domain,  # of its images
+    groups: Sequence[FilterGroup],  # that lose filters
+    gone: Mapping[str, list[int]],  # their numbers
+    x: Tensor,  # what both are asked about
+) -> float:  # see `removal_error`
     closed = {g.layer: torch.ones(g.count, device=x.device) for g in groups}
-    for name, gate in closed.items(): gate[gone[name]] = 0.
+    for name, gate in closed.items():
+        gate[gone[name]] = 0.0
     try:
         with torch.no_grad():
             smaller = _logits(_cut(network, domain, gone)(x))
-            with Gates(network, groups, closed): masked = _logits(network(x))
-    except Exception: return math.inf # shapes that do not fit, or what torch-pruning says of them
-    if smaller.shape != masked.shape: return math.inf
+            with Gates(network, groups, closed):
+                masked = _logits(network(x))
+    except Exception:
+        return math.inf  # shapes that do not fit, or what torch-pruning says of them
+    if smaller.shape != masked.shape:
+        return math.inf
     error = float((smaller - masked).abs().max() / masked.abs().max())
     return error if math.isfinite(error) else math.inf
 
 # %% ../../nbs/applications/15_pruning.ipynb #1a5842db
 class ConvKey(NamedTuple):
-    "A convolution, as far as its run time goes (DeepInversion, Eq. 15); the last entry is for depthwise ones."
-    inputs: int # channels in
-    outputs: int # channels out
-    kernel: str # '3', or '1x7' where it is not square
-    stride: str # '1'
-    size: str # of the feature map that comes in: '32'
-    groups: int = 1 # independent parts
+    """A convolution, as far as its run time goes (DeepInversion, Eq. 15); the last entry is
+    for depthwise ones.
+    """
+
+    inputs: int  # channels in
+    outputs: int  # channels out
+    kernel: str  # '3', or '1x7' where it is not square
+    stride: str  # '1'
+    size: str  # of the feature map that comes in: '32'
+    groups: int = 1  # independent parts
 
     def without(self, inputs: int, outputs: int) -> 'ConvKey':
         "With so many channels less; of a grouped or depthwise convolution whole groups go."
-        if self.groups == 1: return self._replace(inputs=self.inputs - inputs, outputs=self.outputs - outputs)
-        return self._replace(inputs=self.inputs - outputs, outputs=self.outputs - outputs, groups=self.groups * (self.outputs - outputs) // self.outputs)
+        if self.groups == 1:
+            return self._replace(
+                inputs=self.inputs - inputs, outputs=self.outputs - outputs
+            )
+        return self._replace(
+            inputs=self.inputs - outputs,
+            outputs=self.outputs - outputs,
+            groups=self.groups * (self.outputs - outputs) // self.outputs,
+        )
 
     def build(self) -> tuple[nn.Conv2d, tuple[int, int]]:
         "Such a convolution, and height and width of what comes in."
         (a, b), (s, t), size = map(_pair, self[2:5])
-        return nn.Conv2d(self.inputs, self.outputs, (a, b), (s, t), (a // 2, b // 2), groups=self.groups, bias=False), size
+        return nn.Conv2d(
+            self.inputs,
+            self.outputs,
+            (a, b),
+            (s, t),
+            (a // 2, b // 2),
+            groups=self.groups,
+            bias=False,
+        ), size
 
 # %% ../../nbs/applications/15_pruning.ipynb #164c6592
-def _side(pair: Sequence[int]) -> str: return str(pair[0]) if pair[0] == pair[1] else f'{pair[0]}x{pair[1]}'
+def _side(pair: Sequence[int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f'{pair[0]}x{pair[1]}'
+
 
 def _pair(side: str) -> tuple[int, int]:
     first, _, second = side.partition('x')
@@ -293,45 +442,92 @@ def _pair(side: str) -> tuple[int, int]:
 
 # %% ../../nbs/applications/15_pruning.ipynb #13a6c154
 def conv_shapes(
-    model: nn.Module, # any network
-    domain: Domain, # of its images
-) -> dict[str, ConvKey]: # by layer, in the order of the layers
+    model: nn.Module,  # any network
+    domain: Domain,  # of its images
+) -> dict[str, ConvKey]:  # by layer, in the order of the layers
     "What each convolution of a network works on."
     found: dict[str, ConvKey] = {}
+
     def note(name: str) -> Callable[..., None]:
         def hook(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = ConvKey(layer.in_channels, layer.out_channels, _side(layer.kernel_size), _side(layer.stride), _side(inputs[0].shape[2:]), layer.groups)
+            found[name] = ConvKey(
+                layer.in_channels,
+                layer.out_channels,
+                _side(layer.kernel_size),
+                _side(layer.stride),
+                _side(inputs[0].shape[2:]),
+                layer.groups,
+            )
+
         return hook
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)]
+
+    hooks = [
+        layer.register_forward_hook(note(name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d)
+    ]
     try:
-        with torch.no_grad(), in_eval_mode(model): model(_black(model, domain, 1))
+        with torch.no_grad(), in_eval_mode(model):
+            model(_black(model, domain, 1))
     finally:
-        for handle in hooks: handle.remove()
+        for handle in hooks:
+            handle.remove()
     return found
 
 # %% ../../nbs/applications/15_pruning.ipynb #2e42624f
 def _shared(model: nn.Module, domain: Domain) -> dict[str, str]:
-    "Layers that share their weights or are used twice in one pass, and what to say about it."
+    """Layers that share their weights or are used twice in one pass, and what to say about
+    it.
+    """
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False): owners.setdefault(id(parameter), []).append(name.rpartition('.')[0])
-    found = {n: f"shares its weights with '{next(o for o in names if o != n)}'" for names in owners.values() if len(set(names)) > 1 for n in names}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition('.')[0])
+    found = {
+        n: f"shares its weights with '{next(o for o in names if o != n)}'"
+        for names in owners.values()
+        if len(set(names)) > 1
+        for n in names
+    }
     calls: dict[str, int] = {}
+
     def count(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None: calls[name] = calls.get(name, 0) + 1
+        def hook(*_: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
         return hook
-    hooks = [layer.register_forward_hook(count(name)) for name, layer in model.named_modules() if list(layer.parameters(recurse=False))]
+
+    hooks = [
+        layer.register_forward_hook(count(name))
+        for name, layer in model.named_modules()
+        if list(layer.parameters(recurse=False))
+    ]
     try:
-        with torch.no_grad(), in_eval_mode(model): model(_black(model, domain, 2))
+        with torch.no_grad(), in_eval_mode(model):
+            model(_black(model, domain, 2))
     finally:
-        for handle in hooks: handle.remove()
-    return {name: 'is used more than once in a pass' for name, number in calls.items() if number > 1} | found
+        for handle in hooks:
+            handle.remove()
+    return {
+        name: 'is used more than once in a pass'
+        for name, number in calls.items()
+        if number > 1
+    } | found
+
 
 def _uneven(model: nn.Module) -> dict[str, str]:
     "Grouped convolutions of more outputs than inputs, or fewer, and what to say about it."
-    grouped = {name: c for name, c in model.named_modules()
-               if isinstance(c, nn.Conv2d) and c.groups > 1}
-    return {name: f'has {c.groups} groups that make {c.out_channels} of {c.in_channels} channels'
-            for name, c in grouped.items() if c.in_channels != c.out_channels}
+    grouped = {
+        name: c
+        for name, c in model.named_modules()
+        if isinstance(c, nn.Conv2d) and c.groups > 1
+    }
+    return {
+        name: (
+            f'has {c.groups} groups that make {c.out_channels} of {c.in_channels} channels'
+        )
+        for name, c in grouped.items()
+        if c.in_channels != c.out_channels
+    }
 
 # %% ../../nbs/applications/15_pruning.ipynb #6b1fb07a
 class Filters:
@@ -339,25 +535,42 @@ class Filters:
 
     def __init__(
         self,
-        groups: Sequence[FilterGroup], # each of which can be removed exactly
-        left_alone: dict[str, str], # layers whose filters must stay, and why
-        shapes: dict[str, 'ConvKey'], # of all convolutions, before anything is removed
-        domain: Domain, # of the network's images
+        groups: Sequence[FilterGroup],  # each of which can be removed exactly
+        left_alone: dict[str, str],  # layers whose filters must stay, and why
+        shapes: dict[str, 'ConvKey'],  # of all convolutions, before anything is removed
+        domain: Domain,  # of the network's images
     ) -> None:
-        self.groups, self.left_alone, self.shapes, self.domain = {group.layer: group for group in groups}, left_alone, shapes, domain
-        self.total = sum(self.weight(name) * group.count for name, group in self.groups.items())
+        self.groups = {group.layer: group for group in groups}
+        self.left_alone = left_alone
+        self.shapes = shapes
+        self.domain = domain
+        self.total = sum(
+            self.weight(name) * group.count for name, group in self.groups.items()
+        )
 
     def weight(self, layer: str) -> int:
-        "How many filters of convolutions go with one of this layer: more than one where layers are added up."
-        return sum(len(pairs) for pairs in self.groups[layer].makers.values()) // self.groups[layer].count
+        """How many filters of convolutions go with one of this layer.
+
+        More than one where layers are added up.
+        """
+        return (
+            sum(len(pairs) for pairs in self.groups[layer].makers.values())
+            // self.groups[layer].count
+        )
 
     def all(self) -> Kept:
         "Everything is still there."
-        return {name: torch.ones(group.count, dtype=torch.bool) for name, group in self.groups.items()}
+        return {
+            name: torch.ones(group.count, dtype=torch.bool)
+            for name, group in self.groups.items()
+        }
 
     def removed_share(self, kept: Kept) -> float:
         "Share of all removable filters that are gone."
-        return sum(self.weight(name) * int((~still).sum()) for name, still in kept.items()) / self.total
+        return (
+            sum(self.weight(name) * int((~still).sum()) for name, still in kept.items())
+            / self.total
+        )
 
     def keys(self, kept: Kept) -> list['ConvKey']:
         "What the convolutions look like once the filters that are not kept are gone."
@@ -366,137 +579,227 @@ class Filters:
             still = kept[group.layer].cpu()
             for counts, layers in ((outputs, group.makers), (inputs, group.readers)):
                 for name, pairs in layers.items():
-                    if name in counts: counts[name] += int((~still[pairs[:, 1]]).sum())
-        return [key.without(inputs[name], outputs[name]) for name, key in self.shapes.items()]
+                    if name in counts:
+                        counts[name] += int((~still[pairs[:, 1]]).sum())
+        return [
+            key.without(inputs[name], outputs[name]) for name, key in self.shapes.items()
+        ]
 
 # %% ../../nbs/applications/15_pruning.ipynb #22551c80
 def find_filters(
-    model: nn.Module, # a network or a `Teacher`; left as it is
-    domain: Domain, # of its images
-    layers: Sequence[str] = (), # only the filters of these convolutions; none: all that can be removed
-) -> Filters: # what can go
-    "Every group of filters that torch-pruning can remove and whose removal does exactly what closing its gates does. A network without any is a `DFKDError`."
+    model: nn.Module,  # a network or a `Teacher`; left as it is
+    domain: Domain,  # of its images
+    # only the filters of these convolutions; none: all that can be removed
+    layers: Sequence[str] = (),
+) -> Filters:  # what can go
+    """Every group of filters that torch-pruning can remove and whose removal does exactly
+    what closing its gates does.
+
+    A network without any is a `DFKDError`.
+    """
     network = _bare(model)
     graph, copied = _graph(network, domain)
-    try: groups = _groups(graph, copied)
-    except Exception as error: raise DFKDError(f'torch-pruning finds no order in {type(network).__name__} ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): its filters cannot be removed') from error
+    try:
+        groups = _groups(graph, copied)
+    except Exception as error:
+        raise DFKDError(
+            f'torch-pruning finds no order in {type(network).__name__}'
+            f' ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): its'
+            ' filters cannot be removed'
+        ) from error
     left_alone, unfit = dict[str, str](), _uneven(network) | _shared(network, domain)
     for group in groups:
         bad = [name for name in (*group.makers, *group.readers) if name in unfit]
-        if bad: left_alone[group.layer] = f"'{bad[0]}' {unfit[bad[0]]}"
-        elif not group.readers: left_alone[group.layer] = 'no layer reads its filters: they are the answer'
-        elif group.count < 2: left_alone[group.layer] = 'it has one filter'
-        elif group.parts < 2: left_alone[group.layer] = 'its filters go only all together'
+        if bad:
+            left_alone[group.layer] = f"'{bad[0]}' {unfit[bad[0]]}"
+        elif not group.readers:
+            left_alone[group.layer] = 'no layer reads its filters: they are the answer'
+        elif group.count < 2:
+            left_alone[group.layer] = 'it has one filter'
+        elif group.parts < 2:
+            left_alone[group.layer] = 'its filters go only all together'
     candidates = [group for group in groups if group.layer not in left_alone]
-    for choices in (1, 3): # all together, or else one by one; mostly one choice tells
-        if not candidates or removal_error(network, domain, candidates) <= 1e-3: break
+    for choices in (1, 3):  # all together, or else one by one; mostly one choice tells
+        if not candidates or removal_error(network, domain, candidates) <= 1e-3:
+            break
         for group in candidates:
-            if removal_error(network, domain, [group], choices) > 1e-3: left_alone[group.layer] = 'the network would not work, or compute something else, without some of its filters'
+            if removal_error(network, domain, [group], choices) > 1e-3:
+                left_alone[group.layer] = (
+                    'the network would not work, or compute something else, without some of'
+                    ' its filters'
+                )
         candidates = [group for group in candidates if group.layer not in left_alone]
     else:
-        if candidates and removal_error(network, domain, candidates) > 1e-3: raise DFKDError(f'the filters of {type(network).__name__} cannot be removed together: name fewer layers')
+        if candidates and removal_error(network, domain, candidates) > 1e-3:
+            raise DFKDError(
+                f'the filters of {type(network).__name__} cannot be removed together: name'
+                ' fewer layers'
+            )
     for name in layers:
-        if name in left_alone: raise DFKDError(f"the filters of '{name}' cannot be removed: {left_alone[name]}")
-        if name not in {g.layer for g in candidates}: raise DFKDError(f"no filters to remove in '{name}': use one of {', '.join(g.layer for g in candidates)}")
+        if name in left_alone:
+            raise DFKDError(
+                f"the filters of '{name}' cannot be removed: {left_alone[name]}"
+            )
+        if name not in {g.layer for g in candidates}:
+            raise DFKDError(
+                f"no filters to remove in '{name}': use one of"
+                f' {", ".join(g.layer for g in candidates)}'
+            )
     if not candidates:
-        why = next((f": '{name}': {reason}" for name, reason in left_alone.items()), ': it has no convolution that another layer reads')
+        why = next(
+            (f": '{name}': {reason}" for name, reason in left_alone.items()),
+            ': it has no convolution that another layer reads',
+        )
         raise DFKDError(f'no filter of {type(network).__name__} can be removed{why}')
-    return Filters([g for g in candidates if not layers or g.layer in layers], left_alone, conv_shapes(network, domain), domain)
+    return Filters(
+        [g for g in candidates if not layers or g.layer in layers],
+        left_alone,
+        conv_shapes(network, domain),
+        domain,
+    )
 
 # %% ../../nbs/applications/15_pruning.ipynb #a52ffd9f
 def removed_filters(
-    kept: Kept, # which filters stay
-) -> dict[str, list[int]]: # for each layer that loses some, their numbers in the whole network
+    kept: Kept,  # which filters stay
+) -> dict[
+    str, list[int]
+]:  # for each layer that loses some, their numbers in the whole network
     "What is missing: the pruning history that a file keeps."
-    return {name: (~still).nonzero().squeeze(1).tolist() for name, still in kept.items() if not still.all()}
+    return {
+        name: (~still).nonzero().squeeze(1).tolist()
+        for name, still in kept.items()
+        if not still.all()
+    }
+
 
 def remove_filters(
-    model: nn.Module, # a network or a `Teacher`; left as it is
-    filters: Filters, # what `find_filters` found in it
-    kept: Kept, # which filters stay
-) -> nn.Module: # a smaller network, in the mode of the old one, whose weights may be trained
-    "Really remove filters: weights, biases, BatchNorm entries and what read them (torch-pruning's dependency graph)."
+    model: nn.Module,  # a network or a `Teacher`; left as it is
+    filters: Filters,  # what `find_filters` found in it
+    kept: Kept,  # which filters stay
+) -> (
+    nn.Module
+):  # a smaller network, in the mode of the old one, whose weights may be trained
+    """Really remove filters: weights, biases, BatchNorm entries and what read them
+    (torch-pruning's dependency graph).
+    """
     network = _bare(model)
     for name, still in kept.items():
         group = filters.groups.get(name)
-        if group is not None and (still.dtype != torch.bool or tuple(still.shape) != (group.count,)):
-            raise DFKDError(f"kept['{name}'] is a {still.dtype} tensor of shape {tuple(still.shape)}: "
-                            f'give {group.count} booleans, as filters.all() does')
+        if group is not None and (
+            still.dtype != torch.bool or tuple(still.shape) != (group.count,)
+        ):
+            raise DFKDError(
+                f"kept['{name}'] is a {still.dtype} tensor of shape {tuple(still.shape)}: "
+                f'give {group.count} booleans, as filters.all() does'
+            )
     return _cut(network, filters.domain, removed_filters(kept)).train(network.training)
 
 # %% ../../nbs/applications/15_pruning.ipynb #12428532
 CRITERIA = ('labels', 'answers', 'divergence')
 
+
 def gate_gradients(
-    model: nn.Module, # in eval mode
-    filters: Filters, # whose gates
-    x: Tensor, # normalised images, `(N, C, H, W)`
-    loss: Callable[[Tensor], Tensor], # of the answers `(N, K)`: summed over images
-    kept: Kept | None = None, # None: all
-) -> dict[str, Tensor]: # for each layer `(N, filters)`
+    model: nn.Module,  # in eval mode
+    filters: Filters,  # whose gates
+    x: Tensor,  # normalised images, `(N, C, H, W)`
+    loss: Callable[[Tensor], Tensor],  # of the answers `(N, K)`: summed over images
+    kept: Kept | None = None,  # None: all
+) -> dict[str, Tensor]:  # for each layer `(N, filters)`
     "The derivative of every image's own loss by every gate, in one pass back."
     kept = kept or filters.all()
-    gates = {name: still.to(x).expand(len(x), -1).clone().requires_grad_() for name, still in kept.items()}
-    with torch.enable_grad(), Gates(model, filters.groups.values(), gates): total = loss(_logits(model(x)))
+    gates = {
+        name: still.to(x).expand(len(x), -1).clone().requires_grad_()
+        for name, still in kept.items()
+    }
+    with torch.enable_grad(), Gates(model, filters.groups.values(), gates):
+        total = loss(_logits(model(x)))
     return dict(zip(gates, torch.autograd.grad(total, list(gates.values()))))
 
 # %% ../../nbs/applications/15_pruning.ipynb #91ec4825
 def answer_direction(
-    known: Tensor, # the teacher's answers, `(N, K)`
-    answer: Tensor, # the student's, `(N, K)`
-    generator: torch.Generator, # of random signs
-) -> Tensor: # `(N, K)`: its square is on average that of the cross-entropy's gradient, labels being drawn from the teacher's answers
-    "A random direction with covariance diag(p) - p pᵀ + (p - q)(p - q)ᵀ: one pass back along it does for all K labels."
+    known: Tensor,  # the teacher's answers, `(N, K)`
+    answer: Tensor,  # the student's, `(N, K)`
+    generator: torch.Generator,  # of random signs
+    # `(N, K)`: its square is on average that of the cross-entropy's gradient, labels being
+    # drawn from the teacher's answers
+) -> Tensor:
+    """A random direction with covariance diag(p) - p pᵀ + (p - q)(p - q)ᵀ.
+
+    One pass back along it does for all K labels.
+    """
     p, q = known.softmax(1), answer.softmax(1)
     signs = (2 * torch.randint(2, (len(p), p.shape[1] + 1), generator=generator) - 1).to(p)
     root = p.sqrt()
-    return root * (signs[:, 1:] - root * (root * signs[:, 1:]).sum(1, keepdim=True)) + signs[:, :1] * (p - q)
+    return root * (
+        signs[:, 1:] - root * (root * signs[:, 1:]).sum(1, keepdim=True)
+    ) + signs[:, :1] * (p - q)
 
 # %% ../../nbs/applications/15_pruning.ipynb #af6a9831
 def _fitting(
-    labels: Tensor, # `(N,)`
-    logits: Tensor, # `(N, K)`
-) -> Tensor: # the labels
+    labels: Tensor,  # `(N,)`
+    logits: Tensor,  # `(N, K)`
+) -> Tensor:  # the labels
     "A `DFKDError` for labels that the network has no answer for."
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-        raise DFKDError(f'labels from {int(labels.min())} to {int(labels.max())}, but the network has {logits.shape[1]} '
-                        'classes: give labels of its domain')
+        raise DFKDError(
+            f'labels from {int(labels.min())} to {int(labels.max())}, but the network has'
+            f' {logits.shape[1]} classes: give labels of its domain'
+        )
     return labels
 
+
 def criterion_loss(
-    criterion: str, # a word of `CRITERIA`
-    x: Tensor, # normalised images
-    labels: Tensor | None, # `(N,)`, for 'labels'
-    teacher: nn.Module, # who is asked, for the other two
-    generator: torch.Generator, # of the draws of 'answers'
-    temperature: float, # of 'divergence'
-    domain: Domain | None = None, # whose scale `x` is on; None: the teacher's
-) -> Callable[[Tensor], Tensor]: # of the answers `(N, K)`
+    criterion: str,  # a word of `CRITERIA`
+    x: Tensor,  # normalised images
+    labels: Tensor | None,  # `(N,)`, for 'labels'
+    teacher: nn.Module,  # who is asked, for the other two
+    generator: torch.Generator,  # of the draws of 'answers'
+    temperature: float,  # of 'divergence'
+    domain: Domain | None = None,  # whose scale `x` is on; None: the teacher's
+) -> Callable[[Tensor], Tensor]:  # of the answers `(N, K)`
     "The loss whose change is estimated, summed over images."
     if criterion == 'labels':
-        if labels is None: raise DFKDError("criterion 'labels' needs labelled images: give labels, or take 'answers'")
-        return lambda logits: F.cross_entropy(logits, _fitting(labels, logits).to(logits.device), reduction='sum')
+        if labels is None:
+            raise DFKDError(
+                "criterion 'labels' needs labelled images: give labels, or take 'answers'"
+            )
+        return lambda logits: F.cross_entropy(
+            logits, _fitting(labels, logits).to(logits.device), reduction='sum'
+        )
     own = teacher.domain if isinstance(teacher, Teacher) else domain
     seen = x if domain is None or own is None else domain.renormalize(x, own)
-    with torch.no_grad(): known = _logits(teacher(seen.to(_precision(teacher))))
-    if criterion == 'divergence': return lambda logits: len(x) * distillation_loss(logits, known, temperature)
-    return lambda logits: (answer_direction(known, logits.detach(), generator) * logits).sum()
+    with torch.no_grad():
+        known = _logits(teacher(seen.to(_precision(teacher))))
+    if criterion == 'divergence':
+        return lambda logits: len(x) * distillation_loss(logits, known, temperature)
+    return lambda logits: (
+        answer_direction(known, logits.detach(), generator) * logits
+    ).sum()
 
 # %% ../../nbs/applications/15_pruning.ipynb #7ec6e2a7
 def filter_importance(
-    model: nn.Module, # whose filters; not changed
-    filters: Filters, # what `find_filters` found in it
-    batches: Images | Iterable[tuple[Tensor, Tensor | None]], # a set, or images and labels
-    criterion: str = 'answers', # a word of `CRITERIA`
-    teacher: nn.Module | None = None, # who answers; None: the model itself, all its gates open
-    kept: Kept | None = None, # filters that are still there; None: all
-    square: str = 'image', # square the gradient of each image, or of the batch's mean: 'image' or 'batch'
-    temperature: float = 1., # of 'divergence'
-    seed: int = 0, # of the draws of 'answers'
-) -> dict[str, Tensor]: # for each layer, `(filters,)`, on the CPU
-    "First-order Taylor importance (g w)² of every filter by its gate, w = 1 (DeepInversion, Eq. 12). What is gone has none."
-    if criterion not in CRITERIA: raise DFKDError(f"unknown criterion '{criterion}': use {', '.join(CRITERIA)}")
-    if square not in ('image', 'batch'): raise DFKDError(f"unknown square '{square}': use 'image' or 'batch'")
+    model: nn.Module,  # whose filters; not changed
+    filters: Filters,  # what `find_filters` found in it
+    # a set, or images and labels
+    batches: Images | Iterable[tuple[Tensor, Tensor | None]],
+    criterion: str = 'answers',  # a word of `CRITERIA`
+    # who answers; None: the model itself, all its gates open
+    teacher: nn.Module | None = None,
+    kept: Kept | None = None,  # filters that are still there; None: all
+    # square the gradient of each image, or of the batch's mean: 'image' or 'batch'
+    square: str = 'image',
+    temperature: float = 1.0,  # of 'divergence'
+    seed: int = 0,  # of the draws of 'answers'
+) -> dict[str, Tensor]:  # for each layer, `(filters,)`, on the CPU
+    """First-order Taylor importance (g w)² of every filter by its gate, w = 1
+    (DeepInversion, Eq. 12).
+
+    What is gone has none.
+    """
+    if criterion not in CRITERIA:
+        raise DFKDError(f"unknown criterion '{criterion}': use {', '.join(CRITERIA)}")
+    if square not in ('image', 'batch'):
+        raise DFKDError(f"unknown square '{square}': use 'image' or 'batch'")
     kept = kept or filters.all()
     sums = {name: torch.zeros(len(still)) for name, still in kept.items()}
     images, like, domain = 0, _black(model, filters.domain, 0), filters.domain
@@ -504,29 +807,45 @@ def filter_importance(
     needed = [p.requires_grad for p in model.parameters()]
     with in_eval_mode(model):
         try:
-            model.requires_grad_(False) # only the gates'
-            if criterion == 'labels' and isinstance(batches, ImageSource) and batches.labels is not None:
+            model.requires_grad_(False)  # only the gates'
+            if (
+                criterion == 'labels'
+                and isinstance(batches, ImageSource)
+                and batches.labels is not None
+            ):
                 domain.check_labels(batches.labels, batches.domain)
             for pictures, labels in _judging(batches, domain):
                 x = domain.normalize(pictures.to(like.device)).to(like.dtype)
                 asked = criterion, x, labels, teacher or model, generator, temperature
                 loss = criterion_loss(*asked, domain)
                 for name, gradient in gate_gradients(model, filters, x, loss, kept).items():
-                    squares = gradient.square().sum(0) if square == 'image' else len(x) * gradient.mean(0).square()
+                    squares = (
+                        gradient.square().sum(0)
+                        if square == 'image'
+                        else len(x) * gradient.mean(0).square()
+                    )
                     sums[name] += squares.float().cpu() * kept[name].cpu()
                 images += len(x)
         finally:
-            for parameter, need in zip(model.parameters(), needed): parameter.requires_grad_(need)
-    if not images: raise DFKDError('there are no images to judge filters by: give some')
+            for parameter, need in zip(model.parameters(), needed):
+                parameter.requires_grad_(need)
+    if not images:
+        raise DFKDError('there are no images to judge filters by: give some')
     found = {name: total / images for name, total in sums.items()}
-    if not all(v.isfinite().all() for v in found.values()): raise DFKDError('the importance of a filter is not finite: the network or the images are damaged')
+    if not all(v.isfinite().all() for v in found.values()):
+        raise DFKDError(
+            'the importance of a filter is not finite: the network or the images are'
+            ' damaged'
+        )
     return found
+
 
 def _judging(images: Any, domain: Domain) -> Iterator[tuple[Tensor, Tensor | None]]:
     "Batches and their labels, checked, of all that filters can be judged by."
     if isinstance(images, (ImageSource, Tensor)):
         images = as_source(images, domain).batches(100)
-    try: walk = iter(images)
+    try:
+        walk = iter(images)
     except TypeError:
         kind = type(images).__name__
         way = 'give an ImageSet, or its batches(100)'
@@ -535,136 +854,210 @@ def _judging(images: Any, domain: Domain) -> Iterator[tuple[Tensor, Tensor | Non
         pair = isinstance(batch, (tuple, list)) and len(batch) == 2
         if not pair or not isinstance(batch[0], Tensor):
             raise DFKDError(
-                f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair of '
-                'images (N, C, H, W) and labels: use ImageSet.collect(images, domain)')
+                f'a batch of a {type(images).__name__} is a {type(batch).__name__}, no pair'
+                ' of images (N, C, H, W) and labels: use ImageSet.collect(images, domain)'
+            )
         yield domain.check(batch[0]), batch[1]
 
 # %% ../../nbs/applications/15_pruning.ipynb #9c299502
 def rank_agreement(
-    one: dict[str, Tensor], # importance of filters
-    other: dict[str, Tensor], # of the same filters
-) -> float: # Kendall's tau, -1 to 1; not a number where one of them ranks nothing
+    one: dict[str, Tensor],  # importance of filters
+    other: dict[str, Tensor],  # of the same filters
+) -> float:  # Kendall's tau, -1 to 1; not a number where one of them ranks nothing
     "How far two importances put the filters of all layers into the same order."
     from scipy.stats import kendalltau
-    return float(kendalltau(*(torch.cat([v[name] for name in sorted(one)]).numpy() for v in (one, other))).statistic)
+
+    return float(
+        kendalltau(
+            *(torch.cat([v[name] for name in sorted(one)]).numpy() for v in (one, other))
+        ).statistic
+    )
 
 # %% ../../nbs/applications/15_pruning.ipynb #3d7538e9
 @contextmanager
 def _stopwatch(device: str | torch.device) -> Iterator[Callable[[], float]]:
-    "A clock, in seconds, and one thread meanwhile. CPU: the thread's own time, which stands still while others have the core. GPU: until it is done."
+    """A clock, in seconds, and one thread meanwhile.
+
+    CPU: the thread's own time, which stands still while others have the core. GPU: until it
+    is done.
+    """
     place, threads = torch.device(device), torch.get_num_threads()
     cuda = place.type == 'cuda'
-    coarse = time.get_clock_info('thread_time').resolution > 1e-5 # as on Windows
+    coarse = time.get_clock_info('thread_time').resolution > 1e-5  # as on Windows
+
     def now() -> float:
-        if cuda: torch.cuda.synchronize(place) # the device that computes, not the current one
+        # the device that computes, not the current one
+        if cuda:
+            torch.cuda.synchronize(place)
         return time.perf_counter() if cuda or coarse else time.thread_time()
+
     torch.set_num_threads(1)
-    try: yield now
-    finally: torch.set_num_threads(threads)
+    try:
+        yield now
+    finally:
+        torch.set_num_threads(threads)
+
 
 def fastest(
-    call: Callable[[], Any], # what to time
-    seconds: float = 0.03, # how long to go on, by the clock that it is timed with
-    device: str | torch.device = 'cpu', # where it computes
-) -> float: # milliseconds
+    call: Callable[[], Any],  # what to time
+    seconds: float = 0.03,  # how long to go on, by the clock that it is timed with
+    device: str | torch.device = 'cpu',  # where it computes
+) -> float:  # milliseconds
     "The shortest of many single calls, five at least."
     with _stopwatch(device) as now:
-        for _ in range(3): call()
+        for _ in range(3):
+            call()
         end, calls, best = now() + seconds, 0, math.inf
         while calls < 5 or now() < end:
             began = now()
             call()
             taken, calls = now() - began, calls + 1
-            if taken > 0: best = min(best, taken) # virtual machines have clocks that stand still at times
+            # virtual machines have clocks that stand still at times
+            if taken > 0:
+                best = min(best, taken)
     return 1e3 * best
 
+
 def network_latency(
-    model: nn.Module, # any network
-    domain: Domain, # of its images
-    batch_size: int = 1, # images at a time
-    seconds: float = 0.1, # see `fastest`
-) -> float: # milliseconds a batch
+    model: nn.Module,  # any network
+    domain: Domain,  # of its images
+    batch_size: int = 1,  # images at a time
+    seconds: float = 0.1,  # see `fastest`
+) -> float:  # milliseconds a batch
     "How long a network takes for one batch, on its device and one thread."
     x = _black(model, domain, batch_size)
-    with torch.inference_mode(), in_eval_mode(model): return fastest(lambda: model(x), seconds, x.device)
+    with torch.inference_mode(), in_eval_mode(model):
+        return fastest(lambda: model(x), seconds, x.device)
 
 # %% ../../nbs/applications/15_pruning.ipynb #f8b01833
 def latencies_in_turn(
-    models: Sequence[nn.Module], # any networks, on one device
-    domain: Domain, # of their images
-    batch_size: int = 1, # images at a time
-    rounds: int = 100, # one call of each in every round
-) -> list[float]: # milliseconds a batch, of each
-    "How long each of several networks takes: the median of its calls, all networks in turn."
-    if not models or rounds < 1: raise DFKDError(f'{len(models)} networks, {rounds} rounds: give 1 or more of each')
+    models: Sequence[nn.Module],  # any networks, on one device
+    domain: Domain,  # of their images
+    batch_size: int = 1,  # images at a time
+    rounds: int = 100,  # one call of each in every round
+) -> list[float]:  # milliseconds a batch, of each
+    """How long each of several networks takes.
+
+    The median of its calls, all networks in turn.
+    """
+    if not models or rounds < 1:
+        raise DFKDError(f'{len(models)} networks, {rounds} rounds: give 1 or more of each')
     x = _black(models[0], domain, batch_size)
     taken: list[list[float]] = [[] for _ in models]
     with torch.inference_mode(), _stopwatch(x.device) as now, ExitStack() as modes:
-        for model in models: modes.enter_context(in_eval_mode(model))
+        for model in models:
+            modes.enter_context(in_eval_mode(model))
         for _ in range(rounds + 3):
             for model, times in zip(models, taken):
                 began = now()
                 model(x)
                 times.append(now() - began)
-    return [1e3 * statistics.median(times[3:]) for times in taken] # the first rounds warm up
+    # the first rounds warm up
+    return [1e3 * statistics.median(times[3:]) for times in taken]
 
 # %% ../../nbs/applications/15_pruning.ipynb #35369a5b
 FORMAT = 'dfkd latency table 1'
 
+
 class LatencyTable:
-    "Run times of convolutions on the machine at hand, measured when they are first asked for (DeepInversion, Eq. 14 and 15)."
+    """Run times of convolutions on the machine at hand, measured when they are first asked
+    for (DeepInversion, Eq. 14 and 15).
+    """
 
     def __init__(
         self,
-        device: str | torch.device = 'cpu', # where to measure
-        batch_size: int = 1, # images at a time
-        step: int = 1, # measure at multiples of so many channels, interpolate between
-        seconds: float = 0.03, # for each entry, see `fastest`
+        device: str | torch.device = 'cpu',  # where to measure
+        batch_size: int = 1,  # images at a time
+        step: int = 1,  # measure at multiples of so many channels, interpolate between
+        seconds: float = 0.03,  # for each entry, see `fastest`
     ) -> None:
-        if step < 1 or batch_size < 1: raise DFKDError(f'step {step}, batch_size {batch_size}: give 1 or more of each')
-        self.device, self.batch_size, self.step, self.seconds = torch.device(device), batch_size, step, seconds
+        if step < 1 or batch_size < 1:
+            raise DFKDError(f'step {step}, batch_size {batch_size}: give 1 or more of each')
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.step = step
+        self.seconds = seconds
         self.measured: dict[ConvKey, float] = {}
         self.machine = _machine(self.device)
 
     def measure(self, key: ConvKey) -> float:
-        "Milliseconds of exactly this convolution; from the table, or else from the stopwatch."
-        if key not in self.measured: self.measured[key] = self._time(key)
+        """Milliseconds of exactly this convolution; from the table, or else from the
+        stopwatch.
+        """
+        if key not in self.measured:
+            self.measured[key] = self._time(key)
         return self.measured[key]
 
     def again(self) -> None:
-        "Measure every entry once more and keep the shorter time: on a busy machine, worth doing now and then."
-        for key, milliseconds in self.measured.items(): self.measured[key] = min(milliseconds, self._time(key))
+        """Measure every entry once more and keep the shorter time.
+
+        On a busy machine, worth doing now and then.
+        """
+        for key, milliseconds in self.measured.items():
+            self.measured[key] = min(milliseconds, self._time(key))
 
     def scan(self, filters: 'Filters', group_size: int, passes: int = 3) -> None:
-        "Measure all that pruning in groups may ask for, in several passes: what a busy machine spoils in one, another puts right."
+        """Measure all that pruning in groups may ask for, in several passes.
+
+        What a busy machine spoils in one, another puts right.
+        """
         for name, key in filters.shapes.items():
-            made, read = (any(name in layers for layers in sides) for sides in zip(*((g.makers, g.readers) for g in filters.groups.values())))
+            made, read = (
+                any(name in layers for layers in sides)
+                for sides in zip(*((g.makers, g.readers) for g in filters.groups.values()))
+            )
             width = key.outputs // key.groups if key.groups > 1 else 1
-            step = -(-group_size // width) * width # of a grouped convolution whole groups go
+            # of a grouped convolution whole groups go
+            step = -(-group_size // width) * width
             for outputs in range(0, key.outputs, step) if made else (0,):
-                for inputs in range(0, key.inputs, group_size) if read and key.groups == 1 else (0,): self(key.without(inputs, outputs))
-        for _ in range(passes - 1): self.again()
+                for inputs in (
+                    range(0, key.inputs, group_size) if read and key.groups == 1 else (0,)
+                ):
+                    self(key.without(inputs, outputs))
+        for _ in range(passes - 1):
+            self.again()
 
     def _time(self, key: ConvKey) -> float:
-        if self.machine != _machine(self.device): raise DFKDError(f"no entry for {list(key)} in a table of '{self.machine}', and this machine is '{_machine(self.device)}': make a table here")
+        if self.machine != _machine(self.device):
+            raise DFKDError(
+                f"no entry for {list(key)} in a table of '{self.machine}', and this machine"
+                f" is '{_machine(self.device)}': make a table here"
+            )
         layer, size = key.build()
         layer = layer.eval().to(self.device)
         x = torch.zeros(self.batch_size, key.inputs, *size, device=self.device)
-        with torch.inference_mode(): return fastest(lambda: layer(x), self.seconds, self.device)
+        with torch.inference_mode():
+            return fastest(lambda: layer(x), self.seconds, self.device)
 
     def __call__(self, key: ConvKey) -> float:
-        "Milliseconds of a convolution, interpolated between the channels that are measured."
-        if min(key.inputs, key.outputs) < 1: return 0.
+        """Milliseconds of a convolution, interpolated between the channels that are
+        measured.
+        """
+        if min(key.inputs, key.outputs) < 1:
+            return 0.0
         if key.groups > 1:
-            if not key.groups == key.inputs == key.outputs: return self.measure(key)
-            return sum(w * self.measure(key._replace(inputs=c, outputs=c, groups=c)) for c, w in self.neighbours(key.outputs))
-        return sum(v * w * self.measure(key._replace(inputs=a, outputs=b)) for a, v in self.neighbours(key.inputs) for b, w in self.neighbours(key.outputs))
+            if not key.groups == key.inputs == key.outputs:
+                return self.measure(key)
+            return sum(
+                w * self.measure(key._replace(inputs=c, outputs=c, groups=c))
+                for c, w in self.neighbours(key.outputs)
+            )
+        return sum(
+            v * w * self.measure(key._replace(inputs=a, outputs=b))
+            for a, v in self.neighbours(key.inputs)
+            for b, w in self.neighbours(key.outputs)
+        )
 
     def neighbours(self, channels: int) -> list[tuple[int, float]]:
         "The numbers of channels that are measured below and above, and their weights."
-        if channels % self.step == 0 or channels == 1: return [(channels, 1.)]
-        low, high = max(1, channels // self.step * self.step), -(-channels // self.step) * self.step
-        return [(low, (high - channels) / (high - low)), (high, (channels - low) / (high - low))]
+        if channels % self.step == 0 or channels == 1:
+            return [(channels, 1.0)]
+        low = max(1, channels // self.step * self.step)
+        high = -(-channels // self.step) * self.step
+        return [
+            (low, (high - channels) / (high - low)),
+            (high, (channels - low) / (high - low)),
+        ]
 
     def network(self, keys: Iterable[ConvKey]) -> float:
         "Milliseconds of all convolutions of a network (Eq. 14)."
@@ -672,192 +1065,319 @@ class LatencyTable:
 
     def save(self, path: str | Path) -> None:
         "As JSON, atomically."
-        entries = [[*key, milliseconds] for key, milliseconds in sorted(self.measured.items())]
-        head = {'format': FORMAT, 'device': str(self.device), 'machine': self.machine, 'batch_size': self.batch_size, 'step': self.step, 'seconds': self.seconds}
+        entries = [
+            [*key, milliseconds] for key, milliseconds in sorted(self.measured.items())
+        ]
+        head = {
+            'format': FORMAT,
+            'device': str(self.device),
+            'machine': self.machine,
+            'batch_size': self.batch_size,
+            'step': self.step,
+            'seconds': self.seconds,
+        }
         rows = ',\n  '.join(json.dumps(entry) for entry in entries)
-        with atomic_path(path) as temporary: temporary.write_text(json.dumps(head)[:-1] + f', "milliseconds": [\n  {rows}\n]}}\n', encoding='utf-8')
+        with atomic_path(path) as temporary:
+            temporary.write_text(
+                json.dumps(head)[:-1] + f', "milliseconds": [\n  {rows}\n]}}\n',
+                encoding='utf-8',
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> 'LatencyTable':
         "What `save` wrote; a missing, truncated or foreign file is a `DFKDError`."
         try:
             document = json.loads(Path(path).read_text(encoding='utf-8'))
-            if document['format'] != FORMAT: raise ValueError(document['format'])
-            table = cls(document['device'], document['batch_size'], document['step'], document['seconds'])
+            if document['format'] != FORMAT:
+                raise ValueError(document['format'])
+            table = cls(
+                document['device'],
+                document['batch_size'],
+                document['step'],
+                document['seconds'],
+            )
             table.machine = document['machine']
             for *key, milliseconds in document['milliseconds']:
-                if not (math.isfinite(milliseconds) and milliseconds > 0): raise ValueError(milliseconds)
+                if not (math.isfinite(milliseconds) and milliseconds > 0):
+                    raise ValueError(milliseconds)
                 entry = ConvKey(*key)
                 entry.build()
                 table.measured[entry] = float(milliseconds)
-        except OSError as error: raise DFKDError(f'cannot read {path} ({error.strerror}): check the path, or make a table with LatencyTable()') from None
+        except OSError as error:
+            raise DFKDError(
+                f'cannot read {path} ({error.strerror}): check the path, or make a table'
+                ' with LatencyTable()'
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise DFKDError(f'{path} is truncated or no latency table ({type(error).__name__}): delete it and measure again') from error
+            raise DFKDError(
+                f'{path} is truncated or no latency table ({type(error).__name__}): delete'
+                ' it and measure again'
+            ) from error
         return table
 
 # %% ../../nbs/applications/15_pruning.ipynb #fd1d70ad
 def _machine(device: torch.device) -> str:
     "What a table's times hold for."
-    if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    try: return next(line.partition(':')[2].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        return next(
+            line.partition(':')[2].strip()
+            for line in Path('/proc/cpuinfo').read_text().splitlines()
+            if line.startswith('model name')
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 # %% ../../nbs/applications/15_pruning.ipynb #e6eec2c3
 def linear_fit(
-    sums: Sequence[float], # of the table, one a network
-    measured: Sequence[float], # of the stopwatch
-) -> tuple[float, float, float]: # slope, intercept, R²
-    "The straight line through measured latencies over the table's, and the share of their variance that it explains."
+    sums: Sequence[float],  # of the table, one a network
+    measured: Sequence[float],  # of the stopwatch
+) -> tuple[float, float, float]:  # slope, intercept, R²
+    """The straight line through measured latencies over the table's, and the share of their
+    variance that it explains.
+    """
     a, b = (torch.tensor(v, dtype=torch.float64) for v in (sums, measured))
-    if len(a) < 3 or float(a.std()) == 0: raise DFKDError(f'{len(a)} networks, or all of one latency: give three or more that differ')
+    if len(a) < 3 or float(a.std()) == 0:
+        raise DFKDError(
+            f'{len(a)} networks, or all of one latency: give three or more that differ'
+        )
     slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
     rest = b - b.mean() - slope * (a - a.mean())
-    return float(slope), float(b.mean() - slope * a.mean()), float(1 - rest.square().sum() / (b - b.mean()).square().sum())
+    return (
+        float(slope),
+        float(b.mean() - slope * a.mean()),
+        float(1 - rest.square().sum() / (b - b.mean()).square().sum()),
+    )
 
 # %% ../../nbs/applications/15_pruning.ipynb #66022255
 def compare_latencies(
-    model: nn.Module, # the whole network
-    filters: Filters, # of it
-    table: LatencyTable, # measured where it has no entry yet, and again in every pass
-    networks: int = 8, # smaller ones to try, from an eighth of the filters to nearly all
-    passes: int = 3, # over all entries, of which the shortest times count; and 40 rounds of the networks for each
-    seed: int = 0, # of the cuts
-) -> tuple[list[float], list[float]]: # milliseconds by the table's sum, and by the stopwatch
+    model: nn.Module,  # the whole network
+    filters: Filters,  # of it
+    table: LatencyTable,  # measured where it has no entry yet, and again in every pass
+    networks: int = 8,  # smaller ones to try, from an eighth of the filters to nearly all
+    # over all entries, of which the shortest times count; and 40 rounds of the networks for
+    # each
+    passes: int = 3,
+    seed: int = 0,  # of the cuts
+) -> tuple[
+    list[float], list[float]
+]:  # milliseconds by the table's sum, and by the stopwatch
     "The table against the stopwatch, for networks that have lost filters at random."
     generator = torch.Generator().manual_seed(seed)
     kinds = []
-    for number in range(networks): # from an eighth of the filters to all of them, and each layer a little off
-        eighths = (1 + 7 * number / max(1, networks - 1) + 4 * torch.rand(len(filters.groups), generator=generator) - 2).round().clamp(1, 8).int().tolist()
-        kinds.append({name: group.blocks < max(1, group.parts * part // 8)
-                      for (name, group), part in zip(filters.groups.items(), eighths)})
+    # from an eighth of the filters to all of them, and each layer a little off
+    for number in range(networks):
+        eighths = (
+            (
+                1
+                + 7 * number / max(1, networks - 1)
+                + 4 * torch.rand(len(filters.groups), generator=generator)
+                - 2
+            )
+            .round()
+            .clamp(1, 8)
+            .int()
+            .tolist()
+        )
+        kinds.append(
+            {
+                name: group.blocks < max(1, group.parts * part // 8)
+                for (name, group), part in zip(filters.groups.items(), eighths)
+            }
+        )
     smaller = [remove_filters(model, filters, kept).eval() for kept in kinds]
-    for kept in kinds: table.network(filters.keys(kept))
-    for _ in range(passes - 1): table.again()
-    return [table.network(filters.keys(kept)) for kept in kinds], latencies_in_turn(smaller, filters.domain, table.batch_size, 40 * passes)
+    for kept in kinds:
+        table.network(filters.keys(kept))
+    for _ in range(passes - 1):
+        table.again()
+    return [table.network(filters.keys(kept)) for kept in kinds], latencies_in_turn(
+        smaller, filters.domain, table.batch_size, 40 * passes
+    )
 
 # %% ../../nbs/applications/15_pruning.ipynb #9ba467fd
 @dataclass(frozen=True)
 class Plan:
     "How much shall go, in which portions, and at what price."
-    share: float = 0.5 # of the filters or of the latency
-    measure: str = 'filters' # what `share` counts: 'filters' or 'latency'
-    per_removal: int = 32 # filters that go at once
-    group_size: int | None = None # neighbours in rank that go together; None: see `portion`
-    latency_weight: float = 0. # η of Eq. 10, between shares: of all importance, and of all latency
-    table: LatencyTable | None = None # needed for 'latency', or for a weight on it
+
+    share: float = 0.5  # of the filters or of the latency
+    measure: str = 'filters'  # what `share` counts: 'filters' or 'latency'
+    per_removal: int = 32  # filters that go at once
+    # neighbours in rank that go together; None: see `portion`
+    group_size: int | None = None
+    # η of Eq. 10, between shares: of all importance, and of all latency
+    latency_weight: float = 0.0
+    table: LatencyTable | None = None  # needed for 'latency', or for a weight on it
 
     def __post_init__(self) -> None:
-        if self.measure not in ('filters', 'latency'): raise DFKDError(f"unknown measure '{self.measure}': use 'filters' or 'latency'")
-        if not 0 < self.share < 1: raise DFKDError(f'a share of {self.share} shall be removed: give one between 0 and 1')
+        if self.measure not in ('filters', 'latency'):
+            raise DFKDError(f"unknown measure '{self.measure}': use 'filters' or 'latency'")
+        if not 0 < self.share < 1:
+            raise DFKDError(
+                f'a share of {self.share} shall be removed: give one between 0 and 1'
+            )
         if self.per_removal < 1 or self.group_size is not None and self.group_size < 1:
-            raise DFKDError(f'per_removal {self.per_removal}, group_size {self.group_size}: '
-                            'give 1 or more of each')
-        if self.latency_weight < 0: raise DFKDError(f'latency_weight {self.latency_weight}: give 0 or more')
-        if self.table is None and (self.latency_weight or self.measure == 'latency'): raise DFKDError('latency counts, but there is no table of it: give table=LatencyTable()')
+            raise DFKDError(
+                f'per_removal {self.per_removal}, group_size {self.group_size}: '
+                'give 1 or more of each'
+            )
+        if self.latency_weight < 0:
+            raise DFKDError(f'latency_weight {self.latency_weight}: give 0 or more')
+        if self.table is None and (self.latency_weight or self.measure == 'latency'):
+            raise DFKDError(
+                'latency counts, but there is no table of it: give table=LatencyTable()'
+            )
 
     def removed(self, filters: Filters, kept: Kept) -> float:
         "The share that is gone."
-        if self.measure == 'filters': return filters.removed_share(kept)
+        if self.measure == 'filters':
+            return filters.removed_share(kept)
         assert self.table is not None
-        return 1 - self.table.network(filters.keys(kept)) / self.table.network(filters.shapes.values())
+        return 1 - self.table.network(filters.keys(kept)) / self.table.network(
+            filters.shapes.values()
+        )
 
     def portion(self, filters: Filters) -> int:
-        "Filters that go together: `group_size`, or a power of two up to 16, a tenth of all that go."
-        if self.group_size is not None: return self.group_size
+        """Filters that go together: `group_size`, or a power of two up to 16, a tenth of
+        all that go.
+        """
+        if self.group_size is not None:
+            return self.group_size
         allowed = max(1, min(16, int(0.1 * self.share * filters.total)))
         return 1 << (allowed.bit_length() - 1)
 
-    def candidates(self, filters: Filters, kept: Kept, importance: dict[str, Tensor]) -> list[tuple[float, str, Tensor]]:
-        "The next group of every layer that can spare one, and its price (Eq. 10): cheapest first."
-        whole = sum(float(value.sum()) for value in importance.values()) or 1.
-        now = self.table.network(filters.keys(kept)) if self.table is not None and self.latency_weight else 1.
+    def candidates(
+        self, filters: Filters, kept: Kept, importance: dict[str, Tensor]
+    ) -> list[tuple[float, str, Tensor]]:
+        """The next group of every layer that can spare one, and its price (Eq. 10).
+
+        Cheapest first.
+        """
+        whole = sum(float(value.sum()) for value in importance.values()) or 1.0
+        now = (
+            self.table.network(filters.keys(kept))
+            if self.table is not None and self.latency_weight
+            else 1.0
+        )
         found = []
         for name, still in kept.items():
             # one group is left, in narrow layers half of the filters
             size = min(self.portion(filters), max(1, len(still) // 2))
             order = _cheapest(filters.groups[name].blocks, still, importance[name], size)
-            if int(still.sum()) < 2 * len(order): continue
+            if int(still.sum()) < 2 * len(order):
+                continue
             price = float(importance[name][order].sum()) / whole
             if self.table is not None and self.latency_weight:
-                after = self.table.network(filters.keys(kept | {name: still.index_fill(0, order, False)}))
+                after = self.table.network(
+                    filters.keys(kept | {name: still.index_fill(0, order, False)})
+                )
                 price += self.latency_weight * (after - now) / now
             found.append((price, name, order))
         return sorted(found, key=lambda row: row[0])
 
     def remove(self, filters: Filters, kept: Kept, importance: dict[str, Tensor]) -> Kept:
-        "Remove the cheapest groups, `per_removal` filters or a little more; less where the goal is reached before."
+        """Remove the cheapest groups, `per_removal` filters or a little more; less where
+        the goal is reached before.
+        """
         kept, gone = dict(kept), 0
         while gone < self.per_removal and self.removed(filters, kept) < self.share:
             choice = self.candidates(filters, kept, importance)
             if not choice:
                 raise DFKDError(
-                    f'{self.removed(filters, kept):.0%} of the {self.measure} is all that can be '
-                    f'removed in groups of {self.portion(filters)}, not {self.share:.0%}: '
-                    'ask for less, or for smaller groups')
+                    f'{self.removed(filters, kept):.0%} of the {self.measure} is all that'
+                    f' can be removed in groups of {self.portion(filters)}, not'
+                    f' {self.share:.0%}: ask for less, or for smaller groups'
+                )
             _, name, order = choice[0]
             kept[name] = kept[name].index_fill(0, order, False)
             gone += filters.weight(name) * len(order)
         removed = self.removed(filters, kept)
         if gone and removed > 1.25 * self.share:
             warnings.warn(
-                f'{removed:.1%} of the {self.measure} are removed instead of {self.share:.1%}: '
+                f'{removed:.1%} of the {self.measure} are removed instead of'
+                f' {self.share:.1%}: '
                 f"the last step took {len(order)} filters of '{name}', "
                 f'{filters.weight(name) * len(order)} with what hangs on them; '
-                'a smaller group_size comes closer', DFKDWarning, stacklevel=2)
+                'a smaller group_size comes closer',
+                DFKDWarning,
+                stacklevel=2,
+            )
         return kept
 
+
 def _cheapest(
-    blocks: Tensor, # see `FilterGroup`
-    still: Tensor, # bool `(filters,)`: which are there
-    importance: Tensor, # `(filters,)`
-    size: int, # how many shall go
-) -> Tensor: # numbers of filters, in whole blocks: at least `size` of them, if there are
+    blocks: Tensor,  # see `FilterGroup`
+    still: Tensor,  # bool `(filters,)`: which are there
+    importance: Tensor,  # `(filters,)`
+    size: int,  # how many shall go
+) -> Tensor:  # numbers of filters, in whole blocks: at least `size` of them, if there are
     "The least important filters, block by block."
     there = still.nonzero().squeeze(1)
     worth = importance.new_zeros(int(blocks.max()) + 1)
     worth.index_add_(0, blocks[there], importance[there])
     order, found = blocks[there].unique(), list[int]()
     for block in order[worth[order].argsort(stable=True)].tolist():
-        if len(found) >= size: break
+        if len(found) >= size:
+            break
         found += there[blocks[there] == block].tolist()
     return torch.tensor(found, dtype=torch.long)
 
 # %% ../../nbs/applications/15_pruning.ipynb #c24e2514
 def prune_filters(
-    filters: Filters, # all that can go
-    plan: Plan, # how much shall go
-    importance: Callable[[Kept], dict[str, Tensor]], # of the filters that are left: asked again after every removal
-    kept: Kept | None = None, # to begin with; None: all
-) -> Kept: # what is left
+    filters: Filters,  # all that can go
+    plan: Plan,  # how much shall go
+    # of the filters that are left: asked again after every removal
+    importance: Callable[[Kept], dict[str, Tensor]],
+    kept: Kept | None = None,  # to begin with; None: all
+) -> Kept:  # what is left
     "Remove until the plan's share is reached, without training in between."
     kept = kept or filters.all()
-    while plan.removed(filters, kept) < plan.share: kept = plan.remove(filters, kept, importance(kept))
+    while plan.removed(filters, kept) < plan.share:
+        kept = plan.remove(filters, kept, importance(kept))
     return kept
 
 # %% ../../nbs/applications/15_pruning.ipynb #6d9f16f8
 class PruningDistiller(Distiller):
-    "A `Distiller` whose student loses filters: what reads them becomes 0; `smaller` removes them."
+    """A `Distiller` whose student loses filters.
+
+    What reads them becomes 0; `smaller` removes them.
+    """
 
     def __init__(
         self,
-        teacher: Teacher, # who knows, and is asked for importance
-        student: nn.Module, # loses filters; e.g. a copy of the teacher's network
-        source: Any, # of images, see `as_source`
+        teacher: Teacher,  # who knows, and is asked for importance
+        student: nn.Module,  # loses filters; e.g. a copy of the teacher's network
+        source: Any,  # of images, see `as_source`
         *,
-        filters: Filters, # of this student
-        plan: Plan, # how much shall go
-        every: int = 30, # updates between removals (DeepInversion, supplement C.2)
-        criterion: str = 'answers', # see `filter_importance`
-        importance_batches: int = 4, # that filters are judged by
-        **settings: Any, # see `Distiller`
+        filters: Filters,  # of this student
+        plan: Plan,  # how much shall go
+        every: int = 30,  # updates between removals (DeepInversion, supplement C.2)
+        criterion: str = 'answers',  # see `filter_importance`
+        importance_batches: int = 4,  # that filters are judged by
+        **settings: Any,  # see `Distiller`
     ) -> None:
         super().__init__(teacher, student, source, **settings)
-        self._readers: dict[str, Tensor] = {} # by name, inputs that come from removed filters
-        if every < 1 or importance_batches < 1: raise DFKDError(f'every {every}, importance_batches {importance_batches}: give 1 or more of each')
-        self.filters, self.plan, self.every, self.criterion, self.importance_batches = filters, plan, every, criterion, importance_batches
+        # by name, inputs that come from removed filters
+        self._readers: dict[str, Tensor] = {}
+        if every < 1 or importance_batches < 1:
+            raise DFKDError(
+                f'every {every}, importance_batches {importance_batches}: give 1 or more of'
+                ' each'
+            )
+        self.filters = filters
+        self.plan = plan
+        self.every = every
+        self.criterion = criterion
+        self.importance_batches = importance_batches
         self._made_with |= {
-            'every': every, 'criterion': criterion, 'importance_batches': importance_batches,
-            **{k: getattr(plan, k) for k in ('share', 'measure', 'per_removal', 'group_size', 'latency_weight')}}
+            'every': every,
+            'criterion': criterion,
+            'importance_batches': importance_batches,
+            **{
+                k: getattr(plan, k)
+                for k in ('share', 'measure', 'per_removal', 'group_size', 'latency_weight')
+            },
+        }
         self.kept: Kept = {}
         self.close(filters.all())
 
@@ -880,9 +1400,10 @@ class PruningDistiller(Distiller):
             weight = dict(layer.named_parameters(recurse=False)).get('weight')
             if weight is None:
                 raise DFKDError(
-                    f"the weight of '{name}' is computed from others (a parametrisation): undo it "
-                    'with torch.nn.utils.parametrize.remove_parametrizations')
-            weight.index_fill_(1, channels.to(weight.device), 0.)
+                    f"the weight of '{name}' is computed from others (a parametrisation):"
+                    ' undo it with torch.nn.utils.parametrize.remove_parametrizations'
+                )
+            weight.index_fill_(1, channels.to(weight.device), 0.0)
 
     @property
     def reached(self) -> bool:
@@ -891,18 +1412,32 @@ class PruningDistiller(Distiller):
 
     def step(self) -> dict[str, Tensor]:
         "Remove some filters if it is time to; then one update."
-        if self.done % self.every == 0 and not self.reached: self.close(self.plan.remove(self.filters, self.kept, self.importance()))
+        if self.done % self.every == 0 and not self.reached:
+            self.close(self.plan.remove(self.filters, self.kept, self.importance()))
         found = super().step()
-        self._mask() # the update has given them a value
+        self._mask()  # the update has given them a value
         return found
 
     def importance(self) -> dict[str, Tensor]:
         "Of the filters that are left, by some batches of the source."
-        batches = [self.sampler.sample(self.batch_size, self.generator) for _ in range(self.importance_batches)]
+        batches = [
+            self.sampler.sample(self.batch_size, self.generator)
+            for _ in range(self.importance_batches)
+        ]
         seed = int(torch.randint(2**62, (1,), generator=self.generator))
-        return filter_importance(self.student, self.filters, batches, self.criterion, self.teacher, self.kept, temperature=self.temperature, seed=seed)
+        return filter_importance(
+            self.student,
+            self.filters,
+            batches,
+            self.criterion,
+            self.teacher,
+            self.kept,
+            temperature=self.temperature,
+            seed=seed,
+        )
 
-    def state_dict(self) -> dict[str, Any]: return super().state_dict() | {'kept': dict(self.kept)}
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {'kept': dict(self.kept)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -914,40 +1449,78 @@ class PruningDistiller(Distiller):
 
 # %% ../../nbs/applications/15_pruning.ipynb #cb8d3ff7
 def save_pruned(
-    path: str | Path, # a .safetensors file
-    model: nn.Module, # the smaller network
-    base: str, # what it was made from: a name of `build_model`
-    removed: dict[str, list[int]], # see `removed_filters`
-    domain: Domain, # of its images
-    about: dict[str, str] | None = None, # more to keep: accuracy, method
-    half: bool = False, # weights in half precision
+    path: str | Path,  # a .safetensors file
+    model: nn.Module,  # the smaller network
+    base: str,  # what it was made from: a name of `build_model`
+    removed: dict[str, list[int]],  # see `removed_filters`
+    domain: Domain,  # of its images
+    about: dict[str, str] | None = None,  # more to keep: accuracy, method
+    half: bool = False,  # weights in half precision
 ) -> None:
     "Weights, and what it takes to build the network that they belong to."
-    save_weights(path, model, {**(about or {}), 'model': base, 'domain': domain.name, 'removed': json.dumps(removed)}, half)
+    save_weights(
+        path,
+        model,
+        {
+            **(about or {}),
+            'model': base,
+            'domain': domain.name,
+            'removed': json.dumps(removed),
+        },
+        half,
+    )
+
 
 def load_pruned(
-    path: str | Path, # what `save_pruned` wrote
-    base: nn.Module | None = None, # the whole network, untrained, where `build_model` does not know it
-    domain: Domain | None = None, # of its images, where `DOMAINS` does not know it
-) -> tuple[nn.Module, dict[str, str]]: # the smaller network in eval mode, and what the file says about it
-    "Build the whole network, remove the same filters, fill in the weights. A file that holds no pruned network is a `DFKDError`."
+    path: str | Path,  # what `save_pruned` wrote
+    # the whole network, untrained, where `build_model` does not know it
+    base: nn.Module | None = None,
+    domain: Domain | None = None,  # of its images, where `DOMAINS` does not know it
+) -> tuple[
+    nn.Module, dict[str, str]
+]:  # the smaller network in eval mode, and what the file says about it
+    """Build the whole network, remove the same filters, fill in the weights.
+
+    A file that holds no pruned network is a `DFKDError`.
+    """
     about = load_tensors(path)[1]
-    if not {'model', 'domain', 'removed'} <= set(about): raise DFKDError(f'{path} does not say which filters are missing: save it with save_pruned')
+    if not {'model', 'domain', 'removed'} <= set(about):
+        raise DFKDError(
+            f'{path} does not say which filters are missing: save it with save_pruned'
+        )
     domain = domain or DOMAINS.get(about['domain'])
-    if domain is None: raise DFKDError(f"the domain '{about['domain']}' of {path} is not known here: give domain")
-    try: removed = {str(name): [int(i) for i in gone] for name, gone in json.loads(about['removed']).items()}
-    except (ValueError, TypeError, AttributeError) as error: raise DFKDError(f'{path} has a damaged list of removed filters: put back a copy') from error
-    network = _cut(base if base is not None else build_model(about['model'], domain.num_classes, domain.channels), domain, removed)
+    if domain is None:
+        raise DFKDError(
+            f"the domain '{about['domain']}' of {path} is not known here: give domain"
+        )
+    try:
+        removed = {
+            str(name): [int(i) for i in gone]
+            for name, gone in json.loads(about['removed']).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DFKDError(
+            f'{path} has a damaged list of removed filters: put back a copy'
+        ) from error
+    network = _cut(
+        base
+        if base is not None
+        else build_model(about['model'], domain.num_classes, domain.channels),
+        domain,
+        removed,
+    )
     load_weights(path, network)
     return network.eval(), about
 
 # %% ../../nbs/applications/15_pruning.ipynb #c8f640a3
 def export_network(
-    model: nn.Module, # any network
-    domain: Domain, # of its images
-    folder: str | Path, # gets `network.pt2` (torch.export) and `network.onnx`
-) -> dict[str, float]: # largest difference from the network's own answers, by format
-    "Write a network for use without this package, for batches of any size, and check what was written."
+    model: nn.Module,  # any network
+    domain: Domain,  # of its images
+    folder: str | Path,  # gets `network.pt2` (torch.export) and `network.onnx`
+) -> dict[str, float]:  # largest difference from the network's own answers, by format
+    """Write a network for use without this package, for batches of any size, and check what
+    was written.
+    """
     runtime = import_extra('onnxruntime', 'onnxruntime')
     import_extra('onnxscript', 'onnxscript')
     folder = Path(folder)
@@ -955,97 +1528,153 @@ def export_network(
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(3, *domain.shape, generator=rng).to(_black(network, domain, 0))
     sizes = {0: torch.export.Dim('images', min=1, max=4096)}
-    with torch.no_grad(): wanted = _logits(network(x))
+    with torch.no_grad():
+        wanted = _logits(network(x))
     try:
         program = torch.export.export(network, (x,), dynamic_shapes=(sizes,))
         torch.export.save(program, archive := io.BytesIO())
-        with atomic_path(folder / 'network.pt2') as path: path.write_bytes(archive.getvalue())
-        with atomic_path(folder / 'network.onnx') as path: torch.onnx.export(program, (), path, dynamo=True, external_data=False, verbose=False, input_names=['images'], output_names=['logits'])
-    except DFKDError: raise # a disk that is full
-    except Exception as error: # of a dozen kinds, some are pages long and coloured
+        with atomic_path(folder / 'network.pt2') as path:
+            path.write_bytes(archive.getvalue())
+        with atomic_path(folder / 'network.onnx') as path:
+            torch.onnx.export(
+                program,
+                (),
+                path,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                input_names=['images'],
+                output_names=['logits'],
+            )
+    except DFKDError:
+        raise  # a disk that is full
+    except Exception as error:  # of a dozen kinds, some are pages long and coloured
         lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines()
-        reason = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+        reason = next(
+            (line.strip() for line in lines if line.strip()), type(error).__name__
+        )
         raise DFKDError(
-            f'{type(network).__name__} cannot be exported ({reason[:100]}): export the float '
-            'network, without branches on pixels; a quantised one is kept by save_integers, or '
-            'made of the exported file by its runtime') from error
-    answers = {'torch.export': _logits(torch.export.load(folder / 'network.pt2').module()(x)),
-               'ONNX': torch.from_numpy(runtime.InferenceSession(str(folder / 'network.onnx'), providers=['CPUExecutionProvider']).run(None, {'images': x.numpy()})[0])}
-    return {name: float((answer.detach() - wanted).abs().max()) for name, answer in answers.items()}
+            f'{type(network).__name__} cannot be exported ({reason[:100]}): export the'
+            ' float network, without branches on pixels; a quantised one is kept by'
+            ' save_integers, or made of the exported file by its runtime'
+        ) from error
+    answers = {
+        'torch.export': _logits(torch.export.load(folder / 'network.pt2').module()(x)),
+        'ONNX': torch.from_numpy(
+            runtime.InferenceSession(
+                str(folder / 'network.onnx'), providers=['CPUExecutionProvider']
+            ).run(None, {'images': x.numpy()})[0]
+        ),
+    }
+    return {
+        name: float((answer.detach() - wanted).abs().max())
+        for name, answer in answers.items()
+    }
 
 # %% ../../nbs/applications/15_pruning.ipynb #2dfd3931
 @dataclass(frozen=True)
 class Cost:
     "What a network costs."
-    parameters: int # numbers that training could change
-    flops: int # additions and multiplications for one image
-    milliseconds: float # for one image at a time, on one thread
+
+    parameters: int  # numbers that training could change
+    flops: int  # additions and multiplications for one image
+    milliseconds: float  # for one image at a time, on one thread
+
 
 def network_cost(
-    model: nn.Module, # any network
-    domain: Domain, # of its images
-    seconds: float = 0.1, # see `fastest`
-) -> Cost: # counted, counted, measured
-    "Parameters, FLOPs (PyTorch's counter: a multiplication and an addition are two) and latency."
+    model: nn.Module,  # any network
+    domain: Domain,  # of its images
+    seconds: float = 0.1,  # see `fastest`
+) -> Cost:  # counted, counted, measured
+    """Parameters, FLOPs (PyTorch's counter.
+
+    A multiplication and an addition are two) and latency.
+    """
     from torch.utils.flop_counter import FlopCounterMode
+
     x = torch.zeros(1, *domain.shape, device=next(model.parameters()).device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), in_eval_mode(model): model(x)
-    return Cost(count_parameters(model), counter.get_total_flops(), network_latency(model, domain, 1, seconds))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), in_eval_mode(model):
+        model(x)
+    return Cost(
+        count_parameters(model),
+        counter.get_total_flops(),
+        network_latency(model, domain, 1, seconds),
+    )
 
 # %% ../../nbs/applications/15_pruning.ipynb #f1b33da0
 def share_recovered(
-    before: float, # accuracy of the pruned network as it is
-    after: float, # once it has learned from some images
-    real: float, # once it has learned as long from real ones
-) -> float: # 1: as good as real images
-    "What images give back of what real images give back. Where those give nothing back it is not a number."
+    before: float,  # accuracy of the pruned network as it is
+    after: float,  # once it has learned from some images
+    real: float,  # once it has learned as long from real ones
+) -> float:  # 1: as good as real images
+    """What images give back of what real images give back.
+
+    Where those give nothing back it is not a number.
+    """
     return (after - before) / (real - before) if real > before else math.nan
 
 # %% ../../nbs/applications/15_pruning.ipynb #ca204a03
 @torch.no_grad()
 def reestimate_batchnorm(
-    network: nn.Module, # with BatchNorm layers; their running statistics are replaced
-    images: Images, # an `ImageSet` or what `as_source` makes one of; labels are not used
-    domain: Domain | None = None, # what the network expects; a `Teacher` or a set knows its own
-    batch_size: int = 100, # images at a time
-) -> nn.Module: # the same network, in the modes it had
-    "BatchNorm's running means and variances, measured anew over all images; nothing else changes."
+    network: nn.Module,  # with BatchNorm layers; their running statistics are replaced
+    images: Images,  # an `ImageSet` or what `as_source` makes one of; labels are not used
+    # what the network expects; a `Teacher` or a set knows its own
+    domain: Domain | None = None,
+    batch_size: int = 100,  # images at a time
+) -> nn.Module:  # the same network, in the modes it had
+    """BatchNorm's running means and variances, measured anew over all images; nothing else
+    changes.
+    """
     domain = domain or (network.domain if isinstance(network, Teacher) else None)
     source = as_source(images, domain)
     domain = domain or source.domain
     if source.domain.shape != domain.shape:
-        raise DFKDError(f'the images are {source.domain.shape}, the network takes '
-                        f'{domain.shape}: resize them with fit(images, domain)')
+        raise DFKDError(
+            f'the images are {source.domain.shape}, the network takes '
+            f'{domain.shape}: resize them with fit(images, domain)'
+        )
     count, like = len(source), _black(network, domain, 0)
-    if count < 2: raise DFKDError(f'{count} images have no variance: give two or more')
+    if count < 2:
+        raise DFKDError(f'{count} images have no variance: give two or more')
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     layers = [m for m in norms if m.running_mean is not None]
     if not layers:
-        raise DFKDError(f'{type(network).__name__} has no BatchNorm with running statistics: '
-                        'there is nothing to re-estimate')
-    before = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers()})
-              for layer in layers]
+        raise DFKDError(
+            f'{type(network).__name__} has no BatchNorm with running statistics: '
+            'there is nothing to re-estimate'
+        )
+    before = [
+        (layer.momentum, {k: v.clone() for k, v in layer.named_buffers()})
+        for layer in layers
+    ]
     moments = [_Moments() for _ in layers]
     hooks = [layer.register_forward_pre_hook(m) for layer, m in zip(layers, moments)]
-    parts = torch.arange(count).tensor_split(-(-count // batch_size)) # no last one of one image
+    # no last one of one image
+    parts = torch.arange(count).tensor_split(-(-count // batch_size))
     try:
         with in_eval_mode(network):
-            for layer in layers: layer.training, layer.momentum = True, 0.
+            for layer in layers:
+                layer.training, layer.momentum = True, 0.0
             for part in parts:
                 x = domain.normalize(source.fetch(part).to(like.device))
                 network(x.to(like.dtype))
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
         for layer, (momentum, buffers) in zip(layers, before):
             layer.momentum = momentum
-            for name, value in buffers.items(): layer.get_buffer(name).copy_(value)
+            for name, value in buffers.items():
+                layer.get_buffer(name).copy_(value)
     for layer, found in zip(layers, moments):
-        if not found.count: continue # no image has passed it
+        if not found.count:
+            continue  # no image has passed it
         layer.get_buffer('running_mean').copy_(found.mean)
         layer.get_buffer('running_var').copy_(found.squares / max(found.count - 1, 1))
-        if layer.num_batches_tracked is None: continue
+        if layer.num_batches_tracked is None:
+            continue
         layer.num_batches_tracked.fill_(len(parts))
     return network
+
 
 class _Moments:
     "Mean and sum of squared deviations of each channel, over all that enters a layer."
@@ -1059,6 +1688,7 @@ class _Moments:
         variance, mean = (v.cpu().double() for v in found)
         count, apart = x.numel() // x.shape[1], mean - self.mean
         total = self.count + count
-        between = apart.square() * self.count * count / total # exact where the mean is large
+        # exact where the mean is large
+        between = apart.square() * self.count * count / total
         self.squares = self.squares + variance * count + between
         self.mean, self.count = self.mean + apart * count / total, total

@@ -25,7 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..foundations.core import DFKDError, DFKDWarning, import_extra, load_tensors, save_tensors
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    DFKDWarning,
+    import_extra,
+    load_tensors,
+    save_tensors,
+)
 from ..foundations.data import Domain, ImageSource
 from ..foundations.distillation import Distiller, as_source
 from ..foundations.models import Teacher, _logits, in_eval_mode
@@ -33,127 +39,243 @@ from ..foundations.models import Teacher, _logits, in_eval_mode
 # %% ../../nbs/applications/17_quantization.ipynb #467e9c76
 @contextmanager
 def _quiet() -> Iterator[None]:
-    "No remarks: about kernels for other machines, about functions that will have other names, and whole graphs in the log of an error."
+    """No remarks: about kernels for other machines, about functions that will have other
+    names, and whole graphs in the log of an error.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter('ignore')
             yield
-    finally: logging.disable(before)
+    finally:
+        logging.disable(before)
+
 
 def _torchao(part: str = '') -> Any:
     "torchao's quantiser of captured graphs, or a part of it."
-    with _quiet(): return import_extra(f'torchao.quantization.pt2e{part}', 'torchao')
+    with _quiet():
+        return import_extra(f'torchao.quantization.pt2e{part}', 'torchao')
 
 # %% ../../nbs/applications/17_quantization.ipynb #bfbc441c
 def capture(
-    model: nn.Module, # a `Teacher` or any network that torch.export can trace; it is copied
-    domain: Domain, # of its images
-) -> fx.GraphModule: # the same in eval mode and in float32, for batches of any size
-    "A network as the graph of its elementary steps. One that cannot be traced is a `DFKDError`."
+    # a `Teacher` or any network that torch.export can trace; it is copied
+    model: nn.Module,
+    domain: Domain,  # of its images
+) -> fx.GraphModule:  # the same in eval mode and in float32, for batches of any size
+    """A network as the graph of its elementary steps.
+
+    One that cannot be traced is a `DFKDError`.
+    """
     bare = model.get_submodule('model') if isinstance(model, Teacher) else model
     network = copy.deepcopy(bare).float()
     like = next((p for p in network.parameters()), torch.empty(0))
-    black = domain.normalize(torch.zeros(2, *domain.shape, dtype=torch.uint8, device=like.device))
+    black = domain.normalize(
+        torch.zeros(2, *domain.shape, dtype=torch.uint8, device=like.device)
+    )
     with torch.no_grad(), in_eval_mode(network), _quiet():
-        try: return torch.export.export(network, (black,), dynamic_shapes=({0: torch.export.Dim('images')},)).module() # type: ignore[return-value]
-        except Exception as error: # a dozen kinds, several of them private
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:120]
-            raise DFKDError(f"the network '{getattr(model, 'name', type(network).__name__)}' cannot be traced by torch.export ({reason}): take branches on pixels and fixed batch sizes out of its forward") from error
+        try:
+            return torch.export.export(
+                network, (black,), dynamic_shapes=({0: torch.export.Dim('images')},)
+            ).module()  # type: ignore[return-value]
+        except Exception as error:  # a dozen kinds, several of them private
+            reason = next(
+                (line.strip() for line in str(error).splitlines() if line.strip()),
+                type(error).__name__,
+            )[:120]
+            raise DFKDError(
+                f"the network '{getattr(model, 'name', type(network).__name__)}' cannot be"
+                f' traced by torch.export ({reason}): take branches on pixels and fixed'
+                ' batch sizes out of its forward'
+            ) from error
 
 # %% ../../nbs/applications/17_quantization.ipynb #895aef35
 RANGES = {'histogram': 'HistogramObserver', 'extremes': 'MinMaxObserver'}
 WEIGHTS = ('per channel', 'per tensor')
-_CONVOLUTION, _LINEAR, _BATCH_NORM = torch.ops.aten.conv2d.default, torch.ops.aten.linear.default, torch.ops.aten.batch_norm.default
-_ACTIVATIONS = tuple(getattr(torch.ops.aten, name).default for name in ('relu', 'relu_', 'hardtanh', 'hardtanh_'))
+_CONVOLUTION = torch.ops.aten.conv2d.default
+_LINEAR = torch.ops.aten.linear.default
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+_ACTIVATIONS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ('relu', 'relu_', 'hardtanh', 'hardtanh_')
+)
 
 # %% ../../nbs/applications/17_quantization.ipynb #933a72c9
 def _rounding(bits: int, activation_bits: int, ranges: str, weights: str) -> Any:
     "torchao's description of how a layer's weights and inputs are rounded."
     ao, description = _torchao(), _torchao('.quantizer')
-    def specify(low: int, high: int, dtype: torch.dtype, observer: Any, scheme: torch.qscheme, axis: int | None = None) -> Any:
-        module = ao.LearnableFakeQuantize.with_args(observer=observer, eps=2**-20, use_grad_scaling=True)
+
+    def specify(
+        low: int,
+        high: int,
+        dtype: torch.dtype,
+        observer: Any,
+        scheme: torch.qscheme,
+        axis: int | None = None,
+    ) -> Any:
+        module = ao.LearnableFakeQuantize.with_args(
+            observer=observer, eps=2**-20, use_grad_scaling=True
+        )
         return description.QuantizationSpec(dtype, module, low, high, scheme, axis)
-    half = 2**(bits - 1)
-    inputs = specify(0, 2**activation_bits - 1, torch.uint8, getattr(ao, RANGES[ranges]), torch.per_tensor_affine)
-    if weights == 'per channel': own = specify(-half, half - 1, torch.int8, ao.PerChannelMinMaxObserver, torch.per_channel_symmetric, 0)
-    else: own = specify(-half, half - 1, torch.int8, ao.MinMaxObserver, torch.per_tensor_symmetric)
+
+    half = 2 ** (bits - 1)
+    inputs = specify(
+        0,
+        2**activation_bits - 1,
+        torch.uint8,
+        getattr(ao, RANGES[ranges]),
+        torch.per_tensor_affine,
+    )
+    if weights == 'per channel':
+        own = specify(
+            -half,
+            half - 1,
+            torch.int8,
+            ao.PerChannelMinMaxObserver,
+            torch.per_channel_symmetric,
+            0,
+        )
+    else:
+        own = specify(
+            -half, half - 1, torch.int8, ao.MinMaxObserver, torch.per_tensor_symmetric
+        )
     return description.QuantizationConfig(inputs, inputs, own, None, False)
 
 # %% ../../nbs/applications/17_quantization.ipynb #7a1bc9df
 def _quantizer(inner: Any, ends: Any, first: str, last: str) -> Any:
-    "torchao's quantiser for x86: everything by one description, the first and the last layer by another."
+    """torchao's quantiser for x86.
+
+    Everything by one description, the first and the last layer by another.
+    """
     part = _torchao('.quantizer.x86_inductor_quantizer')
     quantizer = part.X86InductorQuantizer().set_global(inner)
     quantizer.set_function_type_qconfig(F.adaptive_avg_pool2d, None)
-    for name in {first, last}: quantizer.set_module_name_qconfig(name, ends)
+    for name in {first, last}:
+        quantizer.set_module_name_qconfig(name, ends)
     return quantizer
 
 # %% ../../nbs/applications/17_quantization.ipynb #63f1128e
 def _known_outputs(captured: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
-    "By name of a step of the graph: means and standard deviations of its output on the training data, `(C,)` each, as BatchNorm knows them."
+    """By name of a step of the graph.
+
+    Means and standard deviations of its output on the training data, `(C,)` each, as
+    BatchNorm knows them.
+    """
     found = {}
     for node in captured.graph.nodes:
-        if node.target is not _BATCH_NORM or node.args[1] is None: continue
-        scale, shift = (attrgetter(str(node.args[i].target))(captured).detach().clone() for i in (1, 2))
+        if node.target is not _BATCH_NORM or node.args[1] is None:
+            continue
+        scale, shift = (
+            attrgetter(str(node.args[i].target))(captured).detach().clone() for i in (1, 2)
+        )
         before = node.args[0]
-        found[before.name if before.target is _CONVOLUTION else node.name] = shift, scale.abs() # a convolution will take the BatchNorm in
+        # a convolution will take the BatchNorm in
+        found[before.name if before.target is _CONVOLUTION else node.name] = (
+            shift,
+            scale.abs(),
+        )
     return found
 
 # %% ../../nbs/applications/17_quantization.ipynb #c8f3afd0
 def _keep_apart(captured: fx.GraphModule) -> None:
-    "A copy before each BatchNorm whose convolution somebody else reads too, and a name for each call of an activation."
+    """A copy before each BatchNorm whose convolution somebody else reads too, and a name
+    for each call of an activation.
+    """
     for node in list(captured.graph.nodes):
         if node.target in _ACTIVATIONS and (stack := node.meta.get('nn_module_stack')):
             key, (path, kind) = list(stack.items())[-1]
             node.meta['nn_module_stack'] = {**stack, key: (f'{path}.{node.name}', kind)}
-        if node.target is not _BATCH_NORM or node.args[0].target is not _CONVOLUTION or len(node.args[0].users) == 1: continue
-        with captured.graph.inserting_before(node): copied = captured.graph.call_function(torch.ops.aten.clone.default, (node.args[0],))
+        if (
+            node.target is not _BATCH_NORM
+            or node.args[0].target is not _CONVOLUTION
+            or len(node.args[0].users) == 1
+        ):
+            continue
+        with captured.graph.inserting_before(node):
+            copied = captured.graph.call_function(
+                torch.ops.aten.clone.default, (node.args[0],)
+            )
         copied.meta = {'val': node.args[0].meta['val']}
         node.args = (copied, *node.args[1:])
     captured.recompile()
 
 # %% ../../nbs/applications/17_quantization.ipynb #17dd4f71
 class QuantizedNetwork(nn.Module):
-    "A network that sees rounded weights and rounded inputs in its convolutions and linear layers. Calibrate it, train it, turn it into integers."
+    """A network that sees rounded weights and rounded inputs in its convolutions and linear
+    layers.
+
+    Calibrate it, train it, turn it into integers.
+    """
 
     def __init__(
         self,
-        model: nn.Module, # a `Teacher` or any network; it is copied
-        domain: Domain, # of its images
-        bits: int = 8, # of weights, 2 to 8
-        activation_bits: int | None = None, # of what enters a layer; None: as many
-        end_bits: int = 8, # of weights and input of the first and the last layer
-        ranges: str = 'histogram', # of inputs: 'histogram' gives up outliers where that pays, 'extremes' keeps them all
-        weights: str = 'per channel', # a step for each output channel, or 'per tensor'
+        model: nn.Module,  # a `Teacher` or any network; it is copied
+        domain: Domain,  # of its images
+        bits: int = 8,  # of weights, 2 to 8
+        activation_bits: int | None = None,  # of what enters a layer; None: as many
+        end_bits: int = 8,  # of weights and input of the first and the last layer
+        # of inputs: 'histogram' gives up outliers where that pays, 'extremes' keeps them
+        # all
+        ranges: str = 'histogram',
+        weights: str = 'per channel',  # a step for each output channel, or 'per tensor'
     ) -> None:
         super().__init__()
-        self.domain, self.name, self.calibrated = domain, getattr(model, 'name', '') or type(model).__name__, False
+        self.domain = domain
+        self.name = getattr(model, 'name', '') or type(model).__name__
+        self.calibrated = False
         activation_bits = bits if activation_bits is None else activation_bits
-        self.settings = {'bits': bits, 'activation_bits': activation_bits, 'end_bits': end_bits, 'ranges': ranges, 'weights': weights}
+        self.settings = {
+            'bits': bits,
+            'activation_bits': activation_bits,
+            'end_bits': end_bits,
+            'ranges': ranges,
+            'weights': weights,
+        }
         _check(bits, activation_bits, end_bits, ranges, weights)
         captured = capture(model, domain)
         layers = _layers(captured)
-        if not layers: raise DFKDError(f"the network '{self.name}' has no convolution or linear layer: there is nothing to quantise")
+        if not layers:
+            raise DFKDError(
+                f"the network '{self.name}' has no convolution or linear layer: there is"
+                ' nothing to quantise'
+            )
         _keep_apart(captured)
         self.known = _known_outputs(captured)
-        inner, ends = _rounding(bits, activation_bits, ranges, weights), _rounding(end_bits, end_bits, ranges, weights)
+        inner = _rounding(bits, activation_bits, ranges, weights)
+        ends = _rounding(end_bits, end_bits, ranges, weights)
         try:
-            with _quiet(): self.graph = _torchao('.quantize_pt2e').prepare_pt2e(captured, _quantizer(inner, ends, layers[0], layers[-1]))
-        except Exception as error: # what its patterns do not foresee ends in many kinds
+            with _quiet():
+                self.graph = _torchao('.quantize_pt2e').prepare_pt2e(
+                    captured, _quantizer(inner, ends, layers[0], layers[-1])
+                )
+        except Exception as error:  # what its patterns do not foresee ends in many kinds
             raise DFKDError(
-                f"torchao cannot quantise the network '{self.name}' ({_place(error)}): call each "
-                'layer once and add its output to that of another layer, or export the network '
-                '(export_network) and quantise the ONNX file with the same images') from error
-        for parameter in self.graph.parameters(): parameter.requires_grad_(True)
-        rounders = {name: module for name, module in self.graph.named_modules()
-                    if hasattr(module, 'activation_post_process')}
-        self._fresh = {name: copy.deepcopy(module.activation_post_process)
-                       for name, module in rounders.items()}
+                f"torchao cannot quantise the network '{self.name}' ({_place(error)}): call"
+                ' each layer once and add its output to that of another layer, or export'
+                ' the network (export_network) and quantise the ONNX file with the same'
+                ' images'
+            ) from error
+        for parameter in self.graph.parameters():
+            parameter.requires_grad_(True)
+        rounders = {
+            name: module
+            for name, module in self.graph.named_modules()
+            if hasattr(module, 'activation_post_process')
+        }
+        self._fresh = {
+            name: copy.deepcopy(module.activation_post_process)
+            for name, module in rounders.items()
+        }
 
     def forget(self) -> None:
-        "Drop what earlier images have left in the observers: the next calibration begins anew."
+        """Drop what earlier images have left in the observers.
+
+        The next calibration begins anew.
+        """
         device = next(self.graph.parameters()).device
         for name, observer in self._fresh.items():
             rounder = self.graph.get_submodule(name)
@@ -161,55 +283,97 @@ class QuantizedNetwork(nn.Module):
         self.calibrated = False
 
     def train(self, mode: bool = True) -> 'QuantizedNetwork':
-        "A captured graph runs in one way only: BatchNorm is part of the convolutions, dropout is gone."
+        """A captured graph runs in one way only.
+
+        BatchNorm is part of the convolutions, dropout is gone.
+        """
         self.training = mode
         return self
 
     def forward(self, x: Tensor) -> Any:
         "The network's answer to normalised images `(N, C, H, W)`."
-        if not self.calibrated: raise DFKDError('this network does not know its ranges yet: calibrate() it, or begin with quantize()')
+        if not self.calibrated:
+            raise DFKDError(
+                'this network does not know its ranges yet: calibrate() it, or begin with'
+                ' quantize()'
+            )
         return self.graph(x)
 
 # %% ../../nbs/applications/17_quantization.ipynb #15a0b9e4
-def _check(bits: int, activation_bits: int, end_bits: int, ranges: str, weights: str) -> None:
+def _check(
+    bits: int, activation_bits: int, end_bits: int, ranges: str, weights: str
+) -> None:
     "A `DFKDError` for what cannot be done."
-    for name, value in (('bits', bits), ('activation_bits', activation_bits), ('end_bits', end_bits)):
-        if type(value) is not int or not 2 <= value <= 8: raise DFKDError(f'{name} is {value}: give a whole number from 2 to 8 (8 has fast kernels, 4 is two weights a byte)')
-    if ranges not in RANGES: raise DFKDError(f"unknown ranges '{ranges}': use {' or '.join(RANGES)}")
-    if weights not in WEIGHTS: raise DFKDError(f"unknown weights '{weights}': use {' or '.join(WEIGHTS)}")
+    for name, value in (
+        ('bits', bits),
+        ('activation_bits', activation_bits),
+        ('end_bits', end_bits),
+    ):
+        if type(value) is not int or not 2 <= value <= 8:
+            raise DFKDError(
+                f'{name} is {value}: give a whole number from 2 to 8 (8 has fast kernels, 4'
+                ' is two weights a byte)'
+            )
+    if ranges not in RANGES:
+        raise DFKDError(f"unknown ranges '{ranges}': use {' or '.join(RANGES)}")
+    if weights not in WEIGHTS:
+        raise DFKDError(f"unknown weights '{weights}': use {' or '.join(WEIGHTS)}")
+
 
 def _place(error: Exception) -> str:
-    "What went wrong in a library, and in which function: some of its assertions have no text."
+    """What went wrong in a library, and in which function.
+
+    Some of its assertions have no text.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     where = f' in {frames[-1].name}' if frames else ''
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
     return f'{type(error).__name__}{where}' + (f': {text[:100]}' if text else '')
 
+
 def _layers(graph: fx.GraphModule) -> list[str]:
     "Names of the convolutions and linear layers, in the order of the forward pass."
     return [name for _, name in _steps(graph)]
 
+
 def _steps(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, str]]:
-    "The steps of the graph that are convolutions or linear layers, and the names of the layers."
+    """The steps of the graph that are convolutions or linear layers, and the names of the
+    layers.
+    """
     for node in graph.graph.nodes:
-        if node.target not in (_CONVOLUTION, _LINEAR): continue
+        if node.target not in (_CONVOLUTION, _LINEAR):
+            continue
         weight = node.args[1]
-        while weight.op != 'get_attr' and weight.args: weight = weight.args[0] # through what rounds it
-        if weight.op == 'get_attr': yield node, str(weight.target).removesuffix('.weight')
+        # through what rounds it
+        while weight.op != 'get_attr' and weight.args:
+            weight = weight.args[0]
+        if weight.op == 'get_attr':
+            yield node, str(weight.target).removesuffix('.weight')
 
 # %% ../../nbs/applications/17_quantization.ipynb #8db59e1a
 @torch.no_grad()
 def calibrate(
-    network: QuantizedNetwork, # its ranges are chosen anew
-    images: ImageSource | Tensor, # uint8, of the network's domain; labels are not used
-    batch_size: int = 128, # images at a time
-) -> QuantizedNetwork: # the same
-    "Choose each layer's range of inputs on images; a `DFKDWarning` if rounding ruins the answers."
+    network: QuantizedNetwork,  # its ranges are chosen anew
+    images: ImageSource | Tensor,  # uint8, of the network's domain; labels are not used
+    batch_size: int = 128,  # images at a time
+) -> QuantizedNetwork:  # the same
+    """Choose each layer's range of inputs on images; a `DFKDWarning` if rounding ruins the
+    answers.
+    """
     source = as_source(images, network.domain)
-    if source.domain.shape != network.domain.shape: raise DFKDError(f"the images are {source.domain.shape}, the network '{network.name}' takes {network.domain.shape}: resize them")
-    if not len(source): raise DFKDError('there are no images to calibrate on: give some, or None to use what BatchNorm knows')
+    if source.domain.shape != network.domain.shape:
+        raise DFKDError(
+            f"the images are {source.domain.shape}, the network '{network.name}' takes"
+            f' {network.domain.shape}: resize them'
+        )
+    if not len(source):
+        raise DFKDError(
+            'there are no images to calibrate on: give some, or None to use what BatchNorm'
+            ' knows'
+        )
     device = next(network.graph.parameters()).device
-    first: tuple[Tensor, Tensor] | None = None # images, and what the float network says of them
+    # images, and what the float network says of them
+    first: tuple[Tensor, Tensor] | None = None
     with _watching(network):
         for batch, _ in source.batches(batch_size):
             x = network.domain.normalize(batch.to(device))
@@ -220,6 +384,7 @@ def calibrate(
     assert first is not None
     _check_agreement(network, *first)
     return network
+
 
 @contextmanager
 def _watching(network: QuantizedNetwork) -> Iterator[None]:
@@ -235,35 +400,50 @@ def _watching(network: QuantizedNetwork) -> Iterator[None]:
         network.graph.apply(ao.disable_observer)
         network.graph.apply(ao.enable_fake_quant)
 
+
 def _check_bytes(images: Tensor) -> None:
     "A `DFKDWarning` for bytes that were intensities in [0, 1] before."
     if images.dtype == torch.uint8 and int(images.max()) <= 1:
         warnings.warn(
             'no byte of the calibration images is above 1: bytes run to 255, multiply '
-            'intensities in [0, 1] by 255 before they become uint8', DFKDWarning, stacklevel=4)
+            'intensities in [0, 1] by 255 before they become uint8',
+            DFKDWarning,
+            stacklevel=4,
+        )
+
 
 def _check_agreement(network: QuantizedNetwork, x: Tensor, exact: Tensor) -> None:
     "A `DFKDWarning` where float and rounded answers agree closer to chance than to always."
     agreement = float((_logits(network(x)).argmax(1) == exact.argmax(1)).float().mean())
     enough, widths = (1 + 1 / exact.shape[1]) / 2, network.settings
-    if len(x) < 16 or agreement >= enough: return # a few images prove nothing
+    if len(x) < 16 or agreement >= enough:
+        return  # a few images prove nothing
     warnings.warn(
         f"the network '{network.name}', weights of {widths['bits']} bits and inputs of "
         f"{widths['activation_bits']}, gives the float network's answer on {agreement:.0%} "
         'of the calibration images: use more bits, or fine-tune it by '
-        'mend(teacher, network, images).run()', DFKDWarning, stacklevel=4)
+        'mend(teacher, network, images).run()',
+        DFKDWarning,
+        stacklevel=4,
+    )
 
 # %% ../../nbs/applications/17_quantization.ipynb #0d224115
 class _Imagined(fx.Interpreter):
     "Runs a graph, but puts normal draws where BatchNorm knows mean and standard deviation."
 
-    def __init__(self, graph: fx.GraphModule, known: dict[str, tuple[Tensor, Tensor]], generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        known: dict[str, tuple[Tensor, Tensor]],
+        generator: torch.Generator,
+    ) -> None:
         super().__init__(graph)
         self.known, self.generator = known, generator
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
-        if n.name not in self.known: return out
+        if n.name not in self.known:
+            return out
         mean, deviation = (v.to(out.device) for v in self.known[n.name])
         drawn = torch.randn(out.shape[:2], generator=self.generator).to(out.device)
         return (mean + deviation * drawn)[:, :, None, None].expand_as(out).contiguous()
@@ -271,32 +451,48 @@ class _Imagined(fx.Interpreter):
 # %% ../../nbs/applications/17_quantization.ipynb #d35fb472
 @torch.no_grad()
 def imagine(
-    network: QuantizedNetwork, # its ranges are chosen anew
-    draws: int = 256, # images' worth of features
-    seed: int = 0, # of the draws
-) -> QuantizedNetwork: # the same
-    "Choose the range of each layer's input from BatchNorm alone (the assumption of Nagel et al., 2019). A network without BatchNorm is a `DFKDError`."
+    network: QuantizedNetwork,  # its ranges are chosen anew
+    draws: int = 256,  # images' worth of features
+    seed: int = 0,  # of the draws
+) -> QuantizedNetwork:  # the same
+    """Choose the range of each layer's input from BatchNorm alone (the assumption of Nagel
+    et al., 2019).
+
+    A network without BatchNorm is a `DFKDError`.
+    """
     if not network.known:
-        raise DFKDError(f"the network '{network.name}' has no BatchNorm that knows its features: "
-                        'give images to calibrate on, e.g. those that `dfkd invert` makes')
+        raise DFKDError(
+            f"the network '{network.name}' has no BatchNorm that knows its features: "
+            'give images to calibrate on, e.g. those that `dfkd invert` makes'
+        )
     generator = torch.Generator().manual_seed(seed)
     device = next(network.graph.parameters()).device
-    batch = max(1, min(128, 128 * 3 * 64**2 // math.prod(network.domain.shape))) # fewer where images are large
+    # fewer where images are large
+    batch = max(1, min(128, 128 * 3 * 64**2 // math.prod(network.domain.shape)))
     with _watching(network):
         for count in [batch] * (draws // batch) + [draws % batch] * (draws % batch > 0):
-            static = torch.randint(256, (count, *network.domain.shape), dtype=torch.uint8, generator=generator)
-            _Imagined(network.graph, network.known, generator).run(network.domain.normalize(static.to(device)))
+            static = torch.randint(
+                256, (count, *network.domain.shape), dtype=torch.uint8, generator=generator
+            )
+            _Imagined(network.graph, network.known, generator).run(
+                network.domain.normalize(static.to(device))
+            )
     return network
 
 # %% ../../nbs/applications/17_quantization.ipynb #c1933451
 def quantize(
-    teacher: Teacher, # any network with its domain
-    images: ImageSource | Tensor | None, # uint8, to calibrate on; None: BatchNorm's word is taken, no image is needed
-    bits: int = 8, # of weights, 2 to 8
-    seed: int = 0, # of the draws without images
-    **settings: Any, # see `QuantizedNetwork`
-) -> QuantizedNetwork: # runs at once, on the teacher's device
-    "The teacher in few bits. Widths that nobody supports, an empty set, foreign sizes and networks that cannot be traced are a `DFKDError`."
+    teacher: Teacher,  # any network with its domain
+    # uint8, to calibrate on; None: BatchNorm's word is taken, no image is needed
+    images: ImageSource | Tensor | None,
+    bits: int = 8,  # of weights, 2 to 8
+    seed: int = 0,  # of the draws without images
+    **settings: Any,  # see `QuantizedNetwork`
+) -> QuantizedNetwork:  # runs at once, on the teacher's device
+    """The teacher in few bits.
+
+    Widths that nobody supports, an empty set, foreign sizes and networks that cannot be
+    traced are a `DFKDError`.
+    """
     network = QuantizedNetwork(teacher, teacher.domain, bits, **settings)
     return imagine(network, seed=seed) if images is None else calibrate(network, images)
 
@@ -304,33 +500,49 @@ def quantize(
 def _rounders(network: QuantizedNetwork) -> dict[str, Any]:
     "By the name of the layer: the module that rounds its input."
     modules = dict(network.graph.named_modules())
-    return {name: modules[str(node.args[0].target)] for node, name in _steps(network.graph) if node.args[0].op == 'call_module'} # type: ignore[union-attr]
+    inputs: dict[str, Any] = {name: node.args[0] for node, name in _steps(network.graph)}
+    return {
+        name: modules[str(source.target)]
+        for name, source in inputs.items()
+        if source.op == 'call_module'
+    }
+
 
 @torch.no_grad()
 def layer_inputs(
-    network: QuantizedNetwork, # calibrated
-    images: ImageSource | Tensor, # uint8, of its domain; few, for all is kept
-    rounded: bool = False, # by all layers before it and by its own range; False: as in the float network
-) -> dict[str, Tensor]: # by the name of the layer, in the order of the forward pass, on the CPU
+    network: QuantizedNetwork,  # calibrated
+    images: ImageSource | Tensor,  # uint8, of its domain; few, for all is kept
+    # by all layers before it and by its own range; False: as in the float network
+    rounded: bool = False,
+) -> dict[
+    str, Tensor
+]:  # by the name of the layer, in the order of the forward pass, on the CPU
     "What enters each convolution and linear layer."
     taken: dict[str, Tensor] = {}
     ao = _torchao()
     source = as_source(images, network.domain)
     batch = network.domain.check(source.fetch(torch.arange(len(source))))
     x = network.domain.normalize(batch.to(next(network.graph.parameters()).device))
-    hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: taken.__setitem__(name, output.cpu())) for name, module in _rounders(network).items()]
+    hooks = [
+        module.register_forward_hook(
+            lambda module, inputs, output, name=name: taken.__setitem__(name, output.cpu())
+        )
+        for name, module in _rounders(network).items()
+    ]
     try:
-        if not rounded: network.graph.apply(ao.disable_fake_quant)
+        if not rounded:
+            network.graph.apply(ao.disable_fake_quant)
         network(x)
     finally:
         network.graph.apply(ao.enable_fake_quant)
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
     return taken
 
 # %% ../../nbs/applications/17_quantization.ipynb #8e4ad416
 def input_ranges(
-    network: QuantizedNetwork, # calibrated
-) -> dict[str, tuple[float, float]]: # by the name of the layer
+    network: QuantizedNetwork,  # calibrated
+) -> dict[str, tuple[float, float]]:  # by the name of the layer
     "The smallest and the largest number that can enter each layer."
     found = {}
     for name, rounder in _rounders(network).items():
@@ -340,48 +552,76 @@ def input_ranges(
 
 # %% ../../nbs/applications/17_quantization.ipynb #37c6b2e9
 def signal_to_noise(
-    network: QuantizedNetwork, # calibrated
-    images: ImageSource | Tensor, # uint8, to measure on
-) -> dict[str, float]: # decibels, by the name of the layer
-    "Power of each layer's input over the power of what rounding, here and before, has changed in it."
+    network: QuantizedNetwork,  # calibrated
+    images: ImageSource | Tensor,  # uint8, to measure on
+) -> dict[str, float]:  # decibels, by the name of the layer
+    """Power of each layer's input over the power of what rounding, here and before, has
+    changed in it.
+    """
     exact, rounded = (layer_inputs(network, images, how) for how in (False, True))
-    return {name: 10 * float((x.square().sum() / (rounded[name] - x).square().sum().clamp_min(1e-30)).log10()) for name, x in exact.items()}
+    return {
+        name: 10
+        * float(
+            (x.square().sum() / (rounded[name] - x).square().sum().clamp_min(1e-30)).log10()
+        )
+        for name, x in exact.items()
+    }
 
 # %% ../../nbs/applications/17_quantization.ipynb #cda94396
 def mend(
-    teacher: Teacher, # the float network, or any other that knows more
-    network: QuantizedNetwork, # trained in place
-    images: Any, # any source of images, see `as_source`
-    steps: int = 200, # updates
-    learning_rate: float = 3e-4, # peak; folded networks take a hundredth of the usual
-    learn_ranges: bool = True, # whether the steps of the rulers are trained as well
-    **settings: Any, # see `Distiller`
-) -> Distiller: # ready: `.run()`
-    "Fine-tuning by distillation, rounding included: a `Distiller` whose student is the quantised network."
-    if not network.calibrated: raise DFKDError('this network does not know its ranges yet: calibrate() it, or begin with quantize()')
+    teacher: Teacher,  # the float network, or any other that knows more
+    network: QuantizedNetwork,  # trained in place
+    images: Any,  # any source of images, see `as_source`
+    steps: int = 200,  # updates
+    learning_rate: float = 3e-4,  # peak; folded networks take a hundredth of the usual
+    learn_ranges: bool = True,  # whether the steps of the rulers are trained as well
+    **settings: Any,  # see `Distiller`
+) -> Distiller:  # ready: `.run()`
+    """Fine-tuning by distillation, rounding included.
+
+    A `Distiller` whose student is the quantised network.
+    """
+    if not network.calibrated:
+        raise DFKDError(
+            'this network does not know its ranges yet: calibrate() it, or begin with'
+            ' quantize()'
+        )
     ao = _torchao()
-    network.graph.apply(ao.enable_range_learning if learn_ranges else ao.disable_range_learning)
-    usual: dict[str, Any] = {'schedule': 'cosine', 'weight_decay': 0., 'batch_size': 64}
+    network.graph.apply(
+        ao.enable_range_learning if learn_ranges else ao.disable_range_learning
+    )
+    usual: dict[str, Any] = {'schedule': 'cosine', 'weight_decay': 0.0, 'batch_size': 64}
     usual |= {'domain': network.domain, 'device': next(network.graph.parameters()).device}
-    return Distiller(teacher, network, images, steps=steps, learning_rate=learning_rate, **usual | settings)
+    return Distiller(
+        teacher,
+        network,
+        images,
+        steps=steps,
+        learning_rate=learning_rate,
+        **usual | settings,
+    )
 
 # %% ../../nbs/applications/17_quantization.ipynb #c1cc94fc
 class IntegerNetwork(nn.Module):
-    "A network whose weights are stored as integers; between layers its inputs become integers and floats again."
+    """A network whose weights are stored as integers; between layers its inputs become
+    integers and floats again.
+    """
 
     def __init__(
         self,
-        graph: fx.GraphModule, # as torchao converts it
-        domain: Domain, # of its images
-        settings: dict[str, Any], # of the `QuantizedNetwork` it comes from
+        graph: fx.GraphModule,  # as torchao converts it
+        domain: Domain,  # of its images
+        settings: dict[str, Any],  # of the `QuantizedNetwork` it comes from
     ) -> None:
         super().__init__()
         self.graph, self.domain, self.settings = graph, domain, settings
         used = {str(node.target) for node in graph.graph.nodes if node.op == 'get_attr'}
-        for name in [n for n in graph.state_dict(keep_vars=True) if n not in used]: # the floats they were made from
+        # the floats they were made from
+        for name in [n for n in graph.state_dict(keep_vars=True) if n not in used]:
             parent, _, leaf = name.rpartition('.')
             delattr(graph.get_submodule(parent), leaf)
-        for parameter in graph.parameters(): parameter.requires_grad_(False)
+        for parameter in graph.parameters():
+            parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'IntegerNetwork':
         "Integers have no gradients and one way to run."
@@ -394,77 +634,134 @@ class IntegerNetwork(nn.Module):
 
 # %% ../../nbs/applications/17_quantization.ipynb #2fc34977
 def integers(
-    network: QuantizedNetwork, # calibrated; mended or not
-) -> IntegerNetwork: # the same answers, up to the order of sums
+    network: QuantizedNetwork,  # calibrated; mended or not
+) -> IntegerNetwork:  # the same answers, up to the order of sums
     "What is simulated, made real: weights as integers, a quarter of the memory or less."
-    if not network.calibrated: raise DFKDError('this network does not know its ranges yet: calibrate() it, or begin with quantize()')
+    if not network.calibrated:
+        raise DFKDError(
+            'this network does not know its ranges yet: calibrate() it, or begin with'
+            ' quantize()'
+        )
     with _quiet(), torch.no_grad():
         graph = _torchao('.quantize_pt2e').convert_pt2e(copy.deepcopy(network.graph))
     return IntegerNetwork(graph, network.domain, network.settings)
 
 # %% ../../nbs/applications/17_quantization.ipynb #b498e5e9
 def pack(
-    integers: Tensor, # int8, from -8 to 7, any shape
-) -> Tensor: # uint8, half as many
+    integers: Tensor,  # int8, from -8 to 7, any shape
+) -> Tensor:  # uint8, half as many
     "Two 4-bit integers a byte, the first one low."
     nibbles = F.pad(integers.flatten(), (0, integers.numel() % 2)).to(torch.uint8) & 15
     return nibbles[::2] | nibbles[1::2] << 4
 
+
 def unpack(
-    packed: Tensor, # uint8, as `pack` made it
-    shape: tuple[int, ...], # of the integers
-) -> Tensor: # int8
+    packed: Tensor,  # uint8, as `pack` made it
+    shape: tuple[int, ...],  # of the integers
+) -> Tensor:  # int8
     "The integers again."
-    nibbles = torch.stack([packed & 15, packed >> 4], 1).flatten()[:math.prod(shape)].to(torch.int8)
+    nibbles = (
+        torch.stack([packed & 15, packed >> 4], 1)
+        .flatten()[: math.prod(shape)]
+        .to(torch.int8)
+    )
     return torch.where(nibbles > 7, nibbles - 16, nibbles).view(shape)
 
 # %% ../../nbs/applications/17_quantization.ipynb #2f2949cd
 def _converters(graph: fx.GraphModule) -> list[fx.Node]:
-    "The steps that turn inputs into integers or back; their step size and zero are written into the graph."
-    return [node for node in graph.graph.nodes if node.op == 'call_function' and str(node.target).startswith('quantized_decomposed.') and 'per_tensor' in str(node.target)]
+    """The steps that turn inputs into integers or back; their step size and zero are
+    written into the graph.
+    """
+    return [
+        node
+        for node in graph.graph.nodes
+        if node.op == 'call_function'
+        and str(node.target).startswith('quantized_decomposed.')
+        and 'per_tensor' in str(node.target)
+    ]
+
 
 _WORDS = ('ranges', 'weights')
 
 # %% ../../nbs/applications/17_quantization.ipynb #089bc4b2
 def save_integers(
-    path: str | Path, # a .safetensors file
-    network: IntegerNetwork, # what `integers` made
-    metadata: dict[str, str] | None = None, # e.g. model and domain
-) -> int: # bytes of the file
+    path: str | Path,  # a .safetensors file
+    network: IntegerNetwork,  # what `integers` made
+    metadata: dict[str, str] | None = None,  # e.g. model and domain
+) -> int:  # bytes of the file
     "Integers, steps and biases as safetensors, atomically; 4-bit weights two to a byte."
     tensors, shapes = {}, {}
     for name, value in network.graph.state_dict().items():
-        if value.dtype == torch.int64: value = value.to(torch.int8) # zeros of symmetric weights
-        elif value.dtype == torch.int8 and value.numel() and -8 <= int(value.min()) and int(value.max()) <= 7:
+        # zeros of symmetric weights
+        if value.dtype == torch.int64:
+            value = value.to(torch.int8)
+        elif (
+            value.dtype == torch.int8
+            and value.numel()
+            and -8 <= int(value.min())
+            and int(value.max()) <= 7
+        ):
             shapes[name], value = ' '.join(map(str, value.shape)), pack(value)
         tensors[name] = value
     nodes = _converters(network.graph)
-    tensors['input_steps'] = torch.tensor([node.args[1] for node in nodes], dtype=torch.float64)
-    tensors['input_zeros'] = torch.tensor([node.args[2] for node in nodes], dtype=torch.int16)
-    about = {k: str(v) for k, v in network.settings.items()} | {'packed': '\n'.join(f'{k}\t{v}' for k, v in shapes.items())}
+    tensors['input_steps'] = torch.tensor(
+        [node.args[1] for node in nodes], dtype=torch.float64
+    )
+    tensors['input_zeros'] = torch.tensor(
+        [node.args[2] for node in nodes], dtype=torch.int16
+    )
+    about = {k: str(v) for k, v in network.settings.items()} | {
+        'packed': '\n'.join(f'{k}\t{v}' for k, v in shapes.items())
+    }
     save_tensors(path, tensors, (metadata or {}) | about)
     return Path(path).stat().st_size
 
 # %% ../../nbs/applications/17_quantization.ipynb #de4aeb17
 def load_integers(
-    path: str | Path, # what `save_integers` wrote
-    model: nn.Module, # a network of the same architecture, weights of any kind; it is not changed
-    domain: Domain, # of its images
-) -> IntegerNetwork: # ready to run
-    "Read what `save_integers` wrote. Another architecture, or a foreign file, is a `DFKDError`."
+    path: str | Path,  # what `save_integers` wrote
+    # a network of the same architecture, weights of any kind; it is not changed
+    model: nn.Module,
+    domain: Domain,  # of its images
+) -> IntegerNetwork:  # ready to run
+    """Read what `save_integers` wrote.
+
+    Another architecture, or a foreign file, is a `DFKDError`.
+    """
     tensors, about = load_tensors(path)
-    if 'input_steps' not in tensors or not {'bits', 'packed', *_WORDS} <= about.keys(): raise DFKDError(f'{path} holds no quantised network: give a file that save_integers wrote')
-    settings: dict[str, Any] = {k: about[k] if k in _WORDS else int(about[k]) for k in ('bits', 'activation_bits', 'end_bits', *_WORDS)}
-    static = torch.randint(256, (4, *domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    if 'input_steps' not in tensors or not {'bits', 'packed', *_WORDS} <= about.keys():
+        raise DFKDError(
+            f'{path} holds no quantised network: give a file that save_integers wrote'
+        )
+    settings: dict[str, Any] = {
+        k: about[k] if k in _WORDS else int(about[k])
+        for k in ('bits', 'activation_bits', 'end_bits', *_WORDS)
+    }
+    static = torch.randint(
+        256,
+        (4, *domain.shape),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     network = integers(calibrate(QuantizedNetwork(model, domain, **settings), static))
     for line in filter(None, about['packed'].split('\n')):
         name, shape = line.split('\t')
         tensors[name] = unpack(tensors[name], tuple(map(int, shape.split())))
-    steps, zeros, nodes, own = tensors.pop('input_steps'), tensors.pop('input_zeros'), _converters(network.graph), network.graph.state_dict()
-    if len(steps) != len(nodes) or own.keys() != tensors.keys() or any(own[k].shape != v.shape for k, v in tensors.items()):
-        raise DFKDError(f"{path} was saved from another architecture than this {type(model).__name__}: build the model it was saved from")
+    steps = tensors.pop('input_steps')
+    zeros = tensors.pop('input_zeros')
+    nodes = _converters(network.graph)
+    own = network.graph.state_dict()
+    if (
+        len(steps) != len(nodes)
+        or own.keys() != tensors.keys()
+        or any(own[k].shape != v.shape for k, v in tensors.items())
+    ):
+        raise DFKDError(
+            f'{path} was saved from another architecture than this {type(model).__name__}:'
+            ' build the model it was saved from'
+        )
     network.graph.load_state_dict({k: v.to(own[k].dtype) for k, v in tensors.items()})
-    for node, step, zero in zip(nodes, steps.tolist(), zeros.tolist()): node.args = (node.args[0], step, zero, *node.args[3:])
+    for node, step, zero in zip(nodes, steps.tolist(), zeros.tolist()):
+        node.args = (node.args[0], step, zero, *node.args[3:])
     network.graph.recompile()
     return network
 
@@ -474,8 +771,8 @@ class LoweredNetwork(nn.Module):
 
     def __init__(
         self,
-        graph: nn.Module, # as torchao lowers it
-        shape: tuple[int, ...], # `(N, C, H, W)`
+        graph: nn.Module,  # as torchao lowers it
+        shape: tuple[int, ...],  # `(N, C, H, W)`
     ) -> None:
         super().__init__()
         self.graph, self.shape = graph, shape
@@ -487,24 +784,50 @@ class LoweredNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         "The network's answer to normalised images of exactly `shape`."
-        if tuple(x.shape) != self.shape: raise DFKDError(f'images of shape {tuple(x.shape)}: this network was lowered for {self.shape}, lower it again')
+        if tuple(x.shape) != self.shape:
+            raise DFKDError(
+                f'images of shape {tuple(x.shape)}: this network was lowered for'
+                f' {self.shape}, lower it again'
+            )
         return self.graph(x)
 
 # %% ../../nbs/applications/17_quantization.ipynb #9a1f96ae
 @torch.no_grad()
 def lower(
-    network: IntegerNetwork, # 8 bits
-    images: Tensor, # uint8 `(N, C, H, W)`: the batch size, and what answers are compared on
-    tolerance: float = 0.1, # how far they may be off, root mean square over that of the answers
-) -> LoweredNetwork: # for batches of this size, on the CPU
-    "An integer network in byte kernels (oneDNN by torchao, x86 only). Answers that change, as on processors that overflow, are a `DFKDError`."
-    if platform.machine().lower() not in ('x86_64', 'amd64'): raise DFKDError(f"no byte kernels for the processor '{platform.machine()}': lower on x86, or export the network for another runtime")
-    if network.settings['bits'] != 8: raise DFKDError(f"no kernels for weights of {network.settings['bits']} bits: they save memory, not time; quantise with bits=8")
+    network: IntegerNetwork,  # 8 bits
+    # uint8 `(N, C, H, W)`: the batch size, and what answers are compared on
+    images: Tensor,
+    # how far they may be off, root mean square over that of the answers
+    tolerance: float = 0.1,
+) -> LoweredNetwork:  # for batches of this size, on the CPU
+    """An integer network in byte kernels (oneDNN by torchao, x86 only).
+
+    Answers that change, as on processors that overflow, are a `DFKDError`.
+    """
+    if platform.machine().lower() not in ('x86_64', 'amd64'):
+        raise DFKDError(
+            f"no byte kernels for the processor '{platform.machine()}': lower on x86, or"
+            ' export the network for another runtime'
+        )
+    if network.settings['bits'] != 8:
+        raise DFKDError(
+            f'no kernels for weights of {network.settings["bits"]} bits: they save memory,'
+            ' not time; quantise with bits=8'
+        )
     x = network.domain.normalize(network.domain.check(images))
     with _quiet():
-        lowered = LoweredNetwork(_torchao('.lowering').lower_pt2e_quantized_to_x86(copy.deepcopy(network.graph), (x,)), tuple(x.shape))
+        lowered = LoweredNetwork(
+            _torchao('.lowering').lower_pt2e_quantized_to_x86(
+                copy.deepcopy(network.graph), (x,)
+            ),
+            tuple(x.shape),
+        )
     exact, found = network(x), lowered(x)
     error = float((found - exact).square().mean().sqrt() / exact.square().mean().sqrt())
     if not error <= tolerance:
-        raise DFKDError(f'in byte kernels the answers are off by {error:.0%}: this processor adds products of 8-bit inputs in 16 bits and overflows; quantise with activation_bits=7 and end_bits=7')
+        raise DFKDError(
+            f'in byte kernels the answers are off by {error:.0%}: this processor adds'
+            ' products of 8-bit inputs in 16 bits and overflows; quantise with'
+            ' activation_bits=7 and end_bits=7'
+        )
     return lowered

@@ -26,60 +26,125 @@ from torch import Tensor, nn
 from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
 from ..dreams.priors import Term, View
-from ..foundations.core import DFKDError, import_torchvision, load_tensors, pick_device, progress, save_tensors, seeded
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    import_torchvision,
+    load_tensors,
+    pick_device,
+    progress,
+    save_tensors,
+    seeded,
+)
 from ..foundations.data import Augment, Domain, ImageSource, _decode, data_root
 from ..foundations.distillation import Distiller, _full
-from ..foundations.models import CifarBlock, Teacher, _logits, _seen, build_model, in_eval_mode
+from dfkd_nb.foundations.models import (
+    CifarBlock,
+    Teacher,
+    _logits,
+    _seen,
+    build_model,
+    in_eval_mode,
+)
 from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
 
 # %% ../../nbs/applications/18_segmentation.ipynb #a7460c5a
-IGNORED = 255 # in a mask: no class, counts nowhere
+IGNORED = 255  # in a mask: no class, counts nowhere
 
-SCENES: dict[str, tuple[tuple[int, int], tuple[float, float, float], tuple[float, float, float], str]] = { # usual size, mean, spread, classes
-    'scenes': ((32, 32), (0.443, 0.475, 0.391), (0.196, 0.153, 0.257), 'sky ground road house tree car'),
-    'camvid': ((240, 320), (0.412, 0.425, 0.432), (0.293, 0.297, 0.293), 'sky building pole road pavement tree sign fence car pedestrian cyclist'),
-    'nyuv2': ((128, 128), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 'bed books ceiling chair floor furniture objects picture sofa table tv wall window'),
+# usual size, mean, spread, classes
+SCENES: dict[
+    str, tuple[tuple[int, int], tuple[float, float, float], tuple[float, float, float], str]
+] = {
+    'scenes': (
+        (32, 32),
+        (0.443, 0.475, 0.391),
+        (0.196, 0.153, 0.257),
+        'sky ground road house tree car',
+    ),
+    'camvid': (
+        (240, 320),
+        (0.412, 0.425, 0.432),
+        (0.293, 0.297, 0.293),
+        'sky building pole road pavement tree sign fence car pedestrian cyclist',
+    ),
+    'nyuv2': (
+        (128, 128),
+        (0.5, 0.5, 0.5),
+        (0.5, 0.5, 0.5),
+        'bed books ceiling chair floor furniture objects picture sofa table tv wall window',
+    ),
 }
 
+
 def scene_domain(
-    name: str, # 'scenes', 'camvid' or 'nyuv2'
-    size: tuple[int, int] | None = None, # height and width; None: as usual
-) -> Domain: # classes in the order of the masks' numbers
+    name: str,  # 'scenes', 'camvid' or 'nyuv2'
+    size: tuple[int, int] | None = None,  # height and width; None: as usual
+) -> Domain:  # classes in the order of the masks' numbers
     "What the images of a set of scenes mean."
-    if name not in SCENES: raise DFKDError(f"unknown scenes '{name}': use {', '.join(SCENES)}")
+    if name not in SCENES:
+        raise DFKDError(f"unknown scenes '{name}': use {', '.join(SCENES)}")
     usual, mean, std, classes = SCENES[name]
     return Domain(name, (3, *(size or usual)), mean, std, tuple(classes.split()))
 
 # %% ../../nbs/applications/18_segmentation.ipynb #173a9d0a
 def dominant(
-    masks: Tensor, # int64 `(N, H, W)`
-    num_classes: int, # K; other numbers are not counted
-) -> Tensor: # int64 `(N,)`
+    masks: Tensor,  # int64 `(N, H, W)`
+    num_classes: int,  # K; other numbers are not counted
+) -> Tensor:  # int64 `(N,)`
     "The class that most pixels of each image have."
-    return torch.stack([(masks == k).flatten(1).sum(1) for k in range(num_classes)], 1).argmax(1)
+    return torch.stack(
+        [(masks == k).flatten(1).sum(1) for k in range(num_classes)], 1
+    ).argmax(1)
+
 
 class SceneSet(ImageSource):
-    "Images and a class for every pixel, as bytes on one device. Batches come with masks; `labels` is the class that most of an image has."
+    """Images and a class for every pixel, as bytes on one device.
+
+    Batches come with masks; `labels` is the class that most of an image has.
+    """
 
     def __init__(
         self,
-        images: Tensor, # uint8 `(N, 3, H, W)`
-        masks: Tensor, # integers `(N, H, W)`: class numbers, or `IGNORED`
-        domain: Domain, # what both mean
+        images: Tensor,  # uint8 `(N, 3, H, W)`
+        masks: Tensor,  # integers `(N, H, W)`: class numbers, or `IGNORED`
+        domain: Domain,  # what both mean
     ) -> None:
-        if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
+        if images.dtype != torch.uint8:
+            raise DFKDError(
+                f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
+                ' normalised floats)'
+            )
         self.images, self.domain = domain.check(images), domain
-        if masks.shape != images[:, 0].shape: raise DFKDError(f'masks of shape {tuple(masks.shape)} for images of shape {tuple(images.shape)}: give one number a pixel, {tuple(images[:, 0].shape)}')
-        if masks.is_floating_point() or masks.dtype == torch.bool: raise DFKDError(f'masks are {masks.dtype}: give class numbers as integers')
-        if domain.num_classes > IGNORED: raise DFKDError(f"'{domain.name}' has {domain.num_classes} classes: masks are bytes, give {IGNORED} at most")
-        odd = masks[(masks != IGNORED) & ((masks < 0) | (masks >= domain.num_classes))].unique().tolist()
-        if odd: raise DFKDError(f"masks hold {', '.join(map(str, odd[:5]))}: '{domain.name}' has the classes 0 to {domain.num_classes - 1}, and {IGNORED} for pixels that do not count")
+        if masks.shape != images[:, 0].shape:
+            raise DFKDError(
+                f'masks of shape {tuple(masks.shape)} for images of shape'
+                f' {tuple(images.shape)}: give one number a pixel,'
+                f' {tuple(images[:, 0].shape)}'
+            )
+        if masks.is_floating_point() or masks.dtype == torch.bool:
+            raise DFKDError(f'masks are {masks.dtype}: give class numbers as integers')
+        if domain.num_classes > IGNORED:
+            raise DFKDError(
+                f"'{domain.name}' has {domain.num_classes} classes: masks are bytes, give"
+                f' {IGNORED} at most'
+            )
+        odd = (
+            masks[(masks != IGNORED) & ((masks < 0) | (masks >= domain.num_classes))]
+            .unique()
+            .tolist()
+        )
+        if odd:
+            raise DFKDError(
+                f"masks hold {', '.join(map(str, odd[:5]))}: '{domain.name}' has the"
+                f' classes 0 to {domain.num_classes - 1}, and {IGNORED} for pixels that do'
+                ' not count'
+            )
         self.masks = masks.to(images.device, torch.uint8)
         self.labels = dominant(self.masks, domain.num_classes)
 
-    def __len__(self) -> int: return len(self.images)
+    def __len__(self) -> int:
+        return len(self.images)
 
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, 3, H, W)`."
@@ -94,36 +159,60 @@ class SceneSet(ImageSource):
 
     def subset(self, which: int | Tensor) -> 'SceneSet':
         "The first `which` scenes, or those at the given indices."
-        images, masks = self._pick(torch.arange(len(self))[:which] if isinstance(which, int) else which.cpu())
+        images, masks = self._pick(
+            torch.arange(len(self))[:which] if isinstance(which, int) else which.cpu()
+        )
         return SceneSet(images, masks, self.domain)
 
     def save(self, path: str | Path) -> None:
-        "One safetensors file with images, masks and the domain; `ImageSet.load` reads its images as well."
+        """One safetensors file with images, masks and the domain; `ImageSet.load` reads its
+        images as well.
+        """
         domain = self.domain
-        save_tensors(path, {'images': self.images, 'masks': self.masks, 'labels': self.labels}, {'name': domain.name, 'mean': ' '.join(map(str, domain.mean)), 'std': ' '.join(map(str, domain.std)), 'classes': '\n'.join(domain.classes)}) # type: ignore[dict-item]
+        save_tensors(
+            path,
+            {'images': self.images, 'masks': self.masks, 'labels': self.labels},  # type: ignore[dict-item]
+            {
+                'name': domain.name,
+                'mean': ' '.join(map(str, domain.mean)),
+                'std': ' '.join(map(str, domain.std)),
+                'classes': '\n'.join(domain.classes),
+            },
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> 'SceneSet':
         "Read what `save` wrote; anything else is a `DFKDError`."
         tensors, about = load_tensors(path)
-        if not {'images', 'masks'} <= tensors.keys() or not {'name', 'mean', 'std', 'classes'} <= about.keys(): raise DFKDError(f'{path} holds no scenes: give a file that SceneSet.save wrote')
+        if (
+            not {'images', 'masks'} <= tensors.keys()
+            or not {'name', 'mean', 'std', 'classes'} <= about.keys()
+        ):
+            raise DFKDError(f'{path} holds no scenes: give a file that SceneSet.save wrote')
         mean, std = (tuple(map(float, about[k].split())) for k in ('mean', 'std'))
-        return cls(tensors['images'], tensors['masks'], Domain(about['name'], tuple(tensors['images'].shape[1:]), mean, std, tuple(about['classes'].split('\n')))) # type: ignore[arg-type]
+        shape, classes = tuple(tensors['images'].shape[1:]), tuple(about['classes'].split('\n'))
+        domain = Domain(about['name'], shape, mean, std, classes)  # type: ignore[arg-type]
+        return cls(tensors['images'], tensors['masks'], domain)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #130bc7d1
 class Canvas:
-    "Scenes in the making, all at once; later shapes stand in front of earlier ones. The unit of length is the height."
+    """Scenes in the making, all at once; later shapes stand in front of earlier ones.
+
+    The unit of length is the height.
+    """
 
     def __init__(
         self,
-        n: int, # scenes
-        size: tuple[int, int], # height and width in pixels
-        rng: torch.Generator, # of everything random
+        n: int,  # scenes
+        size: tuple[int, int],  # height and width in pixels
+        rng: torch.Generator,  # of everything random
     ) -> None:
         height, width = size
         self.n, self.rng, self.width = n, rng, width / height
-        self.y, self.x = ((torch.arange(height) + 0.5) / height).view(1, -1, 1), ((torch.arange(width) + 0.5) / height).view(1, 1, -1)
-        self.images, self.masks = torch.zeros(n, 3, height, width), torch.zeros(n, height, width, dtype=torch.uint8)
+        self.y = ((torch.arange(height) + 0.5) / height).view(1, -1, 1)
+        self.x = ((torch.arange(width) + 0.5) / height).view(1, 1, -1)
+        self.images = torch.zeros(n, 3, height, width)
+        self.masks = torch.zeros(n, height, width, dtype=torch.uint8)
 
     def draw(self, low: float, high: float) -> Tensor:
         "A number for each scene, `(n, 1, 1)`."
@@ -132,7 +221,11 @@ class Canvas:
     def tint(self, first: Sequence[float], second: Sequence[float]) -> Tensor:
         "A colour for each scene, somewhere between two, `(n, 3, 1, 1)`."
         start, end = torch.tensor([first, second]).view(2, 1, 3, 1, 1)
-        return start + (end - start) * self.draw(0, 1)[:, None] + 0.05 * torch.randn(self.n, 3, 1, 1, generator=self.rng)
+        return (
+            start
+            + (end - start) * self.draw(0, 1)[:, None]
+            + 0.05 * torch.randn(self.n, 3, 1, 1, generator=self.rng)
+        )
 
     def box(self, left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> Tensor:
         "The pixels inside a rectangle, `(n, H, W)`."
@@ -148,154 +241,328 @@ class Canvas:
         self.images = torch.where(where[:, None], colour + grains, self.images)
         self.masks = self.masks.masked_fill(where.expand_as(self.masks), number)
 
+
 def _house(c: Canvas, horizon: Tensor) -> None:
-    there, base, width, height, middle = c.draw(0, 1) < 0.6, horizon + c.draw(0.02, 0.1), c.draw(0.22, 0.42), c.draw(0.16, 0.32), c.draw(0, c.width)
+    there = c.draw(0, 1) < 0.6
+    base = horizon + c.draw(0.02, 0.1)
+    width = c.draw(0.22, 0.42)
+    height = c.draw(0.16, 0.32)
+    middle = c.draw(0, c.width)
     top, left, roof = base - height, middle - width / 2, c.draw(0.08, 0.18)
     wall = there & c.box(left, left + width, top, base)
     c.fill(wall, 3, c.tint((0.75, 0.35, 0.25), (0.95, 0.9, 0.8)), 0.03)
-    c.fill(wall & ((c.x - left) % 0.12 > 0.06) & ((c.y - top) % 0.13 > 0.07), 3, c.tint((0.15, 0.15, 0.25), (0.4, 0.45, 0.55)), 0.02) # windows
-    c.fill(there & (c.y <= top) & ((c.x - middle).abs() < 0.58 * width * (c.y - top + roof) / roof), 3, c.tint((0.4, 0.12, 0.08), (0.4, 0.4, 0.45)), 0.03)
+    # windows
+    c.fill(
+        wall & ((c.x - left) % 0.12 > 0.06) & ((c.y - top) % 0.13 > 0.07),
+        3,
+        c.tint((0.15, 0.15, 0.25), (0.4, 0.45, 0.55)),
+        0.02,
+    )
+    c.fill(
+        there
+        & (c.y <= top)
+        & ((c.x - middle).abs() < 0.58 * width * (c.y - top + roof) / roof),
+        3,
+        c.tint((0.4, 0.12, 0.08), (0.4, 0.4, 0.45)),
+        0.03,
+    )
+
 
 def _tree(c: Canvas, horizon: Tensor) -> None:
-    there, base, size, middle = c.draw(0, 1) < 0.6, horizon + c.draw(0.02, 0.25), c.draw(0.1, 0.2), c.draw(0, c.width)
-    c.fill(there & c.box(middle - 0.2 * size, middle + 0.2 * size, base - 1.2 * size, base), 4, c.tint((0.3, 0.18, 0.08), (0.45, 0.35, 0.25)), 0.03)
-    c.fill(there & c.ellipse(middle, base - 1.8 * size, size, c.draw(0.9, 1.5) * size), 4, c.tint((0.05, 0.28, 0.1), (0.45, 0.48, 0.08)), 0.09)
+    there = c.draw(0, 1) < 0.6
+    base = horizon + c.draw(0.02, 0.25)
+    size = c.draw(0.1, 0.2)
+    middle = c.draw(0, c.width)
+    c.fill(
+        there & c.box(middle - 0.2 * size, middle + 0.2 * size, base - 1.2 * size, base),
+        4,
+        c.tint((0.3, 0.18, 0.08), (0.45, 0.35, 0.25)),
+        0.03,
+    )
+    c.fill(
+        there & c.ellipse(middle, base - 1.8 * size, size, c.draw(0.9, 1.5) * size),
+        4,
+        c.tint((0.05, 0.28, 0.1), (0.45, 0.48, 0.08)),
+        0.09,
+    )
+
 
 def _car(c: Canvas, horizon: Tensor) -> None:
-    there, base, middle = c.draw(0, 1) < 0.6, horizon + c.draw(0.12, 0.45), c.draw(0, c.width)
-    size, paint = 0.12 + 0.5 * (base - horizon), torch.rand(c.n, 3, 1, 1, generator=c.rng) # near cars are large
-    c.fill(there & c.box(middle - 0.5 * size, middle + 0.5 * size, base - 0.3 * size, base), 5, paint, 0.02)
-    c.fill(there & c.box(middle - 0.3 * size, middle + 0.3 * size, base - 0.55 * size, base - 0.3 * size), 5, 0.5 * paint + 0.35, 0.02)
-    for side in (-0.3, 0.3): c.fill(there & c.ellipse(middle + side * size, base, 0.12 * size, 0.12 * size), 5, torch.full((c.n, 3, 1, 1), 0.06), 0.02)
+    there = c.draw(0, 1) < 0.6
+    base = horizon + c.draw(0.12, 0.45)
+    middle = c.draw(0, c.width)
+    # near cars are large
+    size, paint = 0.12 + 0.5 * (base - horizon), torch.rand(c.n, 3, 1, 1, generator=c.rng)
+    c.fill(
+        there & c.box(middle - 0.5 * size, middle + 0.5 * size, base - 0.3 * size, base),
+        5,
+        paint,
+        0.02,
+    )
+    c.fill(
+        there
+        & c.box(
+            middle - 0.3 * size, middle + 0.3 * size, base - 0.55 * size, base - 0.3 * size
+        ),
+        5,
+        0.5 * paint + 0.35,
+        0.02,
+    )
+    for side in (-0.3, 0.3):
+        c.fill(
+            there & c.ellipse(middle + side * size, base, 0.12 * size, 0.12 * size),
+            5,
+            torch.full((c.n, 3, 1, 1), 0.06),
+            0.02,
+        )
 
 # %% ../../nbs/applications/18_segmentation.ipynb #7bbcd278
 def draw_scenes(
-    n: int, # how many
-    size: tuple[int, int] = (32, 32), # height and width in pixels
-    seed: int = 0, # the same seed, the same scenes
-) -> SceneSet: # six classes
+    n: int,  # how many
+    size: tuple[int, int] = (32, 32),  # height and width in pixels
+    seed: int = 0,  # the same seed, the same scenes
+) -> SceneSet:  # six classes
     "Landscapes with roads, houses, trees and cars, and to each the exact mask."
-    if n < 1 or min(size) < 8: raise DFKDError(f'{n} scenes of {size[0]} x {size[1]} pixels: give 1 or more, of 8 x 8 or more')
+    if n < 1 or min(size) < 8:
+        raise DFKDError(
+            f'{n} scenes of {size[0]} x {size[1]} pixels: give 1 or more, of 8 x 8 or more'
+        )
     c = Canvas(n, size, torch.Generator().manual_seed(seed))
     horizon = c.draw(0.35, 0.55)
-    depth = (c.y - horizon) / (1 - horizon) # 0 at the horizon, 1 at the lower edge
-    c.fill(depth <= 0, 0, c.tint((0.4, 0.6, 0.95), (0.9, 0.75, 0.65)) + c.draw(0, 0.4)[:, None] * (c.y - 0.3)[:, None], 0.015)
+    depth = (c.y - horizon) / (1 - horizon)  # 0 at the horizon, 1 at the lower edge
+    c.fill(
+        depth <= 0,
+        0,
+        c.tint((0.4, 0.6, 0.95), (0.9, 0.75, 0.65))
+        + c.draw(0, 0.4)[:, None] * (c.y - 0.3)[:, None],
+        0.015,
+    )
     c.fill(depth > 0, 1, c.tint((0.2, 0.5, 0.15), (0.65, 0.55, 0.3)), 0.06)
     middle = c.draw(0.1, c.width - 0.1) * (1 - depth) + c.draw(0, c.width) * depth
-    c.fill((c.draw(0, 1) < 0.8) & (depth > 0) & ((c.x - middle).abs() < 0.03 + c.draw(0.2, 0.4) * depth), 2, c.tint((0.25, 0.25, 0.27), (0.6, 0.58, 0.56)), 0.025)
-    for thing in (_house, _house, _tree, _tree, _car, _car): thing(c, horizon)
-    images = (c.images * c.draw(0.7, 1.1)[:, None]).clamp(0, 1) # dull days and bright ones
-    return SceneSet((images * 255).round().to(torch.uint8), c.masks, scene_domain('scenes', size))
+    c.fill(
+        (c.draw(0, 1) < 0.8)
+        & (depth > 0)
+        & ((c.x - middle).abs() < 0.03 + c.draw(0.2, 0.4) * depth),
+        2,
+        c.tint((0.25, 0.25, 0.27), (0.6, 0.58, 0.56)),
+        0.025,
+    )
+    for thing in (_house, _house, _tree, _tree, _car, _car):
+        thing(c, horizon)
+    # dull days and bright ones
+    images = (c.images * c.draw(0.7, 1.1)[:, None]).clamp(0, 1)
+    return SceneSet(
+        (images * 255).round().to(torch.uint8), c.masks, scene_domain('scenes', size)
+    )
 
 # %% ../../nbs/applications/18_segmentation.ipynb #a74af312
-_COLOURS = '56B4E9 9ACC32 787878 D55E00 00734F CC79A7 F0E442 0072B2 E69F00 882255 44AA99 332288 DDCC77' # told apart by most eyes, as many as NYUv2 has classes
+# told apart by most eyes, as many as NYUv2 has classes
+_COLOURS = (
+    '56B4E9 9ACC32 787878 D55E00 00734F CC79A7 F0E442 0072B2 E69F00 882255 44AA99 332288'
+    ' DDCC77'
+)
+
 
 def palette(
-    num_classes: int, # K
-) -> Tensor: # uint8 `(K, 3)`
+    num_classes: int,  # K
+) -> Tensor:  # uint8 `(K, 3)`
     "A colour for every class."
     found = [tuple(bytes.fromhex(colour)) for colour in _COLOURS.split()]
-    while len(found) < num_classes: found.append(tuple(round(255 * v) for v in colorsys.hsv_to_rgb(0.618 * len(found) % 1, 0.6, 0.9))) # golden steps around the wheel
+    # golden steps around the wheel
+    while len(found) < num_classes:
+        found.append(
+            tuple(
+                round(255 * v)
+                for v in colorsys.hsv_to_rgb(0.618 * len(found) % 1, 0.6, 0.9)
+            )
+        )
     return torch.tensor(found[:num_classes], dtype=torch.uint8)
 
+
 def colour_masks(
-    masks: Tensor, # class numbers `(N, H, W)`; others are drawn black
-    num_classes: int, # K
-) -> Tensor: # uint8 `(N, 3, H, W)`
+    masks: Tensor,  # class numbers `(N, H, W)`; others are drawn black
+    num_classes: int,  # K
+) -> Tensor:  # uint8 `(N, 3, H, W)`
     "Masks as pictures."
     masks = masks.cpu().long()
     colours = torch.cat([palette(num_classes), torch.zeros(1, 3, dtype=torch.uint8)])
-    return colours[torch.where((masks >= 0) & (masks < num_classes), masks, num_classes)].movedim(3, 1)
+    return colours[
+        torch.where((masks >= 0) & (masks < num_classes), masks, num_classes)
+    ].movedim(3, 1)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #418a49e6
 def show_rows(
-    rows: Mapping[str, Tensor], # name to uint8 pictures `(N, 3, H, W)`
-    size: float = 0.75, # inches, the height of a picture
-) -> Any: # matplotlib's figure
+    rows: Mapping[str, Tensor],  # name to uint8 pictures `(N, 3, H, W)`
+    size: float = 0.75,  # inches, the height of a picture
+) -> Any:  # matplotlib's figure
     "Rows of pictures under each other, each with its name."
     import matplotlib.pyplot as plt
+
     count = max(map(len, rows.values()))
     height, width = next(iter(rows.values())).shape[2:]
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.1 + size * count * width / height, size * len(rows)), layout='constrained', squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows),
+        count,
+        figsize=(1.1 + size * count * width / height, size * len(rows)),
+        layout='constrained',
+        squeeze=False,
+    )
     for line, (name, pictures) in zip(axes, rows.items()):
-        for axis in line: axis.axis('off')
-        for axis, picture in zip(line, pictures.cpu()): axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
-        line[0].text(-0.08, 0.5, name, transform=line[0].transAxes, ha='right', va='center', fontsize=8)
+        for axis in line:
+            axis.axis('off')
+        for axis, picture in zip(line, pictures.cpu()):
+            axis.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
+        line[0].text(
+            -0.08,
+            0.5,
+            name,
+            transform=line[0].transAxes,
+            ha='right',
+            va='center',
+            fontsize=8,
+        )
     return figure
 
 # %% ../../nbs/applications/18_segmentation.ipynb #51a7fcf5
 def _decode_mask(
-    encoded: bytes | Path, # contents of a file with one channel, or where it is
-    size: tuple[int, int], # height and width that come out
-    name: str, # what to call it in a message
-) -> Tensor: # uint8 `(H, W)`
-    "One mask, cut out as `_decode` cuts out its image, but never mixed: every pixel keeps the number of one neighbour."
+    encoded: bytes | Path,  # contents of a file with one channel, or where it is
+    size: tuple[int, int],  # height and width that come out
+    name: str,  # what to call it in a message
+) -> Tensor:  # uint8 `(H, W)`
+    """One mask, cut out as `_decode` cuts out its image, but never mixed.
+
+    Every pixel keeps the number of one neighbour.
+    """
     height, width = size
     try:
-        picture: Image.Image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded)
+        picture: Image.Image = Image.open(
+            io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+        )
         picture.load()
-    except Exception as error: raise DFKDError(f'{name} is no readable mask ({type(error).__name__}): remove or replace it') from error
-    if picture.mode not in ('L', 'P'): raise DFKDError(f"{name} is a mask of mode '{picture.mode}': give one channel of bytes, the class numbers")
+    except Exception as error:
+        raise DFKDError(
+            f'{name} is no readable mask ({type(error).__name__}): remove or replace it'
+        ) from error
+    if picture.mode not in ('L', 'P'):
+        raise DFKDError(
+            f"{name} is a mask of mode '{picture.mode}': give one channel of bytes, the"
+            ' class numbers'
+        )
     if picture.size != (width, height):
         scale = max(height / picture.height, width / picture.width)
-        larger = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+        larger = (
+            max(width, round(picture.width * scale)),
+            max(height, round(picture.height * scale)),
+        )
         left, top = (larger[0] - width) // 2, (larger[1] - height) // 2
-        picture = picture.resize(larger, Image.Resampling.NEAREST).crop((left, top, left + width, top + height))
+        picture = picture.resize(larger, Image.Resampling.NEAREST).crop(
+            (left, top, left + width, top + height)
+        )
     return torch.from_numpy(np.array(picture))
 
+
 def _pairs(
-    folder: Path, # of a set of scenes
-    split: str, # 'train', 'val' or 'test'
-) -> list[tuple[bytes | Path, bytes | Path]]: # images and masks, encoded
+    folder: Path,  # of a set of scenes
+    split: str,  # 'train', 'val' or 'test'
+) -> list[tuple[bytes | Path, bytes | Path]]:  # images and masks, encoded
     "The scenes of a folder, from Parquet files or from folders of PNG files."
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     found: list[Any] = []
     for path in sorted(folder.glob(f'{split}*.parquet')):
-        try: names = pq.read_schema(path).names
-        except (pa.ArrowException, OSError) as error: raise DFKDError(f'{path} is truncated or no Parquet file ({type(error).__name__}): download it again') from error
-        if not {'image', 'mask'} <= set(names): raise DFKDError(f"{path} has the columns {', '.join(names)}: it needs 'image' and 'mask'")
+        try:
+            names = pq.read_schema(path).names
+        except (pa.ArrowException, OSError) as error:
+            raise DFKDError(
+                f'{path} is truncated or no Parquet file ({type(error).__name__}): download'
+                ' it again'
+            ) from error
+        if not {'image', 'mask'} <= set(names):
+            raise DFKDError(
+                f"{path} has the columns {', '.join(names)}: it needs 'image' and 'mask'"
+            )
         table = pq.read_table(path, columns=['image', 'mask'])
-        cells = ([cell.get('bytes') if isinstance(cell, dict) else cell for cell in table[name].to_pylist()] for name in ('image', 'mask'))
+        cells = (
+            [
+                cell.get('bytes') if isinstance(cell, dict) else cell
+                for cell in table[name].to_pylist()
+            ]
+            for name in ('image', 'mask')
+        )
         found += zip(*cells)
     masks = {path.stem: path for path in (folder / 'seg13' / split).glob('*.png')}
     for path in sorted((folder / 'image' / split).glob('*.png')):
-        if path.stem not in masks: raise DFKDError(f'{path} has no mask: put {path.name} into {folder / "seg13" / split}')
+        if path.stem not in masks:
+            raise DFKDError(
+                f'{path} has no mask: put {path.name} into {folder / "seg13" / split}'
+            )
         found.append((path, masks[path.stem]))
     return found
 
+
 def load_scenes(
-    name: str, # 'scenes' (drawn), 'camvid' or 'nyuv2'
-    split: str = 'test', # 'train', 'val' or 'test'
-    size: tuple[int, int] | None = None, # height and width; None: as usual, see `scene_domain`
-    root: str | Path | None = None, # instead of `data_root()`
-    limit: int | None = None, # only the first so many (of drawn ones: so many are drawn)
-) -> SceneSet: # in memory
+    name: str,  # 'scenes' (drawn), 'camvid' or 'nyuv2'
+    split: str = 'test',  # 'train', 'val' or 'test'
+    # height and width; None: as usual, see `scene_domain`
+    size: tuple[int, int] | None = None,
+    root: str | Path | None = None,  # instead of `data_root()`
+    limit: int | None = None,  # only the first so many (of drawn ones: so many are drawn)
+) -> SceneSet:  # in memory
     "Scenes with masks by name: drawn ones, or those under the data folder."
     domain = scene_domain(name, size)
-    if split not in ('train', 'val', 'test'): raise DFKDError(f"unknown split '{split}': use 'train', 'val' or 'test'")
-    if limit is not None and limit < 1: raise DFKDError(f'limit {limit} leaves no scene: use 1 or more')
-    if name == 'scenes': return draw_scenes(limit or {'train': 2000, 'val': 200, 'test': 500}[split], domain.size, {'train': 0, 'test': 1, 'val': 2}[split])
+    if split not in ('train', 'val', 'test'):
+        raise DFKDError(f"unknown split '{split}': use 'train', 'val' or 'test'")
+    if limit is not None and limit < 1:
+        raise DFKDError(f'limit {limit} leaves no scene: use 1 or more')
+    if name == 'scenes':
+        return draw_scenes(
+            limit or {'train': 2000, 'val': 200, 'test': 500}[split],
+            domain.size,
+            {'train': 0, 'test': 1, 'val': 2}[split],
+        )
     folder = (Path(root) if root is not None else data_root()) / name
     pairs = _pairs(folder, split)[:limit]
-    if not pairs: raise DFKDError(f"no {split} scenes of '{name}' in {folder}: put {split}.parquet with the columns image and mask there, or PNG files into image/{split}/ and seg13/{split}/ (DFKD_DATA names the folder above)")
-    images = torch.stack([_decode(image, domain, f'image {i} of {folder}') for i, (image, _) in enumerate(progress(pairs, f'decoding {name}'))])
-    masks = torch.stack([_decode_mask(mask, domain.size, f'mask {i} of {folder}') for i, (_, mask) in enumerate(pairs)])
-    if isinstance(pairs[0][1], Path): masks = masks - 1 # in files 0 stands for no class: it becomes 255
-    else: masks = masks.masked_fill(masks == domain.num_classes, IGNORED) # one more class for what is none
+    if not pairs:
+        raise DFKDError(
+            f"no {split} scenes of '{name}' in {folder}: put {split}.parquet with the"
+            f' columns image and mask there, or PNG files into image/{split}/ and'
+            f' seg13/{split}/ (DFKD_DATA names the folder above)'
+        )
+    images = torch.stack(
+        [
+            _decode(image, domain, f'image {i} of {folder}')
+            for i, (image, _) in enumerate(progress(pairs, f'decoding {name}'))
+        ]
+    )
+    masks = torch.stack(
+        [
+            _decode_mask(mask, domain.size, f'mask {i} of {folder}')
+            for i, (_, mask) in enumerate(pairs)
+        ]
+    )
+    # in files 0 stands for no class: it becomes 255
+    if isinstance(pairs[0][1], Path):
+        masks = masks - 1
+    else:
+        masks = masks.masked_fill(
+            masks == domain.num_classes, IGNORED
+        )  # one more class for what is none
     return SceneSet(images, masks, domain)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #c8eca0b2
 @torch.no_grad()
 def confusion(
-    model: nn.Module, # a segmenter
-    data: SceneSet, # scenes with masks
-    domain: Domain | None = None, # what `model` expects; a `Teacher`'s own, else the data's
-    batch_size: int = 100, # images at a time
-) -> Tensor: # int64 `(K, K)`: pixels by their class (row) and by the answer (column)
+    model: nn.Module,  # a segmenter
+    data: SceneSet,  # scenes with masks
+    # what `model` expects; a `Teacher`'s own, else the data's
+    domain: Domain | None = None,
+    batch_size: int = 100,  # images at a time
+) -> Tensor:  # int64 `(K, K)`: pixels by their class (row) and by the answer (column)
     "What is taken for what, over all pixels that count (torchmetrics), in eval mode."
     import_torchvision()
     from torchmetrics.classification import MulticlassConfusionMatrix
+
     if not isinstance(data, SceneSet):
         kind = type(data).__name__
         raise DFKDError(f'no masks in a {kind}: give a SceneSet(images, masks, domain)')
@@ -303,123 +570,207 @@ def confusion(
     domain.check_labels(data.masks[data.masks != IGNORED], data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassConfusionMatrix(domain.num_classes, ignore_index=IGNORED).to(device)
-    if not len(data): raise DFKDError('there are no scenes to test on: give some')
+    if not len(data):
+        raise DFKDError('there are no scenes to test on: give some')
     with in_eval_mode(model):
-        for images, masks in progress(data.batches(batch_size), 'testing', total=-(-len(data) // max(batch_size, 1))):
+        for images, masks in progress(
+            data.batches(batch_size), 'testing', total=-(-len(data) // max(batch_size, 1))
+        ):
             logits = _logits(model(_seen(model, images, domain)))
-            if masks is None or logits.shape != (len(images), domain.num_classes, *masks.shape[1:]): raise DFKDError(f"the network answers {tuple(logits.shape)}, scenes of '{domain.name}' need {(len(images), domain.num_classes, *images.shape[2:])}: give a segmenter of its classes")
+            if masks is None or logits.shape != (
+                len(images),
+                domain.num_classes,
+                *masks.shape[1:],
+            ):
+                raise DFKDError(
+                    f"the network answers {tuple(logits.shape)}, scenes of '{domain.name}'"
+                    f' need {(len(images), domain.num_classes, *images.shape[2:])}: give a'
+                    ' segmenter of its classes'
+                )
             metric.update(logits.argmax(1), masks.to(device))
     return metric.compute().cpu()
 
+
 def intersection_over_union(
-    matrix: Tensor, # of `confusion`, `(K, K)`
-) -> Tensor: # float64 `(K,)`; NaN for a class that is neither there nor answered
+    matrix: Tensor,  # of `confusion`, `(K, K)`
+) -> Tensor:  # float64 `(K,)`; NaN for a class that is neither there nor answered
     "Of the pixels that are of a class or are taken for it, the share that is both."
     both = matrix.diag().double()
     return both / (matrix.sum(0) + matrix.sum(1) - both)
 
+
 def mean_iou(
-    model: nn.Module, # a segmenter
-    data: SceneSet, # scenes with masks
-    batch_size: int = 100, # images at a time
-    domain: Domain | None = None, # see `confusion`
-) -> float: # 0 to 1
+    model: nn.Module,  # a segmenter
+    data: SceneSet,  # scenes with masks
+    batch_size: int = 100,  # images at a time
+    domain: Domain | None = None,  # see `confusion`
+) -> float:  # 0 to 1
     "Mean over classes of intersection over union: every class counts alike, however small."
-    return float(intersection_over_union(confusion(model, data, domain, batch_size)).nanmean())
+    return float(
+        intersection_over_union(confusion(model, data, domain, batch_size)).nanmean()
+    )
 
 # %% ../../nbs/applications/18_segmentation.ipynb #8c3596de
 class Trunk(nn.Module):
-    "What DeepLab stands on: features at half the size, `(N, 3, H, W)` to `{'out': (N, 2 * width, H/2, W/2)}`."
+    """What DeepLab stands on: features at half the size, `(N, 3, H, W)` to `{'out': (N, 2 *
+    width, H/2, W/2)}`.
+    """
 
     def __init__(
         self,
-        channels: int, # of the images
-        width: int, # channels at full size
-        blocks: int, # residual blocks at half size
+        channels: int,  # of the images
+        width: int,  # channels at full size
+        blocks: int,  # residual blocks at half size
     ) -> None:
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.blocks = nn.Sequential(*[CifarBlock(width if i == 0 else 2 * width, 2 * width, 2 if i == 0 else 1) for i in range(blocks)])
+        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(
+            *[
+                CifarBlock(width if i == 0 else 2 * width, 2 * width, 2 if i == 0 else 1)
+                for i in range(blocks)
+            ]
+        )
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]: return {'out': self.blocks(F.relu(self.bn(self.conv(x)), inplace=True))}
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {'out': self.blocks(F.relu(self.bn(self.conv(x)), inplace=True))}
+
 
 def small_deeplab(
-    width: int, # channels of the first layer
-    blocks: int, # residual blocks
-    head: int, # channels of the pyramid
-    num_classes: int, # K
-    channels: int = 3, # C
-) -> nn.Module: # `(N, C, H, W)` to `{'out': (N, K, H, W)}`
-    "torchvision's DeepLabV3 in miniature: its pyramid of dilated convolutions (rates 2 and 4) over a short residual trunk."
+    width: int,  # channels of the first layer
+    blocks: int,  # residual blocks
+    head: int,  # channels of the pyramid
+    num_classes: int,  # K
+    channels: int = 3,  # C
+) -> nn.Module:  # `(N, C, H, W)` to `{'out': (N, K, H, W)}`
+    """torchvision's DeepLabV3 in miniature.
+
+    Its pyramid of dilated convolutions (rates 2 and 4) over a short residual trunk.
+    """
     import_torchvision()
     from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabV3
+
     pyramid = ASPP(2 * width, (2, 4), head)
-    pyramid.project = nn.Sequential(*list(pyramid.project)[:3]) # no dropout: there is little to drop
-    classifier = nn.Sequential(pyramid, nn.Conv2d(head, head, 3, padding=1, bias=False), nn.BatchNorm2d(head), nn.ReLU(), nn.Conv2d(head, num_classes, 1))
+    # no dropout: there is little to drop
+    pyramid.project = nn.Sequential(*list(pyramid.project)[:3])
+    classifier = nn.Sequential(
+        pyramid,
+        nn.Conv2d(head, head, 3, padding=1, bias=False),
+        nn.BatchNorm2d(head),
+        nn.ReLU(),
+        nn.Conv2d(head, num_classes, 1),
+    )
     return DeepLabV3(Trunk(channels, width, blocks), classifier)
 
-SEGMENTERS: dict[str, Callable[..., nn.Module]] = {'deeplab-large': partial(small_deeplab, 24, 4, 48), 'deeplab-small': partial(small_deeplab, 12, 2, 24), 'deeplab-tiny': partial(small_deeplab, 8, 1, 12)}
+
+SEGMENTERS: dict[str, Callable[..., nn.Module]] = {
+    'deeplab-large': partial(small_deeplab, 24, 4, 48),
+    'deeplab-small': partial(small_deeplab, 12, 2, 24),
+    'deeplab-tiny': partial(small_deeplab, 8, 1, 12),
+}
+
 
 def build_segmenter(
-    name: str, # one of `SEGMENTERS`, or 'torchvision:NAME' of its segmentation zoo
-    num_classes: int, # K
-    pretrained_backbone: bool = False, # torchvision's only: begin with ImageNet's features, which are downloaded
-) -> nn.Module: # in training mode
+    name: str,  # one of `SEGMENTERS`, or 'torchvision:NAME' of its segmentation zoo
+    num_classes: int,  # K
+    # torchvision's only: begin with ImageNet's features, which are downloaded
+    pretrained_backbone: bool = False,
+) -> nn.Module:  # in training mode
     "A network that gives every pixel a class. An unknown name is a `DFKDError`."
-    if name in SEGMENTERS and not pretrained_backbone: return SEGMENTERS[name](num_classes)
-    if not name.startswith('torchvision:'): raise DFKDError(f"unknown segmenter '{name}'{' with a pretrained backbone' if name in SEGMENTERS else ''}: use {', '.join(SEGMENTERS)}, or torchvision:NAME such as torchvision:deeplabv3_resnet50")
+    if name in SEGMENTERS and not pretrained_backbone:
+        return SEGMENTERS[name](num_classes)
+    if not name.startswith('torchvision:'):
+        raise DFKDError(
+            'unknown segmenter'
+            f" '{name}'{' with a pretrained backbone' if name in SEGMENTERS else ''}: use"
+            f' {", ".join(SEGMENTERS)}, or torchvision:NAME such as'
+            ' torchvision:deeplabv3_resnet50'
+        )
     network = build_model(name, num_classes)
     if pretrained_backbone:
-        try: network = import_torchvision().models.get_model(name.removeprefix('torchvision:'), weights=None, weights_backbone='DEFAULT', num_classes=num_classes)
-        except Exception as error: raise DFKDError(f"ImageNet's weights for '{name}' could not be downloaded ({type(error).__name__}): connect to the network, or set pretrained_backbone to false") from error
+        try:
+            network = import_torchvision().models.get_model(
+                name.removeprefix('torchvision:'),
+                weights=None,
+                weights_backbone='DEFAULT',
+                num_classes=num_classes,
+            )
+        except Exception as error:
+            raise DFKDError(
+                f"ImageNet's weights for '{name}' could not be downloaded"
+                f' ({type(error).__name__}): connect to the network, or set'
+                ' pretrained_backbone to false'
+            ) from error
     return network
 
 # %% ../../nbs/applications/18_segmentation.ipynb #f1e6cd2d
 def augment_scenes(
-    images: Tensor, # uint8 `(N, C, H, W)`
-    masks: Tensor, # `(N, H, W)`, class numbers or `IGNORED`
-    augment: Augment, # crops and mirrors
-    generator: torch.Generator, # a CPU generator
-) -> tuple[Tensor, Tensor]: # both, moved alike; what came in from outside is `IGNORED`
+    images: Tensor,  # uint8 `(N, C, H, W)`
+    masks: Tensor,  # `(N, H, W)`, class numbers or `IGNORED`
+    augment: Augment,  # crops and mirrors
+    generator: torch.Generator,  # a CPU generator
+) -> tuple[Tensor, Tensor]:  # both, moved alike; what came in from outside is `IGNORED`
     "Crops and mirrors for images and their masks: the mask travels as one more channel."
-    shifted = torch.where(masks == IGNORED, 0, masks + 1).to(images.dtype) # 0 is what padding brings in
+    # 0 is what padding brings in
+    shifted = torch.where(masks == IGNORED, 0, masks + 1).to(images.dtype)
     moved = augment(torch.cat([images, shifted[:, None]], 1), generator)
     masks = moved[:, -1].long()
     return moved[:, :-1], torch.where(masks == 0, IGNORED, masks - 1)
 
+
 def mask_loss(
-    logits: Tensor, # `(N, K, H, W)`
-    masks: Tensor, # int64 `(N, H, W)`
-    label_smoothing: float = 0., # share of the target spread over all classes
-) -> Tensor: # scalar, nats: mean over the pixels that count
+    logits: Tensor,  # `(N, K, H, W)`
+    masks: Tensor,  # int64 `(N, H, W)`
+    label_smoothing: float = 0.0,  # share of the target spread over all classes
+) -> Tensor:  # scalar, nats: mean over the pixels that count
     "Cross-entropy at every pixel that has a class."
     # a row a pixel: on GPUs the loss on maps is not deterministic
     pixels = _full(logits).movedim(1, -1).flatten(0, -2)
-    total = F.cross_entropy(pixels, masks.flatten(), ignore_index=IGNORED, reduction='sum',
-                            label_smoothing=label_smoothing)
+    total = F.cross_entropy(
+        pixels,
+        masks.flatten(),
+        ignore_index=IGNORED,
+        reduction='sum',
+        label_smoothing=label_smoothing,
+    )
     return total / (masks != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #de8677de
 class SceneDistiller(Distiller):
-    "A `Distiller` for segmenters: the teacher's answer at every pixel, a mask's class at every pixel, or both."
+    """A `Distiller` for segmenters.
+
+    The teacher's answer at every pixel, a mask's class at every pixel, or both.
+    """
 
     def __init__(
         self,
-        teacher: Teacher | None, # None: masks only
-        student: nn.Module, # trained in place
-        source: Any, # images; a `SceneSet` where masks are learned
-        **settings: Any, # see `Distiller`
+        teacher: Teacher | None,  # None: masks only
+        student: nn.Module,  # trained in place
+        source: Any,  # images; a `SceneSet` where masks are learned
+        **settings: Any,  # see `Distiller`
     ) -> None:
-        if settings.get('mixup_alpha'): raise DFKDError(f"mixup_alpha is {settings['mixup_alpha']}: mixed scenes have no mask, set it to 0")
+        if settings.get('mixup_alpha'):
+            raise DFKDError(
+                f'mixup_alpha is {settings["mixup_alpha"]}: mixed scenes have no mask, set'
+                ' it to 0'
+            )
         super().__init__(teacher, student, source, **settings)
-        if (teacher is None or self.label_weight) and not isinstance(self.source, SceneSet): raise DFKDError(f'masks shall be learned but a {type(self.source).__name__} has none: give a SceneSet, or a teacher and label_weight=0')
+        if (teacher is None or self.label_weight) and not isinstance(self.source, SceneSet):
+            raise DFKDError(
+                f'masks shall be learned but a {type(self.source).__name__} has none: give'
+                ' a SceneSet, or a teacher and label_weight=0'
+            )
 
-    def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def prepare(
+        self, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         "Images and masks, moved alike."
         masks = labels if self.weight_of_labels else None
         if self.augment is not None:
-            if masks is None: images = self.augment(images, self.generator)
-            else: images, masks = augment_scenes(images, masks, self.augment, self.generator)
+            if masks is None:
+                images = self.augment(images, self.generator)
+            else:
+                images, masks = augment_scenes(images, masks, self.augment, self.generator)
         return self.normalized(images), masks
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
@@ -428,8 +779,8 @@ class SceneDistiller(Distiller):
 
 # %% ../../nbs/applications/18_segmentation.ipynb #ca9eefd9
 def borders(
-    masks: Tensor, # `(N, H, W)`
-) -> Tensor: # bool `(N, H, W)`
+    masks: Tensor,  # `(N, H, W)`
+) -> Tensor:  # bool `(N, H, W)`
     "The pixels with a neighbour (left, right, above, below) of another class."
     found = torch.zeros_like(masks, dtype=torch.bool)
     across, down = masks[:, :, 1:] != masks[:, :, :-1], masks[:, 1:] != masks[:, :-1]
@@ -439,119 +790,236 @@ def borders(
     found[:, :-1] |= down
     return found
 
+
 @torch.no_grad()
 def describe_scenes(
-    images: Tensor, # uint8 `(N, C, H, W)`
-    teacher: Teacher, # who sees classes in them
-) -> dict[str, float]: # 'classes' in an image (on 1 % of it or more), 'borders': share of the pixels at one, 'confidence', and the 'one_hot' loss in nats
+    images: Tensor,  # uint8 `(N, C, H, W)`
+    teacher: Teacher,  # who sees classes in them
+) -> dict[
+    str, float
+    # 'classes' in an image (on 1 % of it or more), 'borders': share of the pixels at one,
+    # 'confidence', and the 'one_hot' loss in nats
+]:
     "What a teacher sees in images, real ones or dreams: means over pixels and images."
     sums = torch.zeros(4, dtype=torch.float64)
     for part in images.split(50):
         log_p = teacher.predict(part).log_softmax(1).cpu()
         best, answers = log_p.max(1)
-        present = torch.stack([(answers == k).flatten(1).float().mean(1) >= 0.01 for k in range(log_p.shape[1])], 1)
-        sums += len(part) * torch.stack([present.sum(1).double().mean(), borders(answers).double().mean(), best.exp().double().mean(), -best.double().mean()])
-    return dict(zip(('classes', 'borders', 'confidence', 'one_hot'), (sums / len(images)).tolist()))
+        present = torch.stack(
+            [
+                (answers == k).flatten(1).float().mean(1) >= 0.01
+                for k in range(log_p.shape[1])
+            ],
+            1,
+        )
+        sums += len(part) * torch.stack(
+            [
+                present.sum(1).double().mean(),
+                borders(answers).double().mean(),
+                best.exp().double().mean(),
+                -best.double().mean(),
+            ]
+        )
+    return dict(
+        zip(('classes', 'borders', 'confidence', 'one_hot'), (sums / len(images)).tolist())
+    )
 
 # %% ../../nbs/applications/18_segmentation.ipynb #ee4bfdb1
 def scene_balance_term(
-    view: View, # needs `logits`, `(N, K, H, W)`
-) -> Tensor: # scalar, nats, from -log K for evenly spread classes to 0
-    "Minus the entropy of the mean answer over all pixels of all images: all classes shall occur somewhere."
-    log_mean = _full(view.logits).log_softmax(1).movedim(1, -1).flatten(0, -2).logsumexp(0) - np.log(view.logits.numel() / view.logits.shape[1])
+    view: View,  # needs `logits`, `(N, K, H, W)`
+) -> Tensor:  # scalar, nats, from -log K for evenly spread classes to 0
+    """Minus the entropy of the mean answer over all pixels of all images.
+
+    All classes shall occur somewhere.
+    """
+    log_mean = _full(view.logits).log_softmax(1).movedim(1, -1).flatten(0, -2).logsumexp(
+        0
+    ) - np.log(view.logits.numel() / view.logits.shape[1])
     return (log_mean.exp() * log_mean).sum()
 
+
 class SceneSynthesizer(meta.MetaSynthesizer):
-    "A generator that paints for a segmenter. Its images are labelled with the class that most of them has."
+    """A generator that paints for a segmenter.
+
+    Its images are labelled with the class that most of them has.
+    """
 
     def __init__(
         self,
-        teacher: Teacher, # a segmenter
+        teacher: Teacher,  # a segmenter
         *,
-        labels: str = 'answers', # as elsewhere; a class wished for an image says nothing about its pixels
-        balance_weight: float = 0., # of `scene_balance_term`
-        terms: Mapping[str, tuple[float, Term]] | None = None, # further terms
-        **settings: Any, # see `MetaSynthesizer`
+        # as elsewhere; a class wished for an image says nothing about its pixels
+        labels: str = 'answers',
+        balance_weight: float = 0.0,  # of `scene_balance_term`
+        terms: Mapping[str, tuple[float, Term]] | None = None,  # further terms
+        **settings: Any,  # see `MetaSynthesizer`
     ) -> None:
-        if labels != 'answers': raise DFKDError(f"labels '{labels}': a segmenter is asked about pixels, not images; use 'answers', or dream_layouts to wish for a whole mask")
-        super().__init__(teacher, labels=labels, terms={'balance': (balance_weight, scene_balance_term)} | dict(terms or {}), **settings)
+        if labels != 'answers':
+            raise DFKDError(
+                f"labels '{labels}': a segmenter is asked about pixels, not images; use"
+                " 'answers', or dream_layouts to wish for a whole mask"
+            )
+        super().__init__(
+            teacher,
+            labels=labels,
+            terms={'balance': (balance_weight, scene_balance_term)} | dict(terms or {}),
+            **settings,
+        )
 
     def _finished(self, best: dict[str, Any]) -> None:
         "A pool's labels are one an image."
         best['labels'] = dominant(best['labels'], self.domain.num_classes)
         super()._finished(best)
 
+
 class ScenePool(ReplayPool):
-    "A replay buffer of scenes: class, confidence and priority of an image are taken over its pixels."
+    """A replay buffer of scenes: class, confidence and priority of an image are taken over
+    its pixels.
+    """
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor | None = None) -> None:
         "Ask teacher and student about new images and keep them; the oldest make room."
-        if self.teacher is None: raise DFKDError('nobody to ask about the images: give the pool a teacher, or use insert')
+        if self.teacher is None:
+            raise DFKDError(
+                'nobody to ask about the images: give the pool a teacher, or use insert'
+            )
         found: list[tuple[Tensor, ...]] = []
         for part in self.domain.check(images).split(100):
             known = _full(self.teacher.predict(part))
             confidences, answers = known.softmax(1).max(1)
             apart = confidences.new_empty(0)
             if self.student is not None:
-                with in_eval_mode(self.student): apart = self._distance(self.ask_student(part), known)
-            found.append((dominant(answers, self.domain.num_classes), confidences.flatten(1).mean(1), apart))
+                with in_eval_mode(self.student):
+                    apart = self._distance(self.ask_student(part), known)
+            found.append(
+                (
+                    dominant(answers, self.domain.num_classes),
+                    confidences.flatten(1).mean(1),
+                    apart,
+                )
+            )
         classes, confidences, priorities = (torch.cat(column) for column in zip(*found))
-        self.insert(images, classes, confidences, priorities if self.student is not None else None)
+        self.insert(
+            images, classes, confidences, priorities if self.student is not None else None
+        )
 
     def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return super()._distance(student_logits, teacher_logits).flatten(1).mean(1)
 
 # %% ../../nbs/applications/18_segmentation.ipynb #5cfb3465
 def preset(
-    name: str = 'fast-5', # 'fast-2', 'fast-5' or 'fast-10': updates for each batch
-) -> dict[str, Any]: # keywords of `SceneSynthesizer`; the student is to be added
-    "FastDFKD for scenes: statistics and competition only, no class loss (its section on segmentation); the other settings are those for CIFAR."
-    return meta.preset(name) | {'labels': 'answers', 'class_weight': 0., 'reset_first_layer_at': None}
+    name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': updates for each batch
+) -> dict[str, Any]:  # keywords of `SceneSynthesizer`; the student is to be added
+    """FastDFKD for scenes: statistics and competition only, no class loss (its section on
+    segmentation); the other settings are those for CIFAR.
+    """
+    return meta.preset(name) | {
+        'labels': 'answers',
+        'class_weight': 0.0,
+        'reset_first_layer_at': None,
+    }
+
 
 def scene_race(
-    teacher: Teacher, # a segmenter, who knows
-    student: nn.Module, # a segmenter, who learns, in place
+    teacher: Teacher,  # a segmenter, who knows
+    student: nn.Module,  # a segmenter, who learns, in place
     *,
-    rounds: int, # batches of images
-    updates_per_round: int, # of the student, after each batch
-    warmup_rounds: int = 0, # first rounds without them
-    replay: int = 0, # images in a `ScenePool`; 0: a pool that grows
-    generator_width: int = 64, # channels of the generator
-    latent_size: int = 256, # numbers in a code
-    maker: Mapping[str, Any] | None = None, # keywords of `SceneSynthesizer`, instead of some of `preset()`
-    distiller: Mapping[str, Any] | None = None, # keywords of `SceneDistiller`
-    device: str | torch.device = 'auto', # where everything happens
-    seed: int = 0, # of everything random but the student's weights
-) -> Alternation: # call `run()`; `.pool` holds the images
+    rounds: int,  # batches of images
+    updates_per_round: int,  # of the student, after each batch
+    warmup_rounds: int = 0,  # first rounds without them
+    replay: int = 0,  # images in a `ScenePool`; 0: a pool that grows
+    generator_width: int = 64,  # channels of the generator
+    latent_size: int = 256,  # numbers in a code
+    # keywords of `SceneSynthesizer`, instead of some of `preset()`
+    maker: Mapping[str, Any] | None = None,
+    distiller: Mapping[str, Any] | None = None,  # keywords of `SceneDistiller`
+    device: str | torch.device = 'auto',  # where everything happens
+    seed: int = 0,  # of everything random but the student's weights
+) -> Alternation:  # call `run()`; `.pool` holds the images
     "Generator, pool and student of chapters 10 to 13, for pixels that have classes."
     place = pick_device(device)
     student = student.to(place)
     with seeded(seed):
         network = Generator(teacher.domain.shape, latent_size, generator_width)
-    pool = ScenePool(teacher.domain, replay, teacher, student, device=place) if replay else GrowingPool(teacher.domain, newest_first=False, device=place)
-    painter = SceneSynthesizer(teacher, student=student, device=place, seed=seed, **preset() | {'generator': network} | dict(maker or {}))
-    learner = SceneDistiller(teacher, student, pool, steps=(rounds - warmup_rounds) * updates_per_round, device=place, seed=seed, **dict(distiller or {}))
-    return Alternation(painter, learner, rounds=rounds, updates_per_round=updates_per_round, warmup_rounds=warmup_rounds)
+    pool = (
+        ScenePool(teacher.domain, replay, teacher, student, device=place)
+        if replay
+        else GrowingPool(teacher.domain, newest_first=False, device=place)
+    )
+    painter = SceneSynthesizer(
+        teacher,
+        student=student,
+        device=place,
+        seed=seed,
+        **preset() | {'generator': network} | dict(maker or {}),
+    )
+    learner = SceneDistiller(
+        teacher,
+        student,
+        pool,
+        steps=(rounds - warmup_rounds) * updates_per_round,
+        device=place,
+        seed=seed,
+        **dict(distiller or {}),
+    )
+    return Alternation(
+        painter,
+        learner,
+        rounds=rounds,
+        updates_per_round=updates_per_round,
+        warmup_rounds=warmup_rounds,
+    )
 
 # %% ../../nbs/applications/18_segmentation.ipynb #9c3d9119
 def layout_term(
-    size: tuple[int, int], # height and width of the masks
-) -> Term: # needs `view.goals`, the flattened masks
+    size: tuple[int, int],  # height and width of the masks
+) -> Term:  # needs `view.goals`, the flattened masks
     "Cross-entropy of the teacher's answer with a drawn mask, as a term of an objective."
+
     def layout(view: View) -> Tensor:
-        if view.goals is None: raise DFKDError('nothing is drawn to be dreamed of: give goals, one flattened mask an image')
+        if view.goals is None:
+            raise DFKDError(
+                'nothing is drawn to be dreamed of: give goals, one flattened mask an image'
+            )
         return mask_loss(view.logits, view.goals.view(-1, *size).long())
+
     return layout
 
+
 def dream_layouts(
-    teacher: Teacher, # a segmenter
-    masks: Tensor, # `(N, H, W)`: what shall be seen where
-    **settings: Any, # see `DeepInversion`: steps, seed, and weights other than those chosen here
-) -> SceneSet: # images that the teacher sees so, with their masks
-    "DeepInversion from drawings: pixels that a segmenter takes for the given mask, with the statistics it remembers."
-    SceneSet(torch.zeros(len(masks), *teacher.domain.shape, dtype=torch.uint8), masks.cpu(), teacher.domain) # says what is wrong with them
-    fixed: dict[str, Any] = {'class_weight': 0., 'feature_weight': 0.5, 'tv_l2': 0.08, 'schedule': 'cosine', 'jitter': 0, 'flip': False} # a shifted image would need a shifted mask
-    maker = DeepInversion(teacher, terms={'layout': (1., layout_term(teacher.domain.size))}, **fixed | settings)
-    made = maker.synthesize(len(masks), dominant(masks.cpu(), teacher.domain.num_classes), goals=masks.cpu().flatten(1).float())
+    teacher: Teacher,  # a segmenter
+    masks: Tensor,  # `(N, H, W)`: what shall be seen where
+    # see `DeepInversion`: steps, seed, and weights other than those chosen here
+    **settings: Any,
+) -> SceneSet:  # images that the teacher sees so, with their masks
+    """DeepInversion from drawings.
+
+    Pixels that a segmenter takes for the given mask, with the statistics it remembers.
+    """
+    # says what is wrong with them
+    SceneSet(
+        torch.zeros(len(masks), *teacher.domain.shape, dtype=torch.uint8),
+        masks.cpu(),
+        teacher.domain,
+    )
+    # a shifted image would need a shifted mask
+    fixed: dict[str, Any] = {
+        'class_weight': 0.0,
+        'feature_weight': 0.5,
+        'tv_l2': 0.08,
+        'schedule': 'cosine',
+        'jitter': 0,
+        'flip': False,
+    }
+    maker = DeepInversion(
+        teacher,
+        terms={'layout': (1.0, layout_term(teacher.domain.size))},
+        **fixed | settings,
+    )
+    made = maker.synthesize(
+        len(masks),
+        dominant(masks.cpu(), teacher.domain.num_classes),
+        goals=masks.cpu().flatten(1).float(),
+    )
     return SceneSet(made.images.cpu(), masks.cpu(), teacher.domain)

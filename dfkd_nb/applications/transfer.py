@@ -23,110 +23,187 @@ from ..foundations.models import Teacher, _logits, _seen, in_eval_mode
 
 # %% ../../nbs/applications/14_transfer.ipynb #49b3e6d4
 def two_schemes(
-    teacher: Teacher, # whose dreams
-    n: int, # images
-    classes: Any = None, # as `DeepInversion.synthesize` takes them; None: all in turn
+    teacher: Teacher,  # whose dreams
+    n: int,  # images
+    classes: Any = None,  # as `DeepInversion.synthesize` takes them; None: all in turn
     *,
-    half_size_steps: int = 2000, # updates at half the size, of an image by the multi-resolution scheme
-    full_size_steps: int = 1000, # and then at full size
-    single_steps: int = 2000, # updates of an image by the single scheme
-    single_share: float = 0.5, # share of images made so
-    seed: int = 0, # of everything random
-    **settings: Any, # further ones of `DeepInversion`
-) -> ImageSet: # shuffled, so that any first images hold both kinds; fewer than `n` never
-    "Dreams of which some begin at half the size and some do not (Yin et al., 2020, section 4.4 and supplement D)."
-    if not 0 <= single_share <= 1: raise DFKDError(f'single_share is {single_share}: give a share from 0 to 1')
+    # updates at half the size, of an image by the multi-resolution scheme
+    half_size_steps: int = 2000,
+    full_size_steps: int = 1000,  # and then at full size
+    single_steps: int = 2000,  # updates of an image by the single scheme
+    single_share: float = 0.5,  # share of images made so
+    seed: int = 0,  # of everything random
+    **settings: Any,  # further ones of `DeepInversion`
+) -> ImageSet:  # shuffled, so that any first images hold both kinds; fewer than `n` never
+    """Dreams of which some begin at half the size and some do not (Yin et al., 2020,
+    section 4.4 and supplement D).
+    """
+    if not 0 <= single_share <= 1:
+        raise DFKDError(f'single_share is {single_share}: give a share from 0 to 1')
     height, width = teacher.domain.size
-    schemes = {'multi': [((height // 2, width // 2), half_size_steps), ((height, width), full_size_steps)], 'single': [((height, width), single_steps)]}
+    schemes = {
+        'multi': [
+            ((height // 2, width // 2), half_size_steps),
+            ((height, width), full_size_steps),
+        ],
+        'single': [((height, width), single_steps)],
+    }
     counts = {'single': round(n * single_share)}
     counts['multi'] = n - counts['single']
-    made = [DeepInversion(teacher, stages=stages, seed=seed + number, **settings).synthesize(counts[name], classes)
-            for number, (name, stages) in enumerate(schemes.items()) if counts[name]]
-    images, labels = torch.cat([m.images for m in made]), torch.cat([m.labels for m in made if m.labels is not None])
+    made = [
+        DeepInversion(teacher, stages=stages, seed=seed + number, **settings).synthesize(
+            counts[name], classes
+        )
+        for number, (name, stages) in enumerate(schemes.items())
+        if counts[name]
+    ]
+    images = torch.cat([m.images for m in made])
+    labels = torch.cat([m.labels for m in made if m.labels is not None])
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return ImageSet(images[order], labels[order], teacher.domain)
 
 # %% ../../nbs/applications/14_transfer.ipynb #401db09f
 def learning_curve(
-    teacher: Teacher, # who answers
-    student: Callable[[], nn.Module], # builds a fresh one
-    images: ImageSet, # the pool
-    counts: Iterable[int], # sizes of its parts
-    test: ImageSource, # real images with labels, only to measure
+    teacher: Teacher,  # who answers
+    student: Callable[[], nn.Module],  # builds a fresh one
+    images: ImageSet,  # the pool
+    counts: Iterable[int],  # sizes of its parts
+    test: ImageSource,  # real images with labels, only to measure
     *,
-    seeds: Sequence[int] = (0,), # each draws its own parts, first weights and batches
-    probe: ImageSet | None = None, # images without labels, to measure `fidelity` on
-    **settings: Any, # of `Distiller`; the number of updates is the same for all
-) -> list[dict[str, float]]: # one row a count and seed: 'images', 'seed', 'accuracy', and fidelity's
-    "Accuracy against the number of images, all else being equal. A pool that is too small is a `DFKDError`."
+    seeds: Sequence[int] = (0,),  # each draws its own parts, first weights and batches
+    probe: ImageSet | None = None,  # images without labels, to measure `fidelity` on
+    **settings: Any,  # of `Distiller`; the number of updates is the same for all
+) -> list[
+    dict[str, float]
+]:  # one row a count and seed: 'images', 'seed', 'accuracy', and fidelity's
+    """Accuracy against the number of images, all else being equal.
+
+    A pool that is too small is a `DFKDError`.
+    """
     if not isinstance(images, ImageSet):
         kind = type(images).__name__
-        raise DFKDError(f'no pool in a {kind}: give an ImageSet (ImageSet.collect makes one)')
+        raise DFKDError(
+            f'no pool in a {kind}: give an ImageSet (ImageSet.collect makes one)'
+        )
     rows = []
     for seed in seeds:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
         for count in counts:
-            if count > len(images): raise DFKDError(f'{count} images asked of a pool of {len(images)}: make more, or ask for fewer')
-            with seeded(seed): network = student()
-            Distiller(teacher, network, images.subset(order[:count]), seed=seed, **settings).run()
-            rows.append({'images': count, 'seed': seed, 'accuracy': evaluate(network, test, domain=teacher.domain)}
-                        | ({} if probe is None else fidelity(teacher, network, probe)))
+            if count > len(images):
+                raise DFKDError(
+                    f'{count} images asked of a pool of {len(images)}: make more, or ask'
+                    ' for fewer'
+                )
+            with seeded(seed):
+                network = student()
+            Distiller(
+                teacher, network, images.subset(order[:count]), seed=seed, **settings
+            ).run()
+            rows.append(
+                {
+                    'images': count,
+                    'seed': seed,
+                    'accuracy': evaluate(network, test, domain=teacher.domain),
+                }
+                | ({} if probe is None else fidelity(teacher, network, probe))
+            )
     return rows
 
 # %% ../../nbs/applications/14_transfer.ipynb #a2d87d09
 @torch.no_grad()
 def fidelity(
-    teacher: Teacher, # who is imitated
-    student: nn.Module, # who imitates, on any device
-    images: Images, # not used in training; labels are not needed
-    batch_size: int = 500, # images at once
-    domain: Domain | None = None, # what the student expects; the teacher's if not given
-) -> dict[str, float]: # 'agreement', 0 to 1, and 'divergence', KL of the student from the teacher in nats
-    "What can be said of a student without any real image: how closely it follows its teacher, at temperature 1."
-    agreement = divergence = count = 0.
+    teacher: Teacher,  # who is imitated
+    student: nn.Module,  # who imitates, on any device
+    images: Images,  # not used in training; labels are not needed
+    batch_size: int = 500,  # images at once
+    domain: Domain | None = None,  # what the student expects; the teacher's if not given
+) -> dict[
+    str, float
+]:  # 'agreement', 0 to 1, and 'divergence', KL of the student from the teacher in nats
+    """What can be said of a student without any real image.
+
+    How closely it follows its teacher, at temperature 1.
+    """
+    agreement = divergence = count = 0.0
     with in_eval_mode(student):
         for batch, _ in as_source(images, teacher.domain).batches(batch_size):
             told, answer = (
                 _full(_logits(network(_seen(network, batch, scale)))).log_softmax(1).cpu()
-                for network, scale in ((teacher, teacher.domain),
-                                       (student, domain or teacher.domain)))
+                for network, scale in (
+                    (teacher, teacher.domain),
+                    (student, domain or teacher.domain),
+                )
+            )
             agreement += float((told.argmax(1) == answer.argmax(1)).sum())
             divergence += float((told.exp() * (told - answer)).sum())
             count += len(batch)
-    if not count: raise DFKDError('no images to compare on: give at least one')
+    if not count:
+        raise DFKDError('no images to compare on: give at least one')
     return {'agreement': agreement / count, 'divergence': divergence / count}
 
 # %% ../../nbs/applications/14_transfer.ipynb #fe204d94
 def teaching_values(
-    teacher: Teacher, # who answers
-    student: nn.Module, # as it stands at some moment of its training; not changed
-    images: Images, # whose value is asked, N of them
-    probe: Images, # images one cares about; labels are not needed
-    temperature: float = 3., # of both answers
-    batch_size: int = 250, # images at once
-    domain: Domain | None = None, # what the student expects; the teacher's if not given
-) -> Tensor: # `(N,)`, nats squared over squared weights; positive: learning it lowers the probe's loss
-    "How much an update on each image helps on others: the first-order influence of TracIn (Pruthi et al., 2020, Eq. 3), by one forward-mode pass a batch."
-    weights = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
-    if not weights: raise DFKDError('the student has no weight that may change: switch requires_grad on')
+    teacher: Teacher,  # who answers
+    student: nn.Module,  # as it stands at some moment of its training; not changed
+    images: Images,  # whose value is asked, N of them
+    probe: Images,  # images one cares about; labels are not needed
+    temperature: float = 3.0,  # of both answers
+    batch_size: int = 250,  # images at once
+    domain: Domain | None = None,  # what the student expects; the teacher's if not given
+    # `(N,)`, nats squared over squared weights; positive: learning it lowers the probe's
+    # loss
+) -> Tensor:
+    """How much an update on each image helps on others.
+
+    The first-order influence of TracIn (Pruthi et al., 2020, Eq. 3), by one forward-mode
+    pass a batch.
+    """
+    weights = {
+        name: p.detach() for name, p in student.named_parameters() if p.requires_grad
+    }
+    if not weights:
+        raise DFKDError(
+            'the student has no weight that may change: switch requires_grad on'
+        )
     like = next(iter(weights.values()))
-    def losses(values: dict[str, Tensor], x: Tensor, told: Tensor) -> Tensor: # one an image
+
+    def losses(
+        values: dict[str, Tensor], x: Tensor, told: Tensor
+    ) -> Tensor:  # one an image
         answer = _full(_logits(functional_call(student, values, (x,))))
-        return F.kl_div((answer / temperature).log_softmax(1), told, reduction='none', log_target=True).flatten(1).sum(1) * temperature**2
+        return (
+            F.kl_div(
+                (answer / temperature).log_softmax(1),
+                told,
+                reduction='none',
+                log_target=True,
+            )
+            .flatten(1)
+            .sum(1)
+            * temperature**2
+        )
+
     def batches(source: Images) -> Iterable[tuple[Tensor, Tensor]]:
         for batch, _ in as_source(source, teacher.domain).batches(batch_size):
-            with torch.no_grad(): told = _full(teacher(_seen(teacher, batch, teacher.domain)))
+            with torch.no_grad():
+                told = _full(teacher(_seen(teacher, batch, teacher.domain)))
             told = (told / temperature).log_softmax(1)
             yield _seen(student, batch, domain or teacher.domain), told.to(like)
+
     with in_eval_mode(student):
         live = {name: w.clone().requires_grad_() for name, w in weights.items()}
         total, count = torch.zeros((), device=like.device), 0
         direction = {name: torch.zeros_like(w) for name, w in weights.items()}
         for x, told in batches(probe):
             total = losses(live, x, told).sum()
-            for name, g in zip(live, torch.autograd.grad(total, list(live.values()))): direction[name] += g
+            for name, g in zip(live, torch.autograd.grad(total, list(live.values()))):
+                direction[name] += g
             count += len(x)
-        if not count: raise DFKDError('no images to care about: give the probe at least one')
+        if not count:
+            raise DFKDError('no images to care about: give the probe at least one')
         direction = {name: g / count for name, g in direction.items()}
-        found = [jvp(partial(losses, x=x, told=told), (weights,), (direction,))[1] for x, told in batches(images)]
+        found = [
+            jvp(partial(losses, x=x, told=told), (weights,), (direction,))[1]
+            for x, told in batches(images)
+        ]
     return torch.cat(found).detach().cpu()

@@ -31,89 +31,140 @@ from dfkd_nb.foundations.core import (
     restore_random_state,
     seeded,
 )
-from ..foundations.data import Domain, EpochSampler, ImageSource, Sampler, _check_labels
+from dfkd_nb.foundations.data import (
+    Domain,
+    EpochSampler,
+    ImageSource,
+    Sampler,
+    _check_labels,
+)
 from ..foundations.distillation import Distiller, _full, distillation_loss, evaluate
 from ..foundations.models import _logits, _seen, in_eval_mode
 
 # %% ../../nbs/dreams/08_competition.ipynb #a686eb51
 def jensen_shannon(
-    logits_p: Tensor, # one network's answers, `(N, K)`
-    logits_q: Tensor, # another's, the same shape
-    temperature: float = 1., # of both softmaxes
-) -> Tensor: # nats, `(N,)`, from 0 to log 2
-    "Jensen-Shannon divergence of two softened answers: half of KL from each to their middle (DeepInversion, with Eq. 8), in log space."
-    if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
-    if logits_p.shape != logits_q.shape: raise DFKDError(f'one network answers {tuple(logits_p.shape)}, the other {tuple(logits_q.shape)}: give both the same classes')
-    log_p, log_q = (F.log_softmax(_full(logits) / temperature, dim=1) for logits in (logits_p, logits_q))
+    logits_p: Tensor,  # one network's answers, `(N, K)`
+    logits_q: Tensor,  # another's, the same shape
+    temperature: float = 1.0,  # of both softmaxes
+) -> Tensor:  # nats, `(N,)`, from 0 to log 2
+    """Jensen-Shannon divergence of two softened answers.
+
+    Half of KL from each to their middle (DeepInversion, with Eq. 8), in log space.
+    """
+    if not temperature > 0:
+        raise DFKDError(f'temperature {temperature}: give a positive one')
+    if logits_p.shape != logits_q.shape:
+        raise DFKDError(
+            f'one network answers {tuple(logits_p.shape)}, the other'
+            f' {tuple(logits_q.shape)}: give both the same classes'
+        )
+    log_p, log_q = (
+        F.log_softmax(_full(logits) / temperature, dim=1) for logits in (logits_p, logits_q)
+    )
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return 0.5 * sum((log_a.exp() * (log_a - log_m)).sum(1) for log_a in (log_p, log_q)) # type: ignore[return-value]
+    return 0.5 * sum((log_a.exp() * (log_a - log_m)).sum(1) for log_a in (log_p, log_q))  # type: ignore[return-value]
 
 # %% ../../nbs/dreams/08_competition.ipynb #f56b86bd
 def competition_loss(
-    teacher_logits: Tensor, # `(N, K)`
-    student_logits: Tensor, # `(N, K)`
-    temperature: float = 1., # of both softmaxes
-) -> Tensor: # scalar, from 1 - log 2 to 1
+    teacher_logits: Tensor,  # `(N, K)`
+    student_logits: Tensor,  # `(N, K)`
+    temperature: float = 1.0,  # of both softmaxes
+) -> Tensor:  # scalar, from 1 - log 2 to 1
     "What agreement costs: 1 - JS, averaged over the batch (DeepInversion, Eq. 8)."
     return 1 - jensen_shannon(teacher_logits, student_logits, temperature).mean()
 
+
 def competition_term(
-    temperature: float = 1., # of both softmaxes
-) -> Term: # needs `view.student_logits`
+    temperature: float = 1.0,  # of both softmaxes
+) -> Term:  # needs `view.student_logits`
     "`competition_loss` as a term of an objective."
+
     def competition(view: View) -> Tensor:
-        if view.student_logits is None: raise DFKDError('nobody to compete with: give DeepInversion a student, or call compete_with(student) first')
+        if view.student_logits is None:
+            raise DFKDError(
+                'nobody to compete with: give DeepInversion a student, or call'
+                ' compete_with(student) first'
+            )
         return competition_loss(view.logits, view.student_logits, temperature)
-    if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+
+    if not temperature > 0:
+        raise DFKDError(f'temperature {temperature}: give a positive one')
     return competition
 
 # %% ../../nbs/dreams/08_competition.ipynb #b7411e78
 class GrowingPool(ImageSource, Sampler):
-    "Everything that was ever made, as uint8 in memory: batches are drawn evenly from all of it, the newest images first."
+    """Everything that was ever made, as uint8 in memory.
+
+    Batches are drawn evenly from all of it, the newest images first.
+    """
 
     def __init__(
         self,
-        domain: Domain, # what the images mean
-        newest_first: bool = True, # images that were added are drawn before older ones, once; then all alike
-        device: str | torch.device = 'cpu', # where the images are kept
-        saves_images: bool = True, # whether `state_dict` holds them; False where somebody else keeps them and adds them again
+        domain: Domain,  # what the images mean
+        # images that were added are drawn before older ones, once; then all alike
+        newest_first: bool = True,
+        device: str | torch.device = 'cpu',  # where the images are kept
+        # whether `state_dict` holds them; False where somebody else keeps them and adds
+        # them again
+        saves_images: bool = True,
     ) -> None:
         self._epochs = EpochSampler(self)
-        self.domain, self.newest_first, self.device, self.saves_images = domain, newest_first, torch.device(device), saves_images
-        self._images = torch.empty(0, *domain.shape, dtype=torch.uint8, device=self.device) # with room to grow
+        self.domain = domain
+        self.newest_first = newest_first
+        self.device = torch.device(device)
+        self.saves_images = saves_images
+        # with room to grow
+        self._images = torch.empty(0, *domain.shape, dtype=torch.uint8, device=self.device)
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
-        self._count = self._old = 0 # images in all; those that were there at the last drawing
+        # images in all; those that were there at the last drawing
+        self._count = self._old = 0
 
-    def __len__(self) -> int: return self._count
+    def __len__(self) -> int:
+        return self._count
 
     @property
-    def images(self) -> Tensor: return self._images[:self._count]
+    def images(self) -> Tensor:
+        return self._images[: self._count]
 
     @property
-    def labels(self) -> Tensor: return self._labels[:self._count] # type: ignore[override]
+    def labels(self) -> Tensor:
+        return self._labels[: self._count]  # type: ignore[override]
 
     @labels.setter
-    def labels(self, value: Any) -> None: raise DFKDError('labels come with their images: use add(images, labels)')
+    def labels(self, value: Any) -> None:
+        raise DFKDError('labels come with their images: use add(images, labels)')
 
     def add(
         self,
-        images: Tensor, # uint8 `(n, C, H, W)`
-        labels: Tensor, # int64 `(n,)`, the wished classes
+        images: Tensor,  # uint8 `(n, C, H, W)`
+        labels: Tensor,  # int64 `(n,)`, the wished classes
     ) -> None:
         "Keep more images, from any device."
-        if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
-        images, checked = self.domain.check(images), _check_labels(labels, len(images), self.domain)
+        if images.dtype != torch.uint8:
+            raise DFKDError(
+                f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
+                ' normalised floats)'
+            )
+        images, checked = (
+            self.domain.check(images),
+            _check_labels(labels, len(images), self.domain),
+        )
         if checked is None:
             raise DFKDError('images without labels: give the wished classes with them')
-        if not len(images): raise DFKDError('no images to add: give one or more')
+        if not len(images):
+            raise DFKDError('no images to add: give one or more')
         total = self._count + len(images)
-        if total > len(self._images): # twice the room, so that n images are copied about n times in all
+        # twice the room, so that n images are copied about n times in all
+        if total > len(self._images):
             room = max(total, 2 * self._count) - len(self._images)
-            self._images = torch.cat([self._images, self._images.new_empty(room, *self.domain.shape)])
+            self._images = torch.cat(
+                [self._images, self._images.new_empty(room, *self.domain.shape)]
+            )
             self._labels = torch.cat([self._labels, self._labels.new_zeros(room)])
-        self._images[self._count:total] = images.to(self.device)
-        self._labels[self._count:total] = checked.to(self.device)
-        if len(self._epochs.order): self._old = self._count
+        self._images[self._count : total] = images.to(self.device)
+        self._labels[self._count : total] = checked.to(self.device)
+        if len(self._epochs.order):
+            self._old = self._count
         self._count, self._epochs = total, EpochSampler(self)
 
     def fetch(self, indices: Tensor) -> Tensor:
@@ -124,8 +175,12 @@ class GrowingPool(ImageSource, Sampler):
         "The pool itself: it knows what is new to its one consumer."
         return self
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        "A random batch: after `add` what is new comes first, then the rest, then all in a new order, again and again."
+    def sample(
+        self, batch_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """A random batch: after `add` what is new comes first, then the rest, then all in a
+        new order, again and again.
+        """
         epochs = self._epochs
         if self.newest_first and not len(epochs.order) and 0 < self._old < self._count:
             new = torch.randperm(self._count - self._old, generator=generator) + self._old
@@ -134,45 +189,70 @@ class GrowingPool(ImageSource, Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         "The images and where the drawing stands."
-        kept = {'images': self.images.clone(), 'labels': self.labels.clone()} if self.saves_images else {} # a view would save all the empty room
+        # a view would save all the empty room
+        kept = (
+            {'images': self.images.clone(), 'labels': self.labels.clone()}
+            if self.saves_images
+            else {}
+        )
         return self._epochs.state_dict() | kept | {'count': self._count, 'old': self._old}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood; without images in it, as many have to be here already."
+        """Go on where `state_dict` stood; without images in it, as many have to be here
+        already.
+        """
         if not {'count', 'old'} <= state.keys():
-            raise DFKDError('this state was not saved by a GrowingPool: give the same kind of pool')
+            raise DFKDError(
+                'this state was not saved by a GrowingPool: give the same kind of pool'
+            )
         if 'images' in state:
             self.domain.check(state['images'])
-            self._images, self._labels, self._count = state['images'].to(self.device), state['labels'].to(self.device), len(state['images'])
-        if self._count != state['count']: raise DFKDError(f"the pool holds {self._count} images, the saved state is about {state['count']}: add those first")
+            self._images, self._labels, self._count = (
+                state['images'].to(self.device),
+                state['labels'].to(self.device),
+                len(state['images']),
+            )
+        if self._count != state['count']:
+            raise DFKDError(
+                f'the pool holds {self._count} images, the saved state is about'
+                f' {state["count"]}: add those first'
+            )
         self._old = state['old']
         self._epochs.load_state_dict(state)
 
 # %% ../../nbs/dreams/08_competition.ipynb #09e9c0f2
 class Turns(ABC):
-    "A maker of images and a student who take turns. What a round of images is, and when it is due, a subclass says."
-    kind = 'race' # as checkpoints and messages call it
+    """A maker of images and a student who take turns.
+
+    What a round of images is, and when it is due, a subclass says.
+    """
+
+    kind = 'race'  # as checkpoints and messages call it
 
     def __init__(
         self,
-        maker: Any, # makes the images
-        distiller: Distiller, # trains the student
-        rounds: int, # of images
+        maker: Any,  # makes the images
+        distiller: Distiller,  # trains the student
+        rounds: int,  # of images
     ) -> None:
         self.maker, self.distiller, self.rounds = maker, distiller, rounds
-        self.round, self.seconds = 0, 0. # rounds whose images are made; spent on them
+        self.round, self.seconds = 0, 0.0  # rounds whose images are made; spent on them
 
     @property
-    def student(self) -> nn.Module: return self.distiller.student
+    def student(self) -> nn.Module:
+        return self.distiller.student
 
     @property
-    def done(self) -> int: return self.distiller.done
+    def done(self) -> int:
+        return self.distiller.done
 
     @property
-    def steps(self) -> int: return self.distiller.steps
+    def steps(self) -> int:
+        return self.distiller.steps
 
     @property
-    def finished(self) -> bool: return self.done >= self.steps
+    def finished(self) -> bool:
+        return self.done >= self.steps
 
     @property
     @abstractmethod
@@ -190,7 +270,10 @@ class Turns(ABC):
 
     def step(self) -> None:
         "One update of whoever's turn it is: of images, or of the student."
-        if self.finished: raise DFKDError(f'the student has had all its updates: make a new {type(self).__name__}')
+        if self.finished:
+            raise DFKDError(
+                f'the student has had all its updates: make a new {type(self).__name__}'
+            )
         if not self.due:
             self.distiller.step()
             return
@@ -200,9 +283,9 @@ class Turns(ABC):
 
     def make_on(
         self,
-        tick: Callable[[Any], bool], # to be called now and then; True stops
-        every: int, # see `run`
-        deadline: float | None, # see `run`
+        tick: Callable[[Any], bool],  # to be called now and then; True stops
+        every: int,  # see `run`
+        deadline: float | None,  # see `run`
     ) -> None:
         "Go on with a round that is due: here by one update."
         self.step()
@@ -210,21 +293,37 @@ class Turns(ABC):
 
     def run(
         self,
-        until: int | None = None, # stop after so many updates of the student; None: to the end
-        callback: Callable[[Any], bool | None] | None = None, # called every `every` updates of the student, and while images are made; True stops
-        every: int = 20, # updates between two calls, and between rows of the history
-        deadline: float | None = None, # stop cleanly at this `time.monotonic()`
-    ) -> Self: # itself
+        # stop after so many updates of the student; None: to the end
+        until: int | None = None,
+        # called every `every` updates of the student, and while images are made; True stops
+        callback: Callable[[Any], bool | None] | None = None,
+        every: int = 20,  # updates between two calls, and between rows of the history
+        deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
+    ) -> Self:  # itself
         "Take turns, from wherever it stands."
-        if every < 1: raise DFKDError(f'every is {every}: give 1 or more updates')
+        if every < 1:
+            raise DFKDError(f'every is {every}: give 1 or more updates')
         end, stop = min(self.steps, self.steps if until is None else until), False
+
         def tick(_: Any) -> bool:
             nonlocal stop
             stop = bool(callback is not None and callback(self)) or stop
             return stop
-        while self.done < end and not stop and not (deadline is not None and time.monotonic() > deadline):
-            if self.due: self.make_on(tick, every, deadline)
-            else: self.distiller.run(until=min(self.mark if self.round < self.rounds else end, end), callback=tick, every=every, deadline=deadline)
+
+        while (
+            self.done < end
+            and not stop
+            and not (deadline is not None and time.monotonic() > deadline)
+        ):
+            if self.due:
+                self.make_on(tick, every, deadline)
+            else:
+                self.distiller.run(
+                    until=min(self.mark if self.round < self.rounds else end, end),
+                    callback=tick,
+                    every=every,
+                    deadline=deadline,
+                )
         return self
 
     @abstractmethod
@@ -232,62 +331,115 @@ class Turns(ABC):
         "What has to be the same when a checkpoint is taken up."
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits, also in the middle of a round. The tensors are alive: save them before the next update."
-        return {'kind': self.kind, 'settings': self.settings(), 'distiller': self.distiller.state_dict(), 'round': self.round, 'seconds': self.seconds}
+        """All that it takes to go on to the same bits, also in the middle of a round.
+
+        The tensors are alive: save them before the next update.
+        """
+        return {
+            'kind': self.kind,
+            'settings': self.settings(),
+            'distiller': self.distiller.state_dict(),
+            'round': self.round,
+            'seconds': self.seconds,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same settings."
-        if state.get('kind') != self.kind: raise DFKDError(f'this checkpoint was not written by this kind of race ({self.kind}): give another path')
+        if state.get('kind') != self.kind:
+            raise DFKDError(
+                f'this checkpoint was not written by this kind of race ({self.kind}): give'
+                ' another path'
+            )
         now = self.settings()
-        changed = [f'{k} (was {v}, now {now[k]})' for k, v in state['settings'].items() if now[k] != v]
-        if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
+        changed = [
+            f'{k} (was {v}, now {now[k]})'
+            for k, v in state['settings'].items()
+            if now[k] != v
+        ]
+        if changed:
+            raise DFKDError(
+                f'the checkpoint was made with other settings: {", ".join(changed)}; set'
+                ' them back or give another path'
+            )
         self.distiller.load_state_dict(state['distiller'])
         self.round, self.seconds = state['round'], state['seconds']
 
 # %% ../../nbs/dreams/08_competition.ipynb #ffd72ad1
 @torch.no_grad()
 def answer(
-    network: nn.Module, # a teacher, or a student; asked in eval mode
-    images: ImageSource, # uint8
-    domain: Domain, # the normalisation that the network expects
-) -> Tensor: # logits `(N, K)`, on the CPU
+    network: nn.Module,  # a teacher, or a student; asked in eval mode
+    images: ImageSource,  # uint8
+    domain: Domain,  # the normalisation that the network expects
+) -> Tensor:  # logits `(N, K)`, on the CPU
     "What a network says to images."
-    if not len(images): raise DFKDError('there are no images to ask about: give some')
-    with in_eval_mode(network): return torch.cat([_logits(network(_seen(network, batch, domain))).cpu() for batch, _ in images.batches()])
+    if not len(images):
+        raise DFKDError('there are no images to ask about: give some')
+    with in_eval_mode(network):
+        return torch.cat(
+            [
+                _logits(network(_seen(network, batch, domain))).cpu()
+                for batch, _ in images.batches()
+            ]
+        )
 
 # %% ../../nbs/dreams/08_competition.ipynb #8503fc43
 class Competition(Turns):
-    "Rounds of dreams between a student's updates: a round looks for what the student does not know yet (DeepInversion, section 3.3)."
+    """Rounds of dreams between a student's updates.
+
+    A round looks for what the student does not know yet (DeepInversion, section 3.3).
+    """
+
     kind = 'competition'
     maker: DeepInversion
 
     def __init__(
         self,
-        maker: DeepInversion, # makes the images; competes if it has a term 'competition', see `competition_term`
-        distiller: Distiller, # trains the student, on a `GrowingPool`
+        # makes the images; competes if it has a term 'competition', see `competition_term`
+        maker: DeepInversion,
+        distiller: Distiller,  # trains the student, on a `GrowingPool`
         *,
-        rounds: int, # of synthesis
-        images_per_round: int, # made in each
-        every: int, # updates of the student between two rounds
-        test: ImageSource | None = None, # real images for a column 'accuracy' in the history; nothing is chosen by them
+        rounds: int,  # of synthesis
+        images_per_round: int,  # made in each
+        every: int,  # updates of the student between two rounds
+        # real images for a column 'accuracy' in the history; nothing is chosen by them
+        test: ImageSource | None = None,
     ) -> None:
-        if not isinstance(distiller.source, GrowingPool): raise DFKDError(f'the student learns from a {type(distiller.source).__name__}: give its Distiller a GrowingPool')
-        if distiller.teacher is None: raise DFKDError('a competition needs a teacher who knows better: give one to the Distiller')
-        if min(rounds, images_per_round, every) < 1: raise DFKDError(f'{rounds} rounds of {images_per_round} images, {every} updates between them: give 1 or more of each')
+        if not isinstance(distiller.source, GrowingPool):
+            raise DFKDError(
+                f'the student learns from a {type(distiller.source).__name__}: give its'
+                ' Distiller a GrowingPool'
+            )
+        if distiller.teacher is None:
+            raise DFKDError(
+                'a competition needs a teacher who knows better: give one to the Distiller'
+            )
+        if min(rounds, images_per_round, every) < 1:
+            raise DFKDError(
+                f'{rounds} rounds of {images_per_round} images, {every} updates between'
+                ' them: give 1 or more of each'
+            )
         if (rounds - 1) * every >= distiller.steps:
-            raise DFKDError(f'round {rounds} comes after {(rounds - 1) * every} updates, the student has {distiller.steps}: fewer rounds, a smaller every, or more steps')
+            raise DFKDError(
+                f'round {rounds} comes after {(rounds - 1) * every} updates, the student'
+                f' has {distiller.steps}: fewer rounds, a smaller every, or more steps'
+            )
         super().__init__(maker, distiller, rounds)
-        self.pool, self.test, self.images_per_round, self.every, self.seed = distiller.source, test, images_per_round, every, maker.seed
+        self.pool = distiller.source
+        self.test = test
+        self.images_per_round = images_per_round
+        self.every = every
+        self.seed = maker.seed
         # a round changes the maker's weight and seed; both are put back after it
-        self.weight = maker.objective.weights.get('competition', 0.)
-        self.dreaming = False # whether a round is under way
-        self.history: list[dict[str, float]] = [] # one row a round
-        if self.weight: # a competition against oneself is told now
+        self.weight = maker.objective.weights.get('competition', 0.0)
+        self.dreaming = False  # whether a round is under way
+        self.history: list[dict[str, float]] = []  # one row a round
+        if self.weight:  # a competition against oneself is told now
             maker.compete_with(distiller.student, distiller.domain)
             maker.student = None
 
     @property
-    def mark(self) -> int: return self.round * self.every
+    def mark(self) -> int:
+        return self.round * self.every
 
     @property
     def due(self) -> bool:
@@ -295,61 +447,105 @@ class Competition(Turns):
         return self.dreaming or super().due
 
     def _begin_round(self) -> None:
-        "Plan the next images. In the first round the student knows nothing, so there is nothing to look for: no competition."
+        """Plan the next images.
+
+        In the first round the student knows nothing, so there is nothing to look for: no
+        competition.
+        """
         if self.weight:
-            if self.round: self.maker.compete_with(self.student, self.distiller.domain)
-            self.maker.reweigh(competition=self.weight if self.round else 0.)
-        self.maker.seed = self.maker.settings['seed'] = self.seed * 100_003 + self.round # other noise in every round, and for every seed
+            if self.round:
+                self.maker.compete_with(self.student, self.distiller.domain)
+            self.maker.reweigh(competition=self.weight if self.round else 0.0)
+        # other noise in every round, and for every seed
+        self.maker.seed = self.maker.settings['seed'] = self.seed * 100_003 + self.round
         first = self.round * self.images_per_round
-        self.maker.start(self.images_per_round, torch.arange(first, first + self.images_per_round) % self.maker.domain.num_classes)
+        self.maker.start(
+            self.images_per_round,
+            torch.arange(first, first + self.images_per_round)
+            % self.maker.domain.num_classes,
+        )
         self.dreaming = True
 
     def _end_round(self) -> None:
-        "Ask both networks about the new images before the student has trained on them, and keep them."
+        """Ask both networks about the new images before the student has trained on them,
+        and keep them.
+        """
         fresh = self.maker.gather()
         known = answer(self.maker.teacher, fresh, self.maker.domain)
         guessed = answer(self.student, fresh, self.distiller.domain)
         wished = fresh.labels
         assert wished is not None
-        teacher, student = (float((logits.argmax(1) == wished).float().mean()) for logits in (known, guessed))
+        teacher, student = (
+            float((logits.argmax(1) == wished).float().mean())
+            for logits in (known, guessed)
+        )
         self.pool.add(fresh.images, wished)
-        row = {'round': self.round, 'updates': self.done, 'images': len(self.pool), 'teacher_fresh': teacher, 'student_fresh': student,
-               'divergence': float(jensen_shannon(known, guessed).mean())}
-        if self.distiller.history: row['loss'] = self.distiller.history[-1]['loss']
+        row = {
+            'round': self.round,
+            'updates': self.done,
+            'images': len(self.pool),
+            'teacher_fresh': teacher,
+            'student_fresh': student,
+            'divergence': float(jensen_shannon(known, guessed).mean()),
+        }
+        if self.distiller.history:
+            row['loss'] = self.distiller.history[-1]['loss']
         if self.test is not None:
-            row['accuracy'] = evaluate(self.student, self.test, domain=self.distiller.domain)
+            row['accuracy'] = evaluate(
+                self.student, self.test, domain=self.distiller.domain
+            )
         self.history.append(row)
         self.round, self.dreaming = self.round + 1, False
-        self.maker.seed = self.maker.settings['seed'] = self.seed # for another competition
-        if self.weight: self.maker.reweigh(competition=self.weight)
+        # for another competition
+        self.maker.seed = self.maker.settings['seed'] = self.seed
+        if self.weight:
+            self.maker.reweigh(competition=self.weight)
 
     def make(self) -> None:
         "One update of images; the last one of a round hands them to the student."
-        if not self.dreaming: self._begin_round()
-        if not self.maker.finished: self.maker.step()
-        if self.maker.finished: self._end_round()
+        if not self.dreaming:
+            self._begin_round()
+        if not self.maker.finished:
+            self.maker.step()
+        if self.maker.finished:
+            self._end_round()
 
-    def make_on(self, tick: Callable[[Any], bool], every: int, deadline: float | None) -> None:
+    def make_on(
+        self, tick: Callable[[Any], bool], every: int, deadline: float | None
+    ) -> None:
         "Go on with a round that is due, to its end if nobody stops it."
         began = time.perf_counter()
-        if not self.dreaming: self._begin_round()
+        if not self.dreaming:
+            self._begin_round()
         self.maker.run(callback=tick, every=every, deadline=deadline)
-        if self.maker.finished: self._end_round()
+        if self.maker.finished:
+            self._end_round()
         self.seconds += time.perf_counter() - began
-        if not self.dreaming: tick(self)
+        if not self.dreaming:
+            tick(self)
 
     def settings(self) -> dict[str, Any]:
         "What has to be the same when a checkpoint is taken up."
-        return {'rounds': self.rounds, 'images_per_round': self.images_per_round, 'every': self.every, 'seed': self.seed, 'competition': self.weight, 'steps': self.steps}
+        return {
+            'rounds': self.rounds,
+            'images_per_round': self.images_per_round,
+            'every': self.every,
+            'seed': self.seed,
+            'competition': self.weight,
+            'steps': self.steps,
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        "See `Turns`; with the images of a round that is under way, and the global random streams."
+        """See `Turns`; with the images of a round that is under way, and the global random
+        streams.
+        """
         return super().state_dict() | {
-            'random': random_state(), # a maker's terms may draw from them
+            'random': random_state(),  # a maker's terms may draw from them
             'dreaming': self.dreaming,
             'maker': self.maker.state_dict() if self.dreaming else None,
             'scaler': self.maker.scaler.state_dict(),
-            'history': [dict(row) for row in self.history]}
+            'history': [dict(row) for row in self.history],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same networks, same settings."
@@ -357,31 +553,44 @@ class Competition(Turns):
         self.dreaming, self.history = False, [dict(row) for row in state['history']]
         self.maker.scaler.load_state_dict(state['scaler'])
         if state['dreaming']:
-            self._begin_round() # the student stands still while images are made: it is the rival that they had
+            # the student stands still while images are made: it is the rival that they had
+            self._begin_round()
             self.maker.load_state_dict(state['maker'])
         restore_random_state(state['random'])
 
 # %% ../../nbs/dreams/08_competition.ipynb #3d7ee56d
 ARMS = 3
 
+
 def three_arms(
-    points: int, # how many
-    generator: torch.Generator, # of their places
-) -> tuple[Tensor, Tensor]: # `(N, 2)`, classes `(N,)`
+    points: int,  # how many
+    generator: torch.Generator,  # of their places
+) -> tuple[Tensor, Tensor]:  # `(N, 2)`, classes `(N,)`
     "Classes that wind around each other: what lies near need not be alike."
     labels, along = torch.arange(points) % ARMS, torch.rand(points, generator=generator)
     angle = 2 * math.pi * labels / ARMS + 2.4 * along
     arm = (0.5 + 1.7 * along)[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
     return arm + 0.13 * torch.randn(points, 2, generator=generator), labels
 
+
 @cache
 def toy_teacher(
-    seed: int = 0, # of its weights and its data
-) -> tuple[nn.Sequential, Tensor, Tensor]: # the network, frozen; real points and their classes
+    seed: int = 0,  # of its weights and its data
+) -> tuple[
+    nn.Sequential, Tensor, Tensor
+]:  # the network, frozen; real points and their classes
     "A small network with BatchNorm that has learned the three arms."
     real, labels = three_arms(300, torch.Generator().manual_seed(seed))
     with seeded(seed):
-        network = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, ARMS))
+        network = nn.Sequential(
+            nn.Linear(2, 32),
+            nn.BatchNorm1d(32),
+            nn.ReLU(),
+            nn.Linear(32, 32),
+            nn.BatchNorm1d(32),
+            nn.ReLU(),
+            nn.Linear(32, ARMS),
+        )
     optimizer = torch.optim.Adam(network.parameters(), 0.02)
     for _ in range(200):
         optimizer.zero_grad()
@@ -391,28 +600,47 @@ def toy_teacher(
 
 # %% ../../nbs/dreams/08_competition.ipynb #66112884
 class CompetitionToy:
-    "Competition where it can be seen: points in the plane instead of images (the picture of DeepInversion's Fig. 2)."
+    """Competition where it can be seen.
+
+    Points in the plane instead of images (the picture of DeepInversion's Fig. 2).
+    """
 
     def __init__(
         self,
-        weight: float = 10., # of the competition; 0: plain DeepInversion
-        temperature: float = 3., # of its softmaxes
-        points: int = 6, # dreamt in a round
-        every: int = 150, # updates of the student between two rounds
-        seed: int = 0, # of teacher, student and noise
+        weight: float = 10.0,  # of the competition; 0: plain DeepInversion
+        temperature: float = 3.0,  # of its softmaxes
+        points: int = 6,  # dreamt in a round
+        every: int = 150,  # updates of the student between two rounds
+        seed: int = 0,  # of teacher, student and noise
     ) -> None:
-        if min(points, every) < 1 or weight < 0: raise DFKDError(f'{points} points a round, {every} updates, weight {weight}: give 1 or more, and a weight of 0 or more')
-        self.weight, self.temperature, self.points, self.every, self.done = weight, temperature, points, every, 0
+        if min(points, every) < 1 or weight < 0:
+            raise DFKDError(
+                f'{points} points a round, {every} updates, weight {weight}: give 1 or'
+                ' more, and a weight of 0 or more'
+            )
+        self.weight = weight
+        self.temperature = temperature
+        self.points = points
+        self.every = every
+        self.done = 0
         self.teacher, self.real, self.real_labels = toy_teacher(seed)
         with seeded(seed + 1):
-            self.student = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, ARMS))
+            self.student = nn.Sequential(
+                nn.Linear(2, 32),
+                nn.ReLU(),
+                nn.Linear(32, 32),
+                nn.ReLU(),
+                nn.Linear(32, ARMS),
+            )
         self.optimizer = torch.optim.Adam(self.student.parameters(), 0.01)
         self.generator = torch.Generator().manual_seed(seed)
-        self.rounds: list[Tensor] = [] # what each round dreamt, `(points, 2)`
-        self.history: list[dict[str, float]] = [] # one row a round
+        self.rounds: list[Tensor] = []  # what each round dreamt, `(points, 2)`
+        self.history: list[dict[str, float]] = []  # one row a round
 
     def dream(self, steps: int = 150) -> tuple[Tensor, Tensor]:
-        "New points and their classes; the student of this moment is the rival, except in the first round."
+        """New points and their classes; the student of this moment is the rival, except in
+        the first round.
+        """
         labels = torch.arange(self.points) % ARMS
         x = torch.randn(self.points, 2, generator=self.generator).requires_grad_()
         optimizer = torch.optim.Adam([x], 0.05)
@@ -421,11 +649,18 @@ class CompetitionToy:
             for layer in self.teacher:
                 if isinstance(layer, nn.BatchNorm1d):
                     assert layer.running_mean is not None and layer.running_var is not None
-                    distance = distance + (feature.mean(0) - layer.running_mean).norm() + (feature.var(0, unbiased=False) - layer.running_var).norm()
+                    distance = (
+                        distance
+                        + (feature.mean(0) - layer.running_mean).norm()
+                        + (feature.var(0, unbiased=False) - layer.running_var).norm()
+                    )
                 feature = layer(feature)
             total = F.cross_entropy(feature, labels) + 0.1 * distance
-            if self.weight and self.rounds: total = total + self.weight * competition_loss(feature, self.student(x), self.temperature)
-            x.grad, = torch.autograd.grad(total, x)
+            if self.weight and self.rounds:
+                total = total + self.weight * competition_loss(
+                    feature, self.student(x), self.temperature
+                )
+            (x.grad,) = torch.autograd.grad(total, x)
             optimizer.step()
         return x.detach(), labels
 
@@ -434,98 +669,187 @@ class CompetitionToy:
         pool = torch.cat(self.rounds)
         for _ in range(self.every):
             self.optimizer.zero_grad()
-            distillation_loss(self.student(pool), self.teacher(pool), 1.).backward()
+            distillation_loss(self.student(pool), self.teacher(pool), 1.0).backward()
             self.optimizer.step()
         self.done += self.every
 
     def step(self) -> None:
         "Learn from what there is, then dream the next round."
-        if self.rounds: self.learn()
+        if self.rounds:
+            self.learn()
         x, labels = self.dream()
         self.rounds.append(x)
-        with torch.no_grad(): says = {name: network(x).argmax(1) for name, network in (('teacher', self.teacher), ('student', self.student))}
-        row = {f'{name}_fresh': float((answers == labels).float().mean()) for name, answers in says.items()}
-        self.history.append(row | {'updates': self.done, 'accuracy': float((self.student(self.real).argmax(1) == self.real_labels).float().mean())})
+        with torch.no_grad():
+            says = {
+                name: network(x).argmax(1)
+                for name, network in (('teacher', self.teacher), ('student', self.student))
+            }
+        row = {
+            f'{name}_fresh': float((answers == labels).float().mean())
+            for name, answers in says.items()
+        }
+        self.history.append(
+            row
+            | {
+                'updates': self.done,
+                'accuracy': float(
+                    (self.student(self.real).argmax(1) == self.real_labels).float().mean()
+                ),
+            }
+        )
 
 # %% ../../nbs/dreams/08_competition.ipynb #267a5b8b
 def draw_toy(
-    toy: CompetitionToy, # after some `step`
-    pixels: int = 280, # of the square
-    reach: float = 2.8, # the plane is shown from -reach to reach
-) -> Tensor: # uint8 `(3, pixels, pixels)`; made without pyplot, so any thread may call this
+    toy: CompetitionToy,  # after some `step`
+    pixels: int = 280,  # of the square
+    reach: float = 2.8,  # the plane is shown from -reach to reach
+) -> (
+    Tensor
+):  # uint8 `(3, pixels, pixels)`; made without pyplot, so any thread may call this
     "Teacher, student, where they disagree, and all dreams."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     line = torch.linspace(-reach, reach, 141)
     grid = torch.cartesian_prod(line, line)
-    with torch.no_grad(): teacher, student = toy.teacher(grid), toy.student(grid)
-    shade = (jensen_shannon(teacher, student) / math.log(2)).clamp(0, 1).view(141, 141, 1) # rounding may leave the range by 1e-7
-    paper = torch.tensor([[0.80, 0.88, 0.96], [0.99, 0.91, 0.76], [0.85, 0.93, 0.83]])[teacher.argmax(1)].view(141, 141, 3)
+    with torch.no_grad():
+        teacher, student = toy.teacher(grid), toy.student(grid)
+    # rounding may leave the range by 1e-7
+    shade = (jensen_shannon(teacher, student) / math.log(2)).clamp(0, 1).view(141, 141, 1)
+    paper = torch.tensor([[0.80, 0.88, 0.96], [0.99, 0.91, 0.76], [0.85, 0.93, 0.83]])[
+        teacher.argmax(1)
+    ].view(141, 141, 3)
     figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=100)
     canvas, axis = FigureCanvasAgg(figure), figure.add_axes((0, 0, 1, 1))
-    axis.imshow((paper * (1 - 0.65 * shade)).transpose(0, 1).numpy(), extent=(-reach, reach, -reach, reach), origin='lower', interpolation='bilinear')
+    axis.imshow(
+        (paper * (1 - 0.65 * shade)).transpose(0, 1).numpy(),
+        extent=(-reach, reach, -reach, reach),
+        origin='lower',
+        interpolation='bilinear',
+    )
     for answers, colour in ((teacher, COLOURS['teacher']), (student, COLOURS['student'])):
-        for k in range(ARMS): # the border of class k: as likely as the best other
+        for k in range(ARMS):  # the border of class k: as likely as the best other
             others = answers.clone()
             others[:, k] = -math.inf
-            axis.contour(line.numpy(), line.numpy(), (answers[:, k] - others.max(1).values).view(141, 141).T.numpy(), levels=[0.], colors=[colour], linewidths=1.3)
-    axis.scatter(toy.real[:, 0].numpy(), toy.real[:, 1].numpy(), s=2, color='#555555', alpha=0.5)
-    for x, colour in [(part, 'white') for part in toy.rounds[:-1]] + [(part, COLOURS['dream']) for part in toy.rounds[-1:]]:
-        axis.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=75, marker='*', color=colour, edgecolors='black', linewidths=0.7, zorder=3)
+            axis.contour(
+                line.numpy(),
+                line.numpy(),
+                (answers[:, k] - others.max(1).values).view(141, 141).T.numpy(),
+                levels=[0.0],
+                colors=[colour],
+                linewidths=1.3,
+            )
+    axis.scatter(
+        toy.real[:, 0].numpy(), toy.real[:, 1].numpy(), s=2, color='#555555', alpha=0.5
+    )
+    for x, colour in [(part, 'white') for part in toy.rounds[:-1]] + [
+        (part, COLOURS['dream']) for part in toy.rounds[-1:]
+    ]:
+        axis.scatter(
+            x[:, 0].numpy(),
+            x[:, 1].numpy(),
+            s=75,
+            marker='*',
+            color=colour,
+            edgecolors='black',
+            linewidths=0.7,
+            zorder=3,
+        )
     axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
     axis.axis('off')
     canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(
+        2, 0, 1
+    )
 
 # %% ../../nbs/dreams/08_competition.ipynb #461f098a
 def _points(*sets: Tensor) -> list[Tensor]:
     "Points `(N, D)` of one dimension as float64, or a `DFKDError`."
     for points in sets:
-        if points.ndim != 2 or not len(points): raise DFKDError(f'points of shape {tuple(points.shape)}: give (N, D) with N at least 1')
-        if points.shape[1] != sets[0].shape[1]: raise DFKDError(f'points of {sets[0].shape[1]} and of {points.shape[1]} dimensions: embed both with the same network')
-        if not points.isfinite().all(): raise DFKDError('points with NaN or infinity: look for the step that made them')
-    return [(points.cpu() if points.device.type == 'mps' else points).detach().double() for points in sets]
+        if points.ndim != 2 or not len(points):
+            raise DFKDError(
+                f'points of shape {tuple(points.shape)}: give (N, D) with N at least 1'
+            )
+        if points.shape[1] != sets[0].shape[1]:
+            raise DFKDError(
+                f'points of {sets[0].shape[1]} and of {points.shape[1]} dimensions: embed'
+                ' both with the same network'
+            )
+        if not points.isfinite().all():
+            raise DFKDError('points with NaN or infinity: look for the step that made them')
+    return [
+        (points.cpu() if points.device.type == 'mps' else points).detach().double()
+        for points in sets
+    ]
 
 # %% ../../nbs/dreams/08_competition.ipynb #45ef9cd9
 def nearest(
-    points: Tensor, # `(N, D)`, for example `teacher.embed(images)`
-    others: Tensor | None = None, # `(M, D)`; None: the other points of the same set
-    neighbours: int = 1, # how many
-) -> tuple[Tensor, Tensor]: # distances, float64, and which of the others, int64; `(N, neighbours)` both, nearest first
+    points: Tensor,  # `(N, D)`, for example `teacher.embed(images)`
+    others: Tensor | None = None,  # `(M, D)`; None: the other points of the same set
+    neighbours: int = 1,  # how many
+) -> tuple[
+    Tensor,
+    Tensor,
+    # distances, float64, and which of the others, int64; `(N, neighbours)` both, nearest
+    # first
+]:
     "The nearest other points, by Euclidean distance; nobody is its own neighbour."
     points, among = _points(points, points if others is None else others)
     available = len(among) - (others is None)
-    if not 1 <= neighbours <= available: raise DFKDError(f'{neighbours} neighbours among {available} points: give 1 or more, and enough points')
+    if not 1 <= neighbours <= available:
+        raise DFKDError(
+            f'{neighbours} neighbours among {available} points: give 1 or more, and enough'
+            ' points'
+        )
     found = []
-    for start in range(0, len(points), 1000): # in slices, so that memory does not grow with N * M
-        distances = torch.cdist(points[start:start + 1000], among, compute_mode='donot_use_mm_for_euclid_dist') # the fast mode is not exact
-        if others is None: distances.diagonal(start).fill_(math.inf)
+    # in slices, so that memory does not grow with N * M
+    for start in range(0, len(points), 1000):
+        # the fast mode is not exact
+        distances = torch.cdist(
+            points[start : start + 1000], among, compute_mode='donot_use_mm_for_euclid_dist'
+        )
+        if others is None:
+            distances.diagonal(start).fill_(math.inf)
         found.append(distances.topk(neighbours, largest=False))
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+    return torch.cat([part.values for part in found]), torch.cat(
+        [part.indices for part in found]
+    )
+
 
 def nearest_distances(
-    points: Tensor, # `(N, D)`
-    others: Tensor | None = None, # see `nearest`
-    neighbours: int = 1, # how many
-) -> Tensor: # float64 `(N, neighbours)`, nearest first
+    points: Tensor,  # `(N, D)`
+    others: Tensor | None = None,  # see `nearest`
+    neighbours: int = 1,  # how many
+) -> Tensor:  # float64 `(N, neighbours)`, nearest first
     "How far away `nearest` points are."
     return nearest(points, others, neighbours)[0]
 
 # %% ../../nbs/dreams/08_competition.ipynb #e69983d3
 def _inside(
-    points: Tensor, # `(N, D)`
-    centres: Tensor, # `(M, D)`
-    radii: Tensor, # `(M,)`
-) -> Tensor: # in how many balls each point is, `(N,)`
+    points: Tensor,  # `(N, D)`
+    centres: Tensor,  # `(M, D)`
+    radii: Tensor,  # `(M,)`
+) -> Tensor:  # in how many balls each point is, `(N,)`
     "Count the balls around a point."
-    return torch.cat([(torch.cdist(part, centres, compute_mode='donot_use_mm_for_euclid_dist') <= radii).sum(1) for part in points.split(1000)])
+    return torch.cat(
+        [
+            (
+                torch.cdist(part, centres, compute_mode='donot_use_mm_for_euclid_dist')
+                <= radii
+            ).sum(1)
+            for part in points.split(1000)
+        ]
+    )
+
 
 def precision_recall(
-    real: Tensor, # embeddings of real images, `(N, D)`
-    made: Tensor, # of made ones, `(M, D)`
-    neighbours: int = 5, # a ball reaches to this neighbour of its own kind
-) -> tuple[float, float]: # precision, recall: shares from 0 to 1
-    "Share of made points among the real ones, and of real points among the made ones (Kynkäänniemi et al., 2019, Eq. 1 and 2)."
+    real: Tensor,  # embeddings of real images, `(N, D)`
+    made: Tensor,  # of made ones, `(M, D)`
+    neighbours: int = 5,  # a ball reaches to this neighbour of its own kind
+) -> tuple[float, float]:  # precision, recall: shares from 0 to 1
+    """Share of made points among the real ones, and of real points among the made ones
+    (Kynkäänniemi et al., 2019, Eq. 1 and 2).
+    """
     real, made = _points(real, made)
     precision = _inside(made, real, nearest_distances(real, neighbours=neighbours)[:, -1])
     recall = _inside(real, made, nearest_distances(made, neighbours=neighbours)[:, -1])
@@ -533,81 +857,148 @@ def precision_recall(
 
 # %% ../../nbs/dreams/08_competition.ipynb #5429fa3c
 def coverage(
-    real: Tensor, # embeddings of real images, `(N, D)`
-    made: Tensor, # of made ones, `(M, D)`
-    neighbours: int = 5, # a real point's ball reaches to this real neighbour
-) -> float: # from 0 to 1
+    real: Tensor,  # embeddings of real images, `(N, D)`
+    made: Tensor,  # of made ones, `(M, D)`
+    neighbours: int = 5,  # a real point's ball reaches to this real neighbour
+) -> float:  # from 0 to 1
     "Share of real points with a made one in their neighbourhood (Naeem et al., 2020)."
     real, made = _points(real, made)
-    return float((nearest_distances(real, made)[:, 0] <= nearest_distances(real, neighbours=neighbours)[:, -1]).double().mean())
+    return float(
+        (
+            nearest_distances(real, made)[:, 0]
+            <= nearest_distances(real, neighbours=neighbours)[:, -1]
+        )
+        .double()
+        .mean()
+    )
+
 
 def density(
-    real: Tensor, # embeddings of real images, `(N, D)`
-    made: Tensor, # of made ones, `(M, D)`
-    neighbours: int = 5, # a real point's ball reaches to this real neighbour
-) -> float: # 1 where made points lie as dense as real ones; it may be more
-    "In how many real neighbourhoods a made point lies, on average, over `neighbours` (Naeem et al., 2020)."
+    real: Tensor,  # embeddings of real images, `(N, D)`
+    made: Tensor,  # of made ones, `(M, D)`
+    neighbours: int = 5,  # a real point's ball reaches to this real neighbour
+) -> float:  # 1 where made points lie as dense as real ones; it may be more
+    """In how many real neighbourhoods a made point lies, on average, over `neighbours`
+    (Naeem et al., 2020).
+    """
     real, made = _points(real, made)
-    return float(_inside(made, real, nearest_distances(real, neighbours=neighbours)[:, -1]).double().mean() / neighbours)
+    return float(
+        _inside(made, real, nearest_distances(real, neighbours=neighbours)[:, -1])
+        .double()
+        .mean()
+        / neighbours
+    )
 
 # %% ../../nbs/dreams/08_competition.ipynb #c4dce373
 def principal_plane(
-    points: Tensor, # `(N, D)`, N at least 3
-) -> Callable[[Tensor], Tensor]: # maps `(M, D)` to `(M, 2)`, float64 on the CPU
-    "Coordinates along the two directions in which the points differ most (scikit-learn's PCA)."
+    points: Tensor,  # `(N, D)`, N at least 3
+) -> Callable[[Tensor], Tensor]:  # maps `(M, D)` to `(M, 2)`, float64 on the CPU
+    """Coordinates along the two directions in which the points differ most (scikit-learn's
+    PCA).
+    """
     from sklearn.decomposition import PCA
-    known, = _points(points)
-    if len(known) < 3 or known.shape[1] < 2: raise DFKDError(f'a plane through points of shape {tuple(known.shape)}: give 3 or more in 2 or more dimensions')
+
+    (known,) = _points(points)
+    if len(known) < 3 or known.shape[1] < 2:
+        raise DFKDError(
+            f'a plane through points of shape {tuple(known.shape)}: give 3 or more in 2 or'
+            ' more dimensions'
+        )
     plane = PCA(2, svd_solver='full').fit(known.cpu().numpy())
-    return lambda others: torch.from_numpy(plane.transform(_points(known, others)[1].cpu().numpy()))
+    return lambda others: torch.from_numpy(
+        plane.transform(_points(known, others)[1].cpu().numpy())
+    )
+
 
 def spread(
-    points: Tensor, # `(N, D)`
-    plane: Callable[[Tensor], Tensor] | None = None, # of `principal_plane`, best of the real points; None: the points' own
-) -> float: # area of the convex hull; 0 for points on a line
-    "How much of the plane of the first two principal components the points enclose (the picture of DeepInversion's Fig. 7 as a number)."
+    points: Tensor,  # `(N, D)`
+    # of `principal_plane`, best of the real points; None: the points' own
+    plane: Callable[[Tensor], Tensor] | None = None,
+) -> float:  # area of the convex hull; 0 for points on a line
+    """How much of the plane of the first two principal components the points enclose (the
+    picture of DeepInversion's Fig. 7 as a number).
+    """
     from scipy.spatial import ConvexHull, QhullError
-    try: return float(ConvexHull((plane or principal_plane(points))(points).numpy()).volume) # in two dimensions, scipy's name for the area
-    except QhullError: return 0.
+
+    # in two dimensions, scipy's name for the area
+    try:
+        return float(ConvexHull((plane or principal_plane(points))(points).numpy()).volume)
+    except QhullError:
+        return 0.0
 
 # %% ../../nbs/dreams/08_competition.ipynb #6c60da20
 class ToyExplorer:
-    "Sliders for weight and temperature, buttons for a round and a new game, over a `CompetitionToy`: ipywidgets."
+    """Sliders for weight and temperature, buttons for a round and a new game, over a
+    `CompetitionToy`: ipywidgets.
+    """
 
     def __init__(
         self,
-        **settings: Any, # of `CompetitionToy`: points, every, seed
+        **settings: Any,  # of `CompetitionToy`: points, every, seed
     ) -> None:
-        try: import ipywidgets as widgets
-        except ImportError as error: raise DFKDError("the explorer needs ipywidgets: pip install 'dfkd_nb[book]'") from error
+        try:
+            import ipywidgets as widgets
+        except ImportError as error:
+            raise DFKDError(
+                "the explorer needs ipywidgets: pip install 'dfkd_nb[book]'"
+            ) from error
         self.settings = settings
-        self.weight = widgets.SelectionSlider(options=[0., 1., 3., 10., 30., 100.], value=10., description='weight')
-        self.temperature = widgets.SelectionSlider(options=[1., 3., 10.], value=3., description='temperature')
-        self.next, self.again = widgets.Button(description='next round', icon='play', button_style='primary'), widgets.Button(description='start again', icon='refresh')
+        self.weight = widgets.SelectionSlider(
+            options=[0.0, 1.0, 3.0, 10.0, 30.0, 100.0], value=10.0, description='weight'
+        )
+        self.temperature = widgets.SelectionSlider(
+            options=[1.0, 3.0, 10.0], value=3.0, description='temperature'
+        )
+        self.next = widgets.Button(
+            description='next round', icon='play', button_style='primary'
+        )
+        self.again = widgets.Button(description='start again', icon='refresh')
         self.look = widgets.IntSlider(value=1, min=1, max=1, description='round')
         self.status, self.picture = widgets.HTML(), widgets.Image(format='png')
         self.next.on_click(lambda button: self.step())
         self.again.on_click(lambda button: self.restart())
         self.look.observe(lambda change: self._show(), 'value')
-        self.widget = widgets.HBox([widgets.VBox([self.weight, self.temperature, widgets.HBox([self.next, self.again]), self.look, self.status]), self.picture])
+        self.widget = widgets.HBox(
+            [
+                widgets.VBox(
+                    [
+                        self.weight,
+                        self.temperature,
+                        widgets.HBox([self.next, self.again]),
+                        self.look,
+                        self.status,
+                    ]
+                ),
+                self.picture,
+            ]
+        )
         self.restart()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.widget)
 
     def restart(self) -> None:
         "A new student, and the first dreams."
-        self.toy, self.pictures = CompetitionToy(self.weight.value, self.temperature.value, **self.settings), list[bytes]()
+        self.toy = CompetitionToy(
+            self.weight.value, self.temperature.value, **self.settings
+        )
+        self.pictures = list[bytes]()
         self.step()
 
     def step(self) -> None:
-        "The student learns, then dreams are made against it, with the weight and temperature chosen now."
+        """The student learns, then dreams are made against it, with the weight and
+        temperature chosen now.
+        """
         from PIL import Image
+
         self.toy.weight, self.toy.temperature = self.weight.value, self.temperature.value
         self.toy.step()
         buffer = io.BytesIO()
-        Image.fromarray(draw_toy(self.toy, 420).permute(1, 2, 0).numpy()).save(buffer, 'PNG')
+        Image.fromarray(draw_toy(self.toy, 420).permute(1, 2, 0).numpy()).save(
+            buffer, 'PNG'
+        )
         self.pictures.append(buffer.getvalue())
         self.look.max = self.look.value = len(self.pictures)
         self._show()
@@ -615,11 +1006,15 @@ class ToyExplorer:
     def _show(self) -> None:
         row = self.toy.history[self.look.value - 1]
         self.picture.value = self.pictures[self.look.value - 1]
-        self.status.value = (f"after {row['updates']:g} updates the student is right on {row['accuracy']:.0%} of the real points and on {row['student_fresh']:.0%} of the new dreams, "
-                             f"the teacher on {row['teacher_fresh']:.0%} of them")
+        self.status.value = (
+            f'after {row["updates"]:g} updates the student is right on'
+            f' {row["accuracy"]:.0%} of the real points and on {row["student_fresh"]:.0%}'
+            f' of the new dreams, the teacher on {row["teacher_fresh"]:.0%} of them'
+        )
+
 
 def competition_explorer(
-    **settings: Any, # see `CompetitionToy`
-) -> ToyExplorer: # displays itself in a notebook
+    **settings: Any,  # see `CompetitionToy`
+) -> ToyExplorer:  # displays itself in a notebook
     "The toy under sliders and buttons."
     return ToyExplorer(**settings)

@@ -25,11 +25,32 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .priors import Objective, Term, View, class_loss, l2_term, per_image_weight, tv_term
+from dfkd_nb.dreams.priors import (
+    Objective,
+    Term,
+    View,
+    class_loss,
+    l2_term,
+    per_image_weight,
+    tv_term,
+)
 from .priors import jitter as shift
-from .statistics import Moments, Statistics, Watch, batchnorm_layers, feature_term, fuse_statistics
+from dfkd_nb.dreams.statistics import (
+    Moments,
+    Statistics,
+    Watch,
+    batchnorm_layers,
+    feature_term,
+    fuse_statistics,
+)
 from dfkd_nb.foundations.core import (
-    DFKDError, RandomStreams, autocast, load_checkpoint, pick_device, progress, same_device,
+    DFKDError,
+    RandomStreams,
+    autocast,
+    load_checkpoint,
+    pick_device,
+    progress,
+    same_device,
     save_checkpoint,
 )
 from ..foundations.data import Domain, ImageSet
@@ -38,26 +59,43 @@ from ..foundations.models import Teacher, _logits, _precision, classifier_layer,
 
 # %% ../../nbs/dreams/07_inversion.ipynb #603bd6f0
 def preset(
-    method: str, # 'noise', 'deepdream' or 'deepinversion'
-    source: str = 'book', # 'book': chosen here for some hundred updates; 'paper': its section 4.1, for 2,000; 'imagenet': for 224 pixels, chosen here
-) -> dict[str, Any]: # weights, as keywords of `DeepInversion`
+    method: str,  # 'noise', 'deepdream' or 'deepinversion'
+    # 'book': chosen here for some hundred updates; 'paper': its section 4.1, for 2,000;
+    # 'imagenet': for 224 pixels, chosen here
+    source: str = 'book',
+) -> dict[str, Any]:  # weights, as keywords of `DeepInversion`
     "Three methods are three sets of weights."
-    left_out = {'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'}, 'deepdream': {'feature_weight'}, 'deepinversion': set()}
-    tv_l2, l2 = (per_image_weight(w, 256) for w in (2.5e-5, 3e-8)) # the paper's: one norm of 256
+    left_out = {
+        'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'},
+        'deepdream': {'feature_weight'},
+        'deepinversion': set(),
+    }
+    # the paper's: one norm of 256
+    tv_l2, l2 = (per_image_weight(w, 256) for w in (2.5e-5, 3e-8))
     chosen: dict[str, dict[str, Any]] = {
-        'book': {'tv_l2': 0.1, 'feature_weight': 3.},
-        'paper': {'tv_l2': tv_l2, 'feature_weight': 10.},
-        'imagenet': {'tv_l2': 0.1, 'feature_weight': 2., 'feature_scale': 'relative',
-                     'first_layer_weight': 3.}}
-    if method not in left_out: raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
-    if source not in chosen: raise DFKDError(f"unknown source '{source}': use {', '.join(chosen)}")
-    weights = {'class_weight': 1., 'tv_l1': 0., 'l2': l2} | chosen[source]
-    return {name: 0. if name in left_out[method] else weight for name, weight in weights.items()}
+        'book': {'tv_l2': 0.1, 'feature_weight': 3.0},
+        'paper': {'tv_l2': tv_l2, 'feature_weight': 10.0},
+        'imagenet': {
+            'tv_l2': 0.1,
+            'feature_weight': 2.0,
+            'feature_scale': 'relative',
+            'first_layer_weight': 3.0,
+        },
+    }
+    if method not in left_out:
+        raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
+    if source not in chosen:
+        raise DFKDError(f"unknown source '{source}': use {', '.join(chosen)}")
+    weights = {'class_weight': 1.0, 'tv_l1': 0.0, 'l2': l2} | chosen[source]
+    return {
+        name: 0.0 if name in left_out[method] else weight
+        for name, weight in weights.items()
+    }
 
 # %% ../../nbs/dreams/07_inversion.ipynb #12747dd2
 def precision_of(
-    network: nn.Module, # any
-) -> torch.dtype: # of its weights; float32 where it has none
+    network: nn.Module,  # any
+) -> torch.dtype:  # of its weights; float32 where it has none
     return _precision(network)
 
 # %% ../../nbs/dreams/07_inversion.ipynb #d513a776
@@ -66,155 +104,234 @@ class Look:
 
     def __init__(
         self,
-        teacher: Teacher, # on the device where it shall work
-        statistics: Statistics | None = None, # whose layers to feel; None for logits alone
-        precision: str = 'float32', # see `autocast`
-        embedding: str = '', # a layer of the teacher whose input to keep, or 'classifier': see `tap`
+        teacher: Teacher,  # on the device where it shall work
+        # whose layers to feel; None for logits alone
+        statistics: Statistics | None = None,
+        precision: str = 'float32',  # see `autocast`
+        # a layer of the teacher whose input to keep, or 'classifier': see `tap`
+        embedding: str = '',
     ) -> None:
         self.device, self.precision = teacher.device, precision
-        autocast(self.device, precision) # says now what is wrong with it
+        autocast(self.device, precision)  # says now what is wrong with it
         self.network: nn.Module = teacher
         self.dtype = precision_of(teacher)
-        self.statistics, self.layers, self.at, self.fused = statistics, list(statistics or ()), statistics.at if statistics else 'input', False
+        self.statistics = statistics
+        self.layers = list(statistics or ())
+        self.at = statistics.at if statistics else 'input'
+        self.fused = False
         if embedding:
-            with tap(teacher, embedding): pass # a wrong name is told now
-            if embedding == 'classifier': embedding = classifier_layer(teacher)
-        path = '' # from the network that is asked to the teacher's own
+            with tap(teacher, embedding):
+                pass  # a wrong name is told now
+            if embedding == 'classifier':
+                embedding = classifier_layer(teacher)
+        path = ''  # from the network that is asked to the teacher's own
         if statistics is not None:
-            statistics.row(self.device) # before anything is compiled, which would be done again
+            # before anything is compiled, which would be done again
+            statistics.row(self.device)
             inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
             longer = {f'model.{name}' for name in self.layers}
-            if not set(self.layers) <= inside and longer <= inside: self.network = teacher.model
+            if not set(self.layers) <= inside and longer <= inside:
+                self.network = teacher.model
             normed = set(batchnorm_layers(self.network))
             self.fused = self.at == 'input' and set(self.layers) <= normed
             if self.fused:
                 path = 'model.' if self.network is teacher.model else 'model.model.'
                 self.network = fuse_statistics(self.network)
-            else: Watch(self.network, self.layers, self.at) # a wrong name is told now
+            else:
+                Watch(self.network, self.layers, self.at)  # a wrong name is told now
         self.embedding = embedding and f'{path}{embedding}'
 
     def __call__(
         self,
-        x: Tensor, # normalised images, `(N, C, H, W)`
-    ) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None]: # logits `(N, K)`; mean and variance by layer name; embeddings `(N, D)`
+        x: Tensor,  # normalised images, `(N, C, H, W)`
+    ) -> tuple[
+        Tensor, Mapping[str, Moments] | None, Tensor | None
+    ]:  # logits `(N, K)`; mean and variance by layer name; embeddings `(N, D)`
         x = x.to(self.dtype)
-        if not self.embedding: return *self._feel(x), None
+        if not self.embedding:
+            return *self._feel(x), None
         with tap(self.network, self.embedding) as taken:
             return *self._feel(x), taken[-1] if taken else None
 
     def _feel(self, x: Tensor) -> tuple[Tensor, Mapping[str, Moments] | None]:
         with autocast(self.device, self.precision):
-            if self.fused: return self.network(x)
-            if not self.layers: return _logits(self.network(x)), None
-            with Watch(self.network, self.layers, self.at) as watch: return _logits(self.network(x)), watch.moments
+            if self.fused:
+                return self.network(x)
+            if not self.layers:
+                return _logits(self.network(x)), None
+            with Watch(self.network, self.layers, self.at) as watch:
+                return _logits(self.network(x)), watch.moments
 
 # %% ../../nbs/dreams/07_inversion.ipynb #3ab238e2
-Stage = tuple[tuple[int, int], int] # height and width, updates
+Stage = tuple[tuple[int, int], int]  # height and width, updates
+
 
 def read_stages(
-    stages: Sequence[tuple[int | tuple[int, int], int]] | None, # (size, updates), small to large; None for one stage
-    steps: int, # updates of that one stage
-    size: tuple[int, int], # height and width of a finished image
-) -> list[Stage]: # checked
+    # (size, updates), small to large; None for one stage
+    stages: Sequence[tuple[int | tuple[int, int], int]] | None,
+    steps: int,  # updates of that one stage
+    size: tuple[int, int],  # height and width of a finished image
+) -> list[Stage]:  # checked
     "The multi-resolution schedule, every size as height and width."
-    found = [((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])), updates) for s, updates in stages or [(size, steps)]]
+    found = [
+        ((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])), updates)
+        for s, updates in stages or [(size, steps)]
+    ]
     for (height, width), updates in found:
         if min(height, width) < 2 or updates < 1:
-            raise DFKDError(f'a stage of {updates} updates at {height} x {width} pixels: give at least 1 update and 2 x 2 pixels')
-    if found[-1][0] != tuple(size): raise DFKDError(f'the last stage has {found[-1][0]} pixels, the images of this domain {tuple(size)}: make them agree')
+            raise DFKDError(
+                f'a stage of {updates} updates at {height} x {width} pixels: give at least'
+                ' 1 update and 2 x 2 pixels'
+            )
+    if found[-1][0] != tuple(size):
+        raise DFKDError(
+            f'the last stage has {found[-1][0]} pixels, the images of this domain'
+            f' {tuple(size)}: make them agree'
+        )
     return found
 
 # %% ../../nbs/dreams/07_inversion.ipynb #2f7df261
 def intended_classes(
-    n: int, # images
-    classes: int | str | Iterable[int | str] | None, # numbers or names, repeated until there are `n`; None for all in turn
-    domain: Domain, # knows the names
-) -> Tensor: # int64 `(n,)`
+    n: int,  # images
+    # numbers or names, repeated until there are `n`; None for all in turn
+    classes: int | str | Iterable[int | str] | None,
+    domain: Domain,  # knows the names
+) -> Tensor:  # int64 `(n,)`
     "What each image shall show: balanced unless told otherwise."
-    if n < 1: raise DFKDError(f'{n} images to dream: give 1 or more')
-    if isinstance(classes, (int, str)): classes = [classes]
-    wanted: list[Any] = list(range(domain.num_classes) if classes is None else classes.tolist() if isinstance(classes, Tensor) else classes)
-    if not wanted: raise DFKDError('no class to dream of: give at least one, or None for all')
-    places = {name: i for i, name in reversed(list(enumerate(domain.classes)))} # of two classes of one name, the first
+    if n < 1:
+        raise DFKDError(f'{n} images to dream: give 1 or more')
+    if isinstance(classes, (int, str)):
+        classes = [classes]
+    wanted: list[Any] = list(
+        range(domain.num_classes)
+        if classes is None
+        else classes.tolist()
+        if isinstance(classes, Tensor)
+        else classes
+    )
+    if not wanted:
+        raise DFKDError('no class to dream of: give at least one, or None for all')
+    # of two classes of one name, the first
+    places = {name: i for i, name in reversed(list(enumerate(domain.classes)))}
     numbers: list[Any] = [places.get(c, c) if isinstance(c, str) else c for c in wanted]
-    unknown = [c for c in numbers if not hasattr(c, '__index__') or not 0 <= c < domain.num_classes]
-    if unknown: raise DFKDError(f"class {unknown[0]!r} is not in '{domain.name}': use 0 to {domain.num_classes - 1}, or a name such as '{domain.classes[0]}'")
+    unknown = [
+        c for c in numbers if not hasattr(c, '__index__') or not 0 <= c < domain.num_classes
+    ]
+    if unknown:
+        raise DFKDError(
+            f"class {unknown[0]!r} is not in '{domain.name}': use 0 to"
+            f" {domain.num_classes - 1}, or a name such as '{domain.classes[0]}'"
+        )
     return torch.tensor([int(numbers[i % len(numbers)]) for i in range(n)])
 
 # %% ../../nbs/dreams/07_inversion.ipynb #6cd1a84d
 class Dream:
-    "One batch in the making: pixels (black -2, white 2), Adam, the stream that shifts and mirrors."
+    """One batch in the making: pixels (black -2, white 2), Adam, the stream that shifts and
+    mirrors.
+    """
 
     def __init__(
         self,
-        targets: Tensor, # int64 `(n,)`, what the images shall show
-        domain: Domain, # of the network they are made for
-        stages: list[Stage], # see `read_stages`
+        targets: Tensor,  # int64 `(n,)`, what the images shall show
+        domain: Domain,  # of the network they are made for
+        stages: list[Stage],  # see `read_stages`
         *,
-        learning_rate: float = 0.1, # of Adam, in pixel units
-        schedule: str = 'constant', # of the learning rate in each stage
-        jitter: int = 2, # pixels of random shift at full size
-        flip: bool = True, # mirror the batch before every second look, on average
-        clip: bool = True, # keep the pixels printable, Eq. 16
-        device: str | torch.device = 'cpu', # where the pixels are
-        seed: int = 0, # of noise, shifts and mirrors
-        goals: Tensor | None = None, # `(n, D)`, wished embeddings, on the device
+        learning_rate: float = 0.1,  # of Adam, in pixel units
+        schedule: str = 'constant',  # of the learning rate in each stage
+        jitter: int = 2,  # pixels of random shift at full size
+        flip: bool = True,  # mirror the batch before every second look, on average
+        clip: bool = True,  # keep the pixels printable, Eq. 16
+        device: str | torch.device = 'cpu',  # where the pixels are
+        seed: int = 0,  # of noise, shifts and mirrors
+        goals: Tensor | None = None,  # `(n, D)`, wished embeddings, on the device
     ) -> None:
-        self.domain, self.stages, self.steps, self.done = domain, stages, sum(updates for _, updates in stages), 0
-        self.learning_rate, self.schedule, self.jitter, self.flip, self.clip = learning_rate, schedule, jitter, flip, clip
+        self.domain = domain
+        self.stages = stages
+        self.steps = sum(updates for _, updates in stages)
+        self.done = 0
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.jitter = jitter
+        self.flip = flip
+        self.clip = clip
         self.device = torch.device(device)
         self.targets, self.goals = targets.to(self.device), goals
-        self.generator, self.streams = torch.Generator().manual_seed(seed), RandomStreams(seed)
-        noise = torch.randn(len(targets), domain.channels, *stages[0][0], generator=self.generator)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.streams = RandomStreams(seed)
+        noise = torch.randn(
+            len(targets), domain.channels, *stages[0][0], generator=self.generator
+        )
         self._take(noise.to(self.device))
 
     def _take(self, x: Tensor) -> None:
         "New pixels, in pixel units, and an Adam that knows nothing of the old ones."
         self.x = x.detach().clone().requires_grad_()
         fused = self.device.type in ('cpu', 'cuda')
-        self.optimizer = torch.optim.Adam([self.x], self.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        self.optimizer = torch.optim.Adam(
+            [self.x], self.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused
+        )
 
     @property
     def stage(self) -> tuple[int, int]:
         "The stage that the next update belongs to, and the updates it has had."
         done = self.done
         for i, (_, updates) in enumerate(self.stages):
-            if done < updates: return i, done
+            if done < updates:
+                return i, done
             done -= updates
         return len(self.stages) - 1, self.stages[-1][1]
 
     def look_at(self) -> Tensor:
-        "The pixels as they are shown this time: enlarged if a stage begins, shifted, maybe mirrored."
+        """The pixels as they are shown this time.
+
+        Enlarged if a stage begins, shifted, maybe mirrored.
+        """
         index, done = self.stage
         size, updates = self.stages[index]
-        if index and not done and tuple(self.x.shape[2:]) != size: self._take(F.interpolate(self.x.detach(), size, mode='nearest'))
-        for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(done, updates, self.schedule)
-        seen = shift(self.x, round(self.jitter * size[0] / self.domain.size[0]), self.generator)
+        if index and not done and tuple(self.x.shape[2:]) != size:
+            self._take(F.interpolate(self.x.detach(), size, mode='nearest'))
+        for group in self.optimizer.param_groups:
+            group['lr'] = self.learning_rate * learning_rate_at(
+                done, updates, self.schedule
+            )
+        seen = shift(
+            self.x, round(self.jitter * size[0] / self.domain.size[0]), self.generator
+        )
         mirrored = self.flip and bool(torch.rand((), generator=self.generator) < 0.5)
         return seen.flip(3) if mirrored else seen
 
     def update(self, total: Tensor, scaler: Any) -> None:
-        "One step of Adam against the gradient of `total`, and back into the range of pictures."
+        """One step of Adam against the gradient of `total`, and back into the range of
+        pictures.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         scaler.scale(total).backward()
         scaler.step(self.optimizer)
         scaler.update()
         if self.clip:
-            with torch.no_grad(): self.x.clamp_(-2, 2)
+            with torch.no_grad():
+                self.x.clamp_(-2, 2)
         self.done += 1
 
     def images(self) -> Tensor:
-        "The pixels as bytes on the CPU, `(n, C, H, W)`; an early stage is enlarged. Always a copy."
+        """The pixels as bytes on the CPU, `(n, C, H, W)`; an early stage is enlarged.
+
+        Always a copy.
+        """
         x = self.x.detach()
-        if tuple(x.shape[2:]) != tuple(self.domain.size): x = F.interpolate(x, self.domain.size, mode='nearest')
+        if tuple(x.shape[2:]) != tuple(self.domain.size):
+            x = F.interpolate(x, self.domain.size, mode='nearest')
         return self.domain.to_uint8(self.domain.from_pixels(x)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits."
-        return {'pixels': self.x.detach().clone(), 'done': self.done,
-                'optimizer': copy.deepcopy(self.optimizer.state_dict()),
-                'generator': self.generator.get_state(),
-                'streams': self.streams.state_dict()}
+        return {
+            'pixels': self.x.detach().clone(),
+            'done': self.done,
+            'optimizer': copy.deepcopy(self.optimizer.state_dict()),
+            'generator': self.generator.get_state(),
+            'streams': self.streams.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
@@ -226,29 +343,46 @@ class Dream:
 
 # %% ../../nbs/dreams/07_inversion.ipynb #5777d8f9
 def relative_feature_term(
-    statistics: Statistics, # of the data
-    first_layer_weight: float = 1.0, # extra weight of the first layer
-    floor: float = 1e-3, # of a layer's mean variance, added to every channel's
-) -> Term: # needs `features`
-    "Feature statistics in units of the data's own spread: layers that are loud only by convention count no more than others."
+    statistics: Statistics,  # of the data
+    first_layer_weight: float = 1.0,  # extra weight of the first layer
+    floor: float = 1e-3,  # of a layer's mean variance, added to every channel's
+) -> Term:  # needs `features`
+    """Feature statistics in units of the data's own spread.
+
+    Layers that are loud only by convention count no more than others.
+    """
     centres, factors, weights = [], [], []
     for i, (mean, var) in enumerate(statistics.values()):
         spread, root = (var + floor * var.mean()).clamp_min(1e-12), len(mean) ** 0.5
         centres += [mean, var]
         factors += [spread.rsqrt() / root, spread.reciprocal() / root]
         weights += [first_layer_weight if i == 0 else 1.0] * 2
-    lengths, kept = [len(v) for v in centres], [torch.cat(centres), torch.cat(factors), torch.tensor(weights)]
+    lengths = [len(v) for v in centres]
+    kept = [torch.cat(centres), torch.cat(factors), torch.tensor(weights)]
+
     def term(view: View) -> Tensor:
-        if view.features is None: raise DFKDError('this view has no features: run the teacher inside Watch(teacher) and give View its moments')
+        if view.features is None:
+            raise DFKDError(
+                'this view has no features: run the teacher inside Watch(teacher) and give'
+                ' View its moments'
+            )
         found = torch.cat([v for name in statistics for v in view.features[name]])
-        if kept[0].device != found.device: kept[:] = [v.to(found.device) for v in kept]
+        if kept[0].device != found.device:
+            kept[:] = [v.to(found.device) for v in kept]
         centre, factor, weight = kept
         parts = ((found - centre) * factor).split(lengths)
-        return (torch.stack([torch.linalg.vector_norm(part) for part in parts]) * weight).sum() # at length 0 its gradient is 0
+        # at length 0 its gradient is 0
+        return (
+            torch.stack([torch.linalg.vector_norm(part) for part in parts]) * weight
+        ).sum()
+
     return term
 
 # %% ../../nbs/dreams/07_inversion.ipynb #fee6fad9
-FEATURE_TERMS: dict[str, Callable[[Statistics, float], Term]] = {'absolute': feature_term, 'relative': relative_feature_term}
+FEATURE_TERMS: dict[str, Callable[[Statistics, float], Term]] = {
+    'absolute': feature_term,
+    'relative': relative_feature_term,
+}
 
 # %% ../../nbs/dreams/07_inversion.ipynb #201289d4
 class Asking:
@@ -256,59 +390,123 @@ class Asking:
 
     def __init__(
         self,
-        teacher: Teacher, # the network that is asked; it is not changed
+        teacher: Teacher,  # the network that is asked; it is not changed
         *,
-        steps: int = 2000, # updates of each batch
-        learning_rate: float = 0.1, # of Adam, where black is -2 and white 2; the paper's text says 0.05
-        batch_size: int = 256, # images optimised together, at most
-        class_weight: float = 1., # of the class loss
-        tv_l2: float = 0.1, # of the total variation, Euclidean; the paper's 2.5e-5 (of a norm of 256 images) is 4e-4 here
-        tv_l1: float = 0., # of the total variation, mean absolute jump
-        l2: float = 4.8e-7, # of the images' norm; the paper's 3e-8 on the norm of 256 images
-        feature_weight: float = 3., # of the feature statistics, Eq. 4; the paper lists 1, 5, 10 and 100
-        first_layer_weight: float = 1., # extra weight of the first layer's statistics
-        feature_scale: str = 'absolute', # as in Eq. 4; 'relative': in units of the data's own spread, see `relative_feature_term`
-        jitter: int = 2, # pixels of random shift before each look
-        flip: bool = True, # mirror the batch before every second look, on average
-        clip: bool = True, # keep the pixels printable, Eq. 16
-        stages: Sequence[tuple[int | tuple[int, int], int]] | None = None, # (size, updates), small to large, in place of `steps`
-        schedule: str = 'constant', # of the learning rate in each stage: see `learning_rate_at`
-        precision: str = 'float32', # 'bfloat16' or 'float16' for mixed precision
-        device: str | torch.device = 'auto', # where to dream
-        seed: int = 0, # of everything random
-        compile: bool = False, # let torch.compile fuse the update; pays off over hundreds of updates
-        statistics: Statistics | None = None, # to be matched; None reads the teacher's BatchNorm layers
-        terms: Mapping[str, tuple[float, Term]] | None = None, # further terms: name to weight and term
-        student: nn.Module | None = None, # whose answers the terms may ask for, as `view.student_logits`; a frozen copy is kept
-        student_domain: Domain | None = None, # what it expects; None: its own if it is a `Teacher`, else the teacher's
-        embedding: str = '', # a layer whose input the terms may ask for, as `view.embedding`: a name, or 'classifier' for the last linear one
+        steps: int = 2000,  # updates of each batch
+        # of Adam, where black is -2 and white 2; the paper's text says 0.05
+        learning_rate: float = 0.1,
+        batch_size: int = 256,  # images optimised together, at most
+        class_weight: float = 1.0,  # of the class loss
+        # of the total variation, Euclidean; the paper's 2.5e-5 (of a norm of 256 images) is
+        # 4e-4 here
+        tv_l2: float = 0.1,
+        tv_l1: float = 0.0,  # of the total variation, mean absolute jump
+        # of the images' norm; the paper's 3e-8 on the norm of 256 images
+        l2: float = 4.8e-7,
+        # of the feature statistics, Eq. 4; the paper lists 1, 5, 10 and 100
+        feature_weight: float = 3.0,
+        first_layer_weight: float = 1.0,  # extra weight of the first layer's statistics
+        # as in Eq. 4; 'relative': in units of the data's own spread, see
+        # `relative_feature_term`
+        feature_scale: str = 'absolute',
+        jitter: int = 2,  # pixels of random shift before each look
+        flip: bool = True,  # mirror the batch before every second look, on average
+        clip: bool = True,  # keep the pixels printable, Eq. 16
+        # (size, updates), small to large, in place of `steps`
+        stages: Sequence[tuple[int | tuple[int, int], int]] | None = None,
+        # of the learning rate in each stage: see `learning_rate_at`
+        schedule: str = 'constant',
+        precision: str = 'float32',  # 'bfloat16' or 'float16' for mixed precision
+        device: str | torch.device = 'auto',  # where to dream
+        seed: int = 0,  # of everything random
+        # let torch.compile fuse the update; pays off over hundreds of updates
+        compile: bool = False,
+        # to be matched; None reads the teacher's BatchNorm layers
+        statistics: Statistics | None = None,
+        # further terms: name to weight and term
+        terms: Mapping[str, tuple[float, Term]] | None = None,
+        # whose answers the terms may ask for, as `view.student_logits`; a frozen copy is
+        # kept
+        student: nn.Module | None = None,
+        # what it expects; None: its own if it is a `Teacher`, else the teacher's
+        student_domain: Domain | None = None,
+        # a layer whose input the terms may ask for, as `view.embedding`: a name, or
+        # 'classifier' for the last linear one
+        embedding: str = '',
     ) -> None:
         self.device, self.domain = pick_device(device), teacher.domain
-        rates = {'learning_rate': learning_rate, 'class_weight': class_weight, 'tv_l2': tv_l2, 'tv_l1': tv_l1, 'l2': l2,
-                 'feature_weight': feature_weight, 'first_layer_weight': first_layer_weight}
+        rates = {
+            'learning_rate': learning_rate,
+            'class_weight': class_weight,
+            'tv_l2': tv_l2,
+            'tv_l1': tv_l1,
+            'l2': l2,
+            'feature_weight': feature_weight,
+            'first_layer_weight': first_layer_weight,
+        }
         for name, value in rates.items():
-            if not 0 <= value < math.inf: raise DFKDError(f'{name} is {value}: give a finite number, 0 or more')
-        for name, value in {'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate}.items():
-            if not value > 0: raise DFKDError(f'{name} is {value}: give more than 0')
-        if seed < 0 or jitter < 0: raise DFKDError(f'seed {seed}, jitter {jitter}: give 0 or more')
+            if not 0 <= value < math.inf:
+                raise DFKDError(f'{name} is {value}: give a finite number, 0 or more')
+        for name, value in {
+            'steps': steps,
+            'batch_size': batch_size,
+            'learning_rate': learning_rate,
+        }.items():
+            if not value > 0:
+                raise DFKDError(f'{name} is {value}: give more than 0')
+        if seed < 0 or jitter < 0:
+            raise DFKDError(f'seed {seed}, jitter {jitter}: give 0 or more')
         learning_rate_at(0, steps, schedule)
-        self.stages, self.batch_size, self.seed = read_stages(stages, steps, self.domain.size), batch_size, seed
-        self.pixel_settings: dict[str, Any] = {'learning_rate': learning_rate, 'schedule': schedule, 'jitter': jitter, 'flip': flip, 'clip': clip}
+        self.stages = read_stages(stages, steps, self.domain.size)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.pixel_settings: dict[str, Any] = {
+            'learning_rate': learning_rate,
+            'schedule': schedule,
+            'jitter': jitter,
+            'flip': flip,
+            'clip': clip,
+        }
         here = same_device(teacher.device, self.device)
         self.teacher = teacher if here else copy.deepcopy(teacher).to(self.device)
-        if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher) # given ones are felt also where only `terms` ask for them
+        # given ones are felt also where only `terms` ask for them
+        if statistics is None and feature_weight:
+            statistics = Statistics.from_batchnorm(self.teacher)
         self.look = Look(self.teacher, statistics, precision, embedding)
         self.student: Teacher | None = None
-        if student is not None: self.compete_with(student, student_domain)
+        if student is not None:
+            self.compete_with(student, student_domain)
         self._try_sizes()
-        known: dict[str, tuple[float, Term]] = {'class': (class_weight, class_loss), 'tv_l2': (tv_l2, tv_term('l2')), 'tv_l1': (tv_l1, tv_term('l1')), 'l2': (l2, l2_term)}
-        if feature_scale not in FEATURE_TERMS: raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
-        if statistics is not None: known['features'] = feature_weight, FEATURE_TERMS[feature_scale](statistics, first_layer_weight)
+        known: dict[str, tuple[float, Term]] = {
+            'class': (class_weight, class_loss),
+            'tv_l2': (tv_l2, tv_term('l2')),
+            'tv_l1': (tv_l1, tv_term('l1')),
+            'l2': (l2, l2_term),
+        }
+        if feature_scale not in FEATURE_TERMS:
+            raise DFKDError(
+                f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}"
+            )
+        if statistics is not None:
+            known['features'] = (
+                feature_weight,
+                FEATURE_TERMS[feature_scale](statistics, first_layer_weight),
+            )
         self.objective = Objective(known | dict(terms or {}))
         self.price = torch.compile(self._price, dynamic=False) if compile else self._price
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == 'float16') # keeps small half-precision gradients from vanishing
-        self.settings = {'stages': [[*size, updates] for size, updates in self.stages], 'batch_size': batch_size, 'seed': seed, 'precision': precision,
-                         'first_layer_weight': first_layer_weight, 'feature_scale': feature_scale, 'embedding': embedding, **self.pixel_settings, **{f'weight of {k}': w for k, w in self.objective.weights.items()}}
+        # keeps small half-precision gradients from vanishing
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == 'float16')
+        self.settings = {
+            'stages': [[*size, updates] for size, updates in self.stages],
+            'batch_size': batch_size,
+            'seed': seed,
+            'precision': precision,
+            'first_layer_weight': first_layer_weight,
+            'feature_scale': feature_scale,
+            'embedding': embedding,
+            **self.pixel_settings,
+            **{f'weight of {k}': w for k, w in self.objective.weights.items()},
+        }
         self._forget()
 
     def _forget(self) -> None:
@@ -320,56 +518,92 @@ class Asking:
             shape = 2, self.domain.channels, height, width
             try:
                 grey = torch.zeros(shape, device=self.device, dtype=self.look.dtype)
-                with torch.no_grad(): self.teacher(grey)
+                with torch.no_grad():
+                    self.teacher(grey)
             except (RuntimeError, ValueError) as error:
-                raise DFKDError(f"'{self.teacher.name}' does not take images of {height} x {width} pixels ({str(error).splitlines()[0][:80]}): use larger stages") from error
+                raise DFKDError(
+                    f"'{self.teacher.name}' does not take images of {height} x {width}"
+                    f' pixels ({str(error).splitlines()[0][:80]}): use larger stages'
+                ) from error
 
     def compete_with(
         self,
-        student: nn.Module, # as it is now; it may go on learning, the copy kept here does not
-        domain: Domain | None = None, # what it expects; None: its own if it is a `Teacher`, else the teacher's
+        # as it is now; it may go on learning, the copy kept here does not
+        student: nn.Module,
+        # what it expects; None: its own if it is a `Teacher`, else the teacher's
+        domain: Domain | None = None,
     ) -> None:
         "Let the terms see this student's answers from now on."
-        if domain is None: domain = student.domain if isinstance(student, Teacher) else self.domain
-        if (domain.shape, domain.num_classes) != (self.domain.shape, self.domain.num_classes):
-            raise DFKDError(f'the student knows {domain.num_classes} classes in images of shape {domain.shape}, '
-                            f'the teacher {self.domain.num_classes} in {self.domain.shape}: '
-                            'give one for the same images and classes')
+        if domain is None:
+            domain = student.domain if isinstance(student, Teacher) else self.domain
+        if (domain.shape, domain.num_classes) != (
+            self.domain.shape,
+            self.domain.num_classes,
+        ):
+            raise DFKDError(
+                f'the student knows {domain.num_classes} classes in images of shape'
+                f' {domain.shape}, the teacher {self.domain.num_classes} in'
+                f' {self.domain.shape}: give one for the same images and classes'
+            )
         domain.check_classes(self.domain)
         rival = Teacher(student, domain, 'student').to(self.device)
         own, theirs = self.teacher.model.state_dict(), rival.model.state_dict()
-        if own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v, theirs[k]) for k, v in own.items()):
-            raise DFKDError('the student is the teacher: they never disagree, so there is nothing to compete for; give another network')
-        if self.student is None or self.student.domain != domain: self.student = rival
-        else: self.student.load_state_dict(rival.state_dict()) # in place: a compiled update stays valid
+        if own.keys() == theirs.keys() and all(
+            v.shape == theirs[k].shape and torch.equal(v, theirs[k]) for k, v in own.items()
+        ):
+            raise DFKDError(
+                'the student is the teacher: they never disagree, so there is nothing to'
+                ' compete for; give another network'
+            )
+        if self.student is None or self.student.domain != domain:
+            self.student = rival
+        else:
+            self.student.load_state_dict(
+                rival.state_dict()
+            )  # in place: a compiled update stays valid
 
     def _ask(
         self,
-        seen: Tensor, # in pixel units; teacher and student get their own normalisation
+        seen: Tensor,  # in pixel units; teacher and student get their own normalisation
     ) -> tuple[Tensor, Mapping[str, Moments] | None, Tensor | None, Tensor | None]:
         "The teacher's logits, moments and embedding, and the student's logits."
         found = self.look(self.domain.from_pixels(seen))
-        if self.student is None: return *found, None
+        if self.student is None:
+            return *found, None
         x = self.student.domain.from_pixels(seen).to(precision_of(self.student))
-        with autocast(self.device, self.look.precision): return *found, self.student(x)
+        with autocast(self.device, self.look.precision):
+            return *found, self.student(x)
 
-    def _price(self, seen: Tensor, x: Tensor, targets: Tensor, goals: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _price(
+        self, seen: Tensor, x: Tensor, targets: Tensor, goals: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         "The total, with its graph; and the total and each term, without."
         logits, features, embedding, answers = self._ask(seen)
-        total, values = self.objective(View(x, logits, targets, features, answers, embedding, goals))
+        total, values = self.objective(
+            View(x, logits, targets, features, answers, embedding, goals)
+        )
         return total, torch.stack([v.detach().float() for v in (total, *values.values())])
 
     @property
-    def names(self) -> list[str]: return ['total', *(name for name, weight in self.objective.weights.items() if weight)]
+    def names(self) -> list[str]:
+        return [
+            'total',
+            *(name for name, weight in self.objective.weights.items() if weight),
+        ]
 
     @property
-    def steps(self) -> int: return sum(updates for _, updates in self.stages)
+    def steps(self) -> int:
+        return sum(updates for _, updates in self.stages)
 
 # %% ../../nbs/dreams/07_inversion.ipynb #cbf9b44a
-def world() -> tuple[int, int]: # this process's number, from 0, and how many there are
+def world() -> tuple[int, int]:  # this process's number, from 0, and how many there are
     "Who we are among the processes that torchrun started; alone without it."
     distributed = torch.distributed
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else (0, 1)
+    return (
+        (distributed.get_rank(), distributed.get_world_size())
+        if distributed.is_available() and distributed.is_initialized()
+        else (0, 1)
+    )
 
 # %% ../../nbs/dreams/07_inversion.ipynb #b19f3d13
 class Batches(Asking):
@@ -377,33 +611,46 @@ class Batches(Asking):
 
     def _forget(self) -> None:
         "No images are planned, none are made."
-        self.targets, self.sizes, self.own = torch.empty(0, dtype=torch.long), list[int](), range(0)
+        self.targets = torch.empty(0, dtype=torch.long)
+        self.sizes = list[int]()
+        self.own = range(0)
         self.goals: Tensor | None = None
         self.rank, self.processes = world()
         self.turn, self._parts, self._rows = 0, list[Tensor](), list[Tensor]()
         self.dream: Dream | None = None
-        self.history: list[dict[str, float]] = [] # one row every so many updates
+        self.history: list[dict[str, float]] = []  # one row every so many updates
 
     def start(
         self,
-        n: int, # images
-        classes: int | str | Iterable[int | str] | None = None, # see `intended_classes`
-        goals: Tensor | None = None, # one vector an image, `(n, D)`, for terms that ask for `view.goals`
+        n: int,  # images
+        classes: int | str | Iterable[int | str] | None = None,  # see `intended_classes`
+        # one vector an image, `(n, D)`, for terms that ask for `view.goals`
+        goals: Tensor | None = None,
     ) -> None:
-        "Forget earlier images and plan new ones, in batches as even as can be. With several processes each plans its own share."
+        """Forget earlier images and plan new ones, in batches as even as can be.
+
+        With several processes each plans its own share.
+        """
         targets = intended_classes(n, classes, self.domain)
-        if goals is not None and (goals.ndim != 2 or len(goals) != n): raise DFKDError(f'goals of shape {tuple(goals.shape)} for {n} images: give one vector an image, ({n}, D)')
+        if goals is not None and (goals.ndim != 2 or len(goals) != n):
+            raise DFKDError(
+                f'goals of shape {tuple(goals.shape)} for {n} images: give one vector an'
+                f' image, ({n}, D)'
+            )
         self._forget()
         batches = -(-n // self.batch_size)
-        self.targets, self.goals, self.sizes = targets, goals, [n // batches + (i < n % batches) for i in range(batches)]
+        self.targets = targets
+        self.goals = goals
+        self.sizes = [n // batches + (i < n % batches) for i in range(batches)]
         self.own = range(self.rank, batches, self.processes)
 
     @property
-    def batch(self) -> int: # the number of the batch in hand, over all processes
+    def batch(self) -> int:  # the number of the batch in hand, over all processes
         return self.own[self.turn] if self.turn < len(self.own) else len(self.sizes)
 
     @property
-    def finished(self) -> bool: return self.turn == len(self.own)
+    def finished(self) -> bool:
+        return self.turn == len(self.own)
 
     @property
     def done(self) -> int:
@@ -425,43 +672,71 @@ class Batches(Asking):
     @property
     def images(self) -> ImageSet:
         "The finished batches of this process, on the CPU; labels are the wished classes."
-        images = torch.cat([torch.empty(0, *self.domain.shape, dtype=torch.uint8), *self._parts])
-        labels = torch.cat([torch.empty(0, dtype=torch.long), *(self._wishes(batch) for batch in self.own[:self.turn])])
+        images = torch.cat(
+            [torch.empty(0, *self.domain.shape, dtype=torch.uint8), *self._parts]
+        )
+        labels = torch.cat(
+            [
+                torch.empty(0, dtype=torch.long),
+                *(self._wishes(batch) for batch in self.own[: self.turn]),
+            ]
+        )
         return ImageSet(images, labels, self.domain)
 
     def _wishes(self, batch: int) -> Tensor:
         first = sum(self.sizes[:batch])
-        return self.targets[first:first + self.sizes[batch]]
+        return self.targets[first : first + self.sizes[batch]]
 
     def _goals(self, batch: int) -> Tensor | None:
         first = sum(self.sizes[:batch])
-        return None if self.goals is None else self.goals[first:first + self.sizes[batch]].to(self.device)
+        return (
+            None
+            if self.goals is None
+            else self.goals[first : first + self.sizes[batch]].to(self.device)
+        )
 
     def _begin(self) -> Dream:
         "The next batch; its noise depends on the seed and its number alone."
         seed = (self.seed * 1_000_003 + self.batch) % 2**63
-        return Dream(self._wishes(self.batch), self.domain, self.stages, **self.pixel_settings, device=self.device, seed=seed, goals=self._goals(self.batch))
+        return Dream(
+            self._wishes(self.batch),
+            self.domain,
+            self.stages,
+            **self.pixel_settings,
+            device=self.device,
+            seed=seed,
+            goals=self._goals(self.batch),
+        )
 
     def step(self) -> None:
         "One update of the batch in hand."
-        if self.finished: raise DFKDError('nothing is left to dream: call start(n) first')
-        if self.dream is None: self.dream = self._begin()
+        if self.finished:
+            raise DFKDError('nothing is left to dream: call start(n) first')
+        if self.dream is None:
+            self.dream = self._begin()
         dream = self.dream
         try:
-            with dream.streams: # networks and terms may draw without a generator
+            with dream.streams:  # networks and terms may draw without a generator
                 seen = dream.look_at()
                 total, values = self.price(seen, dream.x, dream.targets, dream.goals)
                 dream.update(total, self.scaler)
         except torch.OutOfMemoryError as error:
-            raise DFKDError(f'{len(dream.x)} images do not fit into the memory of {self.device}: lower batch_size ({self.batch_size})') from error
-        except DFKDError: raise
-        except ValueError: # of a network, or of a term that somebody wrote
+            raise DFKDError(
+                f'{len(dream.x)} images do not fit into the memory of {self.device}: lower'
+                f' batch_size ({self.batch_size})'
+            ) from error
+        except DFKDError:
+            raise
+        except ValueError:  # of a network, or of a term that somebody wrote
             try:
-                with torch.no_grad(): self._ask(seen)
+                with torch.no_grad():
+                    self._ask(seen)
             except ValueError as error:
                 reason = str(error).splitlines()[0][:80]
-                raise DFKDError(f'a batch of {len(dream.x)} is too small for this network ({reason}): '
-                                'dream more images at once') from error
+                raise DFKDError(
+                    f'a batch of {len(dream.x)} is too small for this network ({reason}): '
+                    'dream more images at once'
+                ) from error
             raise
         self._rows.append(values)
         if dream.done == dream.steps:
@@ -470,17 +745,32 @@ class Batches(Asking):
             self.turn, self.dream = self.turn + 1, None
 
     def _read(self) -> dict[str, float]:
-        "Fetch the losses since the last time, and refuse to go on from what is not a number."
-        if not self._rows: return {k: v for k, v in self.history[-1].items() if k not in ('batch', 'step')} if self.history else {}
-        rows, first = torch.stack(self._rows).cpu(), (self.dream.done if self.dream else self.steps) - len(self._rows)
+        """Fetch the losses since the last time, and refuse to go on from what is not a
+        number.
+        """
+        if not self._rows:
+            return (
+                {k: v for k, v in self.history[-1].items() if k not in ('batch', 'step')}
+                if self.history
+                else {}
+            )
+        rows = torch.stack(self._rows).cpu()
+        first = (self.dream.done if self.dream else self.steps) - len(self._rows)
         bad = (~rows.isfinite()).nonzero().tolist()
         if bad:
             row = bad[0][0]
             names = [self.names[j] for i, j in bad if i == row]
             term = next((name for name in names if name != 'total'), 'total')
-            kept = f'the {sum(map(len, self._parts))} images of finished batches are kept in .images (and in the checkpoint, if there is one)'
-            raise DFKDError(f"the term '{term}' is {rows[row, self.names.index(term)]:g} at update {first + row + 1} of batch {self.batch + 1}: "
-                            f"lower learning_rate ({self.pixel_settings['learning_rate']:g}) or use precision='float32'; {kept}")
+            kept = (
+                f'the {sum(map(len, self._parts))} images of finished batches are kept in'
+                ' .images (and in the checkpoint, if there is one)'
+            )
+            raise DFKDError(
+                f"the term '{term}' is {rows[row, self.names.index(term)]:g} at update"
+                f' {first + row + 1} of batch {self.batch + 1}: lower learning_rate'
+                f" ({self.pixel_settings['learning_rate']:g}) or use precision='float32';"
+                f' {kept}'
+            )
         losses = dict(zip(self.names, rows[-1].tolist()))
         self.history.append({'batch': self.batch, 'step': first + len(rows)} | losses)
         self._rows = []
@@ -488,7 +778,7 @@ class Batches(Asking):
 
     def reweigh(self, **weights: float) -> None:
         "Change weights by the terms' names, also while images grow."
-        self._read() # what was paid at the old weights
+        self._read()  # what was paid at the old weights
         self.objective = self.objective.reweigh(**weights)
         self.settings |= {f'weight of {k}': w for k, w in self.objective.weights.items()}
 
@@ -496,14 +786,17 @@ class Batches(Asking):
 @dataclass(frozen=True)
 class Progress:
     "What a callback is told now and then while images grow."
-    step: int # updates that this batch has had
-    steps: int # updates that it gets
-    batch: int # which batch, from 0
-    batches: int # how many there are
-    share: float # of this batch's work that is done, 0 to 1; an update at half the size is a quarter
-    losses: dict[str, float] # each term before its weight, and their weighted 'total', as the last update found them
-    labels: Tensor # int64 `(n,)`, what this batch shall show
-    look: Callable[[], Tensor] = field(repr=False) # makes `images`
+
+    step: int  # updates that this batch has had
+    steps: int  # updates that it gets
+    batch: int  # which batch, from 0
+    batches: int  # how many there are
+    # of this batch's work that is done, 0 to 1; an update at half the size is a quarter
+    share: float
+    # each term before its weight, and their weighted 'total', as the last update found them
+    losses: dict[str, float]
+    labels: Tensor  # int64 `(n,)`, what this batch shall show
+    look: Callable[[], Tensor] = field(repr=False)  # makes `images`
 
     @property
     def images(self) -> Tensor:
@@ -512,64 +805,101 @@ class Progress:
 
 # %% ../../nbs/dreams/07_inversion.ipynb #ee505841
 class DeepInversion(Batches):
-    "Images out of a trained network: pixels that descend a weighted sum of named terms (Yin et al., 2020, Eq. 2 to 7)."
+    """Images out of a trained network.
+
+    Pixels that descend a weighted sum of named terms (Yin et al., 2020, Eq. 2 to 7).
+    """
 
     def synthesize(
         self,
-        n: int, # images
-        classes: int | str | Iterable[int | str] | None = None, # numbers or names, repeated until there are `n`; None: all in turn
+        n: int,  # images
+        # numbers or names, repeated until there are `n`; None: all in turn
+        classes: int | str | Iterable[int | str] | None = None,
         *,
-        goals: Tensor | None = None, # one vector an image, `(n, D)`: see `start`
-        checkpoint: str | Path | None = None, # a file that exists is resumed
-        **settings: Any, # callback, every, deadline, save_every: see `run`
-    ) -> ImageSet: # uint8 images, labelled with the wished classes; fewer than `n` if stopped
-        "Dream `n` images of the given classes. Under torchrun the processes share the batches, and each gets all images."
+        goals: Tensor | None = None,  # one vector an image, `(n, D)`: see `start`
+        checkpoint: str | Path | None = None,  # a file that exists is resumed
+        **settings: Any,  # callback, every, deadline, save_every: see `run`
+    ) -> (
+        ImageSet
+    ):  # uint8 images, labelled with the wished classes; fewer than `n` if stopped
+        """Dream `n` images of the given classes.
+
+        Under torchrun the processes share the batches, and each gets all images.
+        """
         self.start(n, classes, goals)
-        if checkpoint is not None and self.processes > 1: checkpoint = Path(checkpoint).with_suffix(f'.{self.rank}-of-{self.processes}{Path(checkpoint).suffix}')
-        if checkpoint is not None and Path(checkpoint).exists(): self.load_state_dict(load_checkpoint(checkpoint))
+        if checkpoint is not None and self.processes > 1:
+            checkpoint = Path(checkpoint).with_suffix(
+                f'.{self.rank}-of-{self.processes}{Path(checkpoint).suffix}'
+            )
+        if checkpoint is not None and Path(checkpoint).exists():
+            self.load_state_dict(load_checkpoint(checkpoint))
         self.run(checkpoint=checkpoint, **settings)
         return self.gather()
 
-    def gather(self) -> ImageSet: # in the order in which they were asked for
+    def gather(self) -> ImageSet:  # in the order in which they were asked for
         "The finished batches of all processes; every process has to call it."
-        if self.processes == 1: return self.images
+        if self.processes == 1:
+            return self.images
         found: list[Any] = [None] * self.processes
         torch.distributed.all_gather_object(found, dict(zip(self.own, self._parts)))
         parts = {batch: part for mine in found for batch, part in mine.items()}
-        images = torch.cat([torch.empty(0, *self.domain.shape, dtype=torch.uint8), *(parts[batch] for batch in sorted(parts))])
-        return ImageSet(images, torch.cat([self.targets[:0], *(self._wishes(batch) for batch in sorted(parts))]), self.domain)
+        images = torch.cat(
+            [
+                torch.empty(0, *self.domain.shape, dtype=torch.uint8),
+                *(parts[batch] for batch in sorted(parts)),
+            ]
+        )
+        return ImageSet(
+            images,
+            torch.cat(
+                [self.targets[:0], *(self._wishes(batch) for batch in sorted(parts))]
+            ),
+            self.domain,
+        )
 
     def run(
         self,
         *,
-        callback: Callable[[Progress], bool | None] | None = None, # called every so many updates; True stops
-        every: int = 10, # updates between rows of the history
-        deadline: float | None = None, # stop cleanly at this `time.monotonic()`
-        checkpoint: str | Path | None = None, # file to keep the state in
-        save_every: float = 60., # seconds between saves
-    ) -> ImageSet: # the finished images: all of them, unless stopped
+        # called every so many updates; True stops
+        callback: Callable[[Progress], bool | None] | None = None,
+        every: int = 10,  # updates between rows of the history
+        deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
+        checkpoint: str | Path | None = None,  # file to keep the state in
+        save_every: float = 60.0,  # seconds between saves
+    ) -> ImageSet:  # the finished images: all of them, unless stopped
         "Go on from wherever it stands."
-        if every < 1: raise DFKDError(f'every is {every}: give 1 or more')
+        if every < 1:
+            raise DFKDError(f'every is {every}: give 1 or more')
+
         def save() -> None:
-            if checkpoint is not None: save_checkpoint(checkpoint, self.state_dict())
-        save() # a folder that cannot be written is told now
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, self.state_dict())
+
+        save()  # a folder that cannot be written is told now
         saved = time.monotonic()
         total, done = len(self.own) * self.work(), self.work_done
-        with progress(total=total, description='dreaming', initial=done,
-                      unit='pixel', unit_scale=True) as bar:
-            while not self.finished and not (deadline is not None and time.monotonic() >= deadline):
+        with progress(
+            total=total, description='dreaming', initial=done, unit='pixel', unit_scale=True
+        ) as bar:
+            while not self.finished and not (
+                deadline is not None and time.monotonic() >= deadline
+            ):
                 batch, before = self.batch, self.work_done
                 self.step()
                 bar.update(self.work_done - before)
                 ended = self.batch > batch
-                if ended or self.dream.done % every == 0: # type: ignore[union-attr]
+                if ended or self.dream.done % every == 0:  # type: ignore[union-attr]
                     losses = self._read()
-                    bar.set_postfix(loss=f"{losses['total']:.3f}")
-                    try: stop = callback is not None and callback(self._progress(batch, losses))
+                    bar.set_postfix(loss=f'{losses["total"]:.3f}')
+                    try:
+                        stop = callback is not None and callback(
+                            self._progress(batch, losses)
+                        )
                     except BaseException:
                         save()
                         raise
-                    if stop: break
+                    if stop:
+                        break
                 if ended or time.monotonic() - saved > save_every:
                     save()
                     saved = time.monotonic()
@@ -578,13 +908,28 @@ class DeepInversion(Batches):
 
     def _progress(self, batch: int, losses: dict[str, float]) -> Progress:
         dream, done = self.dream, self.done
+
         def look() -> Tensor:
-            if dream is None: return self._parts[self.own.index(batch)].clone()
-            if self.done != done: raise DFKDError('these images have grown on: ask for .images inside the callback')
+            if dream is None:
+                return self._parts[self.own.index(batch)].clone()
+            if self.done != done:
+                raise DFKDError(
+                    'these images have grown on: ask for .images inside the callback'
+                )
             return dream.images()
+
         step = dream.done if dream else self.steps
         share = self.work(step) / self.work()
-        return Progress(step, self.steps, batch, len(self.sizes), share, losses, self._wishes(batch), look)
+        return Progress(
+            step,
+            self.steps,
+            batch,
+            len(self.sizes),
+            share,
+            losses,
+            self._wishes(batch),
+            look,
+        )
 
     def _fingerprint(self) -> str:
         "Changes with the weights of teacher and student, the statistics and the goals."
@@ -592,26 +937,66 @@ class DeepInversion(Batches):
         rival = [] if self.student is None else list(self.student.state_dict().values())
         domains = [self.domain] + ([] if self.student is None else [self.student.domain])
         digest.update(repr([(domain.mean, domain.std) for domain in domains]).encode())
-        tensors = [*self.teacher.state_dict().values(), *(v for pair in (self.look.statistics or {}).values() for v in pair), *rival, *([] if self.goals is None else [self.goals])]
-        for tensor in tensors: digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        tensors = [
+            *self.teacher.state_dict().values(),
+            *(v for pair in (self.look.statistics or {}).values() for v in pair),
+            *rival,
+            *([] if self.goals is None else [self.goals]),
+        ]
+        for tensor in tensors:
+            digest.update(
+                tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
         return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits: a dictionary for `save_checkpoint`."
         self._read()
-        return {'kind': 'synthesis', 'settings': dict(self.settings), 'teacher': self._fingerprint(), 'targets': self.targets.clone(), 'batch': self.batch, 'turn': self.turn,
-                'parts': list(self._parts), 'dream': self.dream.state_dict() if self.dream else None, 'scaler': self.scaler.state_dict(),
-                'history': [dict(row) for row in self.history]}
+        return {
+            'kind': 'synthesis',
+            'settings': dict(self.settings),
+            'teacher': self._fingerprint(),
+            'targets': self.targets.clone(),
+            'batch': self.batch,
+            'turn': self.turn,
+            'parts': list(self._parts),
+            'dream': self.dream.state_dict() if self.dream else None,
+            'scaler': self.scaler.state_dict(),
+            'history': [dict(row) for row in self.history],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood; another teacher, other settings or other wishes are a `DFKDError`."
-        if state.get('kind') != 'synthesis': raise DFKDError('this checkpoint was not written by a synthesis: give another path')
+        """Go on where `state_dict` stood; another teacher, other settings or other wishes
+        are a `DFKDError`.
+        """
+        if state.get('kind') != 'synthesis':
+            raise DFKDError(
+                'this checkpoint was not written by a synthesis: give another path'
+            )
         if state['dream'] is not None and 'pixels' not in state['dream']:
-            raise DFKDError('this checkpoint is of an earlier version, in other units: begin again')
-        changed = [f'{k} (was {v!r}, now {self.settings.get(k)!r})' for k, v in state['settings'].items() if self.settings.get(k) != v]
-        if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
-        if state['teacher'] != self._fingerprint(): raise DFKDError('the checkpoint was made with another teacher, student, statistics or goals: load those or give another path')
-        if not torch.equal(state['targets'], self.targets): raise DFKDError('the checkpoint was made for other images or classes: ask for the same ones or give another path')
+            raise DFKDError(
+                'this checkpoint is of an earlier version, in other units: begin again'
+            )
+        changed = [
+            f'{k} (was {v!r}, now {self.settings.get(k)!r})'
+            for k, v in state['settings'].items()
+            if self.settings.get(k) != v
+        ]
+        if changed:
+            raise DFKDError(
+                f'the checkpoint was made with other settings: {", ".join(changed)}; set'
+                ' them back or give another path'
+            )
+        if state['teacher'] != self._fingerprint():
+            raise DFKDError(
+                'the checkpoint was made with another teacher, student, statistics or'
+                ' goals: load those or give another path'
+            )
+        if not torch.equal(state['targets'], self.targets):
+            raise DFKDError(
+                'the checkpoint was made for other images or classes: ask for the same ones'
+                ' or give another path'
+            )
         self.turn, self._parts, self._rows = state['turn'], list(state['parts']), []
         self.history = [dict(row) for row in state['history']]
         self.scaler.load_state_dict(state['scaler'])
@@ -622,42 +1007,65 @@ class DeepInversion(Batches):
 
 # %% ../../nbs/dreams/07_inversion.ipynb #ebdbb608
 def tile(
-    images: Tensor, # uint8 `(n, C, H, W)`
-    columns: int = 10, # images in a row
-) -> Tensor: # one picture, uint8 `(3, rows * H, columns * W)`
+    images: Tensor,  # uint8 `(n, C, H, W)`
+    columns: int = 10,  # images in a row
+) -> Tensor:  # one picture, uint8 `(3, rows * H, columns * W)`
     "Images side by side, row by row; empty places are white."
     columns = min(columns, len(images))
-    images = F.pad(images.cpu().expand(-1, 3, -1, -1), (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=255)
+    images = F.pad(
+        images.cpu().expand(-1, 3, -1, -1),
+        (0, 0, 0, 0, 0, 0, 0, -len(images) % columns),
+        value=255,
+    )
     rows, (height, width) = len(images) // columns, images.shape[2:]
-    return images.view(rows, columns, 3, height, width).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
+    return (
+        images.view(rows, columns, 3, height, width)
+        .permute(2, 0, 3, 1, 4)
+        .reshape(3, rows * height, columns * width)
+    )
 
 # %% ../../nbs/dreams/07_inversion.ipynb #fc118d1d
 class Film:
-    "Frames that a reader can scrub through: one picture and a slider, without a network or a kernel."
+    """Frames that a reader can scrub through.
+
+    One picture and a slider, without a network or a kernel.
+    """
 
     def __init__(
         self,
-        frames: Sequence[Tensor], # each uint8 `(n, C, H, W)`, all alike
-        steps: Sequence[int], # update after which each was taken
-        columns: int = 10, # images in a row
-        titles: Sequence[str] = (), # one a column
-        quality: int = 75, # of the JPEG that carries the pixels
+        frames: Sequence[Tensor],  # each uint8 `(n, C, H, W)`, all alike
+        steps: Sequence[int],  # update after which each was taken
+        columns: int = 10,  # images in a row
+        titles: Sequence[str] = (),  # one a column
+        quality: int = 75,  # of the JPEG that carries the pixels
     ) -> None:
-        if not frames or len(frames) != len(steps): raise DFKDError(f'{len(frames)} frames with {len(steps)} steps: give one step a frame, and at least one frame')
+        if not frames or len(frames) != len(steps):
+            raise DFKDError(
+                f'{len(frames)} frames with {len(steps)} steps: give one step a frame, and'
+                ' at least one frame'
+            )
         self.steps, self.titles, self.quality = list(steps), list(titles), quality
         self.frames = [tile(frame, columns) for frame in frames]
 
     def picture(self) -> bytes:
         "All frames, one below the other, as a JPEG file."
         buffer = io.BytesIO()
-        Image.fromarray(torch.cat(self.frames, 1).permute(1, 2, 0).numpy()).save(buffer, 'JPEG', quality=self.quality, subsampling=0)
+        Image.fromarray(torch.cat(self.frames, 1).permute(1, 2, 0).numpy()).save(
+            buffer, 'JPEG', quality=self.quality, subsampling=0
+        )
         return buffer.getvalue()
 
     def _repr_html_(self) -> str:
         last, (height, width) = len(self.frames) - 1, self.frames[0].shape[1:]
-        heads = ''.join(f'<span style="flex:1 1 0;overflow:hidden">{title}</span>' for title in self.titles)
-        script = (f"var f=this.closest('.dfkd-film'),s={self.steps};f.querySelector('.dfkd-frame').style.backgroundPosition='0 '+100*this.value/{max(last, 1)}+'%';"
-                  "f.querySelector('output').textContent='update '+s[this.value]")
+        heads = ''.join(
+            f'<span style="flex:1 1 0;overflow:hidden">{title}</span>'
+            for title in self.titles
+        )
+        script = (
+            f"var f=this.closest('.dfkd-film'),s={self.steps};f.querySelector('.dfkd-frame').style.backgroundPosition='0"
+            f" '+100*this.value/{max(last, 1)}+'%';f.querySelector('output').textContent='update"
+            " '+s[this.value]"
+        )
         return f'''<div class="dfkd-film" style="max-width:{min(2 * width, 720)}px;font:12px sans-serif">
 <div style="display:flex;text-align:center">{heads}</div>
 <div class="dfkd-frame" role="img" aria-label="Images after the update that the slider shows" style="width:100%;aspect-ratio:{width}/{height};background:url(data:image/jpeg;base64,{base64.b64encode(self.picture()).decode()}) 0 100%/100% {100 * (last + 1)}%;image-rendering:pixelated"></div>
@@ -665,111 +1073,195 @@ class Film:
 
 # %% ../../nbs/dreams/07_inversion.ipynb #e3e0ef52
 def kept_bytes(
-    maker: Asking, # ready to be asked
-    images: int, # in a batch
-) -> int: # bytes
-    "What one update of a batch at full size keeps for the way back, without the network's own weights."
-    known = {v.untyped_storage().data_ptr() for v in (*maker.look.network.parameters(), *maker.look.network.buffers())}
+    maker: Asking,  # ready to be asked
+    images: int,  # in a batch
+) -> int:  # bytes
+    """What one update of a batch at full size keeps for the way back, without the network's
+    own weights.
+    """
+    known = {
+        v.untyped_storage().data_ptr()
+        for v in (*maker.look.network.parameters(), *maker.look.network.buffers())
+    }
     kept: dict[int, int] = {}
+
     def pack(v: Tensor) -> Tensor:
         storage = v.untyped_storage()
-        if storage.data_ptr() not in known: kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
         return v
+
     x = torch.zeros(images, *maker.domain.shape, device=maker.device, requires_grad=True)
     targets = torch.zeros(images, dtype=torch.long, device=maker.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v): maker._price(x, x, targets)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        maker._price(x, x, targets)
     return sum(kept.values())
 
 # %% ../../nbs/dreams/07_inversion.ipynb #45e82332
 def images_that_fit(
-    maker: Asking, # ready to be asked
-    gigabytes: float, # that an update may take, without the network and Python themselves
-    overhead: float = 1.35, # over what is kept: gradients and scratch space, measured in the figure below
-) -> int: # a batch size, at least 2
-    "How many images may be optimised together in so much memory. Less than two images' worth is a `DFKDError`."
+    maker: Asking,  # ready to be asked
+    gigabytes: float,  # that an update may take, without the network and Python themselves
+    # over what is kept: gradients and scratch space, measured in the figure below
+    overhead: float = 1.35,
+) -> int:  # a batch size, at least 2
+    """How many images may be optimised together in so much memory.
+
+    Less than two images' worth is a `DFKDError`.
+    """
     one, two = kept_bytes(maker, 1), kept_bytes(maker, 2)
     count = int((gigabytes * 1e9 / overhead - (2 * one - two)) // max(two - one, 1))
-    if count < 2: raise DFKDError(f'{gigabytes:g} GB hold less than two images of {maker.domain.size[0]} x {maker.domain.size[1]} pixels, which take {overhead * two / 1e9:.2g} GB: give more memory')
+    if count < 2:
+        raise DFKDError(
+            f'{gigabytes:g} GB hold less than two images of {maker.domain.size[0]} x'
+            f' {maker.domain.size[1]} pixels, which take {overhead * two / 1e9:.2g} GB:'
+            ' give more memory'
+        )
     return count
 
 # %% ../../nbs/dreams/07_inversion.ipynb #37d2647f
 def draw_dream(
-    images: Tensor, # uint8 `(n, C, H, W)`
-    titles: Sequence[str], # one a column, at most ten
-    history: Sequence[Mapping[str, float]], # rows with 'step' and a value a term
-) -> Any: # matplotlib's Figure, made without pyplot: any thread may call this
+    images: Tensor,  # uint8 `(n, C, H, W)`
+    titles: Sequence[str],  # one a column, at most ten
+    history: Sequence[Mapping[str, float]],  # rows with 'step' and a value a term
+) -> Any:  # matplotlib's Figure, made without pyplot: any thread may call this
     "The dream as it stands, and below it what each term costs."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     columns = min(len(images), 10)
     picture = tile(images, columns)
     height = 7 * picture.shape[1] / picture.shape[2]
     figure = Figure(figsize=(7.6, height + 2.6))
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=(height, 1.8))
-    figure.subplots_adjust(0.09, 0.5 / (height + 2.6), 0.99, 1 - 0.3 / (height + 2.6), hspace=0.15)
+    figure.subplots_adjust(
+        0.09, 0.5 / (height + 2.6), 0.99, 1 - 0.3 / (height + 2.6), hspace=0.15
+    )
     above.imshow(picture.permute(1, 2, 0).numpy(), interpolation='nearest')
-    above.set(yticks=[], xticks=[(i + 0.5) * images.shape[3] - 0.5 for i in range(columns)], xticklabels=list(titles)[:columns])
-    above.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=7)
-    names = dict.fromkeys(name for row in history for name in row if name not in ('batch', 'step'))
-    for name in names: # a term that was switched off ends where it did
+    above.set(
+        yticks=[],
+        xticks=[(i + 0.5) * images.shape[3] - 0.5 for i in range(columns)],
+        xticklabels=list(titles)[:columns],
+    )
+    above.tick_params(
+        top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=7
+    )
+    names = dict.fromkeys(
+        name for row in history for name in row if name not in ('batch', 'step')
+    )
+    for name in names:  # a term that was switched off ends where it did
         points = [(row['step'], row[name]) for row in history if name in row]
         below.plot(*zip(*points), label=name, color='black' if name == 'total' else None)
     below.set(xlabel='update', ylabel='price before its weight', yscale='log')
-    if names: below.legend(fontsize=7, ncols=3)
+    if names:
+        below.legend(fontsize=7, ncols=3)
     return figure
 
 # %% ../../nbs/dreams/07_inversion.ipynb #c202dbc0
 class Explorer:
-    "Choose classes and weights, watch the dream and its prices, stop and go on: ipywidgets over a thread that dreams."
+    """Choose classes and weights, watch the dream and its prices, stop and go on.
 
-    choices = {'class': (0., 0.1, 0.3, 1., 3., 10.), 'tv_l2': (0., 4e-4, 1e-3, 0.01, 0.03, 0.1, 1.), 'tv_l1': (0., 0.01, 0.1, 1., 10.),
-               'l2': (0., 4.8e-7, 1e-4, 1e-2, 1.), 'features': (0., 0.01, 0.1, 1., 3., 10., 30., 100.)}
+    Ipywidgets over a thread that dreams.
+    """
+
+    choices = {
+        'class': (0.0, 0.1, 0.3, 1.0, 3.0, 10.0),
+        'tv_l2': (0.0, 4e-4, 1e-3, 0.01, 0.03, 0.1, 1.0),
+        'tv_l1': (0.0, 0.01, 0.1, 1.0, 10.0),
+        'l2': (0.0, 4.8e-7, 1e-4, 1e-2, 1.0),
+        'features': (0.0, 0.01, 0.1, 1.0, 3.0, 10.0, 30.0, 100.0),
+    }
 
     def __init__(
         self,
-        teacher: Teacher, # the network that dreams
-        images: int = 10, # in the batch
-        every: int = 5, # updates between two pictures
-        **settings: Any, # of `DeepInversion`: steps, seed, jitter, ...
+        teacher: Teacher,  # the network that dreams
+        images: int = 10,  # in the batch
+        every: int = 5,  # updates between two pictures
+        **settings: Any,  # of `DeepInversion`: steps, seed, jitter, ...
     ) -> None:
-        try: import ipywidgets as widgets
-        except ImportError as error: raise DFKDError("the explorer needs ipywidgets: pip install 'dfkd_nb[book]'") from error
-        self.teacher, self.count, self.every, self.settings = teacher, images, every, {'steps': 200} | settings
+        try:
+            import ipywidgets as widgets
+        except ImportError as error:
+            raise DFKDError(
+                "the explorer needs ipywidgets: pip install 'dfkd_nb[book]'"
+            ) from error
+        self.teacher = teacher
+        self.count = images
+        self.every = every
+        self.settings = {'steps': 200} | settings
         self.dreamer: DeepInversion | None = None
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self._halt = threading.Event()
         names = list(enumerate(teacher.domain.classes))
-        self.classes = widgets.SelectMultiple(options=[(name, i) for i, name in names], value=[i for i, _ in names[:10]], description='classes', rows=6)
-        layers = {} if batchnorm_layers(teacher) or 'statistics' in settings else {'features': 0.}
-        start = {'class': 1., 'tv_l2': 0.1, 'tv_l1': 0., 'l2': 4.8e-7, 'features': 3.} | layers
-        self.sliders = {name: widgets.SelectionSlider(options=[(f'{v:g}', v) for v in values], value=start[name], description=name, disabled=name in layers,
-                                                      continuous_update=False) for name, values in self.choices.items()}
+        self.classes = widgets.SelectMultiple(
+            options=[(name, i) for i, name in names],
+            value=[i for i, _ in names[:10]],
+            description='classes',
+            rows=6,
+        )
+        layers = (
+            {}
+            if batchnorm_layers(teacher) or 'statistics' in settings
+            else {'features': 0.0}
+        )
+        start = {
+            'class': 1.0,
+            'tv_l2': 0.1,
+            'tv_l1': 0.0,
+            'l2': 4.8e-7,
+            'features': 3.0,
+        } | layers
+        self.sliders = {
+            name: widgets.SelectionSlider(
+                options=[(f'{v:g}', v) for v in values],
+                value=start[name],
+                description=name,
+                disabled=name in layers,
+                continuous_update=False,
+            )
+            for name, values in self.choices.items()
+        }
         self.go = widgets.Button(description='start', icon='play', button_style='primary')
         self.again = widgets.Button(description='from noise', icon='refresh')
-        self.status, self.picture = widgets.HTML('choose, then press start'), widgets.Image(format='png')
+        self.status = widgets.HTML('choose, then press start')
+        self.picture = widgets.Image(format='png')
         self.go.on_click(lambda button: self.stop() if self.running else self.start())
         self.again.on_click(lambda button: self.restart())
-        for name, slider in self.sliders.items(): slider.observe(lambda change, name=name: self._pending.update({name: change['new']}), 'value')
+        for name, slider in self.sliders.items():
+            slider.observe(
+                lambda change, name=name: self._pending.update({name: change['new']}),
+                'value',
+            )
         self._pending: dict[str, float] = {}
-        controls = widgets.VBox([self.classes, *self.sliders.values(), widgets.HBox([self.go, self.again]), self.status])
+        controls = widgets.VBox(
+            [
+                self.classes,
+                *self.sliders.values(),
+                widgets.HBox([self.go, self.again]),
+                self.status,
+            ]
+        )
         self.widget = widgets.HBox([controls, self.picture])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.widget)
 
     @property
-    def running(self) -> bool: return self.thread is not None and self.thread.is_alive()
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
 
     def start(self) -> None:
         "Go on with the dream in hand, or begin one; returns at once."
-        if self.running: return
+        if self.running:
+            return
         self._halt.clear()
         self.error = None
         try:
-            if self.dreamer is None or self.dreamer.finished: self._begin()
+            if self.dreamer is None or self.dreamer.finished:
+                self._begin()
         except DFKDError as error:
             self._show_error(error)
             return
@@ -780,7 +1272,8 @@ class Explorer:
     def stop(self) -> None:
         "Stop after the update in hand; `start` goes on from there."
         self._halt.set()
-        if self.thread is not None and self.thread is not threading.current_thread(): self.thread.join()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
 
     def restart(self) -> None:
         "From new noise, with the classes and weights chosen now."
@@ -790,46 +1283,70 @@ class Explorer:
 
     def wait(self, seconds: float | None = None) -> None:
         "Until the dream is done or stopped."
-        if self.thread is not None: self.thread.join(seconds)
+        if self.thread is not None:
+            self.thread.join(seconds)
 
     def _begin(self) -> None:
         weights = {name: slider.value for name, slider in self.sliders.items()}
         self._pending.clear()
-        first = {'class_weight': weights['class'], 'tv_l2': weights['tv_l2'], 'tv_l1': weights['tv_l1'], 'l2': weights['l2']}
-        features = 0. if self.sliders['features'].disabled else weights['features'] or 1. # kept ready: its weight may come later
-        dreamer = DeepInversion(self.teacher, **{'batch_size': self.count} | self.settings | first, feature_weight=features)
-        if features and not weights['features']: dreamer.reweigh(features=0.)
+        first = {
+            'class_weight': weights['class'],
+            'tv_l2': weights['tv_l2'],
+            'tv_l1': weights['tv_l1'],
+            'l2': weights['l2'],
+        }
+        # kept ready: its weight may come later
+        features = 0.0 if self.sliders['features'].disabled else weights['features'] or 1.0
+        dreamer = DeepInversion(
+            self.teacher,
+            **{'batch_size': self.count} | self.settings | first,
+            feature_weight=features,
+        )
+        if features and not weights['features']:
+            dreamer.reweigh(features=0.0)
         dreamer.start(self.count, list(self.classes.value))
         self.dreamer = dreamer
 
     def _work(self) -> None:
         assert self.dreamer is not None
-        try: self.dreamer.run(callback=self._tick, every=self.every)
-        except Exception as error: self._show_error(error)
+        try:
+            self.dreamer.run(callback=self._tick, every=self.every)
+        except Exception as error:
+            self._show_error(error)
         self.go.description, self.go.icon = 'start', 'play'
 
     def _tick(self, now: Progress) -> bool:
-        "Between two updates, in the dreaming thread: take new weights, draw, and say whether to stop."
+        """Between two updates, in the dreaming thread.
+
+        Take new weights, draw, and say whether to stop.
+        """
         assert self.dreamer is not None
-        while self._pending: self.dreamer.reweigh(**dict([self._pending.popitem()]))
+        while self._pending:
+            self.dreamer.reweigh(**dict([self._pending.popitem()]))
         buffer = io.BytesIO()
         self.figure(now).savefig(buffer, dpi=80)
         self.picture.value = buffer.getvalue()
-        self.status.value = f"update {now.step} of {now.steps}, total {now.losses['total']:.3g}"
+        self.status.value = (
+            f'update {now.step} of {now.steps}, total {now.losses["total"]:.3g}'
+        )
         return self._halt.is_set()
 
     def figure(self, now: Progress) -> Any:
         "What `picture` shows, for a still."
         assert self.dreamer is not None
-        return draw_dream(now.images, [self.teacher.domain.classes[i] for i in now.labels.tolist()], self.dreamer.history)
+        return draw_dream(
+            now.images,
+            [self.teacher.domain.classes[i] for i in now.labels.tolist()],
+            self.dreamer.history,
+        )
 
     def _show_error(self, error: Exception) -> None:
         self.error, self.status.value = error, f'<b>{error}</b>'
 
 # %% ../../nbs/dreams/07_inversion.ipynb #d75b3258
 def explorer(
-    teacher: Teacher, # the network that dreams
-    **settings: Any, # see `Explorer`
-) -> Explorer: # displays itself in a notebook
+    teacher: Teacher,  # the network that dreams
+    **settings: Any,  # see `Explorer`
+) -> Explorer:  # displays itself in a notebook
     "Sliders and buttons over a dream."
     return Explorer(teacher, **settings)

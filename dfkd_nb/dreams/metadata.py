@@ -25,310 +25,578 @@ from ..foundations.models import Teacher
 
 # %% ../../nbs/dreams/09_metadata.ipynb #90f87a26
 def cluster_vectors(
-    vectors: Tensor, # `(N, D)`, of one class
-    clusters: int, # how many to look for, at most N
-    seed: int = 0, # of the first guess
-) -> Tensor: # int64 `(N,)`, from 0: the cluster of each vector
+    vectors: Tensor,  # `(N, D)`, of one class
+    clusters: int,  # how many to look for, at most N
+    seed: int = 0,  # of the first guess
+) -> Tensor:  # int64 `(N,)`, from 0: the cluster of each vector
     "k-means by scikit-learn, the best of four first guesses."
     from sklearn.cluster import KMeans
-    if not 1 <= clusters <= len(vectors): raise DFKDError(f'{clusters} clusters of {len(vectors)} vectors: give at least one vector a cluster')
-    return torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(vectors.cpu().numpy())).long()
+
+    if not 1 <= clusters <= len(vectors):
+        raise DFKDError(
+            f'{clusters} clusters of {len(vectors)} vectors: give at least one vector a'
+            ' cluster'
+        )
+    return torch.from_numpy(
+        KMeans(clusters, n_init=4, random_state=seed).fit_predict(vectors.cpu().numpy())
+    ).long()
 
 # %% ../../nbs/dreams/09_metadata.ipynb #8a1526c5
 def merge_small(
-    assigned: Tensor, # int64 `(N,)`, the cluster of each vector
-    vectors: Tensor, # `(N, D)`
-    smallest: int, # members that a cluster must have
-) -> Tensor: # int64 `(N,)`, numbered from 0 again
-    "Dissolve the smallest cluster, send its members to the nearest other centroid, until all are large enough or one is left."
+    assigned: Tensor,  # int64 `(N,)`, the cluster of each vector
+    vectors: Tensor,  # `(N, D)`
+    smallest: int,  # members that a cluster must have
+) -> Tensor:  # int64 `(N,)`, numbered from 0 again
+    """Dissolve the smallest cluster, send its members to the nearest other centroid, until
+    all are large enough or one is left.
+    """
     assigned = assigned.clone()
     while True:
         names, counts = assigned.unique(return_counts=True)
-        if len(names) == 1 or counts.min() >= smallest: return torch.searchsorted(names, assigned)
+        if len(names) == 1 or counts.min() >= smallest:
+            return torch.searchsorted(names, assigned)
         lost, kept = names[counts.argmin()], names[names != names[counts.argmin()]]
         centroids = torch.stack([vectors[assigned == name].mean(0) for name in kept])
-        assigned[assigned == lost] = kept[torch.cdist(vectors[assigned == lost], centroids).argmin(1)]
+        assigned[assigned == lost] = kept[
+            torch.cdist(vectors[assigned == lost], centroids).argmin(1)
+        ]
 
 # %% ../../nbs/dreams/09_metadata.ipynb #089891f3
 def principal_components(
-    vectors: Tensor, # `(n, D)`, the members of one cluster
-    components: int, # m, at most n - 1 and at most D
-) -> dict[str, Tensor]: # 'centroids' `(D,)`, 'components' `(m, D)`, 'variances' `(m,)`, 'rest' scalar: the variance outside
+    vectors: Tensor,  # `(n, D)`, the members of one cluster
+    components: int,  # m, at most n - 1 and at most D
+) -> dict[
+    str, Tensor
+    # 'centroids' `(D,)`, 'components' `(m, D)`, 'variances' `(m,)`, 'rest' scalar: the
+    # variance outside
+]:
     "Where a cluster is, the lines along which it spreads most, and how far (scikit-learn)."
     from sklearn.decomposition import PCA
+
     points = vectors.cpu().double()
     spread = points.var(0).sum() if len(points) > 1 else points.new_zeros(())
-    if not components: return {'centroids': points.mean(0).float(), 'components': torch.empty(0, points.shape[1]), 'variances': torch.empty(0), 'rest': spread.float()}
+    if not components:
+        return {
+            'centroids': points.mean(0).float(),
+            'components': torch.empty(0, points.shape[1]),
+            'variances': torch.empty(0),
+            'rest': spread.float(),
+        }
     found = PCA(components, svd_solver='full').fit(points.numpy())
-    lines, variances = torch.from_numpy(found.components_), torch.from_numpy(found.explained_variance_)
-    return {'centroids': points.mean(0).float(), 'components': lines.float(), 'variances': variances.float(), 'rest': (spread - variances.sum()).clamp(min=0).float()}
+    lines = torch.from_numpy(found.components_)
+    variances = torch.from_numpy(found.explained_variance_)
+    return {
+        'centroids': points.mean(0).float(),
+        'components': lines.float(),
+        'variances': variances.float(),
+        'rest': (spread - variances.sum()).clamp(min=0).float(),
+    }
 
 # %% ../../nbs/dreams/09_metadata.ipynb #0285d8a1
-FORMAT = '1' # of metadata files; to be raised when older readers would misunderstand
+FORMAT = '1'  # of metadata files; to be raised when older readers would misunderstand
 _TENSORS = ('centroids', 'components', 'variances', 'rest', 'labels', 'counts', 'probe')
 _WORDS = ('domain', 'layer', 'teacher')
 
-def _probe(teacher: Teacher, layer: str) -> Tensor: # `(D,)`
-    "What enters the layer for an image of random bytes, always the same: it says nothing of any data, and differs from teacher to teacher."
-    noise = torch.randint(0, 256, (1, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+def _probe(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
+    """What enters the layer for an image of random bytes, always the same.
+
+    It says nothing of any data, and differs from teacher to teacher.
+    """
+    noise = torch.randint(
+        0,
+        256,
+        (1, *teacher.domain.shape),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     return teacher.embed(noise, layer)[0].cpu().float()
 
 # %% ../../nbs/dreams/09_metadata.ipynb #0d58ebc4
-@dataclass(frozen=True, eq=False) # tensors have no one answer to ==
+@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
 class Metadata:
-    "What is kept of the data: where each cluster of activations is, and along which lines it spreads (Bhardwaj et al., 2019, section 3.1)."
-    centroids: Tensor # `(K, D)`
-    components: Tensor # `(K, m, D)`, orthonormal, the widest first
-    variances: Tensor # `(K, m)`, along each component
-    rest: Tensor # `(K,)`, the variance outside of the components
-    labels: Tensor # int64 `(K,)`, the class of each cluster
-    counts: Tensor # int64 `(K,)`, how many images are behind it
-    probe: Tensor # `(D,)`, the teacher's activation for one image of noise: tells teachers apart
-    domain: str # name of the images' domain
-    layer: str # whose input was measured, see `tap`
-    teacher: str # its name
+    """What is kept of the data: where each cluster of activations is, and along which lines
+    it spreads (Bhardwaj et al., 2019, section 3.1).
+    """
+
+    centroids: Tensor  # `(K, D)`
+    components: Tensor  # `(K, m, D)`, orthonormal, the widest first
+    variances: Tensor  # `(K, m)`, along each component
+    rest: Tensor  # `(K,)`, the variance outside of the components
+    labels: Tensor  # int64 `(K,)`, the class of each cluster
+    counts: Tensor  # int64 `(K,)`, how many images are behind it
+    # `(D,)`, the teacher's activation for one image of noise: tells teachers apart
+    probe: Tensor
+    domain: str  # name of the images' domain
+    layer: str  # whose input was measured, see `tap`
+    teacher: str  # its name
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(getattr(self, name).shape) for name in _TENSORS}
-        (clusters, lines, width) = shapes['components'] if len(shapes['components']) == 3 else (0, 0, 0)
-        wanted = {'centroids': (clusters, width), 'components': (clusters, lines, width), 'variances': (clusters, lines), 'rest': (clusters,),
-                  'labels': (clusters,), 'counts': (clusters,), 'probe': (width,)}
+        clusters, lines, width = (
+            shapes['components'] if len(shapes['components']) == 3 else (0, 0, 0)
+        )
+        wanted = {
+            'centroids': (clusters, width),
+            'components': (clusters, lines, width),
+            'variances': (clusters, lines),
+            'rest': (clusters,),
+            'labels': (clusters,),
+            'counts': (clusters,),
+            'probe': (width,),
+        }
         odd = [name for name in _TENSORS if shapes[name] != wanted[name]]
-        if odd or not clusters: raise DFKDError(f"metadata whose '{(odd or ['labels'])[0]}' has shape {shapes[(odd or ['labels'])[0]]}: measure it again, or give one row a cluster")
-        if not all(getattr(self, name).isfinite().all() for name in _TENSORS): raise DFKDError('metadata with NaN or infinity: measure it again')
+        if odd or not clusters:
+            raise DFKDError(
+                f"metadata whose '{(odd or ['labels'])[0]}' has shape"
+                f' {shapes[(odd or ["labels"])[0]]}: measure it again, or give one row a'
+                ' cluster'
+            )
+        if not all(getattr(self, name).isfinite().all() for name in _TENSORS):
+            raise DFKDError('metadata with NaN or infinity: measure it again')
 
-    def __len__(self) -> int: return len(self.centroids)
+    def __len__(self) -> int:
+        return len(self.centroids)
 
     def __repr__(self) -> str:
-        return f"Metadata({len(self)} clusters of '{self.domain}' in {self.centroids.shape[1]} dimensions of '{self.teacher}', {self.variances.shape[1]} components each)"
+        return (
+            f"Metadata({len(self)} clusters of '{self.domain}' in {self.centroids.shape[1]}"
+            f" dimensions of '{self.teacher}', {self.variances.shape[1]} components each)"
+        )
 
     @classmethod
     def measure(
         cls,
-        teacher: Teacher, # whose activations
-        images: ImageSource, # labelled
+        teacher: Teacher,  # whose activations
+        images: ImageSource,  # labelled
         *,
-        clusters: int = 3, # in each class
-        components: int = 20, # of each cluster; the paper has about 50
-        smallest: int = 10, # images that a cluster must have; smaller ones are merged into their neighbours
-        layer: str = 'classifier', # whose input: see `tap`
-        batch_size: int = 100, # images at a time
-        seed: int = 0, # of k-means
+        clusters: int = 3,  # in each class
+        components: int = 20,  # of each cluster; the paper has about 50
+        # images that a cluster must have; smaller ones are merged into their neighbours
+        smallest: int = 10,
+        layer: str = 'classifier',  # whose input: see `tap`
+        batch_size: int = 100,  # images at a time
+        seed: int = 0,  # of k-means
     ) -> Self:
-        "Pass images through the teacher, cluster the activations of each class, keep centroids and principal components."
-        if images.labels is None: raise DFKDError('these images have no labels: clusters are made class by class, so give labelled ones')
-        if (images.domain.shape, images.domain.num_classes) != (teacher.domain.shape, teacher.domain.num_classes):
-            raise DFKDError(f"the images are of '{images.domain.name}', the teacher of '{teacher.domain.name}': give images with its shape and classes")
+        """Pass images through the teacher, cluster the activations of each class, keep
+        centroids and principal components.
+        """
+        if images.labels is None:
+            raise DFKDError(
+                'these images have no labels: clusters are made class by class, so give'
+                ' labelled ones'
+            )
+        if (images.domain.shape, images.domain.num_classes) != (
+            teacher.domain.shape,
+            teacher.domain.num_classes,
+        ):
+            raise DFKDError(
+                f"the images are of '{images.domain.name}', the teacher of"
+                f" '{teacher.domain.name}': give images with its shape and classes"
+            )
         teacher.domain.check_classes(images.domain)
-        if not len(images): raise DFKDError('there are no images to measure: give some')
-        found = [teacher.embed(batch, layer, batch_size).cpu().float() for batch, _ in images.batches(batch_size)]
-        return cls.fit(teacher, torch.cat(found), images.labels.cpu(), clusters=clusters, components=components, smallest=smallest, layer=layer, seed=seed)
+        if not len(images):
+            raise DFKDError('there are no images to measure: give some')
+        found = [
+            teacher.embed(batch, layer, batch_size).cpu().float()
+            for batch, _ in images.batches(batch_size)
+        ]
+        return cls.fit(
+            teacher,
+            torch.cat(found),
+            images.labels.cpu(),
+            clusters=clusters,
+            components=components,
+            smallest=smallest,
+            layer=layer,
+            seed=seed,
+        )
 
     @classmethod
     def fit(
         cls,
-        teacher: Teacher, # whose activations they are
-        vectors: Tensor, # `(N, D)`, what `teacher.embed` said
-        labels: Tensor, # int64 `(N,)`
+        teacher: Teacher,  # whose activations they are
+        vectors: Tensor,  # `(N, D)`, what `teacher.embed` said
+        labels: Tensor,  # int64 `(N,)`
         *,
-        clusters: int = 3, # in each class
-        components: int = 20, # of each cluster
-        smallest: int = 10, # vectors that a cluster must have
-        layer: str = 'classifier', # where they were taken
-        seed: int = 0, # of k-means
+        clusters: int = 3,  # in each class
+        components: int = 20,  # of each cluster
+        smallest: int = 10,  # vectors that a cluster must have
+        layer: str = 'classifier',  # where they were taken
+        seed: int = 0,  # of k-means
     ) -> Self:
         "`measure` for activations that are at hand already."
         probe = _probe(teacher, layer)
-        if clusters < 1 or components < 0 or smallest < 1: raise DFKDError(f'clusters {clusters}, components {components}, smallest {smallest}: give at least 1, 0 and 1')
-        if vectors.ndim != 2 or vectors.shape[1] != len(probe) or len(vectors) != len(labels):
-            raise DFKDError(f"vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: give one label a vector, and the {len(probe)} numbers of '{teacher.name}' at '{layer}'")
+        if clusters < 1 or components < 0 or smallest < 1:
+            raise DFKDError(
+                f'clusters {clusters}, components {components}, smallest {smallest}: give'
+                ' at least 1, 0 and 1'
+            )
+        if (
+            vectors.ndim != 2
+            or vectors.shape[1] != len(probe)
+            or len(vectors) != len(labels)
+        ):
+            raise DFKDError(
+                f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: give one'
+                f" label a vector, and the {len(probe)} numbers of '{teacher.name}' at"
+                f" '{layer}'"
+            )
         if not vectors.isfinite().all():
-            raise DFKDError('vectors with NaN or infinity: look for the image or layer that made them')
+            raise DFKDError(
+                'vectors with NaN or infinity: look for the image or layer that made them'
+            )
         checked = _check_labels(labels, len(vectors), teacher.domain)
         if checked is None or not len(vectors):
-            raise DFKDError('no vectors with labels: give one class a vector, and at least one')
+            raise DFKDError(
+                'no vectors with labels: give one class a vector, and at least one'
+            )
         labels = checked
-        if components > len(probe): raise DFKDError(f"{components} components, but '{teacher.name}' has {len(probe)} numbers at '{layer}': give at most {len(probe)}")
+        if components > len(probe):
+            raise DFKDError(
+                f"{components} components, but '{teacher.name}' has {len(probe)} numbers at"
+                f" '{layer}': give at most {len(probe)}"
+            )
         found: list[dict[str, Tensor]] = []
         for label in labels.unique().tolist():
-            name, mine = f"class '{teacher.domain.classes[label]}'", vectors[labels == label]
+            name = f"class '{teacher.domain.classes[label]}'"
+            mine = vectors[labels == label]
             if len(mine) < max(clusters, smallest):
-                raise DFKDError(f'{name} has {len(mine)} images: give at least {max(clusters, smallest)}, or lower clusters ({clusters}) or smallest ({smallest})')
+                raise DFKDError(
+                    f'{name} has {len(mine)} images: give at least'
+                    f' {max(clusters, smallest)}, or lower clusters ({clusters}) or'
+                    f' smallest ({smallest})'
+                )
             assigned = merge_small(cluster_vectors(mine, clusters, seed), mine, smallest)
             for members in (mine[assigned == k] for k in range(int(assigned.max()) + 1)):
-                if len(members) <= components: # n points spread along n - 1 lines at most
-                    raise DFKDError(f'a cluster of {name} has {len(members)} images for {components} components: lower components or clusters, or merge it with smallest={components + 1}')
-                found.append(principal_components(members, components) | {'labels': torch.tensor(label), 'counts': torch.tensor(len(members))})
-        tensors: dict[str, Any] = {key: torch.stack([one[key] for one in found]) for key in found[0]}
-        return cls(**tensors, probe=probe, domain=teacher.domain.name, layer=layer, teacher=teacher.name)
+                if len(members) <= components:  # n points spread along n - 1 lines at most
+                    raise DFKDError(
+                        f'a cluster of {name} has {len(members)} images for {components}'
+                        ' components: lower components or clusters, or merge it with'
+                        f' smallest={components + 1}'
+                    )
+                found.append(
+                    principal_components(members, components)
+                    | {
+                        'labels': torch.tensor(label),
+                        'counts': torch.tensor(len(members)),
+                    }
+                )
+        tensors: dict[str, Any] = {
+            key: torch.stack([one[key] for one in found]) for key in found[0]
+        }
+        return cls(
+            **tensors,
+            probe=probe,
+            domain=teacher.domain.name,
+            layer=layer,
+            teacher=teacher.name,
+        )
 
     def sample(
         self,
-        n: int, # how many
-        generator: torch.Generator | None = None, # a CPU generator; None: seed 0
+        n: int,  # how many
+        generator: torch.Generator | None = None,  # a CPU generator; None: seed 0
         *,
-        classes: list[int] | Tensor | None = None, # in turn until there are `n`; None: all that have clusters
-        spread: float = 1., # factor on the standard deviations; 0 gives the centroids
-        clamp: bool = False, # no number below 0: what a layer behind a ReLU can be
-    ) -> tuple[Tensor, Tensor, Tensor]: # goals `(n, D)`; int64 `(n,)`: their classes; int64 `(n,)`: their clusters
-        "Targets near the centroids, t = c + sum of eps_j p_j, eps_j ~ N(0, variance_j); within a class, clusters come up as often as they had images."
-        if n < 1: raise DFKDError(f'{n} goals: give 1 or more')
-        if not 0 <= spread < float('inf'): raise DFKDError(f'spread is {spread}: give a finite number, 0 or more')
+        # in turn until there are `n`; None: all that have clusters
+        classes: list[int] | Tensor | None = None,
+        spread: float = 1.0,  # factor on the standard deviations; 0 gives the centroids
+        clamp: bool = False,  # no number below 0: what a layer behind a ReLU can be
+    ) -> tuple[
+        Tensor, Tensor, Tensor
+    ]:  # goals `(n, D)`; int64 `(n,)`: their classes; int64 `(n,)`: their clusters
+        """Targets near the centroids, t = c + sum of eps_j p_j, eps_j ~ N(0, variance_j);
+        within a class, clusters come up as often as they had images.
+        """
+        if n < 1:
+            raise DFKDError(f'{n} goals: give 1 or more')
+        if not 0 <= spread < float('inf'):
+            raise DFKDError(f'spread is {spread}: give a finite number, 0 or more')
         generator = generator or torch.Generator().manual_seed(0)
         wanted = self.labels.unique() if classes is None else torch.as_tensor(classes)
         known = self.labels.unique().tolist()
         missing = [c for c in wanted.tolist() if c not in known]
-        if missing or not len(wanted): raise DFKDError(f"no cluster of class {missing[0] if missing else 'nothing'} in this metadata: use {', '.join(map(str, known))}")
+        if missing or not len(wanted):
+            raise DFKDError(
+                f'no cluster of class {missing[0] if missing else "nothing"} in this'
+                f' metadata: use {", ".join(map(str, known))}'
+            )
         labels = wanted.repeat(-(-n // len(wanted)))[:n].long()
         chances = (self.labels == labels[:, None]) * self.counts.float()
         clusters = torch.multinomial(chances, 1, generator=generator)[:, 0]
-        amounts = spread * self.variances.sqrt()[clusters] * torch.randn(n, self.variances.shape[1], generator=generator) # (n, m)
+        # (n, m)
+        amounts = (
+            spread
+            * self.variances.sqrt()[clusters]
+            * torch.randn(n, self.variances.shape[1], generator=generator)
+        )
         goals = self.centroids[clusters]
-        for k in clusters.unique().tolist(): goals[clusters == k] += amounts[clusters == k] @ self.components[k]
+        for k in clusters.unique().tolist():
+            goals[clusters == k] += amounts[clusters == k] @ self.components[k]
         return goals.clamp(min=0) if clamp else goals, labels, clusters
 
     def along(
         self,
-        cluster: int, # from 0
-        component: int, # from 0, the widest
-        positions: list[float], # in standard deviations from the centroid
-    ) -> Tensor: # `(len(positions), D)`
+        cluster: int,  # from 0
+        component: int,  # from 0, the widest
+        positions: list[float],  # in standard deviations from the centroid
+    ) -> Tensor:  # `(len(positions), D)`
         "Points on the line of one component of one cluster."
         clusters, lines = self.variances.shape
         if not 0 <= cluster < clusters or not 0 <= component < lines:
-            raise DFKDError(f'cluster {cluster}, component {component}: this metadata has {clusters} clusters with {lines} components each, from 0')
-        return self.centroids[cluster] + torch.tensor(positions)[:, None] * self.variances[cluster, component].sqrt() * self.components[cluster, component]
+            raise DFKDError(
+                f'cluster {cluster}, component {component}: this metadata has {clusters}'
+                f' clusters with {lines} components each, from 0'
+            )
+        return (
+            self.centroids[cluster]
+            + torch.tensor(positions)[:, None]
+            * self.variances[cluster, component].sqrt()
+            * self.components[cluster, component]
+        )
 
     @property
-    def explained(self) -> Tensor: # `(K,)`, from 0 to 1
+    def explained(self) -> Tensor:  # `(K,)`, from 0 to 1
         "Share of each cluster's variance that its components hold."
         return self.variances.sum(1) / (self.variances.sum(1) + self.rest).clamp(min=1e-12)
 
     def check(self, teacher: Teacher) -> None:
-        "A `DFKDError` unless this is what was measured on the teacher, or on one that answers noise alike."
-        own, width = f"metadata of '{self.teacher}' on '{self.domain}'", self.centroids.shape[1]
-        if self.domain != teacher.domain.name: raise DFKDError(f"{own} does not fit '{teacher.name}' on '{teacher.domain.name}': measure it on that teacher")
+        """A `DFKDError` unless this is what was measured on the teacher, or on one that
+        answers noise alike.
+        """
+        own = f"metadata of '{self.teacher}' on '{self.domain}'"
+        width = self.centroids.shape[1]
+        if self.domain != teacher.domain.name:
+            raise DFKDError(
+                f"{own} does not fit '{teacher.name}' on '{teacher.domain.name}': measure"
+                ' it on that teacher'
+            )
         probe = _probe(teacher, self.layer)
-        if len(probe) != width: raise DFKDError(f"{own} has {width} dimensions, '{teacher.name}' {len(probe)}: measure it on that teacher")
-        if (probe - self.probe).norm() > 0.02 * (self.probe.norm() + probe.norm()): # half precision and another device change less
-            raise DFKDError(f"{own} was measured with other weights than those of '{teacher.name}': measure it on that teacher")
-        if int(self.labels.max()) >= teacher.domain.num_classes: raise DFKDError(f"{own} has a class {int(self.labels.max())}, '{teacher.name}' {teacher.domain.num_classes}: measure it on that teacher")
+        if len(probe) != width:
+            raise DFKDError(
+                f"{own} has {width} dimensions, '{teacher.name}' {len(probe)}: measure it"
+                ' on that teacher'
+            )
+        # half precision and another device change less
+        if (probe - self.probe).norm() > 0.02 * (self.probe.norm() + probe.norm()):
+            raise DFKDError(
+                f"{own} was measured with other weights than those of '{teacher.name}':"
+                ' measure it on that teacher'
+            )
+        if int(self.labels.max()) >= teacher.domain.num_classes:
+            raise DFKDError(
+                f"{own} has a class {int(self.labels.max())}, '{teacher.name}'"
+                f' {teacher.domain.num_classes}: measure it on that teacher'
+            )
 
     def save(
         self,
-        path: str | Path, # a .safetensors file
-        half: bool = False, # numbers in half precision
-    ) -> int: # its size in bytes
-        "One safetensors file, atomically; its header says domain, layer, teacher and format."
+        path: str | Path,  # a .safetensors file
+        half: bool = False,  # numbers in half precision
+    ) -> int:  # its size in bytes
+        """One safetensors file, atomically; its header says domain, layer, teacher and
+        format.
+        """
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        if half: tensors = {name: v.half() if v.is_floating_point() else v for name, v in tensors.items()}
+        if half:
+            tensors = {
+                name: v.half() if v.is_floating_point() else v
+                for name, v in tensors.items()
+            }
         lost = [name for name, v in tensors.items() if not v.isfinite().all()]
-        if lost: raise DFKDError(f"'{lost[0]}' has numbers too large for half precision: use half=False")
-        small = {name: v.to(torch.int32) if v.dtype == torch.int64 else v for name, v in tensors.items()}
-        save_tensors(path, small, {'kind': 'metadata', 'format': FORMAT} | {word: getattr(self, word) for word in _WORDS})
+        if lost:
+            raise DFKDError(
+                f"'{lost[0]}' has numbers too large for half precision: use half=False"
+            )
+        small = {
+            name: v.to(torch.int32) if v.dtype == torch.int64 else v
+            for name, v in tensors.items()
+        }
+        save_tensors(
+            path,
+            small,
+            {'kind': 'metadata', 'format': FORMAT}
+            | {word: getattr(self, word) for word in _WORDS},
+        )
         return Path(path).stat().st_size
 
     @classmethod
     def load(
         cls,
-        path: str | Path, # what `save` wrote
-        teacher: Teacher | None = None, # checked against it if given
+        path: str | Path,  # what `save` wrote
+        teacher: Teacher | None = None,  # checked against it if given
     ) -> Self:
-        "Read metadata, in single precision; a missing, truncated or foreign file, or one of another teacher, is a `DFKDError`."
+        """Read metadata, in single precision; a missing, truncated or foreign file, or one
+        of another teacher, is a `DFKDError`.
+        """
         tensors, about = load_tensors(path)
-        if about.get('kind') != 'metadata' or not {*_WORDS} <= about.keys() or not {*_TENSORS} <= tensors.keys():
-            raise DFKDError(f'{path} holds no metadata: give a file that Metadata.save wrote')
-        if about.get('format') != FORMAT: raise DFKDError(f"{path} has format {about.get('format')}, this version reads {FORMAT}: measure it again, or install the version that wrote it")
-        fields: dict[str, Any] = {name: tensors[name].float() if tensors[name].is_floating_point() else tensors[name].long() for name in _TENSORS}
+        if (
+            about.get('kind') != 'metadata'
+            or not {*_WORDS} <= about.keys()
+            or not {*_TENSORS} <= tensors.keys()
+        ):
+            raise DFKDError(
+                f'{path} holds no metadata: give a file that Metadata.save wrote'
+            )
+        if about.get('format') != FORMAT:
+            raise DFKDError(
+                f'{path} has format {about.get("format")}, this version reads {FORMAT}:'
+                ' measure it again, or install the version that wrote it'
+            )
+        fields: dict[str, Any] = {
+            name: (
+                tensors[name].float()
+                if tensors[name].is_floating_point()
+                else tensors[name].long()
+            )
+            for name in _TENSORS
+        }
         metadata = cls(**fields | {word: about[word] for word in _WORDS})
-        if teacher is not None: metadata.check(teacher)
+        if teacher is not None:
+            metadata.check(teacher)
         return metadata
 
 # %% ../../nbs/dreams/09_metadata.ipynb #8c0c145a
 def goal_term(
-    view: View, # needs `embedding` and `goals`
-) -> Tensor: # scalar
-    "Squared distance of each image's activations from its goal, averaged over the batch (Bhardwaj et al., 2019, Eq. 1)."
+    view: View,  # needs `embedding` and `goals`
+) -> Tensor:  # scalar
+    """Squared distance of each image's activations from its goal, averaged over the batch
+    (Bhardwaj et al., 2019, Eq. 1).
+    """
     if view.embedding is None or view.goals is None:
-        raise DFKDError("no embedding or no goals in sight: give DeepInversion embedding='classifier', and synthesize(..., goals=...)")
+        raise DFKDError(
+            "no embedding or no goals in sight: give DeepInversion embedding='classifier',"
+            ' and synthesize(..., goals=...)'
+        )
     if view.embedding.shape != view.goals.shape:
-        raise DFKDError(f'embeddings of shape {tuple(view.embedding.shape)}, goals of shape {tuple(view.goals.shape)}: measure the goals at the same layer')
-    embedding = view.embedding if view.embedding.dtype == torch.float64 else view.embedding.float()
+        raise DFKDError(
+            f'embeddings of shape {tuple(view.embedding.shape)}, goals of shape'
+            f' {tuple(view.goals.shape)}: measure the goals at the same layer'
+        )
+    embedding = (
+        view.embedding if view.embedding.dtype == torch.float64 else view.embedding.float()
+    )
     return (embedding - view.goals).square().sum(1).mean()
 
 # %% ../../nbs/dreams/09_metadata.ipynb #07905528
 def goal_preset(
-    source: str = 'paper', # 'paper': Eq. 1 alone; 'book': with jitter, smoothness and feature statistics
-) -> dict[str, Any]: # keywords of `DeepInversion`
+    # 'paper': Eq. 1 alone; 'book': with jitter, smoothness and feature statistics
+    source: str = 'paper',
+) -> dict[str, Any]:  # keywords of `DeepInversion`
     "What is asked besides the goal, and how."
-    nothing = {'class_weight': 0., 'tv_l2': 0., 'tv_l1': 0., 'l2': 0., 'feature_weight': 0., 'learning_rate': 0.05, 'steps': 500, 'jitter': 0, 'flip': False, 'clip': True}
-    book = {'tv_l2': 0.1, 'feature_weight': 1., 'learning_rate': 0.1, 'jitter': 2, 'flip': True}
-    if source not in ('paper', 'book'): raise DFKDError(f"unknown source '{source}': use 'paper' or 'book'")
+    nothing = {
+        'class_weight': 0.0,
+        'tv_l2': 0.0,
+        'tv_l1': 0.0,
+        'l2': 0.0,
+        'feature_weight': 0.0,
+        'learning_rate': 0.05,
+        'steps': 500,
+        'jitter': 0,
+        'flip': False,
+        'clip': True,
+    }
+    book = {
+        'tv_l2': 0.1,
+        'feature_weight': 1.0,
+        'learning_rate': 0.1,
+        'jitter': 2,
+        'flip': True,
+    }
+    if source not in ('paper', 'book'):
+        raise DFKDError(f"unknown source '{source}': use 'paper' or 'book'")
     return nothing if source == 'paper' else nothing | book
 
 # %% ../../nbs/dreams/09_metadata.ipynb #3443ae7f
 class GoalSeeker(DeepInversion):
-    "A synthesizer whose images go where metadata sends them; they may start from other images than noise."
+    """A synthesizer whose images go where metadata sends them; they may start from other
+    images than noise.
+    """
 
     def __init__(
         self,
-        teacher: Teacher, # on which the metadata was measured
-        metadata: Metadata, # says at which layer goals are set
-        source: str = 'paper', # see `goal_preset`
-        **settings: Any, # of `DeepInversion`, over those of the preset; further `terms` join the goal
+        teacher: Teacher,  # on which the metadata was measured
+        metadata: Metadata,  # says at which layer goals are set
+        source: str = 'paper',  # see `goal_preset`
+        # of `DeepInversion`, over those of the preset; further `terms` join the goal
+        **settings: Any,
     ) -> None:
         metadata.check(teacher)
-        terms = {'goal': (1., goal_term)} | dict(settings.pop('terms', None) or {})
-        super().__init__(teacher, **{'embedding': metadata.layer} | goal_preset(source) | settings, terms=terms)
+        terms = {'goal': (1.0, goal_term)} | dict(settings.pop('terms', None) or {})
+        super().__init__(
+            teacher,
+            **{'embedding': metadata.layer} | goal_preset(source) | settings,
+            terms=terms,
+        )
 
     def _forget(self) -> None:
         super()._forget()
         self.first: Tensor | None = None
 
     def _begin(self) -> Dream:
-        dream, first = super()._begin(), sum(self.sizes[:self.batch])
-        if self.first is not None: dream._take(self.first[first:first + self.sizes[self.batch]])
+        dream, first = super()._begin(), sum(self.sizes[: self.batch])
+        if self.first is not None:
+            dream._take(self.first[first : first + self.sizes[self.batch]])
         return dream
 
     def seek(
         self,
-        goals: Tensor, # `(n, D)`
-        labels: Tensor, # int64 `(n,)`, which the images will be labelled with
-        first: Tensor | None = None, # uint8 `(n, C, H, W)` to start from; None: noise
-        **settings: Any, # callback, every, deadline: see `run`
-    ) -> ImageSet: # `n` images; fewer if stopped
-        "Images for these goals. Under torchrun the processes share the batches, and each gets all images."
+        goals: Tensor,  # `(n, D)`
+        labels: Tensor,  # int64 `(n,)`, which the images will be labelled with
+        first: Tensor | None = None,  # uint8 `(n, C, H, W)` to start from; None: noise
+        **settings: Any,  # callback, every, deadline: see `run`
+    ) -> ImageSet:  # `n` images; fewer if stopped
+        """Images for these goals.
+
+        Under torchrun the processes share the batches, and each gets all images.
+        """
         self.start(len(goals), labels, goals)
         if first is not None and len(self.stages) > 1:
-            raise DFKDError(f'images to start from have full size, the first of {len(self.stages)} '
-                            'stages has not: use one stage')
-        if first is not None and len(first) != len(goals): raise DFKDError(f'{len(first)} images to start from, {len(goals)} goals: give one image a goal')
-        self.first = None if first is None else self.domain.to_pixels(self.domain.normalize(self.domain.check(first))).to(self.device)
+            raise DFKDError(
+                f'images to start from have full size, the first of {len(self.stages)} '
+                'stages has not: use one stage'
+            )
+        if first is not None and len(first) != len(goals):
+            raise DFKDError(
+                f'{len(first)} images to start from, {len(goals)} goals: give one image a'
+                ' goal'
+            )
+        self.first = (
+            None
+            if first is None
+            else self.domain.to_pixels(self.domain.normalize(self.domain.check(first))).to(
+                self.device
+            )
+        )
         self.run(**settings)
         return self.gather()
 
 # %% ../../nbs/dreams/09_metadata.ipynb #1f4730f5
 def dream_distillation(
-    teacher: Teacher, # on which the metadata was measured
-    metadata: Metadata, # where to go
-    n: int, # images
-    source: str = 'paper', # see `goal_preset`
+    teacher: Teacher,  # on which the metadata was measured
+    metadata: Metadata,  # where to go
+    n: int,  # images
+    source: str = 'paper',  # see `goal_preset`
     *,
-    seed: int = 0, # of goals and pixels
-    clamp: bool = False, # goals without negative numbers: see `Metadata.sample`
-    **settings: Any, # of `DeepInversion`
-) -> ImageSet: # uint8 images, labelled with the classes of their clusters
-    "Images whose activations are near goals drawn from the metadata (Dream Distillation, Bhardwaj et al., 2019)."
+    seed: int = 0,  # of goals and pixels
+    clamp: bool = False,  # goals without negative numbers: see `Metadata.sample`
+    **settings: Any,  # of `DeepInversion`
+) -> ImageSet:  # uint8 images, labelled with the classes of their clusters
+    """Images whose activations are near goals drawn from the metadata (Dream Distillation,
+    Bhardwaj et al., 2019).
+    """
     goals, labels, _ = metadata.sample(n, torch.Generator().manual_seed(seed), clamp=clamp)
-    return GoalSeeker(teacher, metadata, source, seed=seed, **settings).synthesize(n, labels, goals=goals)
+    return GoalSeeker(teacher, metadata, source, seed=seed, **settings).synthesize(
+        n, labels, goals=goals
+    )
 
 # %% ../../nbs/dreams/09_metadata.ipynb #2ccf6a0b
 def goal_distance(
-    teacher: Teacher, # which judges
-    images: Tensor, # uint8 `(N, C, H, W)`
-    goals: Tensor, # `(N, D)`
-    layer: str = 'classifier', # see `tap`
-) -> Tensor: # `(N,)`, on the CPU
+    teacher: Teacher,  # which judges
+    images: Tensor,  # uint8 `(N, C, H, W)`
+    goals: Tensor,  # `(N, D)`
+    layer: str = 'classifier',  # see `tap`
+) -> Tensor:  # `(N,)`, on the CPU
     "What `goal_term` says of finished images, one by one."
     if len(images) != len(goals):
         raise DFKDError(f'{len(images)} images, {len(goals)} goals: give one goal an image')
@@ -336,90 +604,154 @@ def goal_distance(
 
 # %% ../../nbs/dreams/09_metadata.ipynb #9bf4204a
 def nearest(
-    points: Tensor, # `(N, D)`
-    others: Tensor, # `(M, D)`, at least one
-) -> tuple[Tensor, Tensor]: # distances `(N,)` and int64 `(N,)`: which of the others
+    points: Tensor,  # `(N, D)`
+    others: Tensor,  # `(M, D)`, at least one
+) -> tuple[Tensor, Tensor]:  # distances `(N,)` and int64 `(N,)`: which of the others
     "The nearest of the others, by Euclidean distance."
-    if not len(others): raise DFKDError('nothing to be near to: give at least one vector')
+    if not len(others):
+        raise DFKDError('nothing to be near to: give at least one vector')
     if points.ndim != 2 or points.shape[1:] != others.shape[1:]:
-        raise DFKDError(f'vectors of shape {tuple(points.shape)} and {tuple(others.shape)}: '
-                        'give (N, D) and (M, D) of the same layer')
-    parts = [torch.cdist(part.float(), others.float()).min(1) for part in points.split(1000)]
-    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
+        raise DFKDError(
+            f'vectors of shape {tuple(points.shape)} and {tuple(others.shape)}: '
+            'give (N, D) and (M, D) of the same layer'
+        )
+    parts = [
+        torch.cdist(part.float(), others.float()).min(1) for part in points.split(1000)
+    ]
+    return torch.cat([part.values for part in parts]), torch.cat(
+        [part.indices for part in parts]
+    )
 
 # %% ../../nbs/dreams/09_metadata.ipynb #69910904
 def memorisation(
-    points: Tensor, # `(N, D)`: dreams or centroids
-    members: Tensor, # `(M, D)`: what the metadata was measured on
-    strangers: Tensor, # `(S, D)`: as real, but not measured
-) -> float: # 1: as near to a member as a stranger is; 0: a copy
-    "Median distance of points to the nearest member, by that of strangers to the nearest member."
-    return float(nearest(points, members)[0].median() / nearest(strangers, members)[0].median().clamp(min=1e-12))
+    points: Tensor,  # `(N, D)`: dreams or centroids
+    members: Tensor,  # `(M, D)`: what the metadata was measured on
+    strangers: Tensor,  # `(S, D)`: as real, but not measured
+) -> float:  # 1: as near to a member as a stranger is; 0: a copy
+    """Median distance of points to the nearest member, by that of strangers to the nearest
+    member.
+    """
+    return float(
+        nearest(points, members)[0].median()
+        / nearest(strangers, members)[0].median().clamp(min=1e-12)
+    )
 
 # %% ../../nbs/dreams/09_metadata.ipynb #f29d7fa2
 def suspicion(
-    metadata: Metadata, # what an attacker has
-    vectors: Tensor, # `(N, D)`, the teacher's activations for the images in question
-    labels: Tensor, # int64 `(N,)`, their classes
-    by: str = 'centroid', # 'centroid': is it near one? 'rest': do a cluster's components explain it?
-) -> Tensor: # `(N,)`, the higher, the more suspect
+    metadata: Metadata,  # what an attacker has
+    vectors: Tensor,  # `(N, D)`, the teacher's activations for the images in question
+    labels: Tensor,  # int64 `(N,)`, their classes
+    # 'centroid': is it near one? 'rest': do a cluster's components explain it?
+    by: str = 'centroid',
+) -> Tensor:  # `(N,)`, the higher, the more suspect
     "How much a vector looks like one that the metadata was measured on."
-    if by not in ('centroid', 'rest'): raise DFKDError(f"unknown suspicion '{by}': use 'centroid' or 'rest'")
+    if by not in ('centroid', 'rest'):
+        raise DFKDError(f"unknown suspicion '{by}': use 'centroid' or 'rest'")
     width = metadata.centroids.shape[1]
     if vectors.ndim != 2 or vectors.shape[1] != width or len(labels) != len(vectors):
-        raise DFKDError(f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: '
-                        f'give (N, {width}) and one label each')
-    away = vectors[:, None] - metadata.centroids # (N, K, D)
+        raise DFKDError(
+            f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: '
+            f'give (N, {width}) and one label each'
+        )
+    away = vectors[:, None] - metadata.centroids  # (N, K, D)
     squared = away.square().sum(2)
-    if by == 'rest': squared = squared - torch.einsum('nkd,kmd->nkm', away, metadata.components).square().sum(2)
-    return -squared.masked_fill(metadata.labels != labels[:, None], torch.finfo(squared.dtype).max).min(1).values.clamp(min=0)
+    if by == 'rest':
+        squared = squared - torch.einsum(
+            'nkd,kmd->nkm', away, metadata.components
+        ).square().sum(2)
+    return (
+        -squared.masked_fill(
+            metadata.labels != labels[:, None], torch.finfo(squared.dtype).max
+        )
+        .min(1)
+        .values.clamp(min=0)
+    )
 
 # %% ../../nbs/dreams/09_metadata.ipynb #804fe901
 def membership_auc(
-    metadata: Metadata, # what an attacker has
-    members: tuple[Tensor, Tensor], # activations `(M, D)` and classes `(M,)` of images that were measured
-    strangers: tuple[Tensor, Tensor], # of images that were not
-    by: str = 'centroid', # see `suspicion`
-) -> float: # 0.5: a coin would do as well; 1: every member is found out
-    "How well an attacker tells who was measured: the area under the ROC curve (scikit-learn)."
+    metadata: Metadata,  # what an attacker has
+    # activations `(M, D)` and classes `(M,)` of images that were measured
+    members: tuple[Tensor, Tensor],
+    strangers: tuple[Tensor, Tensor],  # of images that were not
+    by: str = 'centroid',  # see `suspicion`
+) -> float:  # 0.5: a coin would do as well; 1: every member is found out
+    """How well an attacker tells who was measured.
+
+    The area under the ROC curve (scikit-learn).
+    """
     from sklearn.metrics import roc_auc_score
+
     scores = [suspicion(metadata, *group, by) for group in (members, strangers)]
     truth = [1] * len(scores[0]) + [0] * len(scores[1])
     return float(roc_auc_score(truth, torch.cat(scores).numpy()))
 
 # %% ../../nbs/dreams/09_metadata.ipynb #a0885ef5
 def privacy(
-    teacher: Teacher, # on which the metadata was measured
-    metadata: Metadata, # what was given away
-    members: ImageSource, # labelled: what it was measured on
-    strangers: ImageSource, # labelled: as real, but not measured
-) -> dict[str, float]: # 'auc_centroid', 'auc_rest' (see `membership_auc`), 'memorisation' of the centroids
+    teacher: Teacher,  # on which the metadata was measured
+    metadata: Metadata,  # what was given away
+    members: ImageSource,  # labelled: what it was measured on
+    strangers: ImageSource,  # labelled: as real, but not measured
+) -> dict[
+    str, float
+]:  # 'auc_centroid', 'auc_rest' (see `membership_auc`), 'memorisation' of the centroids
     "What metadata tells of the images that it was measured on."
     metadata.check(teacher)
     groups: list[tuple[Tensor, Tensor]] = []
     for images in (members, strangers):
-        if images.labels is None: raise DFKDError('these images have no labels: an attacker compares within a class, so give labelled ones')
-        groups.append((torch.cat([teacher.embed(batch, metadata.layer, 100).cpu().float() for batch, _ in images.batches(100)]), images.labels.cpu()))
+        if images.labels is None:
+            raise DFKDError(
+                'these images have no labels: an attacker compares within a class, so give'
+                ' labelled ones'
+            )
+        groups.append(
+            (
+                torch.cat(
+                    [
+                        teacher.embed(batch, metadata.layer, 100).cpu().float()
+                        for batch, _ in images.batches(100)
+                    ]
+                ),
+                images.labels.cpu(),
+            )
+        )
     inside, outside = groups
-    found = {f'auc_{by}': membership_auc(metadata, inside, outside, by) for by in ('centroid', 'rest')}
+    found = {
+        f'auc_{by}': membership_auc(metadata, inside, outside, by)
+        for by in ('centroid', 'rest')
+    }
     return found | {'memorisation': memorisation(metadata.centroids, inside[0], outside[0])}
 
 # %% ../../nbs/dreams/09_metadata.ipynb #c4b948a4
 def walk(
-    seeker: GoalSeeker, # with all its updates at full size
-    metadata: Metadata, # where to go
-    clusters: list[int], # one picture a cluster in every frame
-    component: int = 0, # from 0, the widest
-    positions: tuple[float, ...] = (-2., -1., 0., 1., 2.), # in standard deviations from the centroid
-    first: Tensor | None = None, # uint8 `(len(clusters), C, H, W)`, the centroids' dreams; None: made here
-) -> list[Tensor]: # a frame a position, uint8 `(len(clusters), C, H, W)`
-    "Dreams along a component. All start from the centroid's dream, so that only what has to change does."
+    seeker: GoalSeeker,  # with all its updates at full size
+    metadata: Metadata,  # where to go
+    clusters: list[int],  # one picture a cluster in every frame
+    component: int = 0,  # from 0, the widest
+    # in standard deviations from the centroid
+    positions: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0),
+    # uint8 `(len(clusters), C, H, W)`, the centroids' dreams; None: made here
+    first: Tensor | None = None,
+) -> list[Tensor]:  # a frame a position, uint8 `(len(clusters), C, H, W)`
+    """Dreams along a component.
+
+    All start from the centroid's dream, so that only what has to change does.
+    """
     if not clusters or not all(0 <= k < len(metadata) for k in clusters):
-        raise DFKDError(f'clusters {clusters}: give one or more of 0 to {len(metadata) - 1}')
+        raise DFKDError(
+            f'clusters {clusters}: give one or more of 0 to {len(metadata) - 1}'
+        )
     labels = metadata.labels[clusters]
-    if first is None: first = seeker.seek(metadata.centroids[clusters], labels).images
-    goals = torch.stack([metadata.along(cluster, component, list(positions)) for cluster in clusters], 1) # (positions, clusters, D)
-    images = seeker.seek(goals.flatten(0, 1), labels.repeat(len(positions)), first.repeat(len(positions), 1, 1, 1)).images
+    if first is None:
+        first = seeker.seek(metadata.centroids[clusters], labels).images
+    # (positions, clusters, D)
+    goals = torch.stack(
+        [metadata.along(cluster, component, list(positions)) for cluster in clusters], 1
+    )
+    images = seeker.seek(
+        goals.flatten(0, 1),
+        labels.repeat(len(positions)),
+        first.repeat(len(positions), 1, 1, 1),
+    ).images
     return list(images.split(len(clusters)))
 
 # %% ../../nbs/dreams/09_metadata.ipynb #51b5cd9f
@@ -427,8 +759,19 @@ class WalkFilm(Film):
     "Frames of a walk that a reader can scrub through."
 
     def _repr_html_(self) -> str:
-        page = super()._repr_html_().replace("textContent='update '+s[this.value]", "textContent=s[this.value]+' sd'")
-        return page.replace(f'>update {self.steps[-1]}</output>', f'>{self.steps[-1]} sd</output>').replace('Images after the update that the slider shows', 'Dreams at the place on the component that the slider shows')
+        page = (
+            super()
+            ._repr_html_()
+            .replace(
+                "textContent='update '+s[this.value]", "textContent=s[this.value]+' sd'"
+            )
+        )
+        return page.replace(
+            f'>update {self.steps[-1]}</output>', f'>{self.steps[-1]} sd</output>'
+        ).replace(
+            'Images after the update that the slider shows',
+            'Dreams at the place on the component that the slider shows',
+        )
 
 # %% ../../nbs/dreams/09_metadata.ipynb #2c1f078d
 class Browser:
@@ -436,54 +779,96 @@ class Browser:
 
     def __init__(
         self,
-        teacher: Teacher, # the network that dreams
-        metadata: Metadata, # measured on it
-        source: str = 'book', # see `goal_preset`
+        teacher: Teacher,  # the network that dreams
+        metadata: Metadata,  # measured on it
+        source: str = 'book',  # see `goal_preset`
         *,
-        steps: int = 40, # updates after each move
-        first_steps: int = 200, # updates of a centroid's dream
-        **settings: Any, # of `GoalSeeker`
+        steps: int = 40,  # updates after each move
+        first_steps: int = 200,  # updates of a centroid's dream
+        **settings: Any,  # of `GoalSeeker`
     ) -> None:
-        try: import ipywidgets as widgets
-        except ImportError as error: raise DFKDError("the browser needs ipywidgets: pip install 'dfkd_nb[book]'") from error
+        try:
+            import ipywidgets as widgets
+        except ImportError as error:
+            raise DFKDError(
+                "the browser needs ipywidgets: pip install 'dfkd_nb[book]'"
+            ) from error
         self.teacher, self.metadata, self.centres = teacher, metadata, dict[int, Tensor]()
-        self.maker = GoalSeeker(teacher, metadata, source, **settings | {'steps': first_steps})
+        self.maker = GoalSeeker(
+            teacher, metadata, source, **settings | {'steps': first_steps}
+        )
         self.mover = GoalSeeker(teacher, metadata, source, **settings | {'steps': steps})
-        names = [f'{teacher.domain.classes[int(label)]}, cluster {k} ({int(count)} images)' for k, (label, count) in enumerate(zip(metadata.labels, metadata.counts))]
+        names = [
+            f'{teacher.domain.classes[int(label)]}, cluster {k} ({int(count)} images)'
+            for k, (label, count) in enumerate(zip(metadata.labels, metadata.counts))
+        ]
         lines = metadata.variances.shape[1]
-        self.cluster = widgets.Dropdown(options=[(name, k) for k, name in enumerate(names)], description='cluster')
-        self.component = widgets.IntSlider(0, 0, max(lines - 1, 0), description='component', disabled=not lines, continuous_update=False)
-        self.position = widgets.FloatSlider(0., min=-3., max=3., step=0.5, description='place, sd', disabled=not lines, continuous_update=False)
+        self.cluster = widgets.Dropdown(
+            options=[(name, k) for k, name in enumerate(names)], description='cluster'
+        )
+        self.component = widgets.IntSlider(
+            0,
+            0,
+            max(lines - 1, 0),
+            description='component',
+            disabled=not lines,
+            continuous_update=False,
+        )
+        self.position = widgets.FloatSlider(
+            0.0,
+            min=-3.0,
+            max=3.0,
+            step=0.5,
+            description='place, sd',
+            disabled=not lines,
+            continuous_update=False,
+        )
         self.status, self.picture = widgets.HTML(), widgets.Image(format='png')
-        for control in (self.cluster, self.component, self.position): control.observe(lambda change: self.move(), 'value')
-        self.widget = widgets.HBox([widgets.VBox([self.cluster, self.component, self.position, self.status]), self.picture])
+        for control in (self.cluster, self.component, self.position):
+            control.observe(lambda change: self.move(), 'value')
+        self.widget = widgets.HBox(
+            [
+                widgets.VBox([self.cluster, self.component, self.position, self.status]),
+                self.picture,
+            ]
+        )
         self.move()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.widget)
 
     def move(self) -> None:
         "Dream at the place that the controls say, and show it beside the centroid's dream."
         k, label = self.cluster.value, self.metadata.labels[[self.cluster.value]]
-        if k not in self.centres: self.centres[k] = self.maker.seek(self.metadata.centroids[[k]], label).images
+        if k not in self.centres:
+            self.centres[k] = self.maker.seek(self.metadata.centroids[[k]], label).images
         image, goal = self.centres[k], self.metadata.centroids[[k]]
         if self.position.value:
             goal = self.metadata.along(k, self.component.value, [self.position.value])
             image = self.mover.seek(goal, label, self.centres[k]).images
         chances = self.teacher.predict(image).softmax(1)[0]
         far = float(goal_distance(self.teacher, image, goal, self.metadata.layer))
-        self.status.value = f'squared distance {far:.2f}; the teacher says {self.teacher.domain.classes[int(chances.argmax())]} ({float(chances.max()):.0%})'
+        self.status.value = (
+            f'squared distance {far:.2f}; the teacher says'
+            f' {self.teacher.domain.classes[int(chances.argmax())]}'
+            f' ({float(chances.max()):.0%})'
+        )
         pair = tile(torch.cat([self.centres[k], image])).permute(1, 2, 0).numpy()
         buffer, zoom = io.BytesIO(), max(1, 160 // pair.shape[0])
-        Image.fromarray(pair).resize((pair.shape[1] * zoom, pair.shape[0] * zoom), Image.Resampling.NEAREST).save(buffer, 'PNG')
+        Image.fromarray(pair).resize(
+            (pair.shape[1] * zoom, pair.shape[0] * zoom), Image.Resampling.NEAREST
+        ).save(buffer, 'PNG')
         self.picture.value = buffer.getvalue()
 
 # %% ../../nbs/dreams/09_metadata.ipynb #6784c2ef
 def browse(
-    teacher: Teacher, # the network that dreams
-    metadata: Metadata, # measured on it
-    **settings: Any, # see `Browser`
-) -> Browser: # displays itself in a notebook
-    "A window on metadata: choose a cluster, move along a component, watch the dream change."
+    teacher: Teacher,  # the network that dreams
+    metadata: Metadata,  # measured on it
+    **settings: Any,  # see `Browser`
+) -> Browser:  # displays itself in a notebook
+    """A window on metadata: choose a cluster, move along a component, watch the dream
+    change.
+    """
     return Browser(teacher, metadata, **settings)

@@ -22,27 +22,40 @@ from ..foundations.data import Domain
 @dataclass
 class View:
     "One look at a batch in the making: all that a term of the objective may ask for."
-    x: Tensor # the images that are optimised, `(N, C, H, W)`, in pixel units: black -2, white 2
-    logits: Tensor # the teacher's answer to them, `(N, K)`
-    targets: Tensor # the wished classes, `(N,)`, or probabilities, `(N, K)`
-    features: Mapping[str, tuple[Tensor, Tensor]] | None = None # layer name to mean and variance of what entered it
-    student_logits: Tensor | None = None # the student's answer, where one competes, `(N, K)`
-    embedding: Tensor | None = None # what entered the teacher's classifier, `(N, D)`, where it was asked for
-    goals: Tensor | None = None # the wished embeddings, `(N, D)`, where there are any
+
+    # the images that are optimised, `(N, C, H, W)`, in pixel units: black -2, white 2
+    x: Tensor
+    logits: Tensor  # the teacher's answer to them, `(N, K)`
+    targets: Tensor  # the wished classes, `(N,)`, or probabilities, `(N, K)`
+    # layer name to mean and variance of what entered it
+    features: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    # the student's answer, where one competes, `(N, K)`
+    student_logits: Tensor | None = None
+    # what entered the teacher's classifier, `(N, D)`, where it was asked for
+    embedding: Tensor | None = None
+    goals: Tensor | None = None  # the wished embeddings, `(N, D)`, where there are any
 
     def __post_init__(self) -> None:
         if not len(self.x) == len(self.logits) == len(self.targets):
-            raise DFKDError(f'{len(self.x)} images, {len(self.logits)} answers, {len(self.targets)} wishes: give one of each an image')
+            raise DFKDError(
+                f'{len(self.x)} images, {len(self.logits)} answers, {len(self.targets)}'
+                ' wishes: give one of each an image'
+            )
 
 # %% ../../nbs/dreams/05_priors.ipynb #0eb4edff
-Term = Callable[[View], Tensor] # a price, averaged over the batch: a scalar
+Term = Callable[[View], Tensor]  # a price, averaged over the batch: a scalar
 
 # %% ../../nbs/dreams/05_priors.ipynb #6c73ca41
 def class_loss(
-    view: View, # needs `logits` and `targets`
-) -> Tensor: # scalar
-    "Cross-entropy of the teacher's answer with the wish (the loss in DeepInversion's Eq. 2)."
-    return F.cross_entropy(view.logits.float() if view.logits.dtype != torch.float64 else view.logits, view.targets)
+    view: View,  # needs `logits` and `targets`
+) -> Tensor:  # scalar
+    """Cross-entropy of the teacher's answer with the wish (the loss in DeepInversion's Eq.
+    2).
+    """
+    return F.cross_entropy(
+        view.logits.float() if view.logits.dtype != torch.float64 else view.logits,
+        view.targets,
+    )
 
 # %% ../../nbs/dreams/05_priors.ipynb #499bdda1
 class Objective:
@@ -50,33 +63,56 @@ class Objective:
 
     def __init__(
         self,
-        terms: Mapping[str, tuple[float, Term]], # name to weight and term; weight 0: the term is not computed
+        # name to weight and term; weight 0: the term is not computed
+        terms: Mapping[str, tuple[float, Term]],
     ) -> None:
         self.terms = {name: (float(weight), term) for name, (weight, term) in terms.items()}
-        bad = [name for name, (weight, _) in self.terms.items() if not math.isfinite(weight)]
-        if bad: raise DFKDError(f"the weight of '{bad[0]}' is {self.terms[bad[0]][0]}: give a finite number")
-        if not any(weight for weight, _ in self.terms.values()): raise DFKDError('no term has a weight: give at least one that is not 0')
+        bad = [
+            name for name, (weight, _) in self.terms.items() if not math.isfinite(weight)
+        ]
+        if bad:
+            raise DFKDError(
+                f"the weight of '{bad[0]}' is {self.terms[bad[0]][0]}: give a finite number"
+            )
+        if not any(weight for weight, _ in self.terms.values()):
+            raise DFKDError('no term has a weight: give at least one that is not 0')
 
     @property
-    def weights(self) -> dict[str, float]: return {name: weight for name, (weight, _) in self.terms.items()}
+    def weights(self) -> dict[str, float]:
+        return {name: weight for name, (weight, _) in self.terms.items()}
 
     def reweigh(self, **weights: float) -> 'Objective':
         "The same terms with some weights changed."
         for name in weights:
-            if name not in self.terms: raise DFKDError(f"no term '{name}': use {', '.join(self.terms)}")
-        return Objective({name: (weights.get(name, weight), term) for name, (weight, term) in self.terms.items()})
+            if name not in self.terms:
+                raise DFKDError(f"no term '{name}': use {', '.join(self.terms)}")
+        return Objective(
+            {
+                name: (weights.get(name, weight), term)
+                for name, (weight, term) in self.terms.items()
+            }
+        )
 
     def __call__(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
         "The total, and each term before its weight."
         values = {name: term(view) for name, (weight, term) in self.terms.items() if weight}
-        return torch.stack([self.terms[name][0] * value for name, value in values.items()]).sum(), values
+        return torch.stack(
+            [self.terms[name][0] * value for name, value in values.items()]
+        ).sum(), values
 
-    def __repr__(self) -> str: return 'Objective(' + ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items()) + ')'
+    def __repr__(self) -> str:
+        return (
+            'Objective('
+            + ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
+            + ')'
+        )
 
 # %% ../../nbs/dreams/05_priors.ipynb #9b44dd81
 def _neighbours(
-    x: Tensor, # images, `(N, C, H, W)`
-) -> tuple[Tensor, ...]: # right, down, down-right and down-left neighbour minus the pixel itself
+    x: Tensor,  # images, `(N, C, H, W)`
+) -> tuple[
+    Tensor, ...
+]:  # right, down, down-right and down-left neighbour minus the pixel itself
     "Differences in four directions, one pixel apart; nothing wraps around the border."
     right = x[..., :, 1:] - x[..., :, :-1]
     down = x[..., 1:, :] - x[..., :-1, :]
@@ -86,71 +122,95 @@ def _neighbours(
 
 # %% ../../nbs/dreams/05_priors.ipynb #0546c607
 def _exact(x: Tensor) -> torch.dtype:
-    "Sums of half-precision numbers are kept in float32; float32 and float64 stay what they are."
+    """Sums of half-precision numbers are kept in float32; float32 and float64 stay what
+    they are.
+    """
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 # %% ../../nbs/dreams/05_priors.ipynb #93991de1
 def total_variation(
-    x: Tensor, # images, `(N, C, H, W)`, at least 2 x 2 pixels
-    norm: str = 'l2', # 'l2': Euclidean norm in each direction; 'l1': mean absolute jump in each
-) -> Tensor: # one price an image, `(N,)`
-    "The size of all jumps between neighbouring pixels, summed over four directions (DeepInversion, Eq. 3 and B.1)."
+    x: Tensor,  # images, `(N, C, H, W)`, at least 2 x 2 pixels
+    # 'l2': Euclidean norm in each direction; 'l1': mean absolute jump in each
+    norm: str = 'l2',
+) -> Tensor:  # one price an image, `(N,)`
+    """The size of all jumps between neighbouring pixels, summed over four directions
+    (DeepInversion, Eq. 3 and B.1).
+    """
     if x.ndim != 4 or min(x.shape[2:]) < 2:
-        raise DFKDError(f'total variation of a tensor of shape {tuple(x.shape)}: give images (N, C, H, W) of 2 x 2 pixels or more')
-    if norm == 'l2': return sum(torch.linalg.vector_norm(d, dim=(1, 2, 3), dtype=_exact(x)) for d in _neighbours(x)) # type: ignore[return-value]
-    if norm == 'l1': return sum(d.abs().mean((1, 2, 3), dtype=_exact(x)) for d in _neighbours(x)) # type: ignore[return-value]
+        raise DFKDError(
+            f'total variation of a tensor of shape {tuple(x.shape)}: give images (N, C, H,'
+            ' W) of 2 x 2 pixels or more'
+        )
+    if norm == 'l2':
+        return sum(
+            torch.linalg.vector_norm(d, dim=(1, 2, 3), dtype=_exact(x))
+            for d in _neighbours(x)
+        )  # type: ignore[return-value]
+    if norm == 'l1':
+        return sum(d.abs().mean((1, 2, 3), dtype=_exact(x)) for d in _neighbours(x))  # type: ignore[return-value]
     raise DFKDError(f"unknown norm '{norm}': use 'l2' or 'l1'")
 
 # %% ../../nbs/dreams/05_priors.ipynb #9b2b4d21
 def per_image_weight(
-    weight: float, # on the norm of a whole batch, as in the paper's CIFAR settings
-    batch_size: int, # images in that batch
-) -> float: # on the mean of per-image norms, as here
-    "The weight that gives our per-image prices the pull that `weight` has on one norm over the whole batch."
-    if batch_size < 1: raise DFKDError(f'a batch of {batch_size} images: give 1 or more')
+    weight: float,  # on the norm of a whole batch, as in the paper's CIFAR settings
+    batch_size: int,  # images in that batch
+) -> float:  # on the mean of per-image norms, as here
+    """The weight that gives our per-image prices the pull that `weight` has on one norm
+    over the whole batch.
+    """
+    if batch_size < 1:
+        raise DFKDError(f'a batch of {batch_size} images: give 1 or more')
     return weight * math.sqrt(batch_size)
 
 # %% ../../nbs/dreams/05_priors.ipynb #d8749628
 def tv_term(
-    norm: str = 'l2', # see `total_variation`
-) -> Term: # the mean of `total_variation` over the batch
+    norm: str = 'l2',  # see `total_variation`
+) -> Term:  # the mean of `total_variation` over the batch
     "Total variation as a term of an objective."
-    def total_variation_term(view: View) -> Tensor: return total_variation(view.x, norm).mean()
-    if norm not in ('l2', 'l1'): raise DFKDError(f"unknown norm '{norm}': use 'l2' or 'l1'")
+
+    def total_variation_term(view: View) -> Tensor:
+        return total_variation(view.x, norm).mean()
+
+    if norm not in ('l2', 'l1'):
+        raise DFKDError(f"unknown norm '{norm}': use 'l2' or 'l1'")
     return total_variation_term
 
 # %% ../../nbs/dreams/05_priors.ipynb #468a698e
 def l2_norm(
-    x: Tensor, # images, `(N, C, H, W)`, in pixel units
-) -> Tensor: # one price an image, `(N,)`
+    x: Tensor,  # images, `(N, C, H, W)`, in pixel units
+) -> Tensor:  # one price an image, `(N,)`
     "Euclidean distance from an even grey (DeepInversion, Eq. 3)."
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), dtype=_exact(x))
 
 # %% ../../nbs/dreams/05_priors.ipynb #9b01386f
 def l2_term(
-    view: View, # needs `x`
-) -> Tensor: # scalar
+    view: View,  # needs `x`
+) -> Tensor:  # scalar
     "Mean of `l2_norm` over the batch."
     return l2_norm(view.x).mean()
 
 # %% ../../nbs/dreams/05_priors.ipynb #e8349726
 @torch.no_grad()
 def clip_to_domain(
-    x: Tensor, # normalised images, `(N, C, H, W)`; changed in place
-    domain: Domain, # says what black and white are
-) -> Tensor: # `x` itself
+    x: Tensor,  # normalised images, `(N, C, H, W)`; changed in place
+    domain: Domain,  # says what black and white are
+) -> Tensor:  # `x` itself
     "Move every value to the nearest one that a picture can hold (DeepInversion, Eq. 16)."
     low, high = domain.limits(x.device)
     return x.clamp_(low.to(x.dtype), high.to(x.dtype))
 
 # %% ../../nbs/dreams/05_priors.ipynb #465e95e6
 def jitter(
-    x: Tensor, # images, `(N, C, H, W)`
-    pixels: int, # largest shift in each direction; 0 for none
-    generator: torch.Generator | None = None, # a CPU generator
-) -> Tensor: # a view of the same images, `(N, C, H, W)`
-    "Roll the whole batch by one random offset; what leaves on one side enters on the other."
-    if pixels < 0: raise DFKDError(f'jitter by {pixels} pixels: use 0 or more')
-    if pixels == 0: return x
+    x: Tensor,  # images, `(N, C, H, W)`
+    pixels: int,  # largest shift in each direction; 0 for none
+    generator: torch.Generator | None = None,  # a CPU generator
+) -> Tensor:  # a view of the same images, `(N, C, H, W)`
+    """Roll the whole batch by one random offset; what leaves on one side enters on the
+    other.
+    """
+    if pixels < 0:
+        raise DFKDError(f'jitter by {pixels} pixels: use 0 or more')
+    if pixels == 0:
+        return x
     down, right = torch.randint(-pixels, pixels + 1, (2,), generator=generator).tolist()
     return x.roll((down, right), (-2, -1))

@@ -23,56 +23,82 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .priors import Term, View, _exact
-from ..foundations.core import DFKDError, DFKDWarning, load_tensors, progress, save_tensors
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    DFKDWarning,
+    load_tensors,
+    progress,
+    save_tensors,
+)
 from ..foundations.data import Domain, ImageSource
-from ..foundations.models import (Teacher, _logits, _sealed, in_eval_mode, unwrap,
-                                        why_no_hooks)
+from dfkd_nb.foundations.models import (
+    Teacher,
+    _logits,
+    _sealed,
+    in_eval_mode,
+    unwrap,
+    why_no_hooks,
+)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #2040c560
-Moments = tuple[Tensor, Tensor] # mean and biased variance of each channel, `(C,)` both
+Moments = tuple[Tensor, Tensor]  # mean and biased variance of each channel, `(C,)` both
 
 # %% ../../nbs/dreams/06_statistics.ipynb #3e84d490
 def _sums(
-    x: Tensor, # any shape, one dimension of which is channels
-    channel_dim: int, # which one
-) -> Moments: # sum and sum of squares of each channel, in float32 at least
+    x: Tensor,  # any shape, one dimension of which is channels
+    channel_dim: int,  # which one
+) -> Moments:  # sum and sum of squares of each channel, in float32 at least
     "Two sums that do not wait for each other."
     dtype = _exact(x)
     channel_dim %= x.ndim
-    if channel_dim == 1 and x.ndim > 2 and x.is_contiguous(): # one image's channel lies in one piece: sum that first
+    # one image's channel lies in one piece: sum that first
+    if channel_dim == 1 and x.ndim > 2 and x.is_contiguous():
         inner = tuple(range(2, x.ndim))
-        return x.sum(inner, dtype=dtype).sum(0), torch.linalg.vector_norm(x, dim=inner, dtype=dtype).square().sum(0)
+        return x.sum(inner, dtype=dtype).sum(0), torch.linalg.vector_norm(
+            x, dim=inner, dtype=dtype
+        ).square().sum(0)
     others = tuple(d for d in range(x.ndim) if d != channel_dim)
     return x.sum(others, dtype=dtype), x.to(dtype).square().sum(others)
 
+
 def _spread(
-    v: Tensor, # one number a channel, `(C,)`
-    x: Tensor, # whose shape to fit
-    channel_dim: int, # where its channels are
-) -> Tensor: # `v` in the shape that multiplies `x`
+    v: Tensor,  # one number a channel, `(C,)`
+    x: Tensor,  # whose shape to fit
+    channel_dim: int,  # where its channels are
+) -> Tensor:  # `v` in the shape that multiplies `x`
     shape = [1] * x.ndim
     shape[channel_dim] = -1
     return v.view(shape)
 
+
 def _around(
-    x: Tensor, # any shape, one dimension of which is channels
-    point: Tensor | None, # one number a channel, `(C,)`, in the type of `x`; None for zero
-    channel_dim: int, # which dimension
-) -> tuple[Tensor, Tensor, Tensor]: # `x - point`; its mean and variance, `(C,)`
-    "Mean and variance of the distances from a point: nothing is lost where the mean of `x` is near it."
+    x: Tensor,  # any shape, one dimension of which is channels
+    # one number a channel, `(C,)`, in the type of `x`; None for zero
+    point: Tensor | None,
+    channel_dim: int,  # which dimension
+) -> tuple[Tensor, Tensor, Tensor]:  # `x - point`; its mean and variance, `(C,)`
+    """Mean and variance of the distances from a point.
+
+    Nothing is lost where the mean of `x` is near it.
+    """
     away = x if point is None else x - _spread(point, x, channel_dim)
     total, squares = _sums(away, channel_dim)
     count = x.numel() // x.shape[channel_dim]
     rest = total / count
     return away, rest, (squares / count - rest.square()).clamp_min(0)
 
+
 def _affine(
-    x: Tensor, # `(N, C, *)`
-    scale: Tensor, # `(C,)`
-    shift: Tensor, # `(C,)`
-) -> Tensor: # `scale * x + shift`, channel by channel, in one pass
-    "BatchNorm in eval mode, with mean 0 and variance 1, is the affine map that every backend has made fast."
-    return F.batch_norm(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0., 0.)
+    x: Tensor,  # `(N, C, *)`
+    scale: Tensor,  # `(C,)`
+    shift: Tensor,  # `(C,)`
+) -> Tensor:  # `scale * x + shift`, channel by channel, in one pass
+    """BatchNorm in eval mode, with mean 0 and variance 1, is the affine map that every
+    backend has made fast.
+    """
+    return F.batch_norm(
+        x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0
+    )
 
 # %% ../../nbs/dreams/06_statistics.ipynb #9ea823b3
 class _BatchMoments(torch.autograd.Function):
@@ -90,94 +116,162 @@ class _BatchMoments(torch.autograd.Function):
         return mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]: # type: ignore[override]
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         x, mean = ctx.saved_tensors
         scale, shift = 2 * grad_var / ctx.count, grad_mean / ctx.count
         away = x.to(mean.dtype) - _spread(mean, x, ctx.channel_dim)
-        if ctx.channel_dim == 1 and x.ndim > 2: return _affine(away, scale, shift).to(x.dtype), None
+        if ctx.channel_dim == 1 and x.ndim > 2:
+            return _affine(away, scale, shift).to(x.dtype), None
         scale, shift = (_spread(v, away, ctx.channel_dim) for v in (scale, shift))
         return (away * scale + shift).to(x.dtype), None
 
 # %% ../../nbs/dreams/06_statistics.ipynb #2750f012
 def batch_moments(
-    x: Tensor, # features, `(N, C, *)`, or with channels elsewhere
-    channel_dim: int = 1, # where the channels are; -1 for the tokens of a transformer, `(N, T, C)`
-) -> Moments: # mean and biased variance of each channel, `(C,)`, float32 at least
-    "First two moments of every channel over all the rest, however far from zero; keeps only `x`."
-    if not x.is_floating_point() or x.ndim < 2: raise DFKDError(f'moments of a {x.dtype} tensor of shape {tuple(x.shape)}: give float features (N, C, ...)')
-    if not -x.ndim <= channel_dim < x.ndim: raise DFKDError(f'channels in dimension {channel_dim} of a tensor with {x.ndim}: use {-x.ndim} to {x.ndim - 1}')
-    if x.numel() == 0: raise DFKDError(f'moments of an empty batch of shape {tuple(x.shape)}: give at least one image')
+    x: Tensor,  # features, `(N, C, *)`, or with channels elsewhere
+    # where the channels are; -1 for the tokens of a transformer, `(N, T, C)`
+    channel_dim: int = 1,
+) -> Moments:  # mean and biased variance of each channel, `(C,)`, float32 at least
+    """First two moments of every channel over all the rest, however far from zero; keeps
+    only `x`.
+    """
+    if not x.is_floating_point() or x.ndim < 2:
+        raise DFKDError(
+            f'moments of a {x.dtype} tensor of shape {tuple(x.shape)}: give float features'
+            ' (N, C, ...)'
+        )
+    if not -x.ndim <= channel_dim < x.ndim:
+        raise DFKDError(
+            f'channels in dimension {channel_dim} of a tensor with {x.ndim}: use {-x.ndim}'
+            f' to {x.ndim - 1}'
+        )
+    if x.numel() == 0:
+        raise DFKDError(
+            f'moments of an empty batch of shape {tuple(x.shape)}: give at least one image'
+        )
     return _BatchMoments.apply(x, channel_dim % x.ndim)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #c5e50671
 def batchnorm_layers(
-    model: nn.Module, # any network
-) -> dict[str, nn.Module]: # by name, in the order in which the network lists them
-    "All BatchNorm layers: of vectors, sequences, images, volumes, synchronised or frozen ones."
+    model: nn.Module,  # any network
+) -> dict[str, nn.Module]:  # by name, in the order in which the network lists them
+    """All BatchNorm layers: of vectors, sequences, images, volumes, synchronised or frozen
+    ones.
+    """
+
     def is_batchnorm(layer: nn.Module) -> bool:
-        frozen = 'running_mean' in layer._buffers and 'running_var' in layer._buffers and not isinstance(layer, _InstanceNorm)
-        return isinstance(layer, _BatchNorm) or frozen # torchvision's frozen kind is a class of its own
-    inner = unwrap(model) # names are those of the network, not of a wrapper
+        frozen = (
+            'running_mean' in layer._buffers
+            and 'running_var' in layer._buffers
+            and not isinstance(layer, _InstanceNorm)
+        )
+        # torchvision's frozen kind is a class of its own
+        return isinstance(layer, _BatchNorm) or frozen
+
+    inner = unwrap(model)  # names are those of the network, not of a wrapper
     return {name: layer for name, layer in inner.named_modules() if is_batchnorm(layer)}
 
+
 def find_layers(
-    model: nn.Module, # any network
-    layers: Sequence[str] | None = None, # names as in `named_modules()`; None for every BatchNorm layer
-) -> dict[str, nn.Module]: # by name, in the given order
+    model: nn.Module,  # any network
+    # names as in `named_modules()`; None for every BatchNorm layer
+    layers: Sequence[str] | None = None,
+) -> dict[str, nn.Module]:  # by name, in the given order
     "Layers by name; an unknown name is a `DFKDError` that lists its neighbours."
     if layers is None:
-        if reason := why_no_hooks(model): raise DFKDError(_unreadable(model, reason))
+        if reason := why_no_hooks(model):
+            raise DFKDError(_unreadable(model, reason))
         found = batchnorm_layers(model)
-        if not found: raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: name the layers to watch, e.g. layers={_suggest(model)}')
+        if not found:
+            raise DFKDError(
+                f'{type(model).__name__} has no BatchNorm layer: name the layers to watch,'
+                f' e.g. layers={_suggest(model)}'
+            )
         return found
-    if isinstance(layers, str) or not layers: raise DFKDError(f'layers={layers!r}: give a list of one or more layer names')
-    modules = dict(unwrap(model).named_modules(remove_duplicate=False)) # some have several names
+    if isinstance(layers, str) or not layers:
+        raise DFKDError(f'layers={layers!r}: give a list of one or more layer names')
+    # some have several names
+    modules = dict(unwrap(model).named_modules(remove_duplicate=False))
     for name in layers:
         parts = str(name).split('.')
-        for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)): # the network, its parts
+        # the network, its parts
+        for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)):
             if part in modules and (reason := _sealed(modules[part])):
                 raise DFKDError(_unreadable(model, reason))
         if name not in modules or not name:
             near = difflib.get_close_matches(str(name), modules, 3, 0.3)
             near = near or [n for n in modules if n][:3]
-            raise DFKDError(f"no layer '{name}' in {type(model).__name__}: use names of named_modules(), e.g. {', '.join(near)}")
+            raise DFKDError(
+                f"no layer '{name}' in {type(model).__name__}: use names of"
+                f' named_modules(), e.g. {", ".join(near)}'
+            )
     return {name: modules[name] for name in layers}
+
 
 def _unreadable(model: nn.Module, reason: str) -> str:
     who = model.name if isinstance(model, Teacher) else type(model).__name__
-    return (f'what enters the layers of {who} cannot be read: {reason}, '
-            'or do without statistics (feature_weight=0)')
+    return (
+        f'what enters the layers of {who} cannot be read: {reason}, '
+        'or do without statistics (feature_weight=0)'
+    )
+
 
 def _suggest(model: nn.Module) -> list[str]:
     "A few layers worth watching in a network without BatchNorm."
-    kinds = (nn.LayerNorm, nn.GroupNorm, _InstanceNorm), (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.Linear,)
-    names = next((found for kind in kinds if (found := [n for n, m in model.named_modules() if n and isinstance(m, kind)])), [])
+    kinds = (
+        (nn.LayerNorm, nn.GroupNorm, _InstanceNorm),
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        (nn.Linear,),
+    )
+    names = next(
+        (
+            found
+            for kind in kinds
+            if (found := [n for n, m in model.named_modules() if n and isinstance(m, kind)])
+        ),
+        [],
+    )
     return names[:2]
 
+
 def _channel_dim(
-    layer: nn.Module, # whose input or output `x` is
-    x: Tensor, # features
-) -> int: # the dimension that holds channels
+    layer: nn.Module,  # whose input or output `x` is
+    x: Tensor,  # features
+) -> int:  # the dimension that holds channels
     "Transformers keep channels last, convolutions keep them second."
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        if len(layer.normalized_shape) > 1 and x.ndim > 3: return 1 # a whole image is normalised
-        plain = type(layer) in (nn.LayerNorm, nn.RMSNorm) # subclasses for images put channels second
+        # a whole image is normalised
+        if len(layer.normalized_shape) > 1 and x.ndim > 3:
+            return 1
+        # subclasses for images put channels second
+        plain = type(layer) in (nn.LayerNorm, nn.RMSNorm)
         return x.ndim - 1 if plain or x.shape[1] != layer.normalized_shape[0] else 1
-    if isinstance(layer, nn.Linear) or x.ndim == 2: return x.ndim - 1
-    if isinstance(layer, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.modules.conv._ConvNd)) or x.ndim != 3: return 1
+    if isinstance(layer, nn.Linear) or x.ndim == 2:
+        return x.ndim - 1
+    if (
+        isinstance(
+            layer, (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
+        )
+        or x.ndim != 3
+    ):
+        return 1
     return 2
 
 # %% ../../nbs/dreams/06_statistics.ipynb #9d8b82b3
 def mean_moments(
-    calls: Sequence[Moments], # of one layer, at least one
-) -> Moments: # their mean
-    "What a layer reports that was called several times: what its running statistics would average."
-    if len(calls) == 1: return calls[0]
+    calls: Sequence[Moments],  # of one layer, at least one
+) -> Moments:  # their mean
+    """What a layer reports that was called several times.
+
+    What its running statistics would average.
+    """
+    if len(calls) == 1:
+        return calls[0]
     means, variances = zip(*calls)
     return torch.stack(means).mean(0), torch.stack(variances).mean(0)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #945e306c
-_KEEP_INPUT = _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm # autograd needs their input, so nobody may write over it
+# autograd needs their input, so nobody may write over it
+_KEEP_INPUT = _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm
 
 # %% ../../nbs/dreams/06_statistics.ipynb #c9f3c772
 class Watch:
@@ -185,27 +279,45 @@ class Watch:
 
     def __init__(
         self,
-        model: nn.Module, # any network
-        layers: Sequence[str] | None = None, # by name; None for every BatchNorm layer
-        at: str = 'input', # or 'output'
+        model: nn.Module,  # any network
+        layers: Sequence[str] | None = None,  # by name; None for every BatchNorm layer
+        at: str = 'input',  # or 'output'
     ) -> None:
-        if at not in ('input', 'output'): raise DFKDError(f"watch layers at '{at}': use 'input' or 'output'")
+        if at not in ('input', 'output'):
+            raise DFKDError(f"watch layers at '{at}': use 'input' or 'output'")
         self.model, self.layers, self.at = model, find_layers(model, layers), at
-        self.calls: dict[str, list[tuple[Moments, int]]] = {} # of the last pass: moments, and numbers behind them
-        self._inside = False # whether the whole network is being called, or a part of it
+        # of the last pass: moments, and numbers behind them
+        self.calls: dict[str, list[tuple[Moments, int]]] = {}
+        self._inside = False  # whether the whole network is being called, or a part of it
         self._hooks: list[Any] = []
 
     @property
-    def moments(self) -> dict[str, Moments]: # by layer name
-        "Of the last forward pass; the mean over its calls where it called a layer several times."
-        return {name: mean_moments([m for m, _ in calls]) for name, calls in self.calls.items()}
+    def moments(self) -> dict[str, Moments]:  # by layer name
+        """Of the last forward pass; the mean over its calls where it called a layer several
+        times.
+        """
+        return {
+            name: mean_moments([m for m, _ in calls]) for name, calls in self.calls.items()
+        }
 
     def _record(self, name: str, layer: nn.Module, passed: Any) -> None:
-        x = next((v for v in passed if isinstance(v, Tensor)), None) if isinstance(passed, (tuple, list)) else passed
-        if not isinstance(x, Tensor): raise DFKDError(f"layer '{name}' passes on a {type(x).__name__}, not a tensor: watch another layer")
+        x = (
+            next((v for v in passed if isinstance(v, Tensor)), None)
+            if isinstance(passed, (tuple, list))
+            else passed
+        )
+        if not isinstance(x, Tensor):
+            raise DFKDError(
+                f"layer '{name}' passes on a {type(x).__name__}, not a tensor: watch"
+                ' another layer'
+            )
         channel_dim = _channel_dim(layer, x)
-        if torch.is_grad_enabled() and x.requires_grad and not (self.at == 'input' and isinstance(layer, _KEEP_INPUT)):
-            x = x.clone() # a later layer may write over it: ReLU(inplace=True)
+        if (
+            torch.is_grad_enabled()
+            and x.requires_grad
+            and not (self.at == 'input' and isinstance(layer, _KEEP_INPUT))
+        ):
+            x = x.clone()  # a later layer may write over it: ReLU(inplace=True)
         call = batch_moments(x, channel_dim), x.numel() // x.shape[channel_dim]
         self.calls[name] = [*self.calls.get(name, []), call] if self._inside else [call]
 
@@ -217,97 +329,157 @@ class Watch:
 
     def __enter__(self) -> 'Watch':
         self.calls = {}
-        self._hooks += [self.model.register_forward_pre_hook(self._begin),
-                        self.model.register_forward_hook(self._end, always_call=True)]
+        self._hooks += [
+            self.model.register_forward_pre_hook(self._begin),
+            self.model.register_forward_hook(self._end, always_call=True),
+        ]
         for name, layer in self.layers.items():
             if self.at == 'input':
-                hook = layer.register_forward_pre_hook(lambda layer, args, words, name=name: self._record(name, layer, (*args, *words.values())), with_kwargs=True)
+                hook = layer.register_forward_pre_hook(
+                    lambda layer, args, words, name=name: self._record(
+                        name, layer, (*args, *words.values())
+                    ),
+                    with_kwargs=True,
+                )
             else:
-                hook = layer.register_forward_hook(lambda layer, args, output, name=name: self._record(name, layer, output))
+                hook = layer.register_forward_hook(
+                    lambda layer, args, output, name=name: self._record(name, layer, output)
+                )
             self._hooks.append(hook)
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._hooks: self._hooks.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
 
 # %% ../../nbs/dreams/06_statistics.ipynb #9c4d8c89
 def _check_moments(name: str, mean: Tensor, var: Tensor) -> None:
     "Statistics that could not have come from data are refused by the layer's name."
-    if mean.ndim != 1 or mean.shape != var.shape: raise DFKDError(f"layer '{name}': mean of shape {tuple(mean.shape)}, variance {tuple(var.shape)}: give (C,) each")
-    if not (mean.isfinite().all() and var.isfinite().all()): raise DFKDError(f"the statistics of layer '{name}' hold NaN or infinity: take a network whose training did not diverge")
-    if (var < 0).any(): raise DFKDError(f"layer '{name}' has a negative variance: the network or file is damaged, load it again")
+    if mean.ndim != 1 or mean.shape != var.shape:
+        raise DFKDError(
+            f"layer '{name}': mean of shape {tuple(mean.shape)}, variance"
+            f' {tuple(var.shape)}: give (C,) each'
+        )
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        raise DFKDError(
+            f"the statistics of layer '{name}' hold NaN or infinity: take a network whose"
+            ' training did not diverge'
+        )
+    if (var < 0).any():
+        raise DFKDError(
+            f"layer '{name}' has a negative variance: the network or file is damaged, load"
+            ' it again'
+        )
 
 # %% ../../nbs/dreams/06_statistics.ipynb #7626b773
 def read_batchnorm(
-    model: nn.Module, # a trained network
-) -> dict[str, Moments]: # running mean and variance of every BatchNorm layer, by name
-    "What BatchNorm remembers of the training data (DeepInversion, Eq. 5 and the one after it)."
+    model: nn.Module,  # a trained network
+) -> dict[str, Moments]:  # running mean and variance of every BatchNorm layer, by name
+    """What BatchNorm remembers of the training data (DeepInversion, Eq. 5 and the one after
+    it).
+    """
     moments, found = {}, batchnorm_layers(model)
     if not found:
-        if reason := why_no_hooks(model): raise DFKDError(_unreadable(model, reason))
+        if reason := why_no_hooks(model):
+            raise DFKDError(_unreadable(model, reason))
         who = 'teacher' if isinstance(model, Teacher) else 'model'
-        raise DFKDError(f'{type(model).__name__} has no BatchNorm layer: give statistics=Statistics.measure({who}, images, layers={_suggest(model)}), or do without (feature_weight=0)')
+        raise DFKDError(
+            f'{type(model).__name__} has no BatchNorm layer: give'
+            f' statistics=Statistics.measure({who}, images, layers={_suggest(model)}), or'
+            ' do without (feature_weight=0)'
+        )
     for name, layer in found.items():
         mean, var = layer.running_mean, layer.running_var
         if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-            raise DFKDError(f"BatchNorm layer '{name}' keeps no running statistics (track_running_stats=False): measure them, statistics=Statistics.measure(model, images)")
+            raise DFKDError(
+                f"BatchNorm layer '{name}' keeps no running statistics"
+                ' (track_running_stats=False): measure them,'
+                ' statistics=Statistics.measure(model, images)'
+            )
         moments[name] = mean, var
     if all((mean == 0).all() and (var == 1).all() for mean, var in moments.values()):
-        warnings.warn('every running mean is 0 and every running variance 1: was this network trained, '
-                      'or were its weights not loaded?', DFKDWarning, stacklevel=3)
+        warnings.warn(
+            'every running mean is 0 and every running variance 1: was this network'
+            ' trained, or were its weights not loaded?',
+            DFKDWarning,
+            stacklevel=3,
+        )
     return moments
 
 # %% ../../nbs/dreams/06_statistics.ipynb #31e30312
 def _called(
-    teacher: Teacher, # knows the images that it takes
-    layers: Iterable[str], # by name
-) -> list[str]: # those that work when it answers: not the heads that only helped in training
+    teacher: Teacher,  # knows the images that it takes
+    layers: Iterable[str],  # by name
+) -> list[
+    str
+]:  # those that work when it answers: not the heads that only helped in training
     "Two black images tell which layers take part."
     images = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8)
     black = next(_batches(teacher, images))
-    with torch.no_grad(), Watch(teacher, list(layers)) as watch: teacher(black)
+    with torch.no_grad(), Watch(teacher, list(layers)) as watch:
+        teacher(black)
     return [name for name in watch.layers if name in watch.moments]
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d70e0f0e
 def _batches(
-    model: nn.Module, # knows the images it takes, if it is a `Teacher`
-    images: Any, # see `measure_moments`
-) -> Iterator[Tensor]: # normalised, on the model's device and in its precision
+    model: nn.Module,  # knows the images it takes, if it is a `Teacher`
+    images: Any,  # see `measure_moments`
+) -> Iterator[Tensor]:  # normalised, on the model's device and in its precision
     "Batches for a network, out of whatever holds images."
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for x in _tensors(images):
         if x.is_floating_point():
-            if isinstance(model, Teacher): _check_scale(x, model.domain)
+            if isinstance(model, Teacher):
+                _check_scale(x, model.domain)
             yield x.to(like)
         elif x.dtype == torch.uint8 and isinstance(model, Teacher):
             yield model.domain.normalize(model.domain.check(x).to(like.device)).to(like)
         else:
-            raise DFKDError(f'images are {x.dtype}: give normalised floats, e.g. '
-                            'domain.normalize(images), or bytes and a Teacher(model, domain)')
+            raise DFKDError(
+                f'images are {x.dtype}: give normalised floats, e.g. '
+                'domain.normalize(images), or bytes and a Teacher(model, domain)'
+            )
+
 
 def _check_scale(
-    x: Tensor, # floats that should be normalised
-    domain: Domain, # says where black and white are then
+    x: Tensor,  # floats that should be normalised
+    domain: Domain,  # says where black and white are then
 ) -> None:
     "A `DFKDError` for floats up to 255, a `DFKDWarning` for intensities in [0, 1]."
-    if not x.numel(): return
+    if not x.numel():
+        return
     low, high = (float(v) for v in x.aminmax())
     black, white = (float(v) for v in (domain.limits()[0].min(), domain.limits()[1].max()))
-    if low < 0 or high <= low: return # pixels as they are have no sign
+    if low < 0 or high <= low:
+        return  # pixels as they are have no sign
     way = 'give domain.normalize(images), or bytes'
     if high > 16 and high > 1.05 * white:
-        raise DFKDError(f"float images from {low:.3g} to {high:.3g}, but '{domain.name}' normalised ends at "
-                        f'{white:.3g}: {way}')
+        raise DFKDError(
+            f"float images from {low:.3g} to {high:.3g}, but '{domain.name}' normalised"
+            f' ends at {white:.3g}: {way}'
+        )
     if 0.5 < high <= 1 < white and black < -0.1:
-        warnings.warn(f"float images from {low:.3g} to {high:.3g} look like intensities that are not normalised "
-                      f"('{domain.name}' reaches from {black:.3g} to {white:.3g}): {way}", DFKDWarning, stacklevel=5)
+        warnings.warn(
+            f'float images from {low:.3g} to {high:.3g} look like intensities that are not'
+            ' normalised '
+            f"('{domain.name}' reaches from {black:.3g} to {white:.3g}): {way}",
+            DFKDWarning,
+            stacklevel=5,
+        )
+
 
 def _tensors(images: Any) -> Iterator[Tensor]:
-    "Tensors out of one tensor, an `ImageSource`, a list of batches, or a data loader's pairs."
-    advice = ('give normalised floats (N, C, H, W), an ImageSet, '
-              'or batches of tensors, as a list or a DataLoader')
-    if isinstance(images, ImageSource): images = images.batches(256)
-    elif isinstance(images, Tensor): images = images.split(256)
+    """Tensors out of one tensor, an `ImageSource`, a list of batches, or a data loader's
+    pairs.
+    """
+    advice = (
+        'give normalised floats (N, C, H, W), an ImageSet, '
+        'or batches of tensors, as a list or a DataLoader'
+    )
+    if isinstance(images, ImageSource):
+        images = images.batches(256)
+    elif isinstance(images, Tensor):
+        images = images.split(256)
     elif not isinstance(images, Iterable) or isinstance(images, (str, bytes, dict)):
         raise DFKDError(f'images are {_called_what(images)}: {advice}')
     for batch in images:
@@ -318,23 +490,28 @@ def _tensors(images: Any) -> Iterator[Tensor]:
             raise DFKDError(f'a batch of images has shape {tuple(x.shape)}: {advice}')
         yield x
 
+
 def _called_what(thing: Any) -> str:
     return 'None' if thing is None else f'a {type(thing).__name__}'
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d993f7f2
 class _Union:
-    "Mean and variance of all that was added, on the CPU: not every accelerator has float64."
+    """Mean and variance of all that was added, on the CPU.
+
+    Not every accelerator has float64.
+    """
 
     def __init__(self) -> None:
         self.count, self.mean = 0, torch.zeros(()).double()
-        self.squares = torch.zeros(()).double() # squared distances from the mean, summed
+        self.squares = torch.zeros(()).double()  # squared distances from the mean, summed
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
         "So many more numbers a channel."
         total = self.count + count
         step = mean.cpu().double() - self.mean
         self.mean = self.mean + step * count / total
-        within, between = var.cpu().double() * count, step.square() * self.count * count / total
+        within = var.cpu().double() * count
+        between = step.square() * self.count * count / total
         self.squares = self.squares + within + between
         self.count = total
 
@@ -345,13 +522,14 @@ class _Union:
 # %% ../../nbs/dreams/06_statistics.ipynb #7df6e6c5
 @torch.no_grad()
 def measure_moments(
-    model: nn.Module, # any network; its mode is put back afterwards
-    images: Tensor | ImageSource | Iterable[Any], # normalised, or batches of them; for a `Teacher` also bytes
-    layers: Sequence[str] | None = None, # by name; None for every BatchNorm layer
-    at: str = 'input', # of these layers, or their 'output'
-) -> dict[str, Moments]: # as if all images had been one batch
+    model: nn.Module,  # any network; its mode is put back afterwards
+    # normalised, or batches of them; for a `Teacher` also bytes
+    images: Tensor | ImageSource | Iterable[Any],
+    layers: Sequence[str] | None = None,  # by name; None for every BatchNorm layer
+    at: str = 'input',  # of these layers, or their 'output'
+) -> dict[str, Moments]:  # as if all images had been one batch
     "Moments of all images together, from batches of any size: the law of total variance."
-    unions: dict[str, list[_Union]] = {} # one for each call of a layer
+    unions: dict[str, list[_Union]] = {}  # one for each call of a layer
     watch, seen = Watch(model, layers, at), 0
     with in_eval_mode(model), watch:
         for x in progress(_batches(model, images), 'statistics'):
@@ -359,172 +537,302 @@ def measure_moments(
             seen += len(x)
             for name, calls in watch.calls.items():
                 met = unions.setdefault(name, [])
-                met += [_Union() for _ in calls[len(met):]]
-                for union, (moments, count) in zip(met, calls): union.add(*moments, count)
-    if not seen: raise DFKDError('no images to measure statistics on: give at least one batch')
+                met += [_Union() for _ in calls[len(met) :]]
+                for union, (moments, count) in zip(met, calls):
+                    union.add(*moments, count)
+    if not seen:
+        raise DFKDError('no images to measure statistics on: give at least one batch')
     unused = [name for name in watch.layers if name not in unions]
     if unused and (layers is not None or not unions):
-        raise DFKDError(f"the network did not call layer '{unused[0]}': "
-                        'name layers that its answers pass through')
-    return {name: mean_moments([union.moments for union in unions[name]])
-            for name in watch.layers if name in unions}
+        raise DFKDError(
+            f"the network did not call layer '{unused[0]}': "
+            'name layers that its answers pass through'
+        )
+    return {
+        name: mean_moments([union.moments for union in unions[name]])
+        for name in watch.layers
+        if name in unions
+    }
 
 # %% ../../nbs/dreams/06_statistics.ipynb #0e53d130
 class Statistics(Mapping[str, Moments]):
-    "What a data set looks like to a network: mean and variance of every channel of some layers, by layer name."
+    """What a data set looks like to a network.
+
+    Mean and variance of every channel of some layers, by layer name.
+    """
 
     def __init__(
         self,
-        moments: Mapping[str, Moments], # layer name to mean and variance, `(C,)` each, in the order of the network
-        at: str = 'input', # where they were taken: what enters the layers, or what leaves them
+        # layer name to mean and variance, `(C,)` each, in the order of the network
+        moments: Mapping[str, Moments],
+        # where they were taken: what enters the layers, or what leaves them
+        at: str = 'input',
     ) -> None:
-        if not moments: raise DFKDError('statistics of no layer: give at least one')
-        if at not in ('input', 'output'): raise DFKDError(f"statistics taken at '{at}': use 'input' or 'output'")
+        if not moments:
+            raise DFKDError('statistics of no layer: give at least one')
+        if at not in ('input', 'output'):
+            raise DFKDError(f"statistics taken at '{at}': use 'input' or 'output'")
         self.at = at
-        self._moments = {name: (mean.detach().float().clone(), var.detach().float().clone()) for name, (mean, var) in moments.items()}
-        self._targets: dict[torch.device, Tensor] = {} # everything in a row, once a device
-        for name, moment in self._moments.items(): _check_moments(name, *moment)
+        self._moments = {
+            name: (mean.detach().float().clone(), var.detach().float().clone())
+            for name, (mean, var) in moments.items()
+        }
+        # everything in a row, once a device
+        self._targets: dict[torch.device, Tensor] = {}
+        for name, moment in self._moments.items():
+            _check_moments(name, *moment)
 
     @classmethod
     def from_batchnorm(cls, model: nn.Module) -> Self:
-        "Read from a trained network's BatchNorm layers; a network without any is a `DFKDError`. A teacher's layers that its answers do not pass are left out."
+        """Read from a trained network's BatchNorm layers; a network without any is a
+        `DFKDError`.
+
+        A teacher's layers that its answers do not pass are left out.
+        """
         moments = read_batchnorm(model)
-        return cls({name: moments[name] for name in _called(model, moments)} if isinstance(model, Teacher) else moments)
+        return cls(
+            {name: moments[name] for name in _called(model, moments)}
+            if isinstance(model, Teacher)
+            else moments
+        )
 
     @classmethod
     def measure(
         cls,
-        model: nn.Module, # any network
-        images: Tensor | ImageSource | Iterable[Any], # normalised; for a `Teacher` also bytes
-        layers: Sequence[str] | None = None, # by name; None for every BatchNorm layer
-        at: str = 'input', # of these layers, or their 'output'
+        model: nn.Module,  # any network
+        # normalised; for a `Teacher` also bytes
+        images: Tensor | ImageSource | Iterable[Any],
+        layers: Sequence[str] | None = None,  # by name; None for every BatchNorm layer
+        at: str = 'input',  # of these layers, or their 'output'
     ) -> Self:
         "Measured on images, at any layers: see `measure_moments`."
         return cls(measure_moments(model, images, layers, at), at)
 
-    def __getitem__(self, name: str) -> Moments: return self._moments[name]
+    def __getitem__(self, name: str) -> Moments:
+        return self._moments[name]
 
-    def __iter__(self) -> Iterator[str]: return iter(self._moments)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._moments)
 
-    def __len__(self) -> int: return len(self._moments)
+    def __len__(self) -> int:
+        return len(self._moments)
 
-    def __repr__(self) -> str: return f'Statistics({len(self)} layers, {sum(len(mean) for mean, _ in self.values())} channels)'
+    def __repr__(self) -> str:
+        return (
+            f'Statistics({len(self)} layers, {sum(len(mean) for mean, _ in self.values())}'
+            ' channels)'
+        )
 
     def to(self, device: str | torch.device) -> Self:
         "The same statistics on another device."
-        return type(self)({name: (mean.to(device), var.to(device)) for name, (mean, var) in self.items()}, self.at)
+        return type(self)(
+            {name: (mean.to(device), var.to(device)) for name, (mean, var) in self.items()},
+            self.at,
+        )
 
     def save(self, path: str | Path) -> None:
         "One safetensors file."
-        tensors = {f'{name}.{kind}': v for name, pair in self.items() for kind, v in zip(('mean', 'var'), pair)}
+        tensors = {
+            f'{name}.{kind}': v
+            for name, pair in self.items()
+            for kind, v in zip(('mean', 'var'), pair)
+        }
         save_tensors(path, tensors, {'layers': json.dumps(list(self)), 'at': self.at})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         "Read what `save` wrote."
         tensors, about = load_tensors(path)
-        try: return cls({name: (tensors[f'{name}.mean'], tensors[f'{name}.var']) for name in json.loads(about['layers'])}, about['at'])
-        except (KeyError, json.JSONDecodeError): raise DFKDError(f'{path} holds no statistics: give a file that Statistics.save wrote') from None
+        try:
+            return cls(
+                {
+                    name: (tensors[f'{name}.mean'], tensors[f'{name}.var'])
+                    for name in json.loads(about['layers'])
+                },
+                about['at'],
+            )
+        except (KeyError, json.JSONDecodeError):
+            raise DFKDError(
+                f'{path} holds no statistics: give a file that Statistics.save wrote'
+            ) from None
 
     def row(self, device: torch.device) -> Tensor:
-        "All means and variances, one after the other, kept on the device after the first time."
+        """All means and variances, one after the other, kept on the device after the first
+        time.
+        """
         if device not in self._targets:
-            self._targets[device] = torch.cat([v.to(device) for pair in self.values() for v in pair])
+            self._targets[device] = torch.cat(
+                [v.to(device) for pair in self.values() for v in pair]
+            )
         return self._targets[device]
 
     def distance(
         self,
-        moments: Mapping[str, Moments], # of a batch, by layer name; layers not in these statistics are left out
-    ) -> Tensor: # one distance a layer, `(L,)`
-        "How far a batch is from the data, layer by layer (the summands of DeepInversion's Eq. 4)."
+        # of a batch, by layer name; layers not in these statistics are left out
+        moments: Mapping[str, Moments],
+    ) -> Tensor:  # one distance a layer, `(L,)`
+        """How far a batch is from the data, layer by layer (the summands of DeepInversion's
+        Eq. 4).
+        """
         for name, (mean, _) in self.items():
-            if name not in moments: raise DFKDError(f"no moments of layer '{name}': run the network inside Watch(model, layers) of the same layers")
+            if name not in moments:
+                raise DFKDError(
+                    f"no moments of layer '{name}': run the network inside Watch(model,"
+                    ' layers) of the same layers'
+                )
             if moments[name][0].shape != mean.shape:
-                raise DFKDError(f"layer '{name}' has {len(moments[name][0])} channels, its statistics {len(mean)}: they belong to another network")
+                raise DFKDError(
+                    f"layer '{name}' has {len(moments[name][0])} channels, its statistics"
+                    f' {len(mean)}: they belong to another network'
+                )
         found = torch.cat([v for name in self for v in moments[name]])
         away = found - self.row(found.device)
         parts = away.split([len(v) for pair in self.values() for v in pair])
-        lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts]) # at length 0 its gradient is 0
+        # at length 0 its gradient is 0
+        lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts])
         return lengths.view(len(self), 2).sum(1)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #e5d13962
 def feature_loss(
-    moments: Mapping[str, Moments], # of a batch, by layer name
-    statistics: Statistics, # of the data
-    first_layer_weight: float = 1.0, # extra weight of the first layer; the ImageNet settings use 10
-) -> tuple[Tensor, Tensor]: # total, a scalar, and what each layer adds to it, `(L,)`
-    "Distance of a batch's feature statistics from the data's (DeepInversion, Eq. 4; norms are not squared)."
+    moments: Mapping[str, Moments],  # of a batch, by layer name
+    statistics: Statistics,  # of the data
+    # extra weight of the first layer; the ImageNet settings use 10
+    first_layer_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # total, a scalar, and what each layer adds to it, `(L,)`
+    """Distance of a batch's feature statistics from the data's (DeepInversion, Eq. 4; norms
+    are not squared).
+    """
     layers = statistics.distance(moments)
-    if first_layer_weight != 1: layers = torch.cat([layers[:1] * first_layer_weight, layers[1:]])
+    if first_layer_weight != 1:
+        layers = torch.cat([layers[:1] * first_layer_weight, layers[1:]])
     return layers.sum(), layers
 
 # %% ../../nbs/dreams/06_statistics.ipynb #f9287458
 def feature_term(
-    statistics: Statistics, # of the data
-    first_layer_weight: float = 1.0, # see `feature_loss`
-) -> Term: # needs `features`
+    statistics: Statistics,  # of the data
+    first_layer_weight: float = 1.0,  # see `feature_loss`
+) -> Term:  # needs `features`
     "`feature_loss` as a term of an objective."
+
     def term(view: View) -> Tensor:
-        if view.features is None: raise DFKDError("this view has no features: run the teacher inside Watch(teacher) and give View its moments")
+        if view.features is None:
+            raise DFKDError(
+                'this view has no features: run the teacher inside Watch(teacher) and give'
+                ' View its moments'
+            )
         return feature_loss(view.features, statistics, first_layer_weight)[0]
+
     return term
 
 # %% ../../nbs/dreams/06_statistics.ipynb #ffe97f0d
 class RunningStatistics:
-    "Feature statistics of all batches so far, with momentum (FastDFKD, Eq. 14); `mix` is what the batch in hand is judged by."
+    """Feature statistics of all batches so far, with momentum (FastDFKD, Eq. 14); `mix` is
+    what the batch in hand is judged by.
+    """
 
     def __init__(
         self,
-        momentum: float = 0.1, # weight of the new batch, as in the paper and in BatchNorm; other code counts the old side, 0.9
+        # weight of the new batch, as in the paper and in BatchNorm; other code counts the
+        # old side, 0.9
+        momentum: float = 0.1,
     ) -> None:
-        if not 0 < momentum <= 1: raise DFKDError(f'momentum is {momentum}: give the weight of the new batch, more than 0 and at most 1')
-        self.momentum, self.batches = float(momentum), 0 # accumulated so far
-        self.moments: dict[str, Moments] = {} # of all of them, by layer name; none before the first
+        if not 0 < momentum <= 1:
+            raise DFKDError(
+                f'momentum is {momentum}: give the weight of the new batch, more than 0 and'
+                ' at most 1'
+            )
+        self.momentum, self.batches = float(momentum), 0  # accumulated so far
+        # of all of them, by layer name; none before the first
+        self.moments: dict[str, Moments] = {}
 
     def mix(
         self,
-        moments: Mapping[str, Moments], # of a batch, by layer name
-    ) -> dict[str, Moments]: # what the accumulated statistics would be after it; the gradient goes to the batch
-        "The accumulated statistics, moved towards a batch by `momentum`. The first batch is taken as it is."
-        if not self.batches: return dict(moments)
+        moments: Mapping[str, Moments],  # of a batch, by layer name
+    ) -> dict[
+        str, Moments
+    ]:  # what the accumulated statistics would be after it; the gradient goes to the batch
+        """The accumulated statistics, moved towards a batch by `momentum`.
+
+        The first batch is taken as it is.
+        """
+        if not self.batches:
+            return dict(moments)
         for name, (mean, _) in self.moments.items():
-            if name not in moments: raise DFKDError(f"no moments of layer '{name}': give those of the same layers each time")
+            if name not in moments:
+                raise DFKDError(
+                    f"no moments of layer '{name}': give those of the same layers each time"
+                )
             if moments[name][0].shape != mean.shape:
-                raise DFKDError(f"layer '{name}' has {len(moments[name][0])} channels, accumulated were {len(mean)}: begin new RunningStatistics for another network")
-        def moved(old: Tensor, new: Tensor) -> Tensor: return torch.lerp(old.to(new), new, self.momentum)
-        return {name: (moved(mean, moments[name][0]), moved(var, moments[name][1])) for name, (mean, var) in self.moments.items()}
+                raise DFKDError(
+                    f"layer '{name}' has {len(moments[name][0])} channels, accumulated were"
+                    f' {len(mean)}: begin new RunningStatistics for another network'
+                )
+
+        def moved(old: Tensor, new: Tensor) -> Tensor:
+            return torch.lerp(old.to(new), new, self.momentum)
+
+        return {
+            name: (moved(mean, moments[name][0]), moved(var, moments[name][1]))
+            for name, (mean, var) in self.moments.items()
+        }
 
     def update(
         self,
-        moments: Mapping[str, Moments], # of a finished batch, by layer name
+        moments: Mapping[str, Moments],  # of a finished batch, by layer name
     ) -> None:
-        "Accumulate a finished batch; what is not finite is refused, and nothing has changed then."
-        mixed = {name: (mean.detach().clone(), var.detach().clone()) for name, (mean, var) in self.mix(moments).items()}
-        if not mixed: raise DFKDError('moments of no layer: run the network inside Watch(model)')
-        for name, moment in mixed.items(): _check_moments(name, *moment)
+        """Accumulate a finished batch; what is not finite is refused, and nothing has
+        changed then.
+        """
+        mixed = {
+            name: (mean.detach().clone(), var.detach().clone())
+            for name, (mean, var) in self.mix(moments).items()
+        }
+        if not mixed:
+            raise DFKDError('moments of no layer: run the network inside Watch(model)')
+        for name, moment in mixed.items():
+            _check_moments(name, *moment)
         self.moments, self.batches = mixed, self.batches + 1
 
     def state_dict(self) -> dict[str, Any]:
         "Copies, ready for a checkpoint."
-        return {'momentum': self.momentum, 'batches': self.batches, 'moments': {name: [v.clone() for v in pair] for name, pair in self.moments.items()}}
+        return {
+            'momentum': self.momentum,
+            'batches': self.batches,
+            'moments': {
+                name: [v.clone() for v in pair] for name, pair in self.moments.items()
+            },
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
         self.momentum, self.batches = state['momentum'], state['batches']
-        self.moments = {name: (mean.clone(), var.clone()) for name, (mean, var) in state['moments'].items()}
+        self.moments = {
+            name: (mean.clone(), var.clone())
+            for name, (mean, var) in state['moments'].items()
+        }
 
-    def __repr__(self) -> str: return f'RunningStatistics(momentum={self.momentum:g}, {self.batches} batches)'
+    def __repr__(self) -> str:
+        return f'RunningStatistics(momentum={self.momentum:g}, {self.batches} batches)'
 
 # %% ../../nbs/dreams/06_statistics.ipynb #b4ee707a
 def running_feature_term(
-    statistics: Statistics, # of the data
-    running: RunningStatistics, # of the batches so far; the caller updates it when a batch is finished
-    first_layer_weight: float = 1.0, # see `feature_loss`
-) -> Term: # needs `features`
-    "Distance of the mix of accumulated and present statistics from the data's (FastDFKD, Eq. 15)."
+    statistics: Statistics,  # of the data
+    # of the batches so far; the caller updates it when a batch is finished
+    running: RunningStatistics,
+    first_layer_weight: float = 1.0,  # see `feature_loss`
+) -> Term:  # needs `features`
+    """Distance of the mix of accumulated and present statistics from the data's (FastDFKD,
+    Eq. 15).
+    """
+
     def term(view: View) -> Tensor:
-        if view.features is None: raise DFKDError("this view has no features: run the teacher inside Watch(teacher) and give View its moments")
+        if view.features is None:
+            raise DFKDError(
+                'this view has no features: run the teacher inside Watch(teacher) and give'
+                ' View its moments'
+            )
         return feature_loss(running.mix(view.features), statistics, first_layer_weight)[0]
+
     return term
 
 # %% ../../nbs/dreams/06_statistics.ipynb #ddd1dc14
@@ -534,19 +842,25 @@ class _NormAndMoments(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor, # `(N, C, *)`
-        running_mean: Tensor, running_var: Tensor, weight: Tensor, bias: Tensor, # of the layer, `(C,)`
-        point: Tensor | None, # near the mean of `x`, see `_around`
-        eps: float, # of the layer
-    ) -> tuple[Tensor, Tensor, Tensor]: # output, mean and variance
+        x: Tensor,  # `(N, C, *)`
+        # of the layer, `(C,)`
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        point: Tensor | None,  # near the mean of `x`, see `_around`
+        eps: float,  # of the layer
+    ) -> tuple[Tensor, Tensor, Tensor]:  # output, mean and variance
         point = None if point is None else point.to(x.dtype)
         away, rest, var = _around(x, point, 1)
         ctx.save_for_backward(away, rest, weight * torch.rsqrt(running_var + eps))
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0., eps)
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         return y, rest.clone() if point is None else point + rest, var
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]: # type: ignore[override]
+    def backward(
+        ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor
+    ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         away, rest, slope = ctx.saved_tensors
         count = away.numel() // away.shape[1]
         scale = 2 * grad_var / count
@@ -560,19 +874,27 @@ class FusedBatchNorm(nn.Module):
 
     def __init__(
         self,
-        layer: nn.Module, # BatchNorm with running statistics
+        layer: nn.Module,  # BatchNorm with running statistics
     ) -> None:
         super().__init__()
         mean, var = layer.running_mean, layer.running_var
         assert isinstance(mean, Tensor) and isinstance(var, Tensor)
         affine = [getattr(layer, k, None) for k in ('weight', 'bias')]
-        weight, bias = (v if v is not None else torch.full_like(mean, default) for v, default in zip(affine, (1., 0.)))
-        for name, v in {'running_mean': mean, 'running_var': var, 'weight': weight, 'bias': bias}.items():
+        weight, bias = (
+            v if v is not None else torch.full_like(mean, default)
+            for v, default in zip(affine, (1.0, 0.0))
+        )
+        for name, v in {
+            'running_mean': mean,
+            'running_var': var,
+            'weight': weight,
+            'bias': bias,
+        }.items():
             self.register_buffer(name, v.detach().clone())
-        self.eps = float(layer.eps) # type: ignore[arg-type]
-        far = bool((mean.square() > 100 * (var + self.eps)).any()) # nearer, zero will do
+        self.eps = float(layer.eps)  # type: ignore[arg-type]
+        far = bool((mean.square() > 100 * (var + self.eps)).any())  # nearer, zero will do
         self.register_buffer('point', mean.detach().clone() if far else None)
-        self.calls: tuple[Moments, ...] = () # one for each time it was called
+        self.calls: tuple[Moments, ...] = ()  # one for each time it was called
 
     def forward(self, x: Tensor) -> Tensor:
         numbers = self.running_mean, self.running_var, self.weight, self.bias
@@ -580,8 +902,11 @@ class FusedBatchNorm(nn.Module):
         self.calls = *self.calls, (mean, var)
         return y
 
+
 class _Observed(nn.Module):
-    "Any other BatchNorm layer (a subclass, a frozen one, one with hooks), run as it is; its input is measured."
+    """Any other BatchNorm layer (a subclass, a frozen one, one with hooks), run as it is;
+    its input is measured.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -593,35 +918,56 @@ class _Observed(nn.Module):
     def _measure(self, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
         x = given[0]
         if getattr(self.layer, 'running_mean', None) is None and x.numel() == x.shape[1]:
-            raise DFKDError(f'BatchNorm without running statistics got one number a channel, {tuple(x.shape)}: give two images or more at a time')
+            raise DFKDError(
+                'BatchNorm without running statistics got one number a channel,'
+                f' {tuple(x.shape)}: give two images or more at a time'
+            )
         self.calls = *self.calls, batch_moments(x)
 
-    def forward(self, x: Tensor) -> Tensor: return self.layer(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
 
 def _is_plain(layer: nn.Module) -> bool:
-    "Whether a layer computes what its class says: it has no hooks and no `forward` of its own."
-    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    """Whether a layer computes what its class says.
+
+    It has no hooks and no `forward` of its own.
+    """
+    hooks = (
+        '_forward_hooks',
+        '_forward_pre_hooks',
+        '_backward_hooks',
+        '_backward_pre_hooks',
+    )
     return 'forward' not in vars(layer) and not any(getattr(layer, kind) for kind in hooks)
 
 # %% ../../nbs/dreams/06_statistics.ipynb #d4fa99aa
 class FusedTeacher(nn.Module):
-    "A frozen network that answers with its logits and the moments of what entered each BatchNorm layer."
+    """A frozen network that answers with its logits and the moments of what entered each
+    BatchNorm layer.
+    """
 
     def __init__(
         self,
-        model: nn.Module, # a network with BatchNorm; it is copied, not changed
+        model: nn.Module,  # a network with BatchNorm; it is copied, not changed
     ) -> None:
         super().__init__()
         self.names = tuple(find_layers(model))
         self.model = copy.deepcopy(unwrap(model)).eval().requires_grad_(False)
         plain = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-        found = list(self.model.named_modules(remove_duplicate=False)) # some have several names
+        # some have several names
+        found = list(self.model.named_modules(remove_duplicate=False))
         for name in self.names:
             layer = self.model.get_submodule(name)
-            fits = type(layer) in plain and isinstance(layer.running_mean, Tensor) and _is_plain(layer)
+            fits = (
+                type(layer) in plain
+                and isinstance(layer.running_mean, Tensor)
+                and _is_plain(layer)
+            )
             fused = FusedBatchNorm(layer) if fits else _Observed(layer)
             for alias, module in found:
-                if module is layer: self.model.set_submodule(alias, fused)
+                if module is layer:
+                    self.model.set_submodule(alias, fused)
         self.eval()
 
     def train(self, mode: bool = True) -> 'FusedTeacher':
@@ -631,15 +977,21 @@ class FusedTeacher(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Moments]]:
         "Logits `(N, K)` of normalised images, and the moments by layer name."
         norms: dict[str, Any] = {n: self.model.get_submodule(n) for n in self.names}
-        for norm in norms.values(): norm.calls = () # of a pass that broke off
+        for norm in norms.values():
+            norm.calls = ()  # of a pass that broke off
         logits = _logits(self.model(x))
         moments = {n: mean_moments(norm.calls) for n, norm in norms.items() if norm.calls}
-        for norm in norms.values(): norm.calls = () # keeps no graph alive
+        for norm in norms.values():
+            norm.calls = ()  # keeps no graph alive
         return logits, moments
 
 # %% ../../nbs/dreams/06_statistics.ipynb #34137342
 def fuse_statistics(
-    model: nn.Module, # a network with BatchNorm, e.g. a `Teacher`; it is copied, not changed
-) -> FusedTeacher: # call it on images: logits and moments
-    "The fast way to logits and statistics: each BatchNorm layer measures its input in the pass that normalises it."
+    # a network with BatchNorm, e.g. a `Teacher`; it is copied, not changed
+    model: nn.Module,
+) -> FusedTeacher:  # call it on images: logits and moments
+    """The fast way to logits and statistics.
+
+    Each BatchNorm layer measures its input in the pass that normalises it.
+    """
     return FusedTeacher(model)

@@ -31,135 +31,196 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/foundations/01_core.ipynb #91e3f820
 class DFKDError(ValueError):
-    "Something the caller can put right; the message says in one line what is wrong and what to do."
+    """Something the caller can put right; the message says in one line what is wrong and
+    what to do.
+    """
+
 
 class DFKDWarning(UserWarning):
-    "Something that is possible and probably not meant; the message says in one line what was seen and what to do."
+    """Something that is possible and probably not meant; the message says in one line what
+    was seen and what to do.
+    """
 
 # %% ../../nbs/foundations/01_core.ipynb #57e605fe
-TESTING = bool(os.environ.get('IN_TEST')) # notebooks run as tests: take the smallest sizes
+# notebooks run as tests: take the smallest sizes
+TESTING = bool(os.environ.get('IN_TEST'))
 
 # %% ../../nbs/foundations/01_core.ipynb #ebf02595
-def import_torchvision() -> ModuleType: # the package `torchvision`
+def import_torchvision() -> ModuleType:  # the package `torchvision`
     "Import torchvision beside any build of PyTorch; there, call it before `import timm`."
     try:
         import torchvision
     except RuntimeError as error:
-        if 'torchvision::' not in str(error): raise
-        # Without its compiled operators only the shape rules of `nms` fail to register. Models, transforms and
+        if 'torchvision::' not in str(error):
+            raise
+        # Without its compiled operators only the shape rules of `nms` fail to register.
+        # Models, transforms and
         # data sets are plain Python: leave that one module out and import again.
-        sys.modules['torchvision._meta_registrations'] = types.ModuleType('torchvision._meta_registrations')
+        sys.modules['torchvision._meta_registrations'] = types.ModuleType(
+            'torchvision._meta_registrations'
+        )
         import torchvision
     return torchvision
 
 # %% ../../nbs/foundations/01_core.ipynb #a3167afc
 def import_extra(
-    module: str, # as it is imported, e.g. 'torch_pruning'
-    package: str, # as it is installed, e.g. 'torch-pruning'
-    extra: str = 'applications', # the group of `dfkd_nb` that holds it
-) -> ModuleType: # the module
+    module: str,  # as it is imported, e.g. 'torch_pruning'
+    package: str,  # as it is installed, e.g. 'torch-pruning'
+    extra: str = 'applications',  # the group of `dfkd_nb` that holds it
+) -> ModuleType:  # the module
     "Import an optional package; where it is missing, a `DFKDError` says how to install it."
-    try: return importlib.import_module(module)
-    except ImportError as error: raise DFKDError(f"this needs a package that is not installed: pip install {package} (all of its kind: pip install 'dfkd_nb[{extra}]')") from error
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DFKDError(
+            f'this needs a package that is not installed: pip install {package} (all of its'
+            f" kind: pip install 'dfkd_nb[{extra}]')"
+        ) from error
 
 # %% ../../nbs/foundations/01_core.ipynb #8759cbf8
 def pick_device(
-    name: str | torch.device = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-) -> torch.device: # a device that this machine has
-    "The device called `name`; 'auto' takes CUDA before MPS before the CPU. Raises `DFKDError` where it is missing."
+    name: str | torch.device = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+) -> torch.device:  # a device that this machine has
+    """The device called `name`; 'auto' takes CUDA before MPS before the CPU.
+
+    Raises `DFKDError` where it is missing.
+    """
     if str(name) == 'auto':
-        if torch.cuda.is_available(): return torch.device('cuda')
+        if torch.cuda.is_available():
+            return torch.device('cuda')
         return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
     unknown = f"unknown device '{name}': use 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'"
-    try: device = torch.device(name)
-    except RuntimeError: raise DFKDError(unknown) from None
-    if device.type not in ('cpu', 'cuda', 'mps'): raise DFKDError(unknown)
-    counts = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DFKDError(unknown) from None
+    if device.type not in ('cpu', 'cuda', 'mps'):
+        raise DFKDError(unknown)
+    counts = {
+        'cpu': 1,
+        'cuda': torch.cuda.device_count(),
+        'mps': int(torch.backends.mps.is_available()),
+    }
     if (device.index or 0) >= (count := counts[device.type]):
-        raise DFKDError(f"device '{name}' is not on this machine ({device.type} devices found: {count}): use 'auto' or 'cpu'")
+        raise DFKDError(
+            f"device '{name}' is not on this machine ({device.type} devices found:"
+            f" {count}): use 'auto' or 'cpu'"
+        )
     return device
 
 # %% ../../nbs/foundations/01_core.ipynb #6b48ce4a
 def same_device(
-    one: torch.device, # e.g. 'cuda'
-    other: torch.device, # e.g. 'cuda:0'
+    one: torch.device,  # e.g. 'cuda'
+    other: torch.device,  # e.g. 'cuda:0'
 ) -> bool:
     "Whether two names mean one device: without a number the current one is meant."
+
     def number(device: torch.device) -> int:
-        if device.index is not None: return device.index
+        if device.index is not None:
+            return device.index
         return torch.cuda.current_device() if device.type == 'cuda' else 0
+
     return one.type == other.type and number(one) == number(other)
 
 # %% ../../nbs/foundations/01_core.ipynb #57136e48
 def seed_everything(
-    seed: int, # 0 to 2**64 - 1
-) -> torch.Generator: # a CPU generator with the same seed, for explicit draws
+    seed: int,  # 0 to 2**64 - 1
+) -> torch.Generator:  # a CPU generator with the same seed, for explicit draws
     "Seed Python, NumPy and PyTorch (its GPUs too); a seed out of range is a `DFKDError`."
-    if not 0 <= seed < 2**64: raise DFKDError(f'seed {seed} is out of range: use 0 to 2**64 - 1')
+    if not 0 <= seed < 2**64:
+        raise DFKDError(f'seed {seed} is out of range: use 0 to 2**64 - 1')
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
 # %% ../../nbs/foundations/01_core.ipynb #bc9e80de
-def random_state() -> dict[str, Any]: # plain containers and tensors, ready for a checkpoint
+def random_state() -> dict[
+    str, Any
+]:  # plain containers and tensors, ready for a checkpoint
     "Where every random stream of this process stands."
     return _plain_state(random.getstate(), np.random.get_state(), _torch_state())
 
+
 def _plain_state(python: Any, numpy: Any, torches: dict[str, Any]) -> dict[str, Any]:
     _, numbers, waiting = python
-    return {'python': list(numbers), 'python_gauss': waiting,
-            'numpy': [numpy[1].tolist(), *map(float, numpy[2:])], **torches}
+    return {
+        'python': list(numbers),
+        'python_gauss': waiting,
+        'numpy': [numpy[1].tolist(), *map(float, numpy[2:])],
+        **torches,
+    }
 
-def _torch_state() -> dict[str, Any]: # of the CPU and of every GPU
+
+def _torch_state() -> dict[str, Any]:  # of the CPU and of every GPU
     state: dict[str, Any] = {'torch': torch.get_rng_state()}
-    if torch.cuda.is_available(): state['cuda'] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state['mps'] = torch.mps.get_rng_state()
     return state
 
 # %% ../../nbs/foundations/01_core.ipynb #b29bbb0a
 def restore_random_state(
-    state: dict[str, Any], # what `random_state` returned
+    state: dict[str, Any],  # what `random_state` returned
 ) -> None:
-    "Put every random stream back to where it stood; a GPU's only where there are as many GPUs as then."
+    """Put every random stream back to where it stood; a GPU's only where there are as many
+    GPUs as then.
+    """
     random.setstate((3, tuple(state['python']), state.get('python_gauss')))
     keys, position, has_gauss, cached = state['numpy']
-    np.random.set_state(('MT19937', np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached))
+    np.random.set_state(
+        ('MT19937', np.array(keys, dtype=np.uint32), int(position), int(has_gauss), cached)
+    )
     _restore_torch_state(state)
+
 
 def _restore_torch_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state['torch'].cpu())
     if 'cuda' in state and torch.cuda.device_count() == len(state['cuda']):
         torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
-    if 'mps' in state and torch.backends.mps.is_available(): torch.mps.set_rng_state(state['mps'].cpu())
+    if 'mps' in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state['mps'].cpu())
 
 # %% ../../nbs/foundations/01_core.ipynb #0c72dd67
 @contextmanager
 def seeded(
-    seed: int, # 0 to 2**64 - 1
+    seed: int,  # 0 to 2**64 - 1
 ) -> Iterator[None]:
-    "PyTorch's global streams, those of all devices, begin at `seed` inside the block and are put back after it."
-    if not 0 <= seed < 2**64: raise DFKDError(f'seed {seed} is out of range: use 0 to 2**64 - 1')
+    """PyTorch's global streams, those of all devices, begin at `seed` inside the block and
+    are put back after it.
+    """
+    if not 0 <= seed < 2**64:
+        raise DFKDError(f'seed {seed} is out of range: use 0 to 2**64 - 1')
     before = _torch_state()
     try:
         torch.manual_seed(seed)
         yield
-    finally: _restore_torch_state(before)
+    finally:
+        _restore_torch_state(before)
 
 # %% ../../nbs/foundations/01_core.ipynb #16c55059
 class RandomStreams:
-    "Global streams for one consumer: inside `with streams:` Python, NumPy and PyTorch, on all devices, draw from them."
+    """Global streams for one consumer.
+
+    Inside `with streams:` Python, NumPy and PyTorch, on all devices, draw from them.
+    """
 
     def __init__(
         self,
-        seed: int, # where they begin, 0 to 2**64 - 1
+        seed: int,  # where they begin, 0 to 2**64 - 1
     ) -> None:
-        with seeded(seed): torches = _torch_state()
-        self._own = random.Random(seed).getstate(), np.random.RandomState(seed % 2**32).get_state(), torches
-        self._outside: Any = None # the process's streams, while the block is entered
+        with seeded(seed):
+            torches = _torch_state()
+        self._own = (
+            random.Random(seed).getstate(),
+            np.random.RandomState(seed % 2**32).get_state(),
+            torches,
+        )
+        self._outside: Any = None  # the process's streams, while the block is entered
         self._depth = 0
 
-    def _swap(self, streams: Any) -> Any: # those that were there before
+    def _swap(self, streams: Any) -> Any:  # those that were there before
         before = random.getstate(), np.random.get_state(), _torch_state()
         random.setstate(streams[0])
         np.random.set_state(streams[1])
@@ -167,13 +228,15 @@ class RandomStreams:
         return before
 
     def __enter__(self) -> 'RandomStreams':
-        if not self._depth: self._outside = self._swap(self._own)
+        if not self._depth:
+            self._outside = self._swap(self._own)
         self._depth += 1
         return self
 
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
-        if not self._depth: self._own = self._swap(self._outside)
+        if not self._depth:
+            self._own = self._swap(self._outside)
 
     def state_dict(self) -> dict[str, Any]:
         "Where the streams stand, ready for a checkpoint."
@@ -181,73 +244,111 @@ class RandomStreams:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
-        with self: restore_random_state(state)
+        with self:
+            restore_random_state(state)
 
 # %% ../../nbs/foundations/01_core.ipynb #e1b20066
-PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+PRECISIONS = {
+    'float32': torch.float32,
+    'bfloat16': torch.bfloat16,
+    'float16': torch.float16,
+}
 
 # %% ../../nbs/foundations/01_core.ipynb #563512eb
 def autocast(
-    device: torch.device, # where the arithmetic runs
-    precision: str = 'float32', # 'float32', 'bfloat16' or 'float16'
-) -> AbstractContextManager: # enter it around the forward pass
-    "Mixed precision as one setting; 'float32' changes nothing. Unknown or impossible ones are a `DFKDError`."
-    if precision not in PRECISIONS: raise DFKDError(f"unknown precision '{precision}': use {', '.join(PRECISIONS)}")
-    if precision == 'float32': return nullcontext()
+    device: torch.device,  # where the arithmetic runs
+    precision: str = 'float32',  # 'float32', 'bfloat16' or 'float16'
+) -> AbstractContextManager:  # enter it around the forward pass
+    """Mixed precision as one setting; 'float32' changes nothing.
+
+    Unknown or impossible ones are a `DFKDError`.
+    """
+    if precision not in PRECISIONS:
+        raise DFKDError(f"unknown precision '{precision}': use {', '.join(PRECISIONS)}")
+    if precision == 'float32':
+        return nullcontext()
     if precision == 'float16' and device.type != 'cuda':
-        raise DFKDError(f"precision 'float16' needs CUDA, not {device.type}: use 'bfloat16' or 'float32'")
+        raise DFKDError(
+            f"precision 'float16' needs CUDA, not {device.type}: use 'bfloat16' or"
+            " 'float32'"
+        )
     return torch.autocast(device.type, PRECISIONS[precision])
 
 # %% ../../nbs/foundations/01_core.ipynb #4e0c89c7
 def progress(
-    iterable: Iterable | None = None, # what to walk through; None for a bar that is updated by hand
-    description: str = '', # stands before the bar
-    total: int | None = None, # number of steps, where `iterable` has no length
-    **settings: Any, # passed on to tqdm
-) -> tqdm: # walk through it, or call its `update`
+    # what to walk through; None for a bar that is updated by hand
+    iterable: Iterable | None = None,
+    description: str = '',  # stands before the bar
+    total: int | None = None,  # number of steps, where `iterable` has no length
+    **settings: Any,  # passed on to tqdm
+) -> tqdm:  # walk through it, or call its `update`
     "A tqdm bar for work over two seconds; `DFKD_PROGRESS=0` silences it."
     silent = os.environ.get('DFKD_PROGRESS', '1') == '0' or TESTING
-    return tqdm(iterable, desc=description, total=total, **{'delay': 2, 'disable': silent, 'leave': False} | settings)
+    return tqdm(
+        iterable,
+        desc=description,
+        total=total,
+        **{'delay': 2, 'disable': silent, 'leave': False} | settings,
+    )
 
 # %% ../../nbs/foundations/01_core.ipynb #1dd9f991
 @contextmanager
 def atomic_path(
-    path: str | Path, # the file that shall exist when all went well; its folder is made if need be
-) -> Iterator[Path]: # write here
-    "Write beside `path` and rename at the end: readers see the old file or the new one, never half of it."
+    # the file that shall exist when all went well; its folder is made if need be
+    path: str | Path,
+) -> Iterator[Path]:  # write here
+    """Write beside `path` and rename at the end.
+
+    Readers see the old file or the new one, never half of it.
+    """
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, 'rb+') as file: os.fsync(file.fileno())
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise DFKDError(f'cannot write {path} ({error.strerror or error}): free space there or choose another folder; '
-                        'what was there is untouched') from error
+        raise DFKDError(
+            f'cannot write {path} ({error.strerror or error}): free space there or choose'
+            ' another folder; what was there is untouched'
+        ) from error
     finally:
-        try: temporary.unlink(missing_ok=True)
-        except OSError: pass # the folder itself could not be made
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder itself could not be made
 
 # %% ../../nbs/foundations/01_core.ipynb #10c92788
 def save_tensors(
-    path: str | Path, # a .safetensors file
-    tensors: dict[str, Tensor], # what to keep
-    metadata: dict[str, str] | None = None, # text that travels along
+    path: str | Path,  # a .safetensors file
+    tensors: dict[str, Tensor],  # what to keep
+    metadata: dict[str, str] | None = None,  # text that travels along
 ) -> None:
     "A safetensors file, atomically; equal content makes equal bytes."
     other = [name for name, text in (metadata or {}).items() if not isinstance(text, str)]
     if other:
         raise DFKDError(f"metadata '{other[0]}' of {path} is no text: give str(...) of it")
     with atomic_path(path) as temporary:
-        try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        except SafetensorError as error: raise OSError(str(error)) from error
-        except RuntimeError as error: # shared memory
-            raise DFKDError(f'{path} not written: two of {", ".join(tensors)} share their memory; clone one of them') from error
+        try:
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+                temporary,
+                metadata,
+            )
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        except RuntimeError as error:  # shared memory
+            raise DFKDError(
+                f'{path} not written: two of {", ".join(tensors)} share their memory; clone'
+                ' one of them'
+            ) from error
         _sort_metadata(temporary)
 
+
 def _sort_metadata(
-    path: Path, # a safetensors file
+    path: Path,  # a safetensors file
 ) -> None:
     "Sort the metadata of a file by name: the library writes them in a random order."
     with open(path, 'rb+') as file:
@@ -258,132 +359,237 @@ def _sort_metadata(
         text = json.dumps(header, ensure_ascii=False, separators=(',', ':')).encode()
         # the same characters in another order; were they more, they would cover the tensors
         if len(text) > length:
-            raise DFKDError(f'{path} not written, its metadata cannot be sorted: '
-                            'give plain text')
+            raise DFKDError(
+                f'{path} not written, its metadata cannot be sorted: give plain text'
+            )
         file.seek(8)
-        file.write(text.ljust(length)) # the format pads its header with spaces
+        file.write(text.ljust(length))  # the format pads its header with spaces
 
 # %% ../../nbs/foundations/01_core.ipynb #11c293f1
 def load_tensors(
-    path: str | Path, # a .safetensors file
-) -> tuple[dict[str, Tensor], dict[str, str]]: # tensors and metadata
+    path: str | Path,  # a .safetensors file
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors and metadata
     "Read what `save_tensors` wrote; a missing, truncated or foreign file is a `DFKDError`."
-    if not Path(path).is_file(): raise DFKDError(f'no file {path}: check the path')
+    if not Path(path).is_file():
+        raise DFKDError(f'no file {path}: check the path')
     try:
         with safe_open(path, 'pt') as file:
-            about = dict(sorted((file.metadata() or {}).items())) # a fixed order
+            about = dict(sorted((file.metadata() or {}).items()))  # a fixed order
             return {k: file.get_tensor(k) for k in file.keys()}, about
     except (SafetensorError, OSError) as error:
         if kind := _pytorch_file(path):
             raise DFKDError(
                 f'{path} is {kind}, not a safetensors file: read it with '
                 'torch.load(path, weights_only=True), give it to model.load_state_dict, '
-                'and keep it with save_weights') from error
-        raise DFKDError(f'{path} is truncated or no safetensors file ({error}): copy or make it again') from error
+                'and keep it with save_weights'
+            ) from error
+        raise DFKDError(
+            f'{path} is truncated or no safetensors file ({error}): copy or make it again'
+        ) from error
+
 
 def _pytorch_file(
-    path: str | Path, # a file that is not safetensors
-) -> str: # what it is, '' where it does not look like PyTorch's
+    path: str | Path,  # a file that is not safetensors
+) -> str:  # what it is, '' where it does not look like PyTorch's
     "Tell by its first bytes a checkpoint that `torch.save` wrote."
-    with open(path, 'rb') as file: start = file.read(8)
-    if start.startswith(b'PK\x03\x04'): return 'a PyTorch checkpoint (a zip archive)'
+    with open(path, 'rb') as file:
+        start = file.read(8)
+    if start.startswith(b'PK\x03\x04'):
+        return 'a PyTorch checkpoint (a zip archive)'
     is_pickle = start[:1] == b'\x80' and start[1:2] in b'\x02\x03\x04\x05'
     # a damaged safetensors file may begin with these two bytes: of a length, 8 bytes
     is_pickle = is_pickle and start[4:] != bytes(4)
     return 'an old PyTorch checkpoint (a pickle)' if is_pickle else ''
 
 # %% ../../nbs/foundations/01_core.ipynb #2f074453
-_PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
+_PLAIN = (
+    str,
+    bytes,
+    bool,
+    int,
+    float,
+    complex,
+    type(None),
+    torch.Size,
+    torch.dtype,
+    torch.device,
+)
+
 
 def _check_plain(
-    value: Any, # part of a state
-    where: str, # how one gets there, for the message
+    value: Any,  # part of a state
+    where: str,  # how one gets there, for the message
 ) -> None:
     "Raise a `DFKDError` for what `weights_only` would refuse to read."
-    if isinstance(value, Tensor) or type(value) in _PLAIN: return
+    if isinstance(value, Tensor) or type(value) in _PLAIN:
+        return
     if type(value) in (dict, OrderedDict):
         for name, part in value.items():
             _check_plain(name, f'the key {name!r} of {where}')
             _check_plain(part, f'{where}[{name!r}]')
     elif type(value) in (list, tuple, set):
-        for index, part in enumerate(value): _check_plain(part, f'{where}[{index}]')
-    else: raise DFKDError(f'{where} is a {type(value).__name__}, which a checkpoint cannot hold: give tensors, numbers, strings, lists and dicts')
+        for index, part in enumerate(value):
+            _check_plain(part, f'{where}[{index}]')
+    else:
+        raise DFKDError(
+            f'{where} is a {type(value).__name__}, which a checkpoint cannot hold: give'
+            ' tensors, numbers, strings, lists and dicts'
+        )
 
 # %% ../../nbs/foundations/01_core.ipynb #febffbdc
 def save_checkpoint(
-    path: str | Path, # e.g. runs/NAME/quick/checkpoint.pt
-    state: dict[str, Any], # tensors, numbers, strings, lists and dicts
+    path: str | Path,  # e.g. runs/NAME/quick/checkpoint.pt
+    state: dict[str, Any],  # tensors, numbers, strings, lists and dicts
 ) -> None:
-    "Everything a run needs to go on, atomically; a `DFKDError` for what could not be read again."
+    """Everything a run needs to go on, atomically; a `DFKDError` for what could not be read
+    again.
+    """
     _check_plain(state, 'state')
     with atomic_path(path) as temporary, open(temporary, 'wb') as file:
         # given a path, torch writes its name into the file, and no two files would be equal
-        try: torch.save(state, file)
-        except RuntimeError as error: raise OSError(str(error).splitlines()[0]) from error # torch's word for a full disk
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise OSError(
+                str(error).splitlines()[0]
+            ) from error  # torch's word for a full disk
 
 # %% ../../nbs/foundations/01_core.ipynb #bf48df05
 def load_checkpoint(
-    path: str | Path, # what `save_checkpoint` wrote
-    device: str | torch.device = 'cpu', # where the tensors shall be
-) -> dict[str, Any]: # the state
-    "Read a checkpoint without unpickling code; a missing, truncated or foreign file is a `DFKDError`."
-    if not Path(path).is_file(): raise DFKDError(f'no checkpoint {path}: check the path')
-    with open(path, 'rb') as file: start = file.read(9)
-    if start[4:] == bytes(4) + b'{': # torch.load would read the tensors of such a file, too
-        raise DFKDError(f'{path} is a safetensors file, not a checkpoint: '
-                        'use load_weights or load_tensors')
-    try: state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error: # torch raises six kinds, from EOFError to UnpicklingError
-        raise DFKDError(f'{path} is truncated or no checkpoint of ours ({type(error).__name__}): '
-                        'delete it and start again, or put back a copy') from error
-    if not isinstance(state, dict): raise DFKDError(f'{path} holds a {type(state).__name__}, not a checkpoint: check the path')
+    path: str | Path,  # what `save_checkpoint` wrote
+    device: str | torch.device = 'cpu',  # where the tensors shall be
+) -> dict[str, Any]:  # the state
+    """Read a checkpoint without unpickling code; a missing, truncated or foreign file is a
+    `DFKDError`.
+    """
+    if not Path(path).is_file():
+        raise DFKDError(f'no checkpoint {path}: check the path')
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    # torch.load would read the tensors of such a file, too
+    if start[4:] == bytes(4) + b'{':
+        raise DFKDError(
+            f'{path} is a safetensors file, not a checkpoint: '
+            'use load_weights or load_tensors'
+        )
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises six kinds, from EOFError to UnpicklingError
+        raise DFKDError(
+            f'{path} is truncated or no checkpoint of ours ({type(error).__name__}): '
+            'delete it and start again, or put back a copy'
+        ) from error
+    if not isinstance(state, dict):
+        raise DFKDError(
+            f'{path} holds a {type(state).__name__}, not a checkpoint: check the path'
+        )
     return state
 
 # %% ../../nbs/foundations/01_core.ipynb #31a841ed
-# five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the pink without green receptors
-COLOURS = {'teacher': '#0072B2', 'student': '#E69F00', 'real': '#009E73', 'dream': '#CC79A7',
-           'deepdream': '#56B4E9', 'noise': '#555555'}
+# five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the
+# pink without green receptors
+COLOURS = {
+    'teacher': '#0072B2',
+    'student': '#E69F00',
+    'real': '#009E73',
+    'dream': '#CC79A7',
+    'deepdream': '#56B4E9',
+    'noise': '#555555',
+}
 
 # %% ../../nbs/foundations/01_core.ipynb #df949674
 @contextmanager
-def book_style() -> Iterator[None]: # enter it around the drawing
-    "The look of this book's figures, for matplotlib and seaborn: colours, sizes of words, two spines. Settings outside stay as they are."
+def book_style() -> Iterator[None]:  # enter it around the drawing
+    """The look of this book's figures, for matplotlib and seaborn.
+
+    Colours, sizes of words, two spines. Settings outside stay as they are.
+    """
     import matplotlib
     import seaborn
-    lines = {key: value for key, value in seaborn.axes_style('ticks').items() if 'font' not in key}
-    sizes: dict[str, Any] = dict.fromkeys(('font.size', 'axes.titlesize', 'axes.labelsize'), 9)
-    sizes |= {'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 7.5, 'legend.title_fontsize': 7.5, 'figure.titlesize': 10}
-    look = {'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})', 'axes.spines.top': False, 'axes.spines.right': False}
-    look |= {'axes.linewidth': 0.8, 'xtick.major.width': 0.8, 'ytick.major.width': 0.8, 'legend.frameon': False}
-    with matplotlib.rc_context(lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'}):
-        try: yield
-        finally: interactive = matplotlib.is_interactive() # a notebook's backend, loaded by the first figure, sets it
+
+    lines = {
+        key: value
+        for key, value in seaborn.axes_style('ticks').items()
+        if 'font' not in key
+    }
+    sizes: dict[str, Any] = dict.fromkeys(
+        ('font.size', 'axes.titlesize', 'axes.labelsize'), 9
+    )
+    sizes |= {
+        'xtick.labelsize': 8,
+        'ytick.labelsize': 8,
+        'legend.fontsize': 7.5,
+        'legend.title_fontsize': 7.5,
+        'figure.titlesize': 10,
+    }
+    look = {
+        'axes.prop_cycle': f'cycler(color={list(COLOURS.values())})',
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+    }
+    look |= {
+        'axes.linewidth': 0.8,
+        'xtick.major.width': 0.8,
+        'ytick.major.width': 0.8,
+        'legend.frameon': False,
+    }
+    with matplotlib.rc_context(
+        lines | sizes | look | {'image.cmap': 'cividis', 'image.interpolation': 'nearest'}
+    ):
+        try:
+            yield
+        finally:
+            interactive = (
+                matplotlib.is_interactive()
+            )  # a notebook's backend, loaded by the first figure, sets it
     matplotlib.interactive(interactive)
 
 # %% ../../nbs/foundations/01_core.ipynb #43935c16
 def show_images(
-    images: Tensor, # `(N, C, H, W)`, one or three channels, uint8 or floats in [0, 1]
-    titles: Iterable[str] | None = None, # one a picture
-    columns: int = 10, # pictures in a row
-    size: float = 0.9, # inches a picture
-) -> Any: # matplotlib's figure
-    "A grid of images, nearest neighbour, one shared intensity scale; NaN or another shape is a `DFKDError`."
+    images: Tensor,  # `(N, C, H, W)`, one or three channels, uint8 or floats in [0, 1]
+    titles: Iterable[str] | None = None,  # one a picture
+    columns: int = 10,  # pictures in a row
+    size: float = 0.9,  # inches a picture
+) -> Any:  # matplotlib's figure
+    """A grid of images, nearest neighbour, one shared intensity scale; NaN or another shape
+    is a `DFKDError`.
+    """
     import matplotlib.pyplot as plt
+
     if images.ndim != 4 or not len(images) or images.shape[1] not in (1, 3):
-        raise DFKDError(f'cannot draw images of shape {tuple(images.shape)}: give (N, 1, H, W) or (N, 3, H, W), N at least 1')
+        raise DFKDError(
+            f'cannot draw images of shape {tuple(images.shape)}: give (N, 1, H, W) or (N,'
+            ' 3, H, W), N at least 1'
+        )
     pictures = images.detach().cpu()
-    if pictures.isnan().any(): raise DFKDError('cannot draw images with NaN: look for the step that made them')
-    if pictures.dtype != torch.uint8: pictures = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
+    if pictures.isnan().any():
+        raise DFKDError('cannot draw images with NaN: look for the step that made them')
+    if pictures.dtype != torch.uint8:
+        pictures = (pictures.clamp(0, 1) * 255).round().to(torch.uint8)
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     names = list(titles) if titles is not None else []
-    titled = -(-min(len(names), len(pictures)) // columns) # rows that need room for a title
-    figure, axes = plt.subplots(rows, columns, figsize=(size * columns, size * rows + 0.2 * titled),
-                                layout='constrained', squeeze=False)
+    # rows that need room for a title
+    titled = -(-min(len(names), len(pictures)) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(size * columns, size * rows + 0.2 * titled),
+        layout='constrained',
+        squeeze=False,
+    )
     for i, axis in enumerate(axes.flat):
         axis.axis('off')
-        if i >= len(pictures): continue
+        if i >= len(pictures):
+            continue
         picture = pictures[i].permute(1, 2, 0).numpy()
-        axis.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-        if i < len(names): axis.set_title(names[i], fontsize=7, pad=2)
+        axis.imshow(
+            picture if picture.shape[2] == 3 else picture[..., 0],
+            cmap='gray',
+            vmin=0,
+            vmax=255,
+            interpolation='nearest',
+        )
+        if i < len(names):
+            axis.set_title(names[i], fontsize=7, pad=2)
     return figure

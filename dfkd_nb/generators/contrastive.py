@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import View
-from ..dreams.statistics import FusedBatchNorm, FusedTeacher, _Observed, batchnorm_layers
+from dfkd_nb.dreams.statistics import (
+    FusedBatchNorm,
+    FusedTeacher,
+    _Observed,
+    batchnorm_layers,
+)
 from ..foundations.core import DFKDError, seeded
 from ..foundations.data import Augment
 from ..foundations.distillation import _full
@@ -26,53 +31,83 @@ from .generators import GenerativeSynthesizer
 
 # %% ../../nbs/generators/11_contrastive.ipynb #0132337c
 def info_nce(
-    anchors: Tensor, # `(N, D)`
-    keys: Tensor, # `(N, D)`; number i belongs to anchor i
-    temperature: float = 0.1, # of the softmax over keys
-) -> Tensor: # one price an anchor, nats, `(N,)`
-    "Which key is mine? Cross-entropy of that question, with cosine similarities as logits (van den Oord et al., 2018, Eq. 4)."
-    if anchors.shape != keys.shape or anchors.ndim != 2: raise DFKDError(f'anchors {tuple(anchors.shape)}, keys {tuple(keys.shape)}: give one key an anchor, both (N, D)')
-    if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
-    likeness = F.normalize(_full(anchors), dim=1) @ F.normalize(_full(keys), dim=1).T / temperature
+    anchors: Tensor,  # `(N, D)`
+    keys: Tensor,  # `(N, D)`; number i belongs to anchor i
+    temperature: float = 0.1,  # of the softmax over keys
+) -> Tensor:  # one price an anchor, nats, `(N,)`
+    """Which key is mine?
+
+    Cross-entropy of that question, with cosine similarities as logits (van den Oord et al.,
+    2018, Eq. 4).
+    """
+    if anchors.shape != keys.shape or anchors.ndim != 2:
+        raise DFKDError(
+            f'anchors {tuple(anchors.shape)}, keys {tuple(keys.shape)}: give one key an'
+            ' anchor, both (N, D)'
+        )
+    if not temperature > 0:
+        raise DFKDError(f'temperature {temperature}: give a positive one')
+    likeness = (
+        F.normalize(_full(anchors), dim=1) @ F.normalize(_full(keys), dim=1).T / temperature
+    )
     return likeness.logsumexp(1) - likeness.diagonal()
 
 # %% ../../nbs/generators/11_contrastive.ipynb #988561c8
 def _interpolation(
-    share: Tensor, # of the side, that the part covers, `(N,)`; negative: mirrored
-    middle: Tensor, # of the part, `(N,)`; the side reaches from -1 to 1
-    size: int, # pixels of the side
-) -> Tensor: # `(N, size, size)`; row i: how much each pixel counts for pixel i of the part
+    share: Tensor,  # of the side, that the part covers, `(N,)`; negative: mirrored
+    middle: Tensor,  # of the part, `(N,)`; the side reaches from -1 to 1
+    size: int,  # pixels of the side
+) -> Tensor:  # `(N, size, size)`; row i: how much each pixel counts for pixel i of the part
     "Linear interpolation along one side as a matrix."
     pixels = torch.arange(size, dtype=share.dtype, device=share.device)
     centres = (2 * pixels + 1) / size - 1
-    places = ((share[:, None] * centres + middle[:, None] + 1) * size - 1) / 2 # in pixels
+    places = ((share[:, None] * centres + middle[:, None] + 1) * size - 1) / 2  # in pixels
     return (1 - (places.clamp(0, size - 1)[..., None] - pixels).abs()).clamp_min(0)
+
 
 @dataclass(frozen=True)
 class LocalView:
-    "A random part of each image, enlarged to the image's size: one batched, differentiable resampling."
-    scale: tuple[float, float] = (0.25, 1.) # share of the image's area
-    ratio: tuple[float, float] = (3 / 4, 4 / 3) # width to height of the part
-    flip: bool = True # left and right are exchangeable (not for digits)
+    """A random part of each image, enlarged to the image's size.
+
+    One batched, differentiable resampling.
+    """
+
+    scale: tuple[float, float] = (0.25, 1.0)  # share of the image's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width to height of the part
+    flip: bool = True  # left and right are exchangeable (not for digits)
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise DFKDError(f'parts of {self.scale} of the area, ratio {self.ratio}: give shares up to 1 and positive ratios, small to large')
+        if (
+            not 0 < self.scale[0] <= self.scale[1] <= 1
+            or not 0 < self.ratio[0] <= self.ratio[1]
+        ):
+            raise DFKDError(
+                f'parts of {self.scale} of the area, ratio {self.ratio}: give shares up to'
+                ' 1 and positive ratios, small to large'
+            )
 
     def __call__(
         self,
-        images: Tensor, # floats, `(N, C, H, W)`
-        generator: torch.Generator, # a CPU generator
-    ) -> Tensor: # `(N, C, H, W)`
+        images: Tensor,  # floats, `(N, C, H, W)`
+        generator: torch.Generator,  # a CPU generator
+    ) -> Tensor:  # `(N, C, H, W)`
         "Each image cut at its own random place and size."
         if images.ndim != 4 or not images.is_floating_point():
-            raise DFKDError(f'views of a {images.dtype} tensor of shape {tuple(images.shape)}: '
-                            'give floats (N, C, H, W)')
-        def uniform(low: float, high: float) -> Tensor: return low + (high - low) * torch.rand(len(images), generator=generator)
+            raise DFKDError(
+                f'views of a {images.dtype} tensor of shape {tuple(images.shape)}: '
+                'give floats (N, C, H, W)'
+            )
+
+        def uniform(low: float, high: float) -> Tensor:
+            return low + (high - low) * torch.rand(len(images), generator=generator)
+
         area, ratio = uniform(*self.scale), uniform(*map(math.log, self.ratio)).exp()
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height) # of the middle; the image reaches from -1 to 1
-        if self.flip: width = torch.where(uniform(0, 1) < 0.5, -width, width)
+        width = (area * ratio).sqrt().clamp(max=1)
+        height = (area / ratio).sqrt().clamp(max=1)
+        # of the middle; the image reaches from -1 to 1
+        right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
+        if self.flip:
+            width = torch.where(uniform(0, 1) < 0.5, -width, width)
         parts = torch.stack([width, right, height, down]).to(images.device, images.dtype)
         columns = _interpolation(parts[0], parts[1], images.shape[3])
         rows = _interpolation(parts[2], parts[3], images.shape[2])
@@ -80,24 +115,36 @@ class LocalView:
 
 # %% ../../nbs/generators/11_contrastive.ipynb #5c13879d
 class Summary:
-    "One vector an image while a `with` block lasts: the mean of each channel that enters some layers (at their last call)."
+    """One vector an image while a `with` block lasts.
+
+    The mean of each channel that enters some layers (at their last call).
+    """
 
     def __init__(
         self,
-        network: nn.Module, # any, also a `Teacher` or `FusedTeacher`; its forward pass is not changed
-        layers: Sequence[str], # exact names in `named_modules()` of the network inside a `Teacher`
+        # any, also a `Teacher` or `FusedTeacher`; its forward pass is not changed
+        network: nn.Module,
+        # exact names in `named_modules()` of the network inside a `Teacher`
+        layers: Sequence[str],
     ) -> None:
         if isinstance(layers, str) or not layers:
-            raise DFKDError(f'layers={layers!r} to summarise images by: give a list of layer names')
+            raise DFKDError(
+                f'layers={layers!r} to summarise images by: give a list of layer names'
+            )
         inside = network
-        while isinstance(inside, (Teacher, FusedTeacher)): inside = inside.model
+        while isinstance(inside, (Teacher, FusedTeacher)):
+            inside = inside.model
         self.modules: dict[str, nn.Module] = {}
         for layer in layers:
-            try: found = inside.get_submodule(layer)
-            except AttributeError: found = inside
+            try:
+                found = inside.get_submodule(layer)
+            except AttributeError:
+                found = inside
             if found is inside:
-                raise DFKDError(f"no layer '{layer}' in {type(inside).__name__}: "
-                                'use names of named_modules()')
+                raise DFKDError(
+                    f"no layer '{layer}' in {type(inside).__name__}: "
+                    'use names of named_modules()'
+                )
             self.modules[layer] = found
         self.parts: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
@@ -105,103 +152,176 @@ class Summary:
     def _take(self, layer: str, x: Tensor) -> None:
         module = self.modules[layer]
         of_maps = x.ndim > 2 and isinstance(module, (FusedBatchNorm, _Observed))
-        self.parts[layer] = (x.flatten(2).mean(2) if of_maps else _pooled(module, x)).float()
+        self.parts[layer] = (
+            x.flatten(2).mean(2) if of_maps else _pooled(module, x)
+        ).float()
 
     def __enter__(self) -> 'Summary':
         for layer, module in self.modules.items():
+
             def take(module: nn.Module, given: Any, named: Any, layer: str = layer) -> None:
                 self._take(layer, (*given, *named.values())[0])
+
             self._hooks.append(module.register_forward_pre_hook(take, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hook in self._hooks: hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._hooks = []
         self.parts.clear()
 
     def drop_unused(self) -> None:
-        "Forget the layers that the last forward pass did not call, such as a head that only helped in training."
-        self.modules = {name: layer for name, layer in self.modules.items() if name in self.parts}
+        """Forget the layers that the last forward pass did not call, such as a head that
+        only helped in training.
+        """
+        self.modules = {
+            name: layer for name, layer in self.modules.items() if name in self.parts
+        }
         if not self.modules:
-            raise DFKDError('the network called none of the layers: name some that its forward pass calls')
+            raise DFKDError(
+                'the network called none of the layers: name some that its forward pass'
+                ' calls'
+            )
 
-    def vectors(self) -> Tensor: # `(N, D)`, with graph
+    def vectors(self) -> Tensor:  # `(N, D)`, with graph
         "What the last forward pass left, layer by layer in one row."
-        if missing := [layer for layer in self.modules if layer not in self.parts]: raise DFKDError(f"the network did not use layer '{missing[0]}': name layers that its forward pass calls")
+        if missing := [layer for layer in self.modules if layer not in self.parts]:
+            raise DFKDError(
+                f"the network did not use layer '{missing[0]}': name layers that its"
+                ' forward pass calls'
+            )
         found = torch.cat([self.parts[layer] for layer in self.modules], 1)
         self.parts.clear()
         return found
 
 # %% ../../nbs/generators/11_contrastive.ipynb #fd5f8440
 class MemoryBank:
-    "Features of the images that were made last, as pairs of a local and a global view: a ring of fixed size on the device."
+    """Features of the images that were made last, as pairs of a local and a global view.
+
+    A ring of fixed size on the device.
+    """
 
     def __init__(
         self,
-        size: int, # pairs
-        features: int, # numbers in each of the two
-        device: str | torch.device = 'cpu', # where they are kept
+        size: int,  # pairs
+        features: int,  # numbers in each of the two
+        device: str | torch.device = 'cpu',  # where they are kept
     ) -> None:
-        if min(size, features) < 1: raise DFKDError(f'a bank of {size} pairs of {features} numbers: give 1 or more of each')
-        self.kept, self.added = torch.zeros(size, 2, features, device=device), 0 # added: ever
+        if min(size, features) < 1:
+            raise DFKDError(
+                f'a bank of {size} pairs of {features} numbers: give 1 or more of each'
+            )
+        # added: ever
+        self.kept, self.added = torch.zeros(size, 2, features, device=device), 0
 
-    def __len__(self) -> int: return min(self.added, len(self.kept))
+    def __len__(self) -> int:
+        return min(self.added, len(self.kept))
 
     @torch.no_grad()
     def add(
         self,
-        pairs: Tensor, # `(n, 2, features)`, local and global
+        pairs: Tensor,  # `(n, 2, features)`, local and global
     ) -> None:
         "Keep these, over the oldest ones."
-        if pairs.shape[1:] != self.kept.shape[1:]: raise DFKDError(f'pairs of shape {tuple(pairs.shape)} do not fit a bank of {tuple(self.kept.shape)}: give (n, 2, {self.kept.shape[2]})')
-        places = (self.added + torch.arange(len(pairs), device=self.kept.device)) % len(self.kept)
-        self.kept[places[-len(self.kept):]] = pairs.detach()[-len(self.kept):].to(self.kept) # of more than fit, the last
+        if pairs.shape[1:] != self.kept.shape[1:]:
+            raise DFKDError(
+                f'pairs of shape {tuple(pairs.shape)} do not fit a bank of'
+                f' {tuple(self.kept.shape)}: give (n, 2, {self.kept.shape[2]})'
+            )
+        places = (self.added + torch.arange(len(pairs), device=self.kept.device)) % len(
+            self.kept
+        )
+        # of more than fit, the last
+        self.kept[places[-len(self.kept) :]] = pairs.detach()[-len(self.kept) :].to(
+            self.kept
+        )
         self.added += len(pairs)
 
     def draw(
         self,
-        n: int, # pairs; fewer where there are fewer
-        generator: torch.Generator, # a CPU generator
-    ) -> Tensor: # `(n, 2, features)`
+        n: int,  # pairs; fewer where there are fewer
+        generator: torch.Generator,  # a CPU generator
+    ) -> Tensor:  # `(n, 2, features)`
         "Pairs at random, none twice."
-        return self.kept[torch.randperm(len(self), generator=generator)[:n].to(self.kept.device)]
+        return self.kept[
+            torch.randperm(len(self), generator=generator)[:n].to(self.kept.device)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         "What is in it and where the ring stands."
-        return {'kept': self.kept[:len(self)].clone(), 'added': self.added, 'size': len(self.kept)} # a view would save all the empty room
+        # a view would save all the empty room
+        return {
+            'kept': self.kept[: len(self)].clone(),
+            'added': self.added,
+            'size': len(self.kept),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         "Go on where `state_dict` stood."
         saved, own = (state['size'], *state['kept'].shape[1:]), tuple(self.kept.shape)
-        if saved != own: raise DFKDError(f'the saved bank is {saved}, this one {own}: build it with the same size and layers')
+        if saved != own:
+            raise DFKDError(
+                f'the saved bank is {saved}, this one {own}: build it with the same size'
+                ' and layers'
+            )
         self.added = state['added']
-        self.kept.zero_()[:len(self)] = state['kept'].to(self.kept.device)
+        self.kept.zero_()[: len(self)] = state['kept'].to(self.kept.device)
 
 # %% ../../nbs/generators/11_contrastive.ipynb #93703a6d
 class ContrastiveSynthesizer(GenerativeSynthesizer):
-    "Contrastive model inversion: a part of an image must tell it from all others, those of earlier batches too (CMI, Fang et al., 2021)."
+    """Contrastive model inversion.
+
+    A part of an image must tell it from all others, those of earlier batches too (CMI, Fang
+    et al., 2021).
+    """
 
     def __init__(
         self,
-        teacher: Teacher, # the network that is asked
+        teacher: Teacher,  # the network that is asked
         *,
-        contrastive_weight: float = 0.8, # of InfoNCE in the objective
-        contrastive_temperature: float = 0.2, # in it
-        bank_size: int = 40_960, # images that are remembered
-        negatives: int = 4096, # of them, drawn for each update
-        head_size: int = 256, # numbers in a projection
-        layers: Sequence[str] | None = None, # features: means of what enters these, see `Summary`; None: all BatchNorm layers, or the classifier where there are none
-        local: LocalView | None = None, # None: a quarter of the area or more, mirrored if `augment` mirrors
-        initialisation: str = 'normal', # of the fresh weights of 'restart': 'normal', N(0, 0.02) as in public code, or PyTorch's 'default'
-        reuse: str = 'restart', # 'restart': generator and head from fresh weights for every batch; 'continue'
-        **settings: Any, # see `Painting`; `augment` makes the global view
+        contrastive_weight: float = 0.8,  # of InfoNCE in the objective
+        contrastive_temperature: float = 0.2,  # in it
+        bank_size: int = 40_960,  # images that are remembered
+        negatives: int = 4096,  # of them, drawn for each update
+        head_size: int = 256,  # numbers in a projection
+        # features: means of what enters these, see `Summary`; None: all BatchNorm layers,
+        # or the classifier where there are none
+        layers: Sequence[str] | None = None,
+        # None: a quarter of the area or more, mirrored if `augment` mirrors
+        local: LocalView | None = None,
+        # of the fresh weights of 'restart': 'normal', N(0, 0.02) as in public code, or
+        # PyTorch's 'default'
+        initialisation: str = 'normal',
+        # 'restart': generator and head from fresh weights for every batch; 'continue'
+        reuse: str = 'restart',
+        **settings: Any,  # see `Painting`; `augment` makes the global view
     ) -> None:
-        if contrastive_weight < 0 or not contrastive_temperature > 0: raise DFKDError(f'contrastive_weight {contrastive_weight}, contrastive_temperature {contrastive_temperature}: give 0 or more, and a positive one')
-        if min(bank_size, negatives, head_size) < 1: raise DFKDError(f'a bank of {bank_size}, {negatives} negatives, a head of {head_size}: give 1 or more of each')
-        if initialisation not in ('normal', 'default'): raise DFKDError(f"unknown initialisation '{initialisation}': use normal or default")
-        self.contrastive_temperature, self.negatives, self.head_size, self.initialisation = contrastive_temperature, negatives, head_size, initialisation
+        if contrastive_weight < 0 or not contrastive_temperature > 0:
+            raise DFKDError(
+                f'contrastive_weight {contrastive_weight}, contrastive_temperature'
+                f' {contrastive_temperature}: give 0 or more, and a positive one'
+            )
+        if min(bank_size, negatives, head_size) < 1:
+            raise DFKDError(
+                f'a bank of {bank_size}, {negatives} negatives, a head of {head_size}: give'
+                ' 1 or more of each'
+            )
+        if initialisation not in ('normal', 'default'):
+            raise DFKDError(
+                f"unknown initialisation '{initialisation}': use normal or default"
+            )
+        self.contrastive_temperature = contrastive_temperature
+        self.negatives = negatives
+        self.head_size = head_size
+        self.initialisation = initialisation
         further = settings.pop('terms', None) or {}
-        super().__init__(teacher, reuse=reuse, terms={**further, 'contrast': (contrastive_weight, self._contrast)}, **settings)
+        super().__init__(
+            teacher,
+            reuse=reuse,
+            terms={**further, 'contrast': (contrastive_weight, self._contrast)},
+            **settings,
+        )
         norms = list(batchnorm_layers(self.teacher.model))
         names = layers if layers is not None else norms or [classifier_layer(self.teacher)]
         self.summary = Summary(self.look.network, names)
@@ -209,15 +329,20 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
         self.local = local or LocalView(flip=augment is None or augment.flip)
         with torch.no_grad(), self.summary:
             self.look(torch.zeros(2, *self.domain.shape, device=self.device))
-            if layers is None: self.summary.drop_unused()
+            if layers is None:
+                self.summary.drop_unused()
             self.features = self.summary.vectors().shape[1]
         self.bank = MemoryBank(bank_size, self.features, self.device)
         self._new_head()
         self._images: Tensor | None = None
         self._made_with |= {
-            'contrastive_temperature': contrastive_temperature, 'negatives': negatives,
-            'initialisation': initialisation, 'head_size': head_size, 'local': repr(self.local),
-            'layers': list(self.summary.modules)}
+            'contrastive_temperature': contrastive_temperature,
+            'negatives': negatives,
+            'initialisation': initialisation,
+            'head_size': head_size,
+            'local': repr(self.local),
+            'layers': list(self.summary.modules),
+        }
 
     def _new_head(self) -> None:
         "A fresh projection, from the synthesizer's random stream, and its Adam."
@@ -226,69 +351,147 @@ class ContrastiveSynthesizer(GenerativeSynthesizer):
         with seeded(seed):
             first, second = nn.Linear(*sizes), nn.Linear(self.head_size, self.head_size)
         self.head = nn.Sequential(first, nn.ReLU(), second).to(self.device)
-        self.helpers = [torch.optim.Adam(self.head.parameters(), self.learning_rate, betas=(0.5, 0.999))]
+        self.helpers = [
+            torch.optim.Adam(self.head.parameters(), self.learning_rate, betas=(0.5, 0.999))
+        ]
 
     def _take(self) -> None:
         super()._take()
-        if self.reuse == 'restart': self._new_head()
+        if self.reuse == 'restart':
+            self._new_head()
 
     @torch.no_grad()
     def _restart(self) -> None:
         super()._restart()
-        if self.initialisation != 'normal': return
+        if self.initialisation != 'normal':
+            return
         for name, weight in self.weights.items():
             noise = 0.02 * torch.randn(weight.shape, generator=self.rng).to(weight.device)
-            weight.copy_(noise if weight.ndim > 1 else 1 + noise if name.endswith('weight') else torch.zeros_like(weight))
+            weight.copy_(
+                noise
+                if weight.ndim > 1
+                else 1 + noise
+                if name.endswith('weight')
+                else torch.zeros_like(weight)
+            )
 
-    def judge(self, images: Tensor, targets: Tensor | None) -> tuple[Tensor, dict[str, Tensor], View]:
-        "What the images cost, contrast included: what the teacher is shown first is the global view."
+    def judge(
+        self, images: Tensor, targets: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], View]:
+        """What the images cost, contrast included.
+
+        What the teacher is shown first is the global view.
+        """
         self._images = images
-        with self.summary: return super().judge(images, targets)
+        with self.summary:
+            return super().judge(images, targets)
 
-    def _contrast(self, view: View) -> Tensor: # scalar
-        "InfoNCE from local views to global ones; batch and bank are averaged apart, and the keys get no gradient."
+    def _contrast(self, view: View) -> Tensor:  # scalar
+        """InfoNCE from local views to global ones; batch and bank are averaged apart, and
+        the keys get no gradient.
+        """
         assert self._images is not None
         seen = self.summary.vectors()
         self.look(self.domain.normalize(self.local(self._images, self.rng)))
         part, old = self.summary.vectors(), self.bank.draw(self.negatives, self.rng)
-        anchors, keys = self.head(torch.cat([part, old[:, 0]])), self.head(torch.cat([seen, old[:, 1]]).detach()).detach()
+        anchors = self.head(torch.cat([part, old[:, 0]]))
+        keys = self.head(torch.cat([seen, old[:, 1]]).detach()).detach()
         prices = info_nce(anchors, keys, self.contrastive_temperature)
-        return prices[:len(part)].mean() + (prices[len(part):].mean() if len(old) else 0.)
+        return prices[: len(part)].mean() + (
+            prices[len(part) :].mean() if len(old) else 0.0
+        )
 
     @torch.no_grad()
     def _finished(self, best: dict[str, Any]) -> None:
         "Remember the images that are kept, by a fresh pair of views."
-        if not self.objective.weights['contrast']: return
+        if not self.objective.weights['contrast']:
+            return
         images, pair = best['images'].float() / 255, []
         with self.summary:
-            for look in (lambda x: self.local(x, self.rng), lambda x: x if self.augment is None else self.augment(x, self.rng)):
+            for look in (
+                lambda x: self.local(x, self.rng),
+                lambda x: x if self.augment is None else self.augment(x, self.rng),
+            ):
                 self.look(self.domain.normalize(look(images)))
                 pair.append(self.summary.vectors())
         self.bank.add(torch.stack(pair, 1))
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits, also in the middle of a batch: bank, head and its Adam too."
-        return super().state_dict() | {'bank': self.bank.state_dict(), 'head': dict(self.head.state_dict()), 'head_optimizer': self.helpers[0].state_dict()}
+        """All that it takes to go on to the same bits, also in the middle of a batch.
+
+        Bank, head and its Adam too.
+        """
+        return super().state_dict() | {
+            'bank': self.bank.state_dict(),
+            'head': dict(self.head.state_dict()),
+            'head_optimizer': self.helpers[0].state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same teacher, same settings."
-        if 'bank' not in state: raise DFKDError('this state was not saved by a ContrastiveSynthesizer: build the one it was saved from')
+        if 'bank' not in state:
+            raise DFKDError(
+                'this state was not saved by a ContrastiveSynthesizer: build the one it was'
+                ' saved from'
+            )
         super().load_state_dict(state)
         self.bank.load_state_dict(state['bank'])
         self.head.load_state_dict(state['head'])
         self.helpers[0].load_state_dict(copy.deepcopy(state['head_optimizer']))
 
 # %% ../../nbs/generators/11_contrastive.ipynb #4cba8764
-PRESETS: dict[str, dict[str, Any]] = { # of the public code for CIFAR, as keywords of `ContrastiveSynthesizer`; the student is to be added
-    'cmi': {'class_weight': 1., 'feature_weight': 1., 'adversarial_weight': 0.5, 'contrastive_weight': 0.8, 'contrastive_temperature': 0.2, 'steps': 200, 'batch_size': 256, 'learning_rate': 1e-3},
-    'cmi-adversarial': {'class_weight': 0.5, 'feature_weight': 1., 'adversarial_weight': 0.5, 'contrastive_weight': 0.8, 'contrastive_temperature': 0.1, 'steps': 200, 'batch_size': 256, 'learning_rate': 1e-3},
-    'cmi-pictures': {'class_weight': 0.5, 'feature_weight': 1., 'adversarial_weight': 0., 'contrastive_weight': 0.8, 'contrastive_temperature': 0.1, 'steps': 400, 'batch_size': 256, 'learning_rate': 2e-4},
+# of the public code for CIFAR, as keywords of `ContrastiveSynthesizer`; the student is to
+# be added
+PRESETS: dict[str, dict[str, Any]] = {
+    'cmi': {
+        'class_weight': 1.0,
+        'feature_weight': 1.0,
+        'adversarial_weight': 0.5,
+        'contrastive_weight': 0.8,
+        'contrastive_temperature': 0.2,
+        'steps': 200,
+        'batch_size': 256,
+        'learning_rate': 1e-3,
+    },
+    'cmi-adversarial': {
+        'class_weight': 0.5,
+        'feature_weight': 1.0,
+        'adversarial_weight': 0.5,
+        'contrastive_weight': 0.8,
+        'contrastive_temperature': 0.1,
+        'steps': 200,
+        'batch_size': 256,
+        'learning_rate': 1e-3,
+    },
+    'cmi-pictures': {
+        'class_weight': 0.5,
+        'feature_weight': 1.0,
+        'adversarial_weight': 0.0,
+        'contrastive_weight': 0.8,
+        'contrastive_temperature': 0.1,
+        'steps': 400,
+        'batch_size': 256,
+        'learning_rate': 2e-4,
+    },
 }
 
+
 def preset(
-    name: str = 'cmi', # a word of `PRESETS`: with a student from random weights, with one that begins from dreams, for pictures
-) -> dict[str, Any]: # keywords of `ContrastiveSynthesizer`
-    "What the public code sets for CIFAR: codes learn at the generator's rate, classes are wishes, both networks have to agree."
-    if name not in PRESETS: raise DFKDError(f"unknown preset '{name}': use {', '.join(PRESETS)}")
+    # a word of `PRESETS`: with a student from random weights, with one that begins from
+    # dreams, for pictures
+    name: str = 'cmi',
+) -> dict[str, Any]:  # keywords of `ContrastiveSynthesizer`
+    """What the public code sets for CIFAR.
+
+    Codes learn at the generator's rate, classes are wishes, both networks have to agree.
+    """
+    if name not in PRESETS:
+        raise DFKDError(f"unknown preset '{name}': use {', '.join(PRESETS)}")
     chosen = PRESETS[name]
-    return chosen | {'latent_learning_rate': chosen['learning_rate'], 'labels': 'wishes', 'agreement': True, 'augment': Augment(4, True), 'reuse': 'restart'}
+    return chosen | {
+        'latent_learning_rate': chosen['learning_rate'],
+        'labels': 'wishes',
+        'agreement': True,
+        'augment': Augment(4, True),
+        'reuse': 'restart',
+    }

@@ -35,149 +35,263 @@ from ..foundations.models import Teacher, _logits, in_eval_mode
 
 # %% ../../nbs/generators/10_generators.ipynb #dd5aa5e4
 class Generator(nn.Module):
-    "From latent codes to images: a linear layer, then doublings with a convolution each (the generator of DAFL, CMI and FastDFKD)."
+    """From latent codes to images.
+
+    A linear layer, then doublings with a convolution each (the generator of DAFL, CMI and
+    FastDFKD).
+    """
 
     def __init__(
         self,
-        shape: tuple[int, int, int], # of an image, `(C, H, W)`, 4 x 4 pixels or more
-        latent_size: int = 256, # numbers in a code
-        width: int = 64, # channels before the last layer; twice as many where it begins
+        shape: tuple[int, int, int],  # of an image, `(C, H, W)`, 4 x 4 pixels or more
+        latent_size: int = 256,  # numbers in a code
+        width: int = 64,  # channels before the last layer; twice as many where it begins
     ) -> None:
         super().__init__()
         channels, *size = shape
         if min(size) < 4 or min(channels, latent_size, width) < 1:
-            raise DFKDError(f'a generator of images {tuple(shape)} from {latent_size} numbers, width {width}: give 4 x 4 pixels or more, and 1 or more of the rest')
-        doublings = max(2 if min(size) >= 8 else 1, int(math.log2(min(size) / 8))) # 32 pixels begin with 8 x 8, 64 and 128 too, 224 with 14 x 14
+            raise DFKDError(
+                f'a generator of images {tuple(shape)} from {latent_size} numbers, width'
+                f' {width}: give 4 x 4 pixels or more, and 1 or more of the rest'
+            )
+        # 32 pixels begin with 8 x 8, 64 and 128 too, 224 with 14 x 14
+        doublings = max(2 if min(size) >= 8 else 1, int(math.log2(min(size) / 8)))
         self.shape, self.latent_shape = tuple(shape), (latent_size,)
         self.begin = -(-size[0] // 2**doublings), -(-size[1] // 2**doublings)
-        self.linear, self.norm = nn.Linear(latent_size, 2 * width * self.begin[0] * self.begin[1]), nn.BatchNorm2d(2 * width)
+        self.linear = nn.Linear(latent_size, 2 * width * self.begin[0] * self.begin[1])
+        self.norm = nn.BatchNorm2d(2 * width)
         widths = [2 * width, 2 * width] + [width] * (doublings - 1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2, inplace=True)) for a, b in zip(widths, widths[1:]))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(a, b, 3, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.LeakyReLU(0.2, inplace=True),
+            )
+            for a, b in zip(widths, widths[1:])
+        )
         self.last = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor: # codes `(N, latent_size)` to intensities in [0, 1], `(N, C, H, W)`
+    def forward(
+        self, z: Tensor
+    ) -> Tensor:  # codes `(N, latent_size)` to intensities in [0, 1], `(N, C, H, W)`
         x = self.norm(self.linear(z).view(len(z), -1, *self.begin))
-        for block in self.blocks: x = block(F.interpolate(x, scale_factor=2, mode='nearest'))
-        if x.shape[2:] != self.shape[1:]: x = F.interpolate(x, self.shape[1:], mode='bilinear', antialias=False)
+        for block in self.blocks:
+            x = block(F.interpolate(x, scale_factor=2, mode='nearest'))
+        if x.shape[2:] != self.shape[1:]:
+            x = F.interpolate(x, self.shape[1:], mode='bilinear', antialias=False)
         return self.last(x).sigmoid()
 
 # %% ../../nbs/generators/10_generators.ipynb #97185655
 class Pixels(nn.Module):
-    "No generator: the code is the image, before a sigmoid. It shows what a generator adds (FastDFKD, Table 5)."
+    """No generator: the code is the image, before a sigmoid.
+
+    It shows what a generator adds (FastDFKD, Table 5).
+    """
 
     def __init__(
         self,
-        shape: tuple[int, int, int], # of an image, `(C, H, W)`
+        shape: tuple[int, int, int],  # of an image, `(C, H, W)`
     ) -> None:
         super().__init__()
         self.shape = self.latent_shape = tuple(shape)
 
-    def forward(self, z: Tensor) -> Tensor: # `(N, C, H, W)`, any numbers, to intensities in [0, 1]
+    def forward(
+        self, z: Tensor
+    ) -> Tensor:  # `(N, C, H, W)`, any numbers, to intensities in [0, 1]
         return z.sigmoid()
 
 # %% ../../nbs/generators/10_generators.ipynb #df237aa0
-METHODS: dict[str, dict[str, Any]] = { # weights that the field's public code uses for CIFAR
-    'dafl': {'class_weight': 1., 'activation_weight': 1e-3, 'balance_weight': 20.},
-    'zskt': {'adversarial_weight': 1.},
-    'dfq': {'class_weight': 1., 'balance_weight': 20., 'feature_weight': 1., 'adversarial_weight': 1.},
+# weights that the field's public code uses for CIFAR
+METHODS: dict[str, dict[str, Any]] = {
+    'dafl': {'class_weight': 1.0, 'activation_weight': 1e-3, 'balance_weight': 20.0},
+    'zskt': {'adversarial_weight': 1.0},
+    'dfq': {
+        'class_weight': 1.0,
+        'balance_weight': 20.0,
+        'feature_weight': 1.0,
+        'adversarial_weight': 1.0,
+    },
 }
 
 # %% ../../nbs/generators/10_generators.ipynb #91ea60eb
 def activation_term(
-    view: View, # needs `embedding`
-) -> Tensor: # scalar, negative: it falls as the features grow
-    "Real images excite features, static does not: minus the mean absolute activation before the classifier (DAFL's activation loss)."
-    if view.embedding is None: raise DFKDError("this view has no embedding: give the synthesizer embedding='classifier'")
+    view: View,  # needs `embedding`
+) -> Tensor:  # scalar, negative: it falls as the features grow
+    """Real images excite features, static does not.
+
+    Minus the mean absolute activation before the classifier (DAFL's activation loss).
+    """
+    if view.embedding is None:
+        raise DFKDError(
+            "this view has no embedding: give the synthesizer embedding='classifier'"
+        )
     return -view.embedding.abs().mean()
 
 # %% ../../nbs/generators/10_generators.ipynb #68e53b7d
 def balance_term(
-    view: View, # needs `logits`
-) -> Tensor: # scalar, nats, from -log K for evenly spread classes to 0
-    "Minus the entropy of the batch's mean answer: all classes shall occur (DAFL's information entropy)."
-    log_mean = _full(view.logits).log_softmax(1).logsumexp(0) - math.log(len(view.logits)) # in log space: a class nobody names has no log
+    view: View,  # needs `logits`
+) -> Tensor:  # scalar, nats, from -log K for evenly spread classes to 0
+    """Minus the entropy of the batch's mean answer.
+
+    All classes shall occur (DAFL's information entropy).
+    """
+    # in log space: a class nobody names has no log
+    log_mean = _full(view.logits).log_softmax(1).logsumexp(0) - math.log(len(view.logits))
     return (log_mean.exp() * log_mean).sum()
 
 # %% ../../nbs/generators/10_generators.ipynb #59820222
-DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {} # of a teacher's logits from a student's, one number an image
+# of a teacher's logits from a student's, one number an image
+DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {}
+
 
 def _kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    log_t, log_s = (F.log_softmax(_full(logits) / temperature, 1) for logits in (teacher, student))
+    log_t, log_s = (
+        F.log_softmax(_full(logits) / temperature, 1) for logits in (teacher, student)
+    )
     return (log_t.exp() * (log_t - log_s)).sum(1)
 
-DISTANCES |= {'kl': _kl, 'l1': lambda teacher, student, temperature: (_full(teacher) - _full(student)).abs().mean(1), 'js': jensen_shannon}
+
+DISTANCES |= {
+    'kl': _kl,
+    'l1': lambda teacher, student, temperature: (
+        (_full(teacher) - _full(student)).abs().mean(1)
+    ),
+    'js': jensen_shannon,
+}
 
 # %% ../../nbs/generators/10_generators.ipynb #d859fd60
 def adversarial_term(
-    distance: str = 'kl', # a word of `DISTANCES`: KL (ZSKT), mean absolute difference (DFAD), Jensen-Shannon
-    agreement: bool = False, # count only images that both still put into one class (CMI's and FastDFKD's code)
-    temperature: float = 1., # of both softmaxes
-) -> Term: # needs `view.student_logits`; at most 0
-    "Minus the distance of the student from the teacher: the generator seeks what the student has not learned (ZSKT, DFAD, DFQ)."
-    if distance not in DISTANCES: raise DFKDError(f"unknown distance '{distance}': use {', '.join(DISTANCES)}")
-    if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+    # a word of `DISTANCES`: KL (ZSKT), mean absolute difference (DFAD), Jensen-Shannon
+    distance: str = 'kl',
+    # count only images that both still put into one class (CMI's and FastDFKD's code)
+    agreement: bool = False,
+    temperature: float = 1.0,  # of both softmaxes
+) -> Term:  # needs `view.student_logits`; at most 0
+    """Minus the distance of the student from the teacher.
+
+    The generator seeks what the student has not learned (ZSKT, DFAD, DFQ).
+    """
+    if distance not in DISTANCES:
+        raise DFKDError(f"unknown distance '{distance}': use {', '.join(DISTANCES)}")
+    if not temperature > 0:
+        raise DFKDError(f'temperature {temperature}: give a positive one')
+
     def adversarial(view: View) -> Tensor:
-        if view.student_logits is None: raise DFKDError('nobody to compete with: give the synthesizer a student')
+        if view.student_logits is None:
+            raise DFKDError('nobody to compete with: give the synthesizer a student')
         apart = DISTANCES[distance](view.logits, view.student_logits, temperature)
-        if agreement: apart = apart * (view.logits.argmax(1) == view.student_logits.argmax(1))
+        if agreement:
+            apart = apart * (view.logits.argmax(1) == view.student_logits.argmax(1))
         return -apart.mean()
+
     return adversarial
 
 # %% ../../nbs/generators/10_generators.ipynb #d7de1ca7
 def _same_network(teacher: Teacher, student: nn.Module) -> bool:
     "Whether two networks have the same weights, by name and bit."
-    own, theirs = teacher.model.state_dict(), (student.model if isinstance(student, Teacher) else student).state_dict()
-    return own.keys() == theirs.keys() and all(v.shape == theirs[k].shape and torch.equal(v.cpu(), theirs[k].cpu()) for k, v in own.items())
+    own = teacher.model.state_dict()
+    theirs = (student.model if isinstance(student, Teacher) else student).state_dict()
+    return own.keys() == theirs.keys() and all(
+        v.shape == theirs[k].shape and torch.equal(v.cpu(), theirs[k].cpu())
+        for k, v in own.items()
+    )
+
 
 def _same_scale(one: Domain, other: Domain) -> bool:
     return (one.mean, one.std) == (other.mean, other.std)
 
+
 def _teacher_at(teacher: Teacher, device: torch.device) -> Teacher:
-    "The teacher itself where it is on the device already, otherwise a copy: the caller's is not moved."
-    return teacher if same_device(teacher.device, device) else copy.deepcopy(teacher).to(device)
+    """The teacher itself where it is on the device already, otherwise a copy.
+
+    The caller's is not moved.
+    """
+    return (
+        teacher
+        if same_device(teacher.device, device)
+        else copy.deepcopy(teacher).to(device)
+    )
+
 
 def _check_student(
-    student: nn.Module, # alive
-    student_domain: Domain | None, # what it expects; None: what the teacher does
-    domain: Domain, # the teacher's
-    device: torch.device, # where images are made
+    student: nn.Module,  # alive
+    student_domain: Domain | None,  # what it expects; None: what the teacher does
+    domain: Domain,  # the teacher's
+    device: torch.device,  # where images are made
 ) -> None:
-    "A `DFKDError` unless a student is on the device, for images of the teacher's shape and classes."
+    """A `DFKDError` unless a student is on the device, for images of the teacher's shape
+    and classes.
+    """
     place = next((p.device for p in student.parameters()), None)
     if place is not None and not same_device(place, device):
-        raise DFKDError(f'the student is on {place}, images are made on {device}: move one of them')
-    if student_domain is None: return
+        raise DFKDError(
+            f'the student is on {place}, images are made on {device}: move one of them'
+        )
+    if student_domain is None:
+        return
     if student_domain.shape != domain.shape:
-        raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, the "
-                        f"teacher's {domain.shape}: they may differ in mean and std only")
+        raise DFKDError(
+            f"student_domain '{student_domain.name}' has shape {student_domain.shape}, the "
+            f"teacher's {domain.shape}: they may differ in mean and std only"
+        )
     student_domain.check_classes(domain)
 
+
 def _answers(student: nn.Module, x: Tensor) -> Tensor:
-    "A student's logits for images on its own scale, which it gets in the precision of its weights."
+    """A student's logits for images on its own scale, which it gets in the precision of its
+    weights.
+    """
     like = next((p for p in student.parameters() if p.is_floating_point()), x)
     return _logits(student(x.to(like.dtype)))
 
+
 def _copied(network: nn.Module) -> nn.Module:
     "A copy of a generator in single precision, or a `DFKDError` where it cannot be copied."
-    try: return copy.deepcopy(network).float()
-    except RuntimeError as error: # e.g. weights that are computed from others by a hook
+    try:
+        return copy.deepcopy(network).float()
+    except RuntimeError as error:  # e.g. weights that are computed from others by a hook
         reason = (str(error).splitlines() or [''])[0][:100]
-        raise DFKDError(f"the generator '{type(network).__name__}' cannot be copied ({reason}): "
-                        'build it again and load its state_dict') from error
+        raise DFKDError(
+            f"the generator '{type(network).__name__}' cannot be copied ({reason}): "
+            'build it again and load its state_dict'
+        ) from error
+
 
 def _check_generator(network: nn.Module, domain: Domain, device: torch.device) -> None:
     "A `DFKDError` unless codes of `latent_shape` become images of the domain, in [0, 1]."
     name, shape = type(network).__name__, getattr(network, 'latent_shape', None)
-    if shape is None: raise DFKDError(f"the generator '{name}' does not say what it takes: give it latent_shape, the shape of one code")
-    if isinstance(shape, int): raise DFKDError(f"the generator '{name}' has latent_shape {shape}: give a tuple, ({shape},)")
+    if shape is None:
+        raise DFKDError(
+            f"the generator '{name}' does not say what it takes: give it latent_shape, the"
+            ' shape of one code'
+        )
+    if isinstance(shape, int):
+        raise DFKDError(
+            f"the generator '{name}' has latent_shape {shape}: give a tuple, ({shape},)"
+        )
     try:
-        with torch.no_grad(), in_eval_mode(network): images = network(torch.zeros(2, *shape, device=device))
-    except Exception as error: # networks of other libraries complain in their own ways
-        raise DFKDError(f"the generator '{name}' does not take codes of shape {tuple(shape)} ({(str(error).splitlines() or [''])[0][:100]}): correct its latent_shape") from error
-    if not isinstance(images, Tensor): raise DFKDError(f"the generator '{name}' returns a {type(images).__name__}: return images (N, C, H, W) alone")
-    if tuple(images.shape) != (2, *domain.shape): raise DFKDError(f"the generator '{name}' makes {tuple(images.shape[1:])}, '{domain.name}' has {tuple(domain.shape)}: build it with that shape")
+        with torch.no_grad(), in_eval_mode(network):
+            images = network(torch.zeros(2, *shape, device=device))
+    except Exception as error:  # networks of other libraries complain in their own ways
+        raise DFKDError(
+            f"the generator '{name}' does not take codes of shape {tuple(shape)}"
+            f' ({(str(error).splitlines() or [""])[0][:100]}): correct its latent_shape'
+        ) from error
+    if not isinstance(images, Tensor):
+        raise DFKDError(
+            f"the generator '{name}' returns a {type(images).__name__}: return images (N,"
+            ' C, H, W) alone'
+        )
+    if tuple(images.shape) != (2, *domain.shape):
+        raise DFKDError(
+            f"the generator '{name}' makes {tuple(images.shape[1:])}, '{domain.name}' has"
+            f' {tuple(domain.shape)}: build it with that shape'
+        )
     if not (images.min() >= 0 and images.max() <= 1):
-        raise DFKDError(f"the generator '{name}' makes intensities from {float(images.min()):.2g} to {float(images.max()):.2g}: end it with a sigmoid, the domain normalises")
+        raise DFKDError(
+            f"the generator '{name}' makes intensities from {float(images.min()):.2g} to"
+            f' {float(images.max()):.2g}: end it with a sigmoid, the domain normalises'
+        )
 
 # %% ../../nbs/generators/10_generators.ipynb #b5aea848
 class Painting:
@@ -189,93 +303,162 @@ class Painting:
 
     def __init__(
         self,
-        teacher: Teacher, # the network that is asked; neither changed nor moved
+        teacher: Teacher,  # the network that is asked; neither changed nor moved
         *,
-        generator: nn.Module | None = None, # codes `(N, *latent_shape)` to images in [0, 1]: a copy of it is trained, but for weights with `requires_grad` off; None builds a `Generator`
-        steps: int = 1, # updates for each batch
-        batch_size: int = 256, # images in a batch
-        learning_rate: float = 1e-3, # of Adam on the generator's weights
-        latent_learning_rate: float = 0., # of Adam on the codes; 0 leaves them as drawn
-        reuse: str = 'continue', # what a batch begins from: 'continue' the last batch's weights, 'restart' from fresh ones (`reset_parameters`)
-        class_weight: float = 0., # of the class loss
-        balance_weight: float = 0., # see `balance_term`
-        activation_weight: float = 0., # see `activation_term`
-        feature_weight: float = 0., # of the feature statistics
-        feature_scale: str = 'absolute', # see `relative_feature_term`
-        tv_l2: float = 0., # of the total variation
-        adversarial_weight: float = 0., # see `adversarial_term`
-        distance: str = 'kl', # in it
-        agreement: bool = False, # in it
-        temperature: float = 1., # in it
-        labels: str = 'answers', # classes: the teacher's 'answers', or 'wishes' drawn at random
-        terms: Mapping[str, tuple[float, Term]] | None = None, # further terms: name to weight and term
-        student: nn.Module | None = None, # to compete with, alive: it may go on learning
-        student_domain: Domain | None = None, # normalisation that the student expects; None: the teacher's, or that of the `Distiller` it is paired with
-        statistics: Statistics | None = None, # to be matched; None reads the teacher's BatchNorm layers
-        augment: Augment | None = None, # what the networks see is changed so, as in their training
-        embedding: str = '', # keep `view.embedding`, of which `activation_term` and further terms read: 'classifier' or a layer
-        precision: str = 'float32', # 'bfloat16' or 'float16' for mixed precision
-        device: str | torch.device = 'auto', # where to paint
-        seed: int = 0, # of everything random, what generator and terms draw themselves included (dropout)
+        # codes `(N, *latent_shape)` to images in [0, 1]: a copy of it is trained, but for
+        # weights with `requires_grad` off; None builds a `Generator`
+        generator: nn.Module | None = None,
+        steps: int = 1,  # updates for each batch
+        batch_size: int = 256,  # images in a batch
+        learning_rate: float = 1e-3,  # of Adam on the generator's weights
+        latent_learning_rate: float = 0.0,  # of Adam on the codes; 0 leaves them as drawn
+        # what a batch begins from: 'continue' the last batch's weights, 'restart' from
+        # fresh ones (`reset_parameters`)
+        reuse: str = 'continue',
+        class_weight: float = 0.0,  # of the class loss
+        balance_weight: float = 0.0,  # see `balance_term`
+        activation_weight: float = 0.0,  # see `activation_term`
+        feature_weight: float = 0.0,  # of the feature statistics
+        feature_scale: str = 'absolute',  # see `relative_feature_term`
+        tv_l2: float = 0.0,  # of the total variation
+        adversarial_weight: float = 0.0,  # see `adversarial_term`
+        distance: str = 'kl',  # in it
+        agreement: bool = False,  # in it
+        temperature: float = 1.0,  # in it
+        # classes: the teacher's 'answers', or 'wishes' drawn at random
+        labels: str = 'answers',
+        # further terms: name to weight and term
+        terms: Mapping[str, tuple[float, Term]] | None = None,
+        student: nn.Module | None = None,  # to compete with, alive: it may go on learning
+        # normalisation that the student expects; None: the teacher's, or that of the
+        # `Distiller` it is paired with
+        student_domain: Domain | None = None,
+        # to be matched; None reads the teacher's BatchNorm layers
+        statistics: Statistics | None = None,
+        # what the networks see is changed so, as in their training
+        augment: Augment | None = None,
+        # keep `view.embedding`, of which `activation_term` and further terms read:
+        # 'classifier' or a layer
+        embedding: str = '',
+        precision: str = 'float32',  # 'bfloat16' or 'float16' for mixed precision
+        device: str | torch.device = 'auto',  # where to paint
+        # of everything random, what generator and terms draw themselves included (dropout)
+        seed: int = 0,
     ) -> None:
-        if min(steps, batch_size) < 1: raise DFKDError(f'{steps} updates of batches of {batch_size}: give 1 or more of each')
+        if min(steps, batch_size) < 1:
+            raise DFKDError(
+                f'{steps} updates of batches of {batch_size}: give 1 or more of each'
+            )
         if not 0 < learning_rate < math.inf or not 0 <= latent_learning_rate < math.inf:
-            raise DFKDError(f'learning_rate {learning_rate}, latent_learning_rate {latent_learning_rate}: '
-                            'give a positive one, and 0 or more')
-        if reuse not in self.REUSE: raise DFKDError(f"unknown reuse '{reuse}': use {', '.join(self.REUSE)}")
-        if labels not in ('answers', 'wishes'): raise DFKDError(f"unknown labels '{labels}': use 'answers' or 'wishes'")
+            raise DFKDError(
+                f'learning_rate {learning_rate}, latent_learning_rate'
+                f' {latent_learning_rate}: give a positive one, and 0 or more'
+            )
+        if reuse not in self.REUSE:
+            raise DFKDError(f"unknown reuse '{reuse}': use {', '.join(self.REUSE)}")
+        if labels not in ('answers', 'wishes'):
+            raise DFKDError(f"unknown labels '{labels}': use 'answers' or 'wishes'")
         if feature_scale not in FEATURE_TERMS:
-            raise DFKDError(f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}")
-        if adversarial_weight and student is None: raise DFKDError('adversarial_weight needs somebody to compete with: give a student')
+            raise DFKDError(
+                f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}"
+            )
+        if adversarial_weight and student is None:
+            raise DFKDError(
+                'adversarial_weight needs somebody to compete with: give a student'
+            )
         if student_domain is not None and student is None:
             raise DFKDError('student_domain says what a student expects: give a student')
         alike = student_domain is None or _same_scale(student_domain, teacher.domain)
         if student is not None and alike and _same_network(teacher, student):
-            raise DFKDError('the student is the teacher: they never disagree, so there is nothing to '
-                            'compete for; give another network')
+            raise DFKDError(
+                'the student is the teacher: they never disagree, so there is nothing to '
+                'compete for; give another network'
+            )
         self.device = pick_device(device)
         self.teacher, self.domain = _teacher_at(teacher, self.device), teacher.domain
         self.student, self.student_domain = student, student_domain
-        if student is not None: _check_student(student, student_domain, self.domain, self.device)
-        if statistics is None and feature_weight: statistics = Statistics.from_batchnorm(self.teacher)
-        self.look = Look(self.teacher, statistics, precision, embedding or ('classifier' if activation_weight else ''))
+        if student is not None:
+            _check_student(student, student_domain, self.domain, self.device)
+        if statistics is None and feature_weight:
+            statistics = Statistics.from_batchnorm(self.teacher)
+        self.look = Look(
+            self.teacher,
+            statistics,
+            precision,
+            embedding or ('classifier' if activation_weight else ''),
+        )
         with seeded(seed):
-            network = Generator(self.domain.shape) if generator is None else _copied(generator)
-        self.network = network.to(self.device) # its form; `weights` and `buffers` are its tensors
+            network = (
+                Generator(self.domain.shape) if generator is None else _copied(generator)
+            )
+        # its form; `weights` and `buffers` are its tensors
+        self.network = network.to(self.device)
         _check_generator(self.network, self.domain, self.device)
-        self.latent_shape: tuple[int, ...] = tuple(network.latent_shape) # type: ignore[arg-type]
-        known: dict[str, tuple[float, Term]] = {'class': (class_weight, class_loss), 'balance': (balance_weight, balance_term), 'activation': (activation_weight, activation_term), 'tv_l2': (tv_l2, tv_term('l2'))}
-        if statistics is not None: known['features'] = feature_weight, self._feature_term(statistics, feature_scale)
-        adversary = adversarial_term(distance, agreement, temperature) # checked without a student too
-        if student is not None: known['adversarial'] = adversarial_weight, adversary
+        self.latent_shape: tuple[int, ...] = tuple(network.latent_shape)  # type: ignore[arg-type]
+        known: dict[str, tuple[float, Term]] = {
+            'class': (class_weight, class_loss),
+            'balance': (balance_weight, balance_term),
+            'activation': (activation_weight, activation_term),
+            'tv_l2': (tv_l2, tv_term('l2')),
+        }
+        if statistics is not None:
+            known['features'] = (
+                feature_weight,
+                self._feature_term(statistics, feature_scale),
+            )
+        # checked without a student too
+        adversary = adversarial_term(distance, agreement, temperature)
+        if student is not None:
+            known['adversarial'] = adversarial_weight, adversary
         self.objective = Objective(known | dict(terms or {}))
         self._made_with = {
-            'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate,
-            'latent_learning_rate': latent_learning_rate, 'reuse': reuse, 'labels': labels,
-            'feature_scale': feature_scale, 'distance': distance, 'agreement': agreement,
-            'temperature': temperature, 'augment': repr(augment), 'precision': precision,
-            **self.objective.weights}
-        self.steps, self.batch_size, self.labels, self.augment, self.reuse = steps, batch_size, labels, augment, reuse
-        self.learning_rate, self.latent_learning_rate, self.seed, self.competing = learning_rate, latent_learning_rate, seed, True
-        self.rng = torch.Generator().manual_seed(seed) # of codes, wishes, augmentation and fresh weights
-        self.streams = RandomStreams(seed) # of whatever draws without a generator of its own
-        self.updates = self.batches = 0 # made so far; batches finished
-        self.history: list[dict[str, float]] = [] # one row a batch
+            'steps': steps,
+            'batch_size': batch_size,
+            'learning_rate': learning_rate,
+            'latent_learning_rate': latent_learning_rate,
+            'reuse': reuse,
+            'labels': labels,
+            'feature_scale': feature_scale,
+            'distance': distance,
+            'agreement': agreement,
+            'temperature': temperature,
+            'augment': repr(augment),
+            'precision': precision,
+            **self.objective.weights,
+        }
+        self.steps = steps
+        self.batch_size = batch_size
+        self.labels = labels
+        self.augment = augment
+        self.reuse = reuse
+        self.learning_rate = learning_rate
+        self.latent_learning_rate = latent_learning_rate
+        self.seed = seed
+        self.competing = True
+        # of codes, wishes, augmentation and fresh weights
+        self.rng = torch.Generator().manual_seed(seed)
+        # of whatever draws without a generator of its own
+        self.streams = RandomStreams(seed)
+        self.updates = self.batches = 0  # made so far; batches finished
+        self.history: list[dict[str, float]] = []  # one row a batch
         self._set(*self._tensors())
         if not self.weights and not latent_learning_rate:
-            raise DFKDError('this generator has no weights that may change: '
-                            'give a latent_learning_rate above 0')
+            raise DFKDError(
+                'this generator has no weights that may change: '
+                'give a latent_learning_rate above 0'
+            )
         self.codes = torch.empty(0, device=self.device)
         self.targets: Tensor | None = None
         self.latent_optimizer: torch.optim.Adam | None = None
-        self.helpers: list[torch.optim.Adam] = [] # of whatever else learns with the generator
-        self.left = 0 # updates that the batch in hand still gets
-        self.best: dict[str, Any] | None = None # of its iterates, the one that cost least
+        # of whatever else learns with the generator
+        self.helpers: list[torch.optim.Adam] = []
+        self.left = 0  # updates that the batch in hand still gets
+        self.best: dict[str, Any] | None = None  # of its iterates, the one that cost least
 
     REUSE: tuple[str, ...] = ('continue', 'restart')
 
     def _feature_term(self, statistics: Statistics, scale: str) -> Term:
-        return FEATURE_TERMS[scale](statistics, 1.)
+        return FEATURE_TERMS[scale](statistics, 1.0)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         "The network's weights that may change, and all its other tensors."
@@ -285,13 +468,15 @@ class Painting:
         return moving, frozen | dict(self.network.named_buffers())
 
     def _set(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        "Copies of these weights and of what no gradient changes, and an Adam that knows nothing of the old ones."
+        """Copies of these weights and of what no gradient changes, and an Adam that knows
+        nothing of the old ones.
+        """
         self.weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
         self.buffers = {k: v.detach().clone() for k, v in buffers.items()}
         self.optimizer = self._adam(self.weights)
 
     @property
-    def generator(self) -> nn.Module: # in eval mode; later updates do not reach it
+    def generator(self) -> nn.Module:  # in eval mode; later updates do not reach it
         "A copy of the generator as it is now: the network that `draw` paints with."
         found, now = copy.deepcopy(self.network).eval(), self.weights | self.buffers
         with torch.no_grad():
@@ -301,126 +486,229 @@ class Painting:
 
     def _adam(self, weights: Mapping[str, Tensor]) -> torch.optim.Adam | None:
         "Adam as the field's code has it; None where there is nothing to learn."
-        return torch.optim.Adam(weights.values(), self.learning_rate, betas=(0.5, 0.999), fused=self.device.type in ('cpu', 'cuda')) if weights else None
+        return (
+            torch.optim.Adam(
+                weights.values(),
+                self.learning_rate,
+                betas=(0.5, 0.999),
+                fused=self.device.type in ('cpu', 'cuda'),
+            )
+            if weights
+            else None
+        )
 
     def paint(
         self,
-        codes: Tensor, # `(N, *latent_shape)`
-        train: bool = True, # whether the generator's BatchNorm measures this batch
-    ) -> Tensor: # intensities in [0, 1], `(N, C, H, W)`
-        "The generator with the weights in hand; one without weights that may change paints in eval mode."
+        codes: Tensor,  # `(N, *latent_shape)`
+        train: bool = True,  # whether the generator's BatchNorm measures this batch
+    ) -> Tensor:  # intensities in [0, 1], `(N, C, H, W)`
+        """The generator with the weights in hand; one without weights that may change
+        paints in eval mode.
+        """
         self.network.train(train and bool(self.weights))
-        with autocast(self.device, self.look.precision): return functional_call(self.network, (self.weights, self.buffers), (codes,)).float()
+        with autocast(self.device, self.look.precision):
+            return functional_call(
+                self.network, (self.weights, self.buffers), (codes,)
+            ).float()
 
     @torch.no_grad()
     def draw(
         self,
-        n: int, # images
-        rng: torch.Generator, # a CPU generator
-    ) -> Tensor: # intensities in [0, 1], `(n, C, H, W)`
+        n: int,  # images
+        rng: torch.Generator,  # a CPU generator
+    ) -> Tensor:  # intensities in [0, 1], `(n, C, H, W)`
         "Fresh images by the generator as it is: a function for `DrawnImages`."
-        return self.paint(torch.randn(n, *self.latent_shape, generator=rng).to(self.device), train=False)
+        return self.paint(
+            torch.randn(n, *self.latent_shape, generator=rng).to(self.device), train=False
+        )
 
     def judge(
         self,
-        images: Tensor, # intensities in [0, 1], `(N, C, H, W)`
-        targets: Tensor | None, # wished classes; None takes the teacher's answers
-    ) -> tuple[Tensor, dict[str, Tensor], View]: # the total, each term, and all that was seen
-        "What the images cost. The student answers in eval mode, on its own scale, and gets no gradient."
-        x = self.domain.normalize(images if self.augment is None else self.augment(images, self.rng))
+        images: Tensor,  # intensities in [0, 1], `(N, C, H, W)`
+        targets: Tensor | None,  # wished classes; None takes the teacher's answers
+    ) -> tuple[
+        Tensor, dict[str, Tensor], View
+    ]:  # the total, each term, and all that was seen
+        """What the images cost.
+
+        The student answers in eval mode, on its own scale, and gets no gradient.
+        """
+        x = self.domain.normalize(
+            images if self.augment is None else self.augment(images, self.rng)
+        )
         logits, features, embedding = self.look(x)
         answers = None
-        if self.student is not None and (self.competing and self.objective.weights.get('adversarial') or self.wants_student):
+        if self.student is not None and (
+            self.competing
+            and self.objective.weights.get('adversarial')
+            or self.wants_student
+        ):
             theirs = self.domain.renormalize(x, self.student_domain or self.domain)
             with in_eval_mode(self.student), autocast(self.device, self.look.precision):
                 answers = _answers(self.student, theirs)
-        objective = self.objective if answers is not None or 'adversarial' not in self.objective.weights else self.objective.reweigh(adversarial=0.)
+        objective = (
+            self.objective
+            if answers is not None or 'adversarial' not in self.objective.weights
+            else self.objective.reweigh(adversarial=0.0)
+        )
         targets = logits.detach().argmax(1) if targets is None else targets
         view = View(self.domain.to_pixels(x), logits, targets, features, answers, embedding)
         return *objective(view), view
 
-    wants_student = False # set it where further terms ask for `view.student_logits`
+    wants_student = False  # set it where further terms ask for `view.student_logits`
 
 # %% ../../nbs/generators/10_generators.ipynb #53b3e1bf
 def _hand_over(
-    gradients: Iterable[Tensor | None], # one a leaf, None where it was not used
-    leaves: Iterable[Tensor], # whose `grad` to set
+    gradients: Iterable[Tensor | None],  # one a leaf, None where it was not used
+    leaves: Iterable[Tensor],  # whose `grad` to set
 ) -> None:
-    "Gradients to their leaves, each in the order of memory that its leaf has: a fused Adam relies on it."
+    """Gradients to their leaves, each in the order of memory that its leaf has.
+
+    A fused Adam relies on it.
+    """
     for leaf, gradient in zip(leaves, gradients):
-        leaf.grad = gradient if gradient is None or gradient.stride() == leaf.stride() else torch.empty_like(leaf).copy_(gradient)
+        leaf.grad = (
+            gradient
+            if gradient is None or gradient.stride() == leaf.stride()
+            else torch.empty_like(leaf).copy_(gradient)
+        )
 
 # %% ../../nbs/generators/10_generators.ipynb #f846d730
 class GenerativeSynthesizer(Painting):
-    "Images from a generator that a teacher, and perhaps a student, teach to paint, batch after batch: weights and switches are the methods."
+    """Images from a generator that a teacher, and perhaps a student, teach to paint, batch
+    after batch: weights and switches are the methods.
+    """
 
     def start(self) -> None:
         "Begin a batch: codes, wishes, and the weights to begin from."
-        self.codes = torch.randn(self.batch_size, *self.latent_shape, generator=self.rng).to(self.device) if self.fresh_codes else self.codes.detach()
+        self.codes = (
+            torch.randn(self.batch_size, *self.latent_shape, generator=self.rng).to(
+                self.device
+            )
+            if self.fresh_codes
+            else self.codes.detach()
+        )
         wished = self.labels == 'wishes'
-        self.targets = torch.randint(self.domain.num_classes, (self.batch_size,), generator=self.rng).to(self.device) if wished else None
+        self.targets = (
+            torch.randint(
+                self.domain.num_classes, (self.batch_size,), generator=self.rng
+            ).to(self.device)
+            if wished
+            else None
+        )
         self._take()
         self.left, self.best = self.steps, None
 
     @property
     def fresh_codes(self) -> bool:
-        "Whether a batch begins from new codes: not where pixels carry on from the last batch."
+        """Whether a batch begins from new codes.
+
+        Not where pixels carry on from the last batch.
+        """
         return bool(self.weights) or self.reuse == 'restart' or not len(self.codes)
 
     def _take(self) -> None:
         "The weights this batch begins from, and an Adam for its codes."
-        if self.reuse == 'restart' and self.weights: self._restart()
+        if self.reuse == 'restart' and self.weights:
+            self._restart()
         self.latent_optimizer = None
         if self.latent_learning_rate:
             self.codes = self.codes.clone().requires_grad_()
-            self.latent_optimizer = torch.optim.Adam([self.codes], self.latent_learning_rate, betas=(0.5, 0.999))
+            self.latent_optimizer = torch.optim.Adam(
+                [self.codes], self.latent_learning_rate, betas=(0.5, 0.999)
+            )
 
     @torch.no_grad()
     def _restart(self) -> None:
-        "Fresh weights but for frozen ones: what `reset_parameters` draws, from the synthesizer's own stream."
+        """Fresh weights but for frozen ones.
+
+        What `reset_parameters` draws, from the synthesizer's own stream.
+        """
         seed = int(torch.randint(2**62, (), generator=self.rng))
         named = dict(self.network.named_parameters())
         frozen = {k: p.clone() for k, p in named.items() if not p.requires_grad}
         with seeded(seed):
             for module in self.network.modules():
                 own = list(module.parameters(recurse=False))
-                if own and not any(p.requires_grad for p in own): continue # nor its statistics
-                if callable(reset := getattr(module, 'reset_parameters', None)): reset()
-        for name, weight in frozen.items(): named[name].copy_(weight)
+                # nor its statistics
+                if own and not any(p.requires_grad for p in own):
+                    continue
+                if callable(reset := getattr(module, 'reset_parameters', None)):
+                    reset()
+        for name, weight in frozen.items():
+            named[name].copy_(weight)
         self._set(*self._tensors())
 
     def step(self) -> None:
         "One update of the batch in hand."
-        with self.streams: self._update()
+        with self.streams:
+            self._update()
 
     def _update(self) -> None:
-        if not self.left: self.start()
+        if not self.left:
+            self.start()
         images = self.paint(self.codes)
         total, values, view = self.judge(images, self.targets)
-        optimizers = [o for o in (self.optimizer, self.latent_optimizer, *self.helpers) if o is not None]
-        leaves = [leaf for o in optimizers for group in o.param_groups for leaf in group['params']]
-        if not total.requires_grad: raise DFKDError('no gradient reaches the generator: it or a term detaches what it is given')
-        _hand_over(torch.autograd.grad(total, leaves, allow_unused=True), leaves) # some networks have weights that they never use
+        optimizers = [
+            o
+            for o in (self.optimizer, self.latent_optimizer, *self.helpers)
+            if o is not None
+        ]
+        leaves = [
+            leaf for o in optimizers for group in o.param_groups for leaf in group['params']
+        ]
+        if not total.requires_grad:
+            raise DFKDError(
+                'no gradient reaches the generator: it or a term detaches what it is given'
+            )
+        # some networks have weights that they never use
+        _hand_over(torch.autograd.grad(total, leaves, allow_unused=True), leaves)
         self._keep(images, total, values, view)
-        for optimizer in optimizers: optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         self.updates, self.left = self.updates + 1, self.left - 1
 
     @torch.no_grad()
-    def _keep(self, images: Tensor, total: Tensor, values: dict[str, Tensor], view: View) -> None:
-        "Remember this iterate if none was better; the comparison is the update's one wait for the device."
+    def _keep(
+        self, images: Tensor, total: Tensor, values: dict[str, Tensor], view: View
+    ) -> None:
+        """Remember this iterate if none was better; the comparison is the update's one wait
+        for the device.
+        """
         cost = float(total)
         names = ('total', *values)
         if not math.isfinite(cost):
-            term = next((name for name, value in values.items() if not math.isfinite(float(value))), 'total')
-            raise DFKDError(f"the term '{term}' is not finite at update {self.updates + 1}: lower learning_rate ({self.learning_rate:g}) or use precision='float32'; batches that are finished are kept in their pool")
-        if self.best is not None and cost >= self.best['cost']: return
-        moments = None if view.features is None else {k: (mean.detach(), var.detach()) for k, (mean, var) in view.features.items()}
-        self.best = {'cost': cost, 'images': (images.detach().clamp(0, 1) * 255).round().to(torch.uint8), 'labels': view.targets.clone(),
-                     'values': torch.stack([v.detach().float() for v in (total, *values.values())]), 'names': list(names), 'moments': moments}
+            term = next(
+                (name for name, value in values.items() if not math.isfinite(float(value))),
+                'total',
+            )
+            raise DFKDError(
+                f"the term '{term}' is not finite at update {self.updates + 1}: lower"
+                f" learning_rate ({self.learning_rate:g}) or use precision='float32';"
+                ' batches that are finished are kept in their pool'
+            )
+        if self.best is not None and cost >= self.best['cost']:
+            return
+        moments = (
+            None
+            if view.features is None
+            else {
+                k: (mean.detach(), var.detach()) for k, (mean, var) in view.features.items()
+            }
+        )
+        self.best = {
+            'cost': cost,
+            'images': (images.detach().clamp(0, 1) * 255).round().to(torch.uint8),
+            'labels': view.targets.clone(),
+            'values': torch.stack([v.detach().float() for v in (total, *values.values())]),
+            'names': list(names),
+            'moments': moments,
+        }
 
-    def finish(self) -> ImageSet: # uint8 on the device, labelled with wishes or answers
+    def finish(self) -> ImageSet:  # uint8 on the device, labelled with wishes or answers
         "The batch: of all its iterates the one that cost least."
-        if self.left or self.best is None: raise DFKDError('this batch is not finished: call step() until left is 0')
+        if self.left or self.best is None:
+            raise DFKDError('this batch is not finished: call step() until left is 0')
         best, self.best = self.best, None
         self.batches += 1
         row: dict[str, float] = {'batch': self.batches, 'updates': self.updates}
@@ -433,21 +721,33 @@ class GenerativeSynthesizer(Painting):
 
     def synthesize(
         self,
-        batches: int = 1, # of `batch_size` images
-    ) -> ImageSet: # uint8 on the device
+        batches: int = 1,  # of `batch_size` images
+    ) -> ImageSet:  # uint8 on the device
         "Whole batches, `steps` updates each, from wherever the generator stands."
-        if batches < 1: raise DFKDError(f'{batches} batches: give 1 or more')
+        if batches < 1:
+            raise DFKDError(f'{batches} batches: give 1 or more')
         made = []
         for _ in range(batches):
             self.step()
-            while self.left: self.step()
+            while self.left:
+                self.step()
             made.append(self.finish())
-        return ImageSet(torch.cat([m.images for m in made]), torch.cat([m.labels for m in made if m.labels is not None]), self.domain)
+        return ImageSet(
+            torch.cat([m.images for m in made]),
+            torch.cat([m.labels for m in made if m.labels is not None]),
+            self.domain,
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits, also in the middle of a batch. The tensors are alive: save them before the next update."
-        def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]: return {k: v.detach() for k, v in tensors.items()}
-        latent = self.latent_optimizer if self.left else None # a new batch has a new one
+        """All that it takes to go on to the same bits, also in the middle of a batch.
+
+        The tensors are alive: save them before the next update.
+        """
+
+        def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {k: v.detach() for k, v in tensors.items()}
+
+        latent = self.latent_optimizer if self.left else None  # a new batch has a new one
         return {
             'settings': dict(self._made_with),
             'weights': detached(self.weights),
@@ -463,91 +763,164 @@ class GenerativeSynthesizer(Painting):
             'updates': self.updates,
             'batches': self.batches,
             'competing': self.competing,
-            'history': [dict(row) for row in self.history]}
+            'history': [dict(row) for row in self.history],
+        }
 
     def _plain_best(self) -> dict[str, Any] | None:
-        if self.best is None: return None
-        return self.best | {'moments': None if self.best['moments'] is None else {k: list(pair) for k, pair in self.best['moments'].items()}}
+        if self.best is None:
+            return None
+        return self.best | {
+            'moments': (
+                None
+                if self.best['moments'] is None
+                else {k: list(pair) for k, pair in self.best['moments'].items()}
+            )
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood: same teacher, same settings. Nothing of `state` is shared with it afterwards."
+        """Go on where `state_dict` stood: same teacher, same settings.
+
+        Nothing of `state` is shared with it afterwards.
+        """
         if not {'settings', 'weights', 'buffers', 'codes', 'streams'} <= state.keys():
-            raise DFKDError('this state was not saved by a synthesizer with a generator: give another path')
-        changed = [f'{k} (was {v}, now {self._made_with.get(k)})' for k, v in state['settings'].items() if self._made_with.get(k) != v]
-        if changed: raise DFKDError(f'the checkpoint was made with other settings: {", ".join(changed)}; set them back or give another path')
+            raise DFKDError(
+                'this state was not saved by a synthesizer with a generator: give another'
+                ' path'
+            )
+        changed = [
+            f'{k} (was {v}, now {self._made_with.get(k)})'
+            for k, v in state['settings'].items()
+            if self._made_with.get(k) != v
+        ]
+        if changed:
+            raise DFKDError(
+                f'the checkpoint was made with other settings: {", ".join(changed)}; set'
+                ' them back or give another path'
+            )
         for kind, own in (('weights', self.weights), ('buffers', self.buffers)):
-            if {k: v.shape for k, v in state[kind].items()} != {k: v.shape for k, v in own.items()}:
-                raise DFKDError('this state belongs to another generator: build the one it was saved from')
-        self._set({k: v.to(self.device) for k, v in state['weights'].items()}, {k: v.to(self.device) for k, v in state['buffers'].items()})
-        if self.optimizer: self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
+            if {k: v.shape for k, v in state[kind].items()} != {
+                k: v.shape for k, v in own.items()
+            }:
+                raise DFKDError(
+                    'this state belongs to another generator: build the one it was saved'
+                    ' from'
+                )
+        self._set(
+            {k: v.to(self.device) for k, v in state['weights'].items()},
+            {k: v.to(self.device) for k, v in state['buffers'].items()},
+        )
+        if self.optimizer:
+            self.optimizer.load_state_dict(copy.deepcopy(state['optimizer']))
         self.rng.set_state(state['rng'].cpu())
         self.streams.load_state_dict(state['streams'])
-        self.left, self.updates, self.batches, self.competing = state['left'], state['updates'], state['batches'], state['competing']
+        self.left = state['left']
+        self.updates = state['updates']
+        self.batches = state['batches']
+        self.competing = state['competing']
         self.history = [dict(row) for row in state['history']]
         self.codes, self.latent_optimizer = state['codes'].to(self.device).clone(), None
-        self.targets = None if state['targets'] is None else state['targets'].to(self.device)
+        self.targets = (
+            None if state['targets'] is None else state['targets'].to(self.device)
+        )
         if state['latent_optimizer'] is not None:
             self.codes.requires_grad_()
-            self.latent_optimizer = torch.optim.Adam([self.codes], self.latent_learning_rate, betas=(0.5, 0.999))
+            self.latent_optimizer = torch.optim.Adam(
+                [self.codes], self.latent_learning_rate, betas=(0.5, 0.999)
+            )
             self.latent_optimizer.load_state_dict(copy.deepcopy(state['latent_optimizer']))
         best = state['best']
-        if best is not None: # a checkpoint may have been read on another device
+        if best is not None:  # a checkpoint may have been read on another device
             moved = {k: v.to(self.device) for k, v in best.items() if isinstance(v, Tensor)}
             moments = best['moments'] and {
-                k: (m.to(self.device), v.to(self.device)) for k, (m, v) in best['moments'].items()}
+                k: (m.to(self.device), v.to(self.device))
+                for k, (m, v) in best['moments'].items()
+            }
             best = best | moved | {'moments': moments}
         self.best = best
 
 # %% ../../nbs/generators/10_generators.ipynb #6ee20975
 class Alternation(Turns):
-    "Batches of images between a student's updates, round after round: the one loop of all methods that paint while the student learns."
+    """Batches of images between a student's updates, round after round.
+
+    The one loop of all methods that paint while the student learns.
+    """
+
     kind = 'alternation'
     maker: GenerativeSynthesizer
 
     def __init__(
         self,
-        maker: GenerativeSynthesizer, # makes images
-        distiller: Distiller, # trains the student: on a pool (anything with `add`), or on `maker.draw`
+        maker: GenerativeSynthesizer,  # makes images
+        # trains the student: on a pool (anything with `add`), or on `maker.draw`
+        distiller: Distiller,
         *,
-        rounds: int, # batches of images
-        updates_per_round: int, # of the student, after each batch
-        warmup_rounds: int = 0, # first rounds without them; nobody competes yet
+        rounds: int,  # batches of images
+        updates_per_round: int,  # of the student, after each batch
+        warmup_rounds: int = 0,  # first rounds without them; nobody competes yet
     ) -> None:
         if min(rounds, updates_per_round) < 1 or not 0 <= warmup_rounds < rounds:
-            raise DFKDError(f'{rounds} rounds, {warmup_rounds} of them to warm up, {updates_per_round} updates in each: give 1 or more, and fewer to warm up than in all')
+            raise DFKDError(
+                f'{rounds} rounds, {warmup_rounds} of them to warm up, {updates_per_round}'
+                ' updates in each: give 1 or more, and fewer to warm up than in all'
+            )
         if distiller.steps != (rounds - warmup_rounds) * updates_per_round:
-            raise DFKDError(f'the student has {distiller.steps} updates, {rounds - warmup_rounds} rounds of {updates_per_round} need {(rounds - warmup_rounds) * updates_per_round}: make them agree')
-        if warmup_rounds and not any(weight for name, weight in maker.objective.weights.items() if name != 'adversarial'):
-            raise DFKDError(f'{warmup_rounds} rounds to warm up, but there is nothing to paint for without a competition: give another term a weight, or set warmup_rounds to 0')
+            raise DFKDError(
+                f'the student has {distiller.steps} updates, {rounds - warmup_rounds}'
+                f' rounds of {updates_per_round} need'
+                f' {(rounds - warmup_rounds) * updates_per_round}: make them agree'
+            )
+        if warmup_rounds and not any(
+            weight
+            for name, weight in maker.objective.weights.items()
+            if name != 'adversarial'
+        ):
+            raise DFKDError(
+                f'{warmup_rounds} rounds to warm up, but there is nothing to paint for'
+                ' without a competition: give another term a weight, or set warmup_rounds'
+                ' to 0'
+            )
         super().__init__(maker, distiller, rounds)
         self.updates_per_round, self.warmup_rounds = updates_per_round, warmup_rounds
         self.pool: Any = distiller.source if hasattr(distiller.source, 'add') else None
         askers: list[Any] = [maker, self.pool]
-        for part in askers: # whoever asks the student shows it what the distiller shows it
-            if getattr(part, 'student', None) is not distiller.student: continue
+        # whoever asks the student shows it what the distiller shows it
+        for part in askers:
+            if getattr(part, 'student', None) is not distiller.student:
+                continue
             given = getattr(part, 'student_domain', None) or distiller.domain
             if not _same_scale(given, distiller.domain):
                 raise DFKDError(
-                    f'the student learns with mean {distiller.domain.mean} and std {distiller.domain.std}, '
-                    f'the {type(part).__name__} asks it with {given.mean} and {given.std}: '
-                    'make student_domain and the domain of the Distiller agree')
+                    f'the student learns with mean {distiller.domain.mean} and std'
+                    f' {distiller.domain.std}, the {type(part).__name__} asks it with'
+                    f' {given.mean} and {given.std}: make student_domain and the domain of'
+                    ' the Distiller agree'
+                )
             part.student_domain = distiller.domain
 
     @property
-    def mark(self) -> int: return max(0, self.round - self.warmup_rounds) * self.updates_per_round
+    def mark(self) -> int:
+        return max(0, self.round - self.warmup_rounds) * self.updates_per_round
 
     def make(self) -> None:
         "One update of images; the last one of a batch hands them to the student."
         self.maker.competing = self.round >= self.warmup_rounds
         self.maker.step()
-        if self.maker.left: return
+        if self.maker.left:
+            return
         images = self.maker.finish()
-        if self.pool is not None: self.pool.add(images.images, images.labels)
+        if self.pool is not None:
+            self.pool.add(images.images, images.labels)
         self.round += 1
 
     def settings(self) -> dict[str, Any]:
         "What has to be the same when a checkpoint is taken up."
-        return {'rounds': self.rounds, 'updates_per_round': self.updates_per_round, 'warmup_rounds': self.warmup_rounds, 'seed': self.maker.seed, 'steps': self.steps}
+        return {
+            'rounds': self.rounds,
+            'updates_per_round': self.updates_per_round,
+            'warmup_rounds': self.warmup_rounds,
+            'seed': self.maker.seed,
+            'steps': self.steps,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         "See `Turns`; with the generator and all that goes with it."

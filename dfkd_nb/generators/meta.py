@@ -23,121 +23,227 @@ from ..foundations.models import Teacher
 from .generators import GenerativeSynthesizer, _hand_over
 
 # %% ../../nbs/generators/12_meta.ipynb #fcf2b11a
-Weights = dict[str, Tensor] # tensors by name: a generator's weights, its codes, or their gradients
+# tensors by name: a generator's weights, its codes, or their gradients
+Weights = dict[str, Tensor]
 
 # %% ../../nbs/generators/12_meta.ipynb #8fc2614a
 def adapt(
-    loss: Callable[[Weights], Tensor], # of weights (and codes), a scalar
-    start: Weights, # where every batch begins
-    steps: int, # k
-    learning_rate: float, # of plain gradient descent
-) -> tuple[Weights, list[Weights]]: # where k steps lead, and the gradient at each of the k iterates that were left
+    loss: Callable[[Weights], Tensor],  # of weights (and codes), a scalar
+    start: Weights,  # where every batch begins
+    steps: int,  # k
+    learning_rate: float,  # of plain gradient descent
+) -> tuple[
+    Weights, list[Weights]
+]:  # where k steps lead, and the gradient at each of the k iterates that were left
     "The k-step adaptation U^k (FastDFKD, Eq. 6). It can be differentiated."
-    if steps < 1: raise DFKDError(f'{steps} steps of adaptation: give 1 or more')
+    if steps < 1:
+        raise DFKDError(f'{steps} steps of adaptation: give 1 or more')
     weights, gradients = dict(start), []
     for _ in range(steps):
         gradients.append(torch.func.grad(loss)(weights))
-        weights = {name: weight - learning_rate * gradients[-1][name] for name, weight in weights.items()}
+        weights = {
+            name: weight - learning_rate * gradients[-1][name]
+            for name, weight in weights.items()
+        }
     return weights, gradients
 
 # %% ../../nbs/generators/12_meta.ipynb #637c3fd7
 def meta_gradients(
-    loss: Callable[[Weights], Tensor], # as in `adapt`
-    start: Weights, # where to take the gradients
-    steps: int, # k
-    learning_rate: float, # of plain gradient descent
-) -> dict[str, Weights]: # 'exact' through all steps, and three that pretend the steps were not there
-    "Which way to move the start so that k steps lead further down (FastDFKD, Eq. 7, 9 and 10)."
+    loss: Callable[[Weights], Tensor],  # as in `adapt`
+    start: Weights,  # where to take the gradients
+    steps: int,  # k
+    learning_rate: float,  # of plain gradient descent
+) -> dict[
+    str, Weights
+]:  # 'exact' through all steps, and three that pretend the steps were not there
+    """Which way to move the start so that k steps lead further down (FastDFKD, Eq. 7, 9 and
+    10).
+    """
     adapted, gradients = adapt(loss, start, steps, learning_rate)
     return {
-        'exact': torch.func.grad(lambda begun: loss(adapt(loss, begun, steps, learning_rate)[0]))(start),
+        'exact': torch.func.grad(
+            lambda begun: loss(adapt(loss, begun, steps, learning_rate)[0])
+        )(start),
         'last': torch.func.grad(loss)(adapted),
-        'sum': {name: torch.stack([gradient[name] for gradient in gradients]).sum(0) for name in start},
+        'sum': {
+            name: torch.stack([gradient[name] for gradient in gradients]).sum(0)
+            for name in start
+        },
         'reptile': {name: start[name] - adapted[name] for name in start},
     }
 
 # %% ../../nbs/generators/12_meta.ipynb #755b1b7d
-META = 'sum', 'last', 'reptile' # words for the first-order gradients
+META = 'sum', 'last', 'reptile'  # words for the first-order gradients
 
 # %% ../../nbs/generators/12_meta.ipynb #605361c3
 class MetaSynthesizer(GenerativeSynthesizer):
-    "Batches of images, each adapted in k steps from what earlier batches have in common (FastDFKD, Algorithm 1)."
+    """Batches of images, each adapted in k steps from what earlier batches have in common
+    (FastDFKD, Algorithm 1).
+    """
 
     REUSE = 'meta', 'continue', 'restart'
 
     def __init__(
         self,
-        teacher: Teacher, # the network that is asked; it is not changed
+        teacher: Teacher,  # the network that is asked; it is not changed
         *,
-        reuse: str = 'meta', # a batch begins from the 'meta' weights, from where the last one ended ('continue'), or from fresh ones ('restart')
-        meta: str = 'sum', # the meta-weights' gradient, see `meta_gradients`: 'sum' as in the public code, 'last' as in Eq. 9 (one more pass), 'reptile' as in Eq. 10
-        meta_learning_rate: float | None = None, # of Adam on the meta-weights; None: learning_rate x steps
-        meta_latent_learning_rate: float | None = None, # of Adam on the meta-learned codes; None: latent_learning_rate x steps
-        latent_life: int | None = 1, # batches that begin from one set of codes, which is meta-learned from 2 on; None: all of them
-        momentum: float | None = None, # weight of the new batch in running feature statistics (Eq. 15); None: each batch by itself
-        reset_first_layer_at: int | None = None, # the batch before which the generator's first layers begin anew ('restart' begins all of them anew anyway); None: never
-        **settings: Any, # see `Painting`
+        # a batch begins from the 'meta' weights, from where the last one ended
+        # ('continue'), or from fresh ones ('restart')
+        reuse: str = 'meta',
+        # the meta-weights' gradient, see `meta_gradients`: 'sum' as in the public code,
+        # 'last' as in Eq. 9 (one more pass), 'reptile' as in Eq. 10
+        meta: str = 'sum',
+        # of Adam on the meta-weights; None: learning_rate x steps
+        meta_learning_rate: float | None = None,
+        # of Adam on the meta-learned codes; None: latent_learning_rate x steps
+        meta_latent_learning_rate: float | None = None,
+        # batches that begin from one set of codes, which is meta-learned from 2 on; None:
+        # all of them
+        latent_life: int | None = 1,
+        # weight of the new batch in running feature statistics (Eq. 15); None: each batch
+        # by itself
+        momentum: float | None = None,
+        # the batch before which the generator's first layers begin anew ('restart' begins
+        # all of them anew anyway); None: never
+        reset_first_layer_at: int | None = None,
+        **settings: Any,  # see `Painting`
     ) -> None:
-        if meta not in META: raise DFKDError(f"unknown meta '{meta}': use {', '.join(META)}")
-        if latent_life is not None and latent_life < 1: raise DFKDError(f'latent_life {latent_life}: give 1 or more batches, or None for all')
-        for name, rate in {'meta_learning_rate': meta_learning_rate, 'meta_latent_learning_rate': meta_latent_learning_rate}.items():
-            if rate is not None and not rate > 0: raise DFKDError(f'{name} {rate}: give a positive one, or None')
+        if meta not in META:
+            raise DFKDError(f"unknown meta '{meta}': use {', '.join(META)}")
+        if latent_life is not None and latent_life < 1:
+            raise DFKDError(
+                f'latent_life {latent_life}: give 1 or more batches, or None for all'
+            )
+        for name, rate in {
+            'meta_learning_rate': meta_learning_rate,
+            'meta_latent_learning_rate': meta_latent_learning_rate,
+        }.items():
+            if rate is not None and not rate > 0:
+                raise DFKDError(f'{name} {rate}: give a positive one, or None')
         if reuse != 'meta' and (latent_life != 1 or meta_learning_rate is not None):
-            raise DFKDError(f'latent_life {latent_life}, meta_learning_rate {meta_learning_rate}: '
-                            f"nothing is meta-learned with reuse='{reuse}'; leave them out, or set reuse='meta'")
+            raise DFKDError(
+                f'latent_life {latent_life}, meta_learning_rate {meta_learning_rate}: '
+                f"nothing is meta-learned with reuse='{reuse}'; leave them out, or set"
+                " reuse='meta'"
+            )
         if meta_latent_learning_rate is not None and (reuse != 'meta' or latent_life == 1):
-            raise DFKDError(f'meta_latent_learning_rate {meta_latent_learning_rate}, but codes that serve one '
-                            "batch are not meta-learned: set latent_life to 2 or more and reuse='meta', or leave it out")
-        if reset_first_layer_at is not None and reset_first_layer_at < 1: raise DFKDError(f'reset_first_layer_at {reset_first_layer_at}: batches count from 1; give None for never')
+            raise DFKDError(
+                f'meta_latent_learning_rate {meta_latent_learning_rate}, but codes that'
+                ' serve one batch are not meta-learned: set latent_life to 2 or more and'
+                " reuse='meta', or leave it out"
+            )
+        if reset_first_layer_at is not None and reset_first_layer_at < 1:
+            raise DFKDError(
+                f'reset_first_layer_at {reset_first_layer_at}: batches count from 1; give'
+                ' None for never'
+            )
         self.running = None if momentum is None else RunningStatistics(momentum)
         super().__init__(teacher, reuse=reuse, **settings)
-        self._made_with |= {'meta': meta, 'latent_life': latent_life, 'momentum': momentum, 'reset_first_layer_at': reset_first_layer_at}
-        self.meta, self.latent_life, self.reset_first_layer_at = meta, latent_life, reset_first_layer_at
-        if self.learns_codes and not self.latent_learning_rate: raise DFKDError('codes that live for more than one batch are learned: give a latent_learning_rate above 0, or latent_life=1')
+        self._made_with |= {
+            'meta': meta,
+            'latent_life': latent_life,
+            'momentum': momentum,
+            'reset_first_layer_at': reset_first_layer_at,
+        }
+        self.meta = meta
+        self.latent_life = latent_life
+        self.reset_first_layer_at = reset_first_layer_at
+        if self.learns_codes and not self.latent_learning_rate:
+            raise DFKDError(
+                'codes that live for more than one batch are learned: give a'
+                ' latent_learning_rate above 0, or latent_life=1'
+            )
         if reuse == 'meta' and not self.weights and not self.learns_codes:
-            raise DFKDError('this generator has no weights to learn from batch to batch: '
-                            "give latent_life=None, or reuse='continue'")
+            raise DFKDError(
+                'this generator has no weights to learn from batch to batch: '
+                "give latent_life=None, or reuse='continue'"
+            )
         self.meta_learning_rate = meta_learning_rate or self.learning_rate * self.steps
-        self.meta_latent_learning_rate = meta_latent_learning_rate or self.latent_learning_rate * self.steps
-        self._made_with |= {'meta_learning_rate': self.meta_learning_rate, 'meta_latent_learning_rate': self.meta_latent_learning_rate}
-        self.meta_weights: Weights = self._leaves(self.weights) if reuse == 'meta' else {} # what all batches have in common
-        self.meta_codes = torch.empty(0, device=self.device) # likewise, where codes are learned
+        self.meta_latent_learning_rate = (
+            meta_latent_learning_rate or self.latent_learning_rate * self.steps
+        )
+        self._made_with |= {
+            'meta_learning_rate': self.meta_learning_rate,
+            'meta_latent_learning_rate': self.meta_latent_learning_rate,
+        }
+        # what all batches have in common
+        self.meta_weights: Weights = self._leaves(self.weights) if reuse == 'meta' else {}
+        # likewise, where codes are learned
+        self.meta_codes = torch.empty(0, device=self.device)
         self.meta_optimizer = self._meta_adam()
-        self.gathered: Weights = {} # the inner gradients of the batch in hand, summed
+        self.gathered: Weights = {}  # the inner gradients of the batch in hand, summed
 
     @property
     def learns_codes(self) -> bool:
-        "Whether codes are meta-learned (the paper's z-hat); otherwise each batch draws its own."
+        """Whether codes are meta-learned (the paper's z-hat); otherwise each batch draws
+        its own.
+        """
         return self.reuse == 'meta' and self.latent_life != 1
 
     @property
     def fresh_codes(self) -> bool:
         "Whether a batch begins from new codes."
-        if not self.learns_codes: return super().fresh_codes
-        return self.batches == 0 or self.latent_life is not None and self.batches % self.latent_life == 0
+        if not self.learns_codes:
+            return super().fresh_codes
+        return (
+            self.batches == 0
+            or self.latent_life is not None
+            and self.batches % self.latent_life == 0
+        )
 
     @staticmethod
-    def _leaves(weights: Mapping[str, Tensor]) -> Weights: return {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
+    def _leaves(weights: Mapping[str, Tensor]) -> Weights:
+        return {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
 
     def _meta_adam(self) -> torch.optim.Adam | None:
-        if self.reuse != 'meta': return None
-        groups: list[dict[str, Any]] = [{'params': list(self.meta_weights.values()), 'lr': self.meta_learning_rate}] if self.meta_weights else []
-        if self.learns_codes: groups.append({'params': [self.meta_codes], 'lr': self.meta_latent_learning_rate})
-        return torch.optim.Adam(groups, self.meta_learning_rate, betas=(0.5, 0.999), fused=self.device.type in ('cpu', 'cuda'))
+        if self.reuse != 'meta':
+            return None
+        groups: list[dict[str, Any]] = (
+            [{'params': list(self.meta_weights.values()), 'lr': self.meta_learning_rate}]
+            if self.meta_weights
+            else []
+        )
+        if self.learns_codes:
+            groups.append(
+                {'params': [self.meta_codes], 'lr': self.meta_latent_learning_rate}
+            )
+        return torch.optim.Adam(
+            groups,
+            self.meta_learning_rate,
+            betas=(0.5, 0.999),
+            fused=self.device.type in ('cpu', 'cuda'),
+        )
 
     def _feature_term(self, statistics: Statistics, scale: str) -> Term:
         "Each batch is judged with those before it, where `momentum` says so."
         plain, running = super()._feature_term(statistics, scale), self.running
-        if running is None: return plain
+        if running is None:
+            return plain
+
         def term(view: View) -> Tensor:
-            return plain(view if view.features is None else replace(view, features=running.mix({name: view.features[name] for name in statistics})))
+            return plain(
+                view
+                if view.features is None
+                else replace(
+                    view,
+                    features=running.mix(
+                        {name: view.features[name] for name in statistics}
+                    ),
+                )
+            )
+
         return term
 
     def _take(self) -> None:
-        "Copies of the weights this batch begins from; its Adam knows nothing of other batches."
-        if self.reset_first_layer_at == self.batches + 1: self._reset_first_layers()
-        if self.reuse != 'restart': self._set(self.meta_weights or self.weights, self.buffers)
-        if self.learns_codes: self._take_codes()
+        """Copies of the weights this batch begins from; its Adam knows nothing of other
+        batches.
+        """
+        if self.reset_first_layer_at == self.batches + 1:
+            self._reset_first_layers()
+        if self.reuse != 'restart':
+            self._set(self.meta_weights or self.weights, self.buffers)
+        if self.learns_codes:
+            self._take_codes()
         self.gathered = {}
         super()._take()
 
@@ -146,19 +252,36 @@ class MetaSynthesizer(GenerativeSynthesizer):
             self.meta_codes = self.codes.clone().requires_grad_()
             old, self.meta_optimizer = self.meta_optimizer, self._meta_adam()
             assert old is not None and self.meta_optimizer is not None
-            for weight in self.meta_weights.values(): # the new codes' Adam is new, the weights' goes on
-                if weight in old.state: self.meta_optimizer.state[weight] = old.state[weight]
-        else: self.codes = self.meta_codes.detach().clone()
+            # the new codes' Adam is new, the weights' goes on
+            for weight in self.meta_weights.values():
+                if weight in old.state:
+                    self.meta_optimizer.state[weight] = old.state[weight]
+        else:
+            self.codes = self.meta_codes.detach().clone()
 
     @torch.no_grad()
     def _reset_first_layers(self) -> None:
-        "The first linear (or convolution) and the first BatchNorm layer get weights near 0, N(0, 0.02), and no bias."
-        kinds: tuple[type | tuple[type, ...], ...] = (nn.Linear, nn.modules.conv._ConvNd), _BatchNorm
+        """The first linear (or convolution) and the first BatchNorm layer get weights near
+        0, N(0, 0.02), and no bias.
+        """
+        kinds: tuple[type | tuple[type, ...], ...] = (
+            (nn.Linear, nn.modules.conv._ConvNd),
+            _BatchNorm,
+        )
         weights = self.meta_weights or self.weights
         for kind in kinds:
-            name = next((name for name, module in self.network.named_modules() if isinstance(module, kind)), None)
-            if (weight := weights.get(f'{name}.weight')) is not None: weight.copy_(torch.randn(weight.shape, generator=self.rng) * 0.02)
-            if (bias := weights.get(f'{name}.bias')) is not None: bias.zero_()
+            name = next(
+                (
+                    name
+                    for name, module in self.network.named_modules()
+                    if isinstance(module, kind)
+                ),
+                None,
+            )
+            if (weight := weights.get(f'{name}.weight')) is not None:
+                weight.copy_(torch.randn(weight.shape, generator=self.rng) * 0.02)
+            if (bias := weights.get(f'{name}.bias')) is not None:
+                bias.zero_()
 
     @property
     def _moving(self) -> Weights:
@@ -166,62 +289,130 @@ class MetaSynthesizer(GenerativeSynthesizer):
         return self.weights | ({'codes': self.codes} if self.latent_optimizer else {})
 
     def _update(self) -> None:
-        "One update of the batch in hand; after the last one the meta-weights learn from it."
+        """One update of the batch in hand; after the last one the meta-weights learn from
+        it.
+        """
         super()._update()
-        if self.reuse != 'meta': return
+        if self.reuse != 'meta':
+            return
         if self.meta == 'sum':
             for name, leaf in self._moving.items():
-                if leaf.grad is not None: self.gathered[name] = self.gathered[name] + leaf.grad if name in self.gathered else leaf.grad
-        if not self.left: self._learn()
+                if leaf.grad is not None:
+                    self.gathered[name] = (
+                        self.gathered[name] + leaf.grad
+                        if name in self.gathered
+                        else leaf.grad
+                    )
+        if not self.left:
+            self._learn()
 
     def _learn(self) -> None:
         "One step of the meta-weights, and of the meta-learned codes."
-        learned, found = self.meta_weights | ({'codes': self.meta_codes} if self.learns_codes else {}), dict[str, Tensor | None]()
-        if self.meta == 'last': # at the adapted weights, whose images count as well
+        learned = self.meta_weights | (
+            {'codes': self.meta_codes} if self.learns_codes else {}
+        )
+        found = dict[str, Tensor | None]()
+        if self.meta == 'last':  # at the adapted weights, whose images count as well
             images = self.paint(self.codes)
             total, values, view = self.judge(images, self.targets)
-            found = dict(zip(learned, torch.autograd.grad(total, [self._moving[name] for name in learned], allow_unused=True)))
+            found = dict(
+                zip(
+                    learned,
+                    torch.autograd.grad(
+                        total, [self._moving[name] for name in learned], allow_unused=True
+                    ),
+                )
+            )
             self._keep(images, total, values, view)
-        elif self.meta == 'sum': found = {name: self.gathered.get(name) for name in learned}
-        else: found = {name: begun.detach() - self._moving[name].detach() for name, begun in learned.items()}
+        elif self.meta == 'sum':
+            found = {name: self.gathered.get(name) for name in learned}
+        else:
+            found = {
+                name: begun.detach() - self._moving[name].detach()
+                for name, begun in learned.items()
+            }
         _hand_over([found[name] for name in learned], learned.values())
         assert self.meta_optimizer is not None
         self.meta_optimizer.step()
         self.gathered = {}
 
     def _finished(self, best: dict[str, Any]) -> None:
-        if self.running is not None and best['moments'] is not None: self.running.update(best['moments'])
+        if self.running is not None and best['moments'] is not None:
+            self.running.update(best['moments'])
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits, also in the middle of a batch: meta-weights, their Adam and the running statistics too."
+        """All that it takes to go on to the same bits, also in the middle of a batch.
+
+        Meta-weights, their Adam and the running statistics too.
+        """
         return super().state_dict() | {
-            'meta_weights': {k: v.detach() for k, v in self.meta_weights.items()}, 'meta_codes': self.meta_codes.detach(),
-            'meta_optimizer': self.meta_optimizer.state_dict() if self.meta_optimizer else None, 'gathered': dict(self.gathered),
-            'running': self.running.state_dict() if self.running else None}
+            'meta_weights': {k: v.detach() for k, v in self.meta_weights.items()},
+            'meta_codes': self.meta_codes.detach(),
+            'meta_optimizer': (
+                self.meta_optimizer.state_dict() if self.meta_optimizer else None
+            ),
+            'gathered': dict(self.gathered),
+            'running': self.running.state_dict() if self.running else None,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same teacher, same settings."
-        if 'meta_weights' not in state: raise DFKDError('this state was not saved by a MetaSynthesizer: build the one it was saved from')
+        if 'meta_weights' not in state:
+            raise DFKDError(
+                'this state was not saved by a MetaSynthesizer: build the one it was saved'
+                ' from'
+            )
         super().load_state_dict(state)
-        self.meta_weights = self._leaves({k: v.to(self.device) for k, v in state['meta_weights'].items()})
+        self.meta_weights = self._leaves(
+            {k: v.to(self.device) for k, v in state['meta_weights'].items()}
+        )
         self.meta_codes = state['meta_codes'].to(self.device, copy=True).requires_grad_()
         self.meta_optimizer = self._meta_adam()
-        if self.meta_optimizer: self.meta_optimizer.load_state_dict(copy.deepcopy(state['meta_optimizer']))
-        self.gathered = {k: v.to(self.device, copy=True) for k, v in state['gathered'].items()}
+        if self.meta_optimizer:
+            self.meta_optimizer.load_state_dict(copy.deepcopy(state['meta_optimizer']))
+        self.gathered = {
+            k: v.to(self.device, copy=True) for k, v in state['gathered'].items()
+        }
         if self.running:
             self.running.load_state_dict(state['running'])
-            self.running.moments = {k: (mean.to(self.device), var.to(self.device)) for k, (mean, var) in self.running.moments.items()}
+            self.running.moments = {
+                k: (mean.to(self.device), var.to(self.device))
+                for k, (mean, var) in self.running.moments.items()
+            }
 
 # %% ../../nbs/generators/12_meta.ipynb #e89ca9b1
 def preset(
-    name: str, # 'fast-2', 'fast-5' or 'fast-10': updates for each batch
-    teacher: str = 'wrn40-2', # whose weights: 'wrn40-2', 'resnet34' or 'vgg11'
-) -> dict[str, Any]: # keywords of `MetaSynthesizer`
+    name: str,  # 'fast-2', 'fast-5' or 'fast-10': updates for each batch
+    teacher: str = 'wrn40-2',  # whose weights: 'wrn40-2', 'resnet34' or 'vgg11'
+) -> dict[str, Any]:  # keywords of `MetaSynthesizer`
     "The public code's settings for CIFAR; the student is to be added."
-    rates = {'fast-2': (2, 5e-3, 0.015), 'fast-5': (5, 3e-3, 0.01), 'fast-10': (10, 2e-3, 0.01)}
+    rates = {
+        'fast-2': (2, 5e-3, 0.015),
+        'fast-5': (5, 3e-3, 0.01),
+        'fast-10': (10, 2e-3, 0.01),
+    }
     weights = {'wrn40-2': (0.4, 1.1), 'resnet34': (0.5, 1.33), 'vgg11': (0.5, 1.0)}
-    if name not in rates: raise DFKDError(f"unknown preset '{name}': use {', '.join(rates)}")
-    if teacher not in weights: raise DFKDError(f"unknown teacher '{teacher}': use {', '.join(weights)}")
-    (steps, learning_rate, latent_learning_rate), (class_weight, adversarial_weight) = rates[name], weights[teacher]
-    return {'reuse': 'meta', 'meta': 'sum', 'momentum': 0.1, 'reset_first_layer_at': 140, 'labels': 'wishes', 'agreement': True, 'augment': Augment(4, True), 'batch_size': 256, 'steps': steps, 'feature_weight': 10.,
-            'learning_rate': learning_rate, 'latent_learning_rate': latent_learning_rate, 'class_weight': class_weight, 'adversarial_weight': adversarial_weight}
+    if name not in rates:
+        raise DFKDError(f"unknown preset '{name}': use {', '.join(rates)}")
+    if teacher not in weights:
+        raise DFKDError(f"unknown teacher '{teacher}': use {', '.join(weights)}")
+    (steps, learning_rate, latent_learning_rate), (class_weight, adversarial_weight) = (
+        rates[name],
+        weights[teacher],
+    )
+    return {
+        'reuse': 'meta',
+        'meta': 'sum',
+        'momentum': 0.1,
+        'reset_first_layer_at': 140,
+        'labels': 'wishes',
+        'agreement': True,
+        'augment': Augment(4, True),
+        'batch_size': 256,
+        'steps': steps,
+        'feature_weight': 10.0,
+        'learning_rate': learning_rate,
+        'latent_learning_rate': latent_learning_rate,
+        'class_weight': class_weight,
+        'adversarial_weight': adversarial_weight,
+    }

@@ -19,8 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import Term, View
-from ..foundations.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
-from ..foundations.data import Domain, EpochSampler, ImageSet, ImageSource, Sampler, _check_labels
+from dfkd_nb.foundations.core import (
+    COLOURS,
+    DFKDError,
+    load_tensors,
+    pick_device,
+    save_tensors,
+)
+from dfkd_nb.foundations.data import (
+    Domain,
+    EpochSampler,
+    ImageSet,
+    ImageSource,
+    Sampler,
+    _check_labels,
+)
 from ..foundations.distillation import Distiller, _full
 from ..foundations.models import Teacher, in_eval_mode
 from . import meta
@@ -28,28 +41,38 @@ from .generators import DISTANCES, Alternation, _answers
 
 # %% ../../nbs/generators/13_replay.ipynb #7f45f39c
 def modulation(
-    classes: Tensor, # the teacher's class for each image, int64 `(N,)`
-    confidences: Tensor, # the probability it gives to that class, `(N,)`
-    counts: Tensor, # images of each class in the buffer, `(K,)`
-    size: int, # images in the buffer
-    gamma: float = 1., # how much less a sure answer counts; 0: all alike
-    difficulty: bool = True, # whether confidences count
-    diversity: bool = True, # whether classes count
-) -> Tensor: # `(N,)`, from 0 to 1
-    "How much an image's class loss counts: little if its class is frequent or the teacher is sure (SSD-KD, Eq. 3)."
-    if not gamma >= 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
-    if len(classes) != len(confidences): raise DFKDError(f'{len(classes)} classes, {len(confidences)} confidences: give one of each an image')
+    classes: Tensor,  # the teacher's class for each image, int64 `(N,)`
+    confidences: Tensor,  # the probability it gives to that class, `(N,)`
+    counts: Tensor,  # images of each class in the buffer, `(K,)`
+    size: int,  # images in the buffer
+    gamma: float = 1.0,  # how much less a sure answer counts; 0: all alike
+    difficulty: bool = True,  # whether confidences count
+    diversity: bool = True,  # whether classes count
+) -> Tensor:  # `(N,)`, from 0 to 1
+    """How much an image's class loss counts.
+
+    Little if its class is frequent or the teacher is sure (SSD-KD, Eq. 3).
+    """
+    if not gamma >= 0:
+        raise DFKDError(f'gamma {gamma}: give 0 or more')
+    if len(classes) != len(confidences):
+        raise DFKDError(
+            f'{len(classes)} classes, {len(confidences)} confidences: give one of each an'
+            ' image'
+        )
     phi = torch.ones_like(confidences)
-    if diversity: phi = phi * (1 - counts.to(phi.device)[classes] / max(size, 1))
-    if difficulty: phi = phi * (1 - confidences).clamp_min(0) ** gamma
+    if diversity:
+        phi = phi * (1 - counts.to(phi.device)[classes] / max(size, 1))
+    if difficulty:
+        phi = phi * (1 - confidences).clamp_min(0) ** gamma
     return phi
 
 # %% ../../nbs/generators/13_replay.ipynb #b59ba146
 def sampling_probabilities(
-    priorities: Tensor, # delta of each image, `(N,)`
-    alpha: float = 0.6, # 0: all alike; 1: proportional
-    epsilon: float = 1e-3, # added to each, so that nothing is lost for ever
-) -> Tensor: # `(N,)`, sums to 1
+    priorities: Tensor,  # delta of each image, `(N,)`
+    alpha: float = 0.6,  # 0: all alike; 1: proportional
+    epsilon: float = 1e-3,  # added to each, so that nothing is lost for ever
+) -> Tensor:  # `(N,)`, sums to 1
     "How probably each image is drawn (SSD-KD, Eq. 6)."
     exact = priorities if priorities.device.type == 'mps' else priorities.double()
     mass = (exact.abs() + epsilon) ** alpha
@@ -57,135 +80,214 @@ def sampling_probabilities(
 
 # %% ../../nbs/generators/13_replay.ipynb #63fb15e6
 def importance_weights(
-    probabilities: Tensor, # with which images were drawn, any shape
-    size: int, # images there were to draw from
-    beta: float = 0.4, # 0: none; 1: in full
-) -> Tensor: # the same shape; 1 for an average image, more for a rare one
+    probabilities: Tensor,  # with which images were drawn, any shape
+    size: int,  # images there were to draw from
+    beta: float = 0.4,  # 0: none; 1: in full
+) -> Tensor:  # the same shape; 1 for an average image, more for a rare one
     "What undoes the preference for some images (SSD-KD, Eq. 5)."
     return (size * probabilities) ** -beta
 
 # %% ../../nbs/generators/13_replay.ipynb #88d519a8
 class ReplayPool(ImageSource, Sampler):
-    "Images as uint8 in a buffer of constant size; what the student still gets wrong is drawn more often (SSD-KD, section 3.4)."
+    """Images as uint8 in a buffer of constant size; what the student still gets wrong is
+    drawn more often (SSD-KD, section 3.4).
+    """
 
     def __init__(
         self,
-        domain: Domain, # what the images mean
-        size: int, # images it holds; then the oldest go first
-        teacher: Teacher | None = None, # tells class and confidence of what is added; needed by `add`
-        student: nn.Module | None = None, # alive: new priorities are its distance from the teacher; None: the largest so far
+        domain: Domain,  # what the images mean
+        size: int,  # images it holds; then the oldest go first
+        # tells class and confidence of what is added; needed by `add`
+        teacher: Teacher | None = None,
+        # alive: new priorities are its distance from the teacher; None: the largest so far
+        student: nn.Module | None = None,
         *,
-        prioritised: bool = True, # draw by priority; False: each image once before any comes twice
-        alpha: float = 0.6, # see `sampling_probabilities`
-        beta: float = 0.4, # see `importance_weights`
-        epsilon: float = 1e-3, # see `sampling_probabilities`
-        normalised: bool = False, # divide weights by the largest in the buffer, as prioritised replay does
-        weighs_loss: bool = False, # weigh the student's loss as well, as prioritised replay does
-        temperature: float = 1., # of the softmaxes whose distance is the priority
-        student_domain: Domain | None = None, # normalisation that the student expects; None: `domain`'s, or that of the `Distiller` it is paired with
-        device: str | torch.device = 'cpu', # where everything is kept
+        # draw by priority; False: each image once before any comes twice
+        prioritised: bool = True,
+        alpha: float = 0.6,  # see `sampling_probabilities`
+        beta: float = 0.4,  # see `importance_weights`
+        epsilon: float = 1e-3,  # see `sampling_probabilities`
+        # divide weights by the largest in the buffer, as prioritised replay does
+        normalised: bool = False,
+        # weigh the student's loss as well, as prioritised replay does
+        weighs_loss: bool = False,
+        temperature: float = 1.0,  # of the softmaxes whose distance is the priority
+        # normalisation that the student expects; None: `domain`'s, or that of the
+        # `Distiller` it is paired with
+        student_domain: Domain | None = None,
+        device: str | torch.device = 'cpu',  # where everything is kept
     ) -> None:
-        if size < 1: raise DFKDError(f'a buffer of {size} images: give 1 or more')
+        if size < 1:
+            raise DFKDError(f'a buffer of {size} images: give 1 or more')
         if not all(0 <= v < math.inf for v in (alpha, beta, epsilon)) or not epsilon:
-            raise DFKDError(f'alpha {alpha}, beta {beta}, epsilon {epsilon}: '
-                            'give 0 or more, and an epsilon above 0')
-        if not temperature > 0: raise DFKDError(f'temperature {temperature}: give a positive one')
+            raise DFKDError(
+                f'alpha {alpha}, beta {beta}, epsilon {epsilon}: '
+                'give 0 or more, and an epsilon above 0'
+            )
+        if not temperature > 0:
+            raise DFKDError(f'temperature {temperature}: give a positive one')
         if student_domain is not None and student_domain.shape != domain.shape:
-            raise DFKDError(f"student_domain '{student_domain.name}' has shape {student_domain.shape}, "
-                            f'the images {domain.shape}: they may differ in mean and std only')
+            raise DFKDError(
+                f"student_domain '{student_domain.name}' has shape {student_domain.shape}, "
+                f'the images {domain.shape}: they may differ in mean and std only'
+            )
         self.student_domain = student_domain
-        self._epochs = EpochSampler(self) # for even draws
-        self.domain, self.size, self.teacher, self.student, self.device = domain, size, teacher, student, torch.device(device)
-        self.prioritised, self.alpha, self.beta, self.epsilon = prioritised, alpha, beta, epsilon
-        self.normalised, self.weighs_loss, self.temperature = normalised, weighs_loss, temperature
-        def empty(dtype: torch.dtype, *shape: int) -> Tensor: return torch.zeros(size, *shape, dtype=dtype, device=self.device)
+        self._epochs = EpochSampler(self)  # for even draws
+        self.domain = domain
+        self.size = size
+        self.teacher = teacher
+        self.student = student
+        self.device = torch.device(device)
+        self.prioritised = prioritised
+        self.alpha = alpha
+        self.beta = beta
+        self.epsilon = epsilon
+        self.normalised = normalised
+        self.weighs_loss = weighs_loss
+        self.temperature = temperature
+
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(size, *shape, dtype=dtype, device=self.device)
+
         self._images, self._classes = empty(torch.uint8, *domain.shape), empty(torch.long)
-        self._confidences, self._priorities, self._draws = empty(torch.float32), empty(torch.float32), empty(torch.long)
-        self.counts = torch.zeros(domain.num_classes, dtype=torch.long, device=self.device) # images of each class
-        self.largest = torch.ones((), device=self.device) # priority so far; 1 before there is any
-        self.added = 0 # images in all; the next one is written at `added % size`
-        self.chosen: Tensor | None = None # where the images of the last batch are, until it is reported on
-        self._weights = torch.empty(0, device=self.device) # of that batch, when it was drawn
+        self._confidences = empty(torch.float32)
+        self._priorities = empty(torch.float32)
+        self._draws = empty(torch.long)
+        # images of each class
+        self.counts = torch.zeros(domain.num_classes, dtype=torch.long, device=self.device)
+        # priority so far; 1 before there is any
+        self.largest = torch.ones((), device=self.device)
+        self.added = 0  # images in all; the next one is written at `added % size`
+        # where the images of the last batch are, until it is reported on
+        self.chosen: Tensor | None = None
+        # of that batch, when it was drawn
+        self._weights = torch.empty(0, device=self.device)
 
-    def __len__(self) -> int: return min(self.added, self.size)
+    def __len__(self) -> int:
+        return min(self.added, self.size)
 
     @property
-    def images(self) -> Tensor: return self._images[:len(self)]
+    def images(self) -> Tensor:
+        return self._images[: len(self)]
 
     @property
-    def labels(self) -> Tensor: return self._classes[:len(self)] # type: ignore[override]
+    def labels(self) -> Tensor:
+        return self._classes[: len(self)]  # type: ignore[override]
 
     @labels.setter
-    def labels(self, value: Any) -> None: raise DFKDError("the labels are the teacher's answers: use add(images)")
+    def labels(self, value: Any) -> None:
+        raise DFKDError("the labels are the teacher's answers: use add(images)")
 
     @property
-    def confidences(self) -> Tensor: return self._confidences[:len(self)]
+    def confidences(self) -> Tensor:
+        return self._confidences[: len(self)]
 
     @property
-    def priorities(self) -> Tensor: return self._priorities[:len(self)]
+    def priorities(self) -> Tensor:
+        return self._priorities[: len(self)]
 
     @property
-    def draws(self) -> Tensor: return self._draws[:len(self)]
+    def draws(self) -> Tensor:
+        return self._draws[: len(self)]
 
     @property
     def probabilities(self) -> Tensor:
         "How probably each image comes next, `(N,)`."
-        if self.prioritised: return sampling_probabilities(self.priorities, self.alpha, self.epsilon)
-        return torch.full_like(self.priorities, 1 / max(len(self), 1), dtype=torch.float32 if self.device.type == 'mps' else torch.float64)
+        if self.prioritised:
+            return sampling_probabilities(self.priorities, self.alpha, self.epsilon)
+        return torch.full_like(
+            self.priorities,
+            1 / max(len(self), 1),
+            dtype=torch.float32 if self.device.type == 'mps' else torch.float64,
+        )
 
     @torch.no_grad()
     def add(
         self,
-        images: Tensor, # uint8 `(n, C, H, W)`, from any device
-        labels: Tensor | None = None, # not looked at: the teacher's answers count
+        images: Tensor,  # uint8 `(n, C, H, W)`, from any device
+        labels: Tensor | None = None,  # not looked at: the teacher's answers count
     ) -> None:
         "Ask teacher and student about new images and keep them; the oldest make room."
-        if self.teacher is None: raise DFKDError('nobody to ask about the images: give the pool a teacher, or use insert')
-        if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
-        if not len(images): raise DFKDError('no images to add: give one or more')
+        if self.teacher is None:
+            raise DFKDError(
+                'nobody to ask about the images: give the pool a teacher, or use insert'
+            )
+        if images.dtype != torch.uint8:
+            raise DFKDError(
+                f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
+                ' normalised floats)'
+            )
+        if not len(images):
+            raise DFKDError('no images to add: give one or more')
         known = self.teacher.predict(images)
         confidences, classes = _full(known).softmax(1).max(1)
         priorities = None
         if self.student is not None:
             with in_eval_mode(self.student):
-                said = torch.cat([self.ask_student(part).to(known) for part in images.split(500)])
+                said = torch.cat(
+                    [self.ask_student(part).to(known) for part in images.split(500)]
+                )
             priorities = self._distance(said, known)
         self.insert(images, classes, confidences, priorities)
 
     def ask_student(
         self,
-        images: Tensor, # uint8 `(n, C, H, W)`, from any device
-    ) -> Tensor: # logits `(n, K)`, on the student's device
+        images: Tensor,  # uint8 `(n, C, H, W)`, from any device
+    ) -> Tensor:  # logits `(n, K)`, on the student's device
         "What the student says to images, shown to it in its own normalisation."
-        if self.student is None: raise DFKDError('nobody to ask: give the pool a student')
+        if self.student is None:
+            raise DFKDError('nobody to ask: give the pool a student')
         place = next((p.device for p in self.student.parameters()), images.device)
         domain = self.student_domain or self.domain
         return _answers(self.student, domain.normalize(images.to(place)))
 
     def insert(
         self,
-        images: Tensor, # uint8 `(n, C, H, W)`
-        classes: Tensor, # int64 `(n,)`, the teacher's
-        confidences: Tensor, # the probability of that class, `(n,)`
-        priorities: Tensor | None = None, # `(n,)`; None: the largest so far
+        images: Tensor,  # uint8 `(n, C, H, W)`
+        classes: Tensor,  # int64 `(n,)`, the teacher's
+        confidences: Tensor,  # the probability of that class, `(n,)`
+        priorities: Tensor | None = None,  # `(n,)`; None: the largest so far
     ) -> None:
         "Keep images about which the teacher need not be asked."
-        if images.dtype != torch.uint8: raise DFKDError(f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised floats)')
-        if not len(images): raise DFKDError('no images to add: give one or more')
+        if images.dtype != torch.uint8:
+            raise DFKDError(
+                f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
+                ' normalised floats)'
+            )
+        if not len(images):
+            raise DFKDError('no images to add: give one or more')
         checked = _check_labels(classes, len(self.domain.check(images)), self.domain)
         assert checked is not None
         for name, given in {'confidences': confidences, 'priorities': priorities}.items():
             if given is not None and tuple(given.shape) != (len(images),):
-                raise DFKDError(f'{len(images)} images but {name} of shape {tuple(given.shape)}: '
-                                'give one number an image')
-        before, n = len(self), min(len(images), self.size) # of more than there is room for, the newest
+                raise DFKDError(
+                    f'{len(images)} images but {name} of shape {tuple(given.shape)}: '
+                    'give one number an image'
+                )
+        # of more than there is room for, the newest
+        before, n = len(self), min(len(images), self.size)
         self.added += len(images)
         where = (torch.arange(self.added - n, self.added) % self.size).to(self.device)
-        self.counts -= torch.bincount(self._classes[where[where < before]], minlength=len(self.counts))
-        self._images[where], self._classes[where] = images[-n:].to(self.device), checked[-n:].to(self.device)
-        self._confidences[where], self._draws[where] = confidences[-n:].float().to(self.device), 0
+        self.counts -= torch.bincount(
+            self._classes[where[where < before]], minlength=len(self.counts)
+        )
+        self._images[where], self._classes[where] = (
+            images[-n:].to(self.device),
+            checked[-n:].to(self.device),
+        )
+        self._confidences[where], self._draws[where] = (
+            confidences[-n:].float().to(self.device),
+            0,
+        )
         self.counts += torch.bincount(self._classes[where], minlength=len(self.counts))
-        self.update(where, self.largest.expand(n) if priorities is None else priorities[-n:].to(self.device))
+        self.update(
+            where,
+            (
+                self.largest.expand(n)
+                if priorities is None
+                else priorities[-n:].to(self.device)
+            ),
+        )
         self._epochs, self.chosen = EpochSampler(self), None
 
     def fetch(self, indices: Tensor) -> Tensor:
@@ -198,10 +300,14 @@ class ReplayPool(ImageSource, Sampler):
         "The buffer itself: priorities are learned from its one consumer."
         return self
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def sample(
+        self, batch_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
         "A batch, each image of it drawn by `probabilities`; an image may come twice."
-        if not len(self): raise DFKDError('there are no images to draw from: add some first')
-        if batch_size < 1: raise DFKDError(f'a batch of {batch_size} images: draw 1 or more')
+        if not len(self):
+            raise DFKDError('there are no images to draw from: add some first')
+        if batch_size < 1:
+            raise DFKDError(f'a batch of {batch_size} images: draw 1 or more')
         if not self.prioritised:
             self.chosen = self._epochs.next_indices(batch_size, generator).to(self.device)
             batch = self._pick(self.chosen)
@@ -209,239 +315,448 @@ class ReplayPool(ImageSource, Sampler):
         else:
             probabilities = self.probabilities
             # image i owns the whole numbers from reach[i - 1] up to reach[i], 2**53 in all:
-            # a sum of integers is the same in whatever order a GPU adds, one of floats is not
+            # a sum of integers is the same in whatever order a GPU adds, one of floats is
+            # not
             reach = (probabilities * 2**53).long().cumsum(0)
             numbers = torch.rand(batch_size, generator=generator, dtype=torch.float64)
             ticket = (numbers * 2**53).long().to(reach.device)
             found = torch.searchsorted(reach, ticket, right=True)
-            self.chosen = found.clamp_max(len(self) - 1) # rounding leaves a few beyond the last
-            batch, self._weights = self._pick(self.chosen), self.weights(self.chosen, probabilities)
-        self._draws.index_add_(0, self.chosen, torch.ones_like(self.chosen)) # a bincount would wait for the device
-        if self.weighs_loss: self.loss_weights = self._weights
+            # rounding leaves a few beyond the last
+            self.chosen = found.clamp_max(len(self) - 1)
+            batch = self._pick(self.chosen)
+            self._weights = self.weights(self.chosen, probabilities)
+        # a bincount would wait for the device
+        self._draws.index_add_(0, self.chosen, torch.ones_like(self.chosen))
+        if self.weighs_loss:
+            self.loss_weights = self._weights
         return batch
 
     def weights(
         self,
-        indices: Tensor, # int64 `(n,)`
-        probabilities: Tensor | None = None, # of all images, where they are known; None: of this moment
-    ) -> Tensor: # `(n,)`
+        indices: Tensor,  # int64 `(n,)`
+        # of all images, where they are known; None: of this moment
+        probabilities: Tensor | None = None,
+    ) -> Tensor:  # `(n,)`
         "Importance weights of images: 1 for an average one, more for what is rarely drawn."
-        if probabilities is None: probabilities = self.probabilities
+        if probabilities is None:
+            probabilities = self.probabilities
         weights = importance_weights(probabilities[indices], len(self), self.beta)
-        if self.normalised: weights = weights / importance_weights(probabilities.min(), len(self), self.beta)
+        if self.normalised:
+            weights = weights / importance_weights(
+                probabilities.min(), len(self), self.beta
+            )
         return weights.float()
 
     def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return DISTANCES['kl'](teacher_logits, student_logits, self.temperature).clamp_min(0).float() # rounding may leave it at -1e-8
+        # rounding may leave it at -1e-8
+        return (
+            DISTANCES['kl'](teacher_logits, student_logits, self.temperature)
+            .clamp_min(0)
+            .float()
+        )
 
     @torch.no_grad()
     def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
-        "New priorities for the last batch, by what it was answered: importance weight times distance (SSD-KD, Eq. 4)."
-        if self.chosen is None: raise DFKDError('no batch to report on: sample one first')
+        """New priorities for the last batch, by what it was answered.
+
+        Importance weight times distance (SSD-KD, Eq. 4).
+        """
+        if self.chosen is None:
+            raise DFKDError('no batch to report on: sample one first')
         if student_logits.shape != teacher_logits.shape:
-            raise DFKDError(f'the student answers {tuple(student_logits.shape)}, the teacher '
-                            f'{tuple(teacher_logits.shape)}: give both the same classes')
-        if len(student_logits) != len(self.chosen): raise DFKDError(f'{len(student_logits)} answers to a batch of {len(self.chosen)} images: report on the batch that was sampled last')
-        self.update(self.chosen, self._weights * self._distance(student_logits, teacher_logits).to(self.device))
+            raise DFKDError(
+                f'the student answers {tuple(student_logits.shape)}, the teacher '
+                f'{tuple(teacher_logits.shape)}: give both the same classes'
+            )
+        if len(student_logits) != len(self.chosen):
+            raise DFKDError(
+                f'{len(student_logits)} answers to a batch of {len(self.chosen)} images:'
+                ' report on the batch that was sampled last'
+            )
+        self.update(
+            self.chosen,
+            self._weights * self._distance(student_logits, teacher_logits).to(self.device),
+        )
         self.chosen = None
 
     def update(
         self,
-        indices: Tensor, # int64 `(n,)`; one that comes twice gets the mean
-        priorities: Tensor, # `(n,)`; what is not finite changes nothing
+        indices: Tensor,  # int64 `(n,)`; one that comes twice gets the mean
+        priorities: Tensor,  # `(n,)`; what is not finite changes nothing
     ) -> None:
         "Give images new priorities."
-        if indices.shape != priorities.shape: raise DFKDError(f'{len(indices)} images, {len(priorities)} priorities: give one of each')
-        if indices.device.type == 'cpu' and len(indices): # elsewhere one would wait for the device
+        if indices.shape != priorities.shape:
+            raise DFKDError(
+                f'{len(indices)} images, {len(priorities)} priorities: give one of each'
+            )
+        # elsewhere one would wait for the device
+        if indices.device.type == 'cpu' and len(indices):
             low, high = int(indices.min()), int(indices.max())
             if low < 0 or high >= len(self):
-                raise DFKDError(f'images {low} to {high} of a buffer that holds {len(self)}: count from 0')
+                raise DFKDError(
+                    f'images {low} to {high} of a buffer that holds {len(self)}: count'
+                    ' from 0'
+                )
         indices, priorities = indices.to(self.device), priorities.float().to(self.device)
         good = priorities.isfinite()
-        total, number = torch.zeros_like(self._priorities), torch.zeros_like(self._priorities)
-        total.index_add_(0, indices, torch.where(good, priorities, 0.))
+        total = torch.zeros_like(self._priorities)
+        number = torch.zeros_like(self._priorities)
+        total.index_add_(0, indices, torch.where(good, priorities, 0.0))
         number.index_add_(0, indices, good.float())
-        self._priorities = torch.where(number > 0, total / number.clamp_min(1), self._priorities)
+        self._priorities = torch.where(
+            number > 0, total / number.clamp_min(1), self._priorities
+        )
         self.largest = torch.maximum(self.largest, total.div_(number.clamp_min(1)).max())
 
     def describe(self) -> dict[str, float]:
         "The buffer in five numbers."
-        if not len(self): raise DFKDError('there is nothing to describe: add images first')
+        if not len(self):
+            raise DFKDError('there is nothing to describe: add images first')
         share, probabilities = self.counts / len(self), self.probabilities
-        return {'images': len(self), 'classes': float(torch.special.entr(share).sum().exp()), 'confidence': float(self.confidences.mean()),
-                'priority': float(self.priorities.mean()), 'effective': float(1 / probabilities.square().sum())}
+        return {
+            'images': len(self),
+            'classes': float(torch.special.entr(share).sum().exp()),
+            'confidence': float(self.confidences.mean()),
+            'priority': float(self.priorities.mean()),
+            'effective': float(1 / probabilities.square().sum()),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         "The images, what is known about them, and where the drawing stands."
-        kept = {name: getattr(self, name).clone() for name in ('images', 'labels', 'confidences', 'priorities', 'draws')}
-        batch = None if self.chosen is None else [self.chosen.clone(), self._weights.clone()]
-        return self._epochs.state_dict() | kept | {
-            'added': self.added,
-            'largest': self.largest.clone(),
-            'size': self.size,
-            'waiting': batch, # for its report
-            'settings': {name: getattr(self, name) for name in _SETTINGS}}
+        kept = {
+            name: getattr(self, name).clone()
+            for name in ('images', 'labels', 'confidences', 'priorities', 'draws')
+        }
+        batch = (
+            None if self.chosen is None else [self.chosen.clone(), self._weights.clone()]
+        )
+        return (
+            self._epochs.state_dict()
+            | kept
+            | {
+                'added': self.added,
+                'largest': self.largest.clone(),
+                'size': self.size,
+                'waiting': batch,  # for its report
+                'settings': {name: getattr(self, name) for name in _SETTINGS},
+            }
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood: same size, same settings."
-        if state.get('size') != self.size: raise DFKDError(f"the saved buffer holds {state.get('size')} images, this one {self.size}: build it with the same size")
+        if state.get('size') != self.size:
+            raise DFKDError(
+                f'the saved buffer holds {state.get("size")} images, this one {self.size}:'
+                ' build it with the same size'
+            )
         settings = state.get('settings', {})
-        changed = [f'{k} (was {v}, now {now})' for k, v in settings.items() if (now := getattr(self, k)) != v]
+        changed = [
+            f'{k} (was {v}, now {now})'
+            for k, v in settings.items()
+            if (now := getattr(self, k)) != v
+        ]
         if changed:
-            raise DFKDError(f'the buffer was saved with other settings: {", ".join(changed)}; '
-                            'set them back or give another path')
+            raise DFKDError(
+                f'the buffer was saved with other settings: {", ".join(changed)}; '
+                'set them back or give another path'
+            )
         self.domain.check(state['images'])
         self.added, self.largest = state['added'], state['largest'].to(self.device)
-        self._epochs.load_state_dict(state) # it counts the images
-        for name, mine in (('images', '_images'), ('labels', '_classes'), ('confidences', '_confidences'), ('priorities', '_priorities'), ('draws', '_draws')):
-            getattr(self, mine)[:len(self)] = state[name].to(self.device)
+        self._epochs.load_state_dict(state)  # it counts the images
+        for name, mine in (
+            ('images', '_images'),
+            ('labels', '_classes'),
+            ('confidences', '_confidences'),
+            ('priorities', '_priorities'),
+            ('draws', '_draws'),
+        ):
+            getattr(self, mine)[: len(self)] = state[name].to(self.device)
         self.counts = torch.bincount(self.labels, minlength=self.domain.num_classes)
         self.chosen = None
         if state.get('waiting') is not None:
             self.chosen, self._weights = (v.to(self.device) for v in state['waiting'])
-            if self.weighs_loss: self.loss_weights = self._weights
+            if self.weighs_loss:
+                self.loss_weights = self._weights
 
     def save(self, path: str | Path) -> None:
         "One safetensors file; `ImageSet.load` reads its images as well."
         domain = self.domain
-        about = {'name': domain.name, 'mean': ' '.join(map(str, domain.mean)), 'std': ' '.join(map(str, domain.std)), 'classes': '\n'.join(domain.classes)}
-        settings = {name: repr(getattr(self, name)) for name in ('size', 'added', *_SETTINGS)}
-        tensors = {name: getattr(self, name) for name in ('images', 'labels', 'confidences', 'priorities', 'draws')}
+        about = {
+            'name': domain.name,
+            'mean': ' '.join(map(str, domain.mean)),
+            'std': ' '.join(map(str, domain.std)),
+            'classes': '\n'.join(domain.classes),
+        }
+        settings = {
+            name: repr(getattr(self, name)) for name in ('size', 'added', *_SETTINGS)
+        }
+        tensors = {
+            name: getattr(self, name)
+            for name in ('images', 'labels', 'confidences', 'priorities', 'draws')
+        }
         save_tensors(path, tensors | {'largest': self.largest}, about | settings)
 
     @classmethod
     def load(
         cls,
-        path: str | Path, # written by `save`
-        teacher: Teacher | None = None, # needed to add more
-        student: nn.Module | None = None, # see `ReplayPool`
-        device: str | torch.device = 'cpu', # where to keep it
-        student_domain: Domain | None = None, # see `ReplayPool`
+        path: str | Path,  # written by `save`
+        teacher: Teacher | None = None,  # needed to add more
+        student: nn.Module | None = None,  # see `ReplayPool`
+        device: str | torch.device = 'cpu',  # where to keep it
+        student_domain: Domain | None = None,  # see `ReplayPool`
     ) -> 'ReplayPool':
         "Read what `save` wrote, settings included; anything else is a `DFKDError`."
         images = ImageSet.load(path)
         tensors, about = load_tensors(path)
-        if not {'size', 'added', *_SETTINGS} <= about.keys(): raise DFKDError(f'{path} holds images but no replay buffer: give a file that ReplayPool.save wrote')
-        pool = cls(images.domain, int(about['size']), teacher, student,
-                   device=device, student_domain=student_domain,
-                   **{name: kind(about[name]) for name, kind in _SETTINGS.items()})
-        pool.load_state_dict({'order': torch.empty(0, dtype=torch.long), 'position': 0, 'size': pool.size, 'added': int(about['added'])} | tensors)
+        if not {'size', 'added', *_SETTINGS} <= about.keys():
+            raise DFKDError(
+                f'{path} holds images but no replay buffer: give a file that'
+                ' ReplayPool.save wrote'
+            )
+        pool = cls(
+            images.domain,
+            int(about['size']),
+            teacher,
+            student,
+            device=device,
+            student_domain=student_domain,
+            **{name: kind(about[name]) for name, kind in _SETTINGS.items()},
+        )
+        pool.load_state_dict(
+            {
+                'order': torch.empty(0, dtype=torch.long),
+                'position': 0,
+                'size': pool.size,
+                'added': int(about['added']),
+            }
+            | tensors
+        )
         return pool
 
-_SETTINGS: dict[str, Any] = {'prioritised': 'True'.__eq__, 'alpha': float, 'beta': float, 'epsilon': float, 'normalised': 'True'.__eq__, 'weighs_loss': 'True'.__eq__, 'temperature': float}
+
+_SETTINGS: dict[str, Any] = {
+    'prioritised': 'True'.__eq__,
+    'alpha': float,
+    'beta': float,
+    'epsilon': float,
+    'normalised': 'True'.__eq__,
+    'weighs_loss': 'True'.__eq__,
+    'temperature': float,
+}
 
 # %% ../../nbs/generators/13_replay.ipynb #281d4f3f
 def modulated_class_term(
-    pool: ReplayPool, # whose classes are counted, alive
-    gamma: float = 1., # see `modulation`
-    difficulty: bool = True, # see `modulation`
-    diversity: bool = True, # see `modulation`
-    through: bool = False, # let the gradient pass the weight too, as focal loss does
-) -> Term: # at least 0
-    "Cross-entropy of the teacher's own class, weighed by `modulation` (the last term of SSD-KD's Eq. 2)."
-    if not gamma >= 0: raise DFKDError(f'gamma {gamma}: give 0 or more')
+    pool: ReplayPool,  # whose classes are counted, alive
+    gamma: float = 1.0,  # see `modulation`
+    difficulty: bool = True,  # see `modulation`
+    diversity: bool = True,  # see `modulation`
+    through: bool = False,  # let the gradient pass the weight too, as focal loss does
+) -> Term:  # at least 0
+    """Cross-entropy of the teacher's own class, weighed by `modulation` (the last term of
+    SSD-KD's Eq. 2).
+    """
+    if not gamma >= 0:
+        raise DFKDError(f'gamma {gamma}: give 0 or more')
+
     def modulated(view: View) -> Tensor:
         logits = _full(view.logits)
         confidences, classes = logits.softmax(1).max(1)
-        phi = modulation(classes, confidences, pool.counts, len(pool), gamma, difficulty, diversity)
-        return ((phi if through else phi.detach()) * F.cross_entropy(logits, classes, reduction='none')).mean()
+        phi = modulation(
+            classes, confidences, pool.counts, len(pool), gamma, difficulty, diversity
+        )
+        return (
+            (phi if through else phi.detach())
+            * F.cross_entropy(logits, classes, reduction='none')
+        ).mean()
+
     return modulated
 
 # %% ../../nbs/generators/13_replay.ipynb #47dc46a1
 def preset(
-    name: str = 'ssd-kd', # or 'ssd-kd-2', 'ssd-kd-10': updates for each batch; without a number 5
-    teacher: str = 'wrn40-2', # see the preset of `meta`
-) -> dict[str, Any]: # keywords of `MetaSynthesizer`; `class_weight` is that of the modulated term
-    "FastDFKD's settings, which SSD-KD takes over (section 4.1), with the teacher's own answers for classes (section 3.1)."
-    names = {'ssd-kd': 'fast-5', 'ssd-kd-2': 'fast-2', 'ssd-kd-5': 'fast-5', 'ssd-kd-10': 'fast-10'}
-    if name not in names: raise DFKDError(f"unknown preset '{name}': use {', '.join(names)}")
+    # or 'ssd-kd-2', 'ssd-kd-10': updates for each batch; without a number 5
+    name: str = 'ssd-kd',
+    teacher: str = 'wrn40-2',  # see the preset of `meta`
+) -> dict[
+    str, Any
+]:  # keywords of `MetaSynthesizer`; `class_weight` is that of the modulated term
+    """FastDFKD's settings, which SSD-KD takes over (section 4.1), with the teacher's own
+    answers for classes (section 3.1).
+    """
+    names = {
+        'ssd-kd': 'fast-5',
+        'ssd-kd-2': 'fast-2',
+        'ssd-kd-5': 'fast-5',
+        'ssd-kd-10': 'fast-10',
+    }
+    if name not in names:
+        raise DFKDError(f"unknown preset '{name}': use {', '.join(names)}")
     return meta.preset(names[name], teacher) | {'labels': 'answers'}
 
 # %% ../../nbs/generators/13_replay.ipynb #e243e3d3
 def ssd_kd(
-    teacher: Teacher, # who knows
-    student: nn.Module, # who learns, in place
+    teacher: Teacher,  # who knows
+    student: nn.Module,  # who learns, in place
     *,
-    size: int, # images in the buffer
-    rounds: int, # batches of images
-    updates_per_round: int, # of the student, after each batch
-    warmup_rounds: int = 0, # first rounds without them
-    difficulty: bool = True, # see `modulation`
-    diversity: bool = True, # see `modulation`
-    gamma: float = 1., # see `modulation`
-    pool: Mapping[str, Any] | None = None, # keywords of `ReplayPool`
-    maker: Mapping[str, Any] | None = None, # keywords of `MetaSynthesizer`, instead of some of `preset()`
-    distiller: Mapping[str, Any] | None = None, # keywords of `Distiller`; its `domain`, the student's normalisation, holds for all parts
-    device: str | torch.device = 'auto', # where everything happens
-    seed: int = 0, # of everything random but the student's weights
-) -> Alternation: # call `run()`; `.pool` is the buffer
+    size: int,  # images in the buffer
+    rounds: int,  # batches of images
+    updates_per_round: int,  # of the student, after each batch
+    warmup_rounds: int = 0,  # first rounds without them
+    difficulty: bool = True,  # see `modulation`
+    diversity: bool = True,  # see `modulation`
+    gamma: float = 1.0,  # see `modulation`
+    pool: Mapping[str, Any] | None = None,  # keywords of `ReplayPool`
+    # keywords of `MetaSynthesizer`, instead of some of `preset()`
+    maker: Mapping[str, Any] | None = None,
+    # keywords of `Distiller`; its `domain`, the student's normalisation, holds for all
+    # parts
+    distiller: Mapping[str, Any] | None = None,
+    device: str | torch.device = 'auto',  # where everything happens
+    seed: int = 0,  # of everything random but the student's weights
+) -> Alternation:  # call `run()`; `.pool` is the buffer
     "All parts of SSD-KD, put together (Algorithm 1)."
     place = pick_device(device)
     student = student.to(place)
-    buffer = ReplayPool(teacher.domain, size, teacher, student, **{'device': place} | dict(pool or {}))
+    buffer = ReplayPool(
+        teacher.domain, size, teacher, student, **{'device': place} | dict(pool or {})
+    )
     settings = preset() | dict(maker or {})
-    term = {'modulated': (settings.pop('class_weight'), modulated_class_term(buffer, gamma, difficulty, diversity))}
+    term = {
+        'modulated': (
+            settings.pop('class_weight'),
+            modulated_class_term(buffer, gamma, difficulty, diversity),
+        )
+    }
     shared: dict[str, Any] = {'device': place, 'seed': seed}
     settings['terms'] = term | dict(settings.pop('terms', None) or {})
     painter = meta.MetaSynthesizer(teacher, **{'student': student} | shared | settings)
     updates = (rounds - warmup_rounds) * updates_per_round
     learning = {'steps': updates} | shared | dict(distiller or {})
     learner = Distiller(teacher, student, buffer, **learning)
-    return Alternation(painter, learner, rounds=rounds, updates_per_round=updates_per_round, warmup_rounds=warmup_rounds)
+    return Alternation(
+        painter,
+        learner,
+        rounds=rounds,
+        updates_per_round=updates_per_round,
+        warmup_rounds=warmup_rounds,
+    )
 
 # %% ../../nbs/generators/13_replay.ipynb #2125e16c
 def draw_buffer(
-    pool: ReplayPool, # with images
-    pixels: tuple[int, int] = (840, 260), # width and height
-) -> Tensor: # uint8 `(3, height, width)`; made without pyplot, so any thread may call this
-    "Classes, difficulties and sampling probabilities: what is in the buffer, and what is drawn from it."
+    pool: ReplayPool,  # with images
+    pixels: tuple[int, int] = (840, 260),  # width and height
+) -> Tensor:  # uint8 `(3, height, width)`; made without pyplot, so any thread may call this
+    """Classes, difficulties and sampling probabilities.
+
+    What is in the buffer, and what is drawn from it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    if not len(pool): raise DFKDError('there is nothing to draw: add images first')
+
+    if not len(pool):
+        raise DFKDError('there is nothing to draw: add images first')
     probabilities, size = pool.probabilities.cpu().double(), len(pool)
-    figure = Figure(figsize=(pixels[0] / 100, pixels[1] / 100), dpi=100, layout='constrained')
+    figure = Figure(
+        figsize=(pixels[0] / 100, pixels[1] / 100), dpi=100, layout='constrained'
+    )
     canvas, axes = FigureCanvasAgg(figure), figure.subplots(1, 3)
     bins = (pool.confidences.cpu().double() * 10).long().clamp(0, 9)
-    for axis, group, k, width, title in ((axes[0], pool.labels.cpu(), len(pool.counts), 1., 'class'), (axes[1], bins, 10, 0.1, "teacher's confidence")):
-        place = width * (torch.arange(k) + (0. if width == 1 else 0.5))
+    for axis, group, k, width, title in (
+        (axes[0], pool.labels.cpu(), len(pool.counts), 1.0, 'class'),
+        (axes[1], bins, 10, 0.1, "teacher's confidence"),
+    ):
+        place = width * (torch.arange(k) + (0.0 if width == 1 else 0.5))
         held = torch.bincount(group, minlength=k).double() / size
         drawn = torch.zeros(k, dtype=torch.float64).index_add_(0, group, probabilities)
-        axis.bar(place.tolist(), (100 * held).tolist(), 0.85 * width, color=COLOURS['dream'], alpha=0.55, label='in the buffer')
-        axis.bar(place.tolist(), (100 * drawn).tolist(), 0.85 * width, fill=False, edgecolor='black', label='of what is drawn')
+        axis.bar(
+            place.tolist(),
+            (100 * held).tolist(),
+            0.85 * width,
+            color=COLOURS['dream'],
+            alpha=0.55,
+            label='in the buffer',
+        )
+        axis.bar(
+            place.tolist(),
+            (100 * drawn).tolist(),
+            0.85 * width,
+            fill=False,
+            edgecolor='black',
+            label='of what is drawn',
+        )
         axis.set(xlabel=title, ylabel='share, %')
-    if len(pool.counts) <= 10: axes[0].set_xticks(range(len(pool.counts)))
+    if len(pool.counts) <= 10:
+        axes[0].set_xticks(range(len(pool.counts)))
     axes[1].legend(fontsize=7, loc='upper left')
-    axes[2].plot((size * probabilities).sort(descending=True).values.tolist(), color='black', lw=1.5)
+    axes[2].plot(
+        (size * probabilities).sort(descending=True).values.tolist(), color='black', lw=1.5
+    )
     axes[2].axhline(1, color='#999999', lw=0.8, ls=':')
-    axes[2].set(yscale='log', ylim=(0.05, 20), xlabel='images, in order of P', ylabel='P, in units of 1/N')
+    axes[2].set(
+        yscale='log',
+        ylim=(0.05, 20),
+        xlabel='images, in order of P',
+        ylabel='P, in units of 1/N',
+    )
     canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(
+        2, 0, 1
+    )
 
 # %% ../../nbs/generators/13_replay.ipynb #fcd77d67
 class ReplayExplorer:
-    "Sliders for alpha, beta and gamma, buttons for a round and a new start, over a running SSD-KD: ipywidgets."
+    """Sliders for alpha, beta and gamma, buttons for a round and a new start, over a
+    running SSD-KD: ipywidgets.
+    """
 
     def __init__(
         self,
-        teacher: Teacher, # who knows
-        student: Callable[[], nn.Module], # makes a fresh one
-        **settings: Any, # of `ssd_kd`
+        teacher: Teacher,  # who knows
+        student: Callable[[], nn.Module],  # makes a fresh one
+        **settings: Any,  # of `ssd_kd`
     ) -> None:
-        try: import ipywidgets as widgets
-        except ImportError as error: raise DFKDError("the explorer needs ipywidgets: pip install 'dfkd_nb[book]'") from error
+        try:
+            import ipywidgets as widgets
+        except ImportError as error:
+            raise DFKDError(
+                "the explorer needs ipywidgets: pip install 'dfkd_nb[book]'"
+            ) from error
         self.teacher, self.student, self.settings = teacher, student, settings
-        def slider(name: str, value: float, highest: float) -> Any: return widgets.FloatSlider(value=value, min=0., max=highest, step=0.1, description=name, continuous_update=False)
-        self.alpha, self.beta, self.gamma = slider('alpha', 0.6, 2.), slider('beta', 0.4, 1.), slider('gamma', settings.pop('gamma', 1.), 4.)
-        self.next, self.again = widgets.Button(description='next round', icon='play', button_style='primary'), widgets.Button(description='start again', icon='refresh')
+
+        def slider(name: str, value: float, highest: float) -> Any:
+            return widgets.FloatSlider(
+                value=value,
+                min=0.0,
+                max=highest,
+                step=0.1,
+                description=name,
+                continuous_update=False,
+            )
+
+        self.alpha = slider('alpha', 0.6, 2.0)
+        self.beta = slider('beta', 0.4, 1.0)
+        self.gamma = slider('gamma', settings.pop('gamma', 1.0), 4.0)
+        self.next = widgets.Button(
+            description='next round', icon='play', button_style='primary'
+        )
+        self.again = widgets.Button(description='start again', icon='refresh')
         self.status, self.picture = widgets.HTML(), widgets.Image(format='png')
         self.next.on_click(lambda button: self.step())
         self.again.on_click(lambda button: self.restart())
-        for control in (self.alpha, self.beta, self.gamma): control.observe(lambda change: self.turn(), 'value')
-        self.widget = widgets.VBox([widgets.HBox([self.alpha, self.beta, self.gamma]), widgets.HBox([self.next, self.again]), self.status, self.picture])
+        for control in (self.alpha, self.beta, self.gamma):
+            control.observe(lambda change: self.turn(), 'value')
+        self.widget = widgets.VBox(
+            [
+                widgets.HBox([self.alpha, self.beta, self.gamma]),
+                widgets.HBox([self.next, self.again]),
+                self.status,
+                self.picture,
+            ]
+        )
         self.restart()
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
+
         display(self.widget)
 
     def restart(self) -> None:
@@ -451,32 +766,48 @@ class ReplayExplorer:
         self.step()
 
     def turn(self) -> None:
-        "Hand the sliders' values over: alpha changes what is drawn next, beta the priorities to come, gamma the images to come."
+        """Hand the sliders' values over.
+
+        Alpha changes what is drawn next, beta the priorities to come, gamma the images to
+        come.
+        """
         race = self.race
         race.pool.alpha, race.pool.beta = self.alpha.value, self.beta.value
         weight, _ = race.maker.objective.terms['modulated']
-        race.maker.objective.terms['modulated'] = weight, modulated_class_term(race.pool, self.gamma.value)
-        if len(race.pool): self._show()
+        race.maker.objective.terms['modulated'] = (
+            weight,
+            modulated_class_term(race.pool, self.gamma.value),
+        )
+        if len(race.pool):
+            self._show()
 
     def step(self) -> None:
         "A batch of images, and the student's updates after it."
         race = self.race
-        if not race.finished: race.run(until=race.done + race.updates_per_round, every=race.updates_per_round)
+        if not race.finished:
+            race.run(until=race.done + race.updates_per_round, every=race.updates_per_round)
         self._show()
 
     def _show(self) -> None:
         from PIL import Image
+
         buffer = io.BytesIO()
-        Image.fromarray(draw_buffer(self.race.pool).permute(1, 2, 0).numpy()).save(buffer, 'PNG')
+        Image.fromarray(draw_buffer(self.race.pool).permute(1, 2, 0).numpy()).save(
+            buffer, 'PNG'
+        )
         self.picture.value = buffer.getvalue()
         found = self.race.pool.describe()
-        self.status.value = (f"round {self.race.round} of {self.race.rounds}: {found['images']:g} images of {found['classes']:.1f} classes, mean confidence {found['confidence']:.2f}, "
-                             f"as good as {found['effective']:.0f} images drawn evenly")
+        self.status.value = (
+            f'round {self.race.round} of {self.race.rounds}: {found["images"]:g} images of'
+            f' {found["classes"]:.1f} classes, mean confidence {found["confidence"]:.2f},'
+            f' as good as {found["effective"]:.0f} images drawn evenly'
+        )
+
 
 def replay_explorer(
-    teacher: Teacher, # who knows
-    student: Callable[[], nn.Module], # makes a fresh one
-    **settings: Any, # of `ssd_kd`: size, rounds, updates_per_round, maker, distiller
-) -> ReplayExplorer: # displays itself in a notebook
+    teacher: Teacher,  # who knows
+    student: Callable[[], nn.Module],  # makes a fresh one
+    **settings: Any,  # of `ssd_kd`: size, rounds, updates_per_round, maker, distiller
+) -> ReplayExplorer:  # displays itself in a notebook
     "SSD-KD under sliders and buttons."
     return ReplayExplorer(teacher, student, **settings)

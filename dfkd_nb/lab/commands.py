@@ -35,55 +35,105 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from dfkd_nb.lab.runs import (
-    SCALES, Recipe, Result, Run, RunStopped, Synthesis, check_settings, compared, environment, locked, marked, older_note, open_teacher,
-    parse_assignment, problem, recipe_names, repeatable, resolved_toml, results, synthesizer, wishes,
+    SCALES,
+    Recipe,
+    Result,
+    Run,
+    RunStopped,
+    Synthesis,
+    check_settings,
+    compared,
+    environment,
+    locked,
+    marked,
+    older_note,
+    open_teacher,
+    parse_assignment,
+    problem,
+    recipe_names,
+    repeatable,
+    resolved_toml,
+    results,
+    synthesizer,
+    wishes,
 )
 
 # %% ../../nbs/lab/23_commands.ipynb #8504fc38
-STOPPED = 3 # exit code of a run that stopped early and was saved; 2 is an error, as in argparse
-INTERRUPTED = 130 # Ctrl-C before anything was saved, as shells have it
+# exit code of a run that stopped early and was saved; 2 is an error, as in argparse
+STOPPED = 3
+INTERRUPTED = 130  # Ctrl-C before anything was saved, as shells have it
 
 # %% ../../nbs/lab/23_commands.ipynb #45db669a
 class Parser(argparse.ArgumentParser):
     "argparse, saying what is wrong in one line."
+
     def error(self, message: str) -> Any:
-        self.exit(2, f'dfkd: error: {message} (`{self.prog} --help` shows what can be said)\n')
+        self.exit(
+            2, f'dfkd: error: {message} (`{self.prog} --help` shows what can be said)\n'
+        )
 
 # %% ../../nbs/lab/23_commands.ipynb #957512af
 def positive(text: str) -> float:
     "A positive number, for argparse."
-    try: value = float(text)
-    except ValueError: value = math.nan
-    if not value > 0: raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive number")
     return value
 
 # %% ../../nbs/lab/23_commands.ipynb #1829a263
 def list_recipes(arguments: argparse.Namespace) -> int:
     "`dfkd list`: every recipe, cheapest first; those of the comparison in three lines."
     recipes = sorted(map(Recipe.load, recipe_names()), key=lambda r: (r.order, r.name))
-    if arguments.missing_full: recipes = [r for r in recipes if 'full' in r.scales and not (Path(arguments.results) / r.name / 'full' / 'result.json').is_file()]
+    if arguments.missing_full:
+        recipes = [
+            r
+            for r in recipes
+            if 'full' in r.scales
+            and not (Path(arguments.results) / r.name / 'full' / 'result.json').is_file()
+        ]
     folded = not (arguments.all or arguments.missing_full)
-    if folded: recipes = [r for r in recipes if r.name not in compared()]
-    width = max([len(r.name) for r in recipes], default=0)
-    for r in recipes: print(f"{r.name:<{width}}  {'+'.join(r.scales):<10}  {hours(r.hours):>8}  {r.title}")
-    if not recipes: print('every recipe has its full-scale result')
     if folded:
-        print(f'\nand {len(compared())} of the comparison, called PAIR-METHOD (`dfkd list --all` prints them):')
-        for name, words in zip(('pairs', 'methods'), zip(*compared().values())): print(f"  {name:<8} {' '.join(dict.fromkeys(words))}")
+        recipes = [r for r in recipes if r.name not in compared()]
+    width = max([len(r.name) for r in recipes], default=0)
+    for r in recipes:
+        print(
+            f'{r.name:<{width}}  {"+".join(r.scales):<10}  {hours(r.hours):>8}  {r.title}'
+        )
+    if not recipes:
+        print('every recipe has its full-scale result')
+    if folded:
+        print(
+            f'\nand {len(compared())} of the comparison, called PAIR-METHOD (`dfkd list'
+            ' --all` prints them):'
+        )
+        for name, words in zip(('pairs', 'methods'), zip(*compared().values())):
+            print(f'  {name:<8} {" ".join(dict.fromkeys(words))}')
     return 0
+
 
 def hours(value: float) -> str:
     "A duration for people."
-    if not value: return ''
+    if not value:
+        return ''
     seconds = 3600 * value
-    return f'{seconds:.0f} s' if seconds < 99 else f'{seconds / 60:.0f} min' if seconds < 6000 else f'{value:.1f} h'
+    return (
+        f'{seconds:.0f} s'
+        if seconds < 99
+        else f'{seconds / 60:.0f} min'
+        if seconds < 6000
+        else f'{value:.1f} h'
+    )
 
 # %% ../../nbs/lab/23_commands.ipynb #2b1201fb
 def show_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd show RECIPE`: what it does, and every setting, resolved."
     recipe = Recipe.load(arguments.recipe)
     scales = [arguments.scale] if arguments.scale else list(recipe.scales)
-    for key in ('paper', 'hardware', 'hours', 'expected'): print(f'# {key}: {getattr(recipe, key)}')
+    for key in ('paper', 'hardware', 'hours', 'expected'):
+        print(f'# {key}: {getattr(recipe, key)}')
     for scale in scales:
         print(f'# command: dfkd run {arguments.recipe} --scale {scale}')
         print(resolved_toml(recipe, scale, recipe.resolve(scale)))
@@ -91,30 +141,59 @@ def show_recipe(arguments: argparse.Namespace) -> int:
 
 # %% ../../nbs/lab/23_commands.ipynb #7eace4db
 def show_results(arguments: argparse.Namespace) -> int:
-    "`dfkd results`: what finished runs left; with `--compare` the table of methods and pairs (Chapter 21)."
+    """`dfkd results`: what finished runs left; with `--compare` the table of methods and
+    pairs (Chapter 21).
+    """
     if arguments.compare:
         from dfkd_nb.lab.results import results_command
+
         return results_command(arguments.folder, arguments.scale)
-    found = [result for result in results(arguments.folder) if arguments.scale in (None, result.scale)]
-    if not found: raise problem(f"no results under '{arguments.folder}': `dfkd run RECIPE` makes one, --folder looks elsewhere")
+    found = [
+        result
+        for result in results(arguments.folder)
+        if arguments.scale in (None, result.scale)
+    ]
+    if not found:
+        raise problem(
+            f"no results under '{arguments.folder}': `dfkd run RECIPE` makes one, --folder"
+            ' looks elsewhere'
+        )
     width = max(len(r.recipe) for r in found)
     for r in found:
-        numbers = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in r.numbers.items() if not isinstance(v, (list, dict)))
-        print(f"{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get('seed', ''):<3}  {hours(r.seconds['total'] / 3600):>8}  {marked(numbers, r)}")
-    if note := older_note(found): print(f'\n{note}')
+        numbers = '  '.join(
+            f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
+            for k, v in r.numbers.items()
+            if not isinstance(v, (list, dict))
+        )
+        print(
+            f'{r.recipe:<{width}}  {r.scale:<5}  seed {r.settings.get("seed", ""):<3} '
+            f' {hours(r.seconds["total"] / 3600):>8}  {marked(numbers, r)}'
+        )
+    if note := older_note(found):
+        print(f'\n{note}')
     return 0
 
 # %% ../../nbs/lab/23_commands.ipynb #cd501569
 def run_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd run RECIPE`: do it, or go on with it."
     recipe = Recipe.load(arguments.recipe)
-    changes = dict(map(parse_assignment, arguments.set)) | ({} if arguments.seed is None else {'seed': arguments.seed})
-    began, left, where = time.monotonic(), arguments.max_minutes, {'out': arguments.out, 'results': arguments.results, 'device': arguments.device, 'save_every': arguments.save_every}
+    changes = dict(map(parse_assignment, arguments.set)) | (
+        {} if arguments.seed is None else {'seed': arguments.seed}
+    )
+    began = time.monotonic()
+    left = arguments.max_minutes
+    where = {
+        'out': arguments.out,
+        'results': arguments.results,
+        'device': arguments.device,
+        'save_every': arguments.save_every,
+    }
     run = Run(recipe, arguments.scale, changes, **where)
-    if not run.finished: run.check()
+    if not run.finished:
+        run.check()
     for name, scale in missing_runs(run):
         print(f'first {name} ({scale}): this recipe takes what it leaves', flush=True)
-        arguments.doing = Run(Recipe.load(name), scale, **where) # for `kept`
+        arguments.doing = Run(Recipe.load(name), scale, **where)  # for `kept`
         arguments.doing.start(True, False, left, arguments.command_line)
         left = max(left - (time.monotonic() - began) / 60, 1e-6)
         began = time.monotonic()
@@ -124,23 +203,48 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     print(f'kept in {run.folder}')
     return 0
 
-def missing_runs(run: Run) -> list[tuple[str, str]]: # recipes and scales, in the order in which to do them
-    "The recipes whose network or images this one takes, and which have not been run here yet."
-    if run.finished: return []
+
+def missing_runs(
+    run: Run,
+) -> list[tuple[str, str]]:  # recipes and scales, in the order in which to do them
+    """The recipes whose network or images this one takes, and which have not been run here
+    yet.
+    """
+    if run.finished:
+        return []
     found: list[tuple[str, str]] = []
     for key, value in dataclasses.asdict(run.settings).items():
         for name in re.findall(r'run:([\w./-]+)', value) if isinstance(value, str) else ():
             recipe, _, scale = name.partition('/')
             scale, file = scale or run.scale, 'weights' if key == 'teacher' else 'images'
-            if (run.root / recipe / scale / f'{file}.safetensors').is_file() or (recipe, scale) in found: continue
-            found += [need for need in missing_runs(Run(Recipe.load(recipe), scale, out=run.root, quiet=True)) if need not in found] + [(recipe, scale)]
+            if (run.root / recipe / scale / f'{file}.safetensors').is_file() or (
+                recipe,
+                scale,
+            ) in found:
+                continue
+            found += [
+                need
+                for need in missing_runs(
+                    Run(Recipe.load(recipe), scale, out=run.root, quiet=True)
+                )
+                if need not in found
+            ] + [(recipe, scale)]
     return found
+
 
 def print_result(result: Result) -> None:
     "The numbers of a result, one a line."
-    print(f"{result.recipe} ({result.scale}), {result.seconds['total']:.0f} s on {result.environment['processor']}")
+    print(
+        f'{result.recipe} ({result.scale}), {result.seconds["total"]:.0f} s on'
+        f' {result.environment["processor"]}'
+    )
     for key, value in result.numbers.items():
-        if not isinstance(value, (list, dict)): print(f'  {key:<24} {value:.4f}' if isinstance(value, float) else f'  {key:<24} {value}')
+        if not isinstance(value, (list, dict)):
+            print(
+                f'  {key:<24} {value:.4f}'
+                if isinstance(value, float)
+                else f'  {key:<24} {value}'
+            )
 
 # %% ../../nbs/lab/23_commands.ipynb #bf0fab40
 if TYPE_CHECKING:
@@ -151,309 +255,576 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/lab/23_commands.ipynb #03397eed
 def read_network(
-    checkpoint: str | Path, # .safetensors, or what torch.save wrote
-) -> dict[str, 'torch.Tensor']: # names and weights
+    checkpoint: str | Path,  # .safetensors, or what torch.save wrote
+) -> dict[str, 'torch.Tensor']:  # names and weights
     "The weights of a checkpoint, without running any code that is in it."
     import torch
     from dfkd_nb.foundations.core import DFKDError, load_checkpoint, load_tensors
-    if str(checkpoint).endswith('.safetensors'): return load_tensors(checkpoint)[0]
-    if not Path(checkpoint).is_file(): raise problem(f'no file {checkpoint}: check --checkpoint')
-    try: state: dict[str, Any] = load_checkpoint(checkpoint)
-    except DFKDError: raise problem(f'{checkpoint} is truncated, or holds more than weights: save model.state_dict() and give that file') from None
-    for key in ('state_dict', 'model_state_dict', 'model', 'net'): # where training scripts like to put it
-        if isinstance(state.get(key), dict): state = state[key]
-    weights = {re.sub(r'^(module\.|_orig_mod\.)+', '', str(k)): v for k, v in state.items() if isinstance(v, torch.Tensor)}
-    if not weights: raise problem(f'{checkpoint} holds no weights: save model.state_dict()')
+
+    if str(checkpoint).endswith('.safetensors'):
+        return load_tensors(checkpoint)[0]
+    if not Path(checkpoint).is_file():
+        raise problem(f'no file {checkpoint}: check --checkpoint')
+    try:
+        state: dict[str, Any] = load_checkpoint(checkpoint)
+    except DFKDError:
+        raise problem(
+            f'{checkpoint} is truncated, or holds more than weights: save'
+            ' model.state_dict() and give that file'
+        ) from None
+    # where training scripts like to put it
+    for key in ('state_dict', 'model_state_dict', 'model', 'net'):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    weights = {
+        re.sub(r'^(module\.|_orig_mod\.)+', '', str(k)): v
+        for k, v in state.items()
+        if isinstance(v, torch.Tensor)
+    }
+    if not weights:
+        raise problem(f'{checkpoint} holds no weights: save model.state_dict()')
     return weights
 
 # %% ../../nbs/lab/23_commands.ipynb #f638929a
 def fill(
-    model: 'torch.nn.Module', # as built by name
-    weights: dict[str, 'torch.Tensor'], # from a checkpoint
-    checkpoint: str | Path, # for the message
+    model: 'torch.nn.Module',  # as built by name
+    weights: dict[str, 'torch.Tensor'],  # from a checkpoint
+    checkpoint: str | Path,  # for the message
 ) -> None:
     "Load weights; names and shapes must fit."
     own = model.state_dict()
-    odd = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [k for k in weights if k not in own]
-    if odd: raise problem(f"{checkpoint} does not fit this --model ({len(odd)} tensors differ, first '{odd[0]}'): name the model and --num-classes it was saved from")
-    if any(v.is_floating_point() and not bool(v.isfinite().all()) for v in weights.values()):
-        raise problem(f'{checkpoint} holds NaN or infinite weights: take a checkpoint from before the training diverged')
+    odd = [k for k in own if k not in weights or weights[k].shape != own[k].shape] + [
+        k for k in weights if k not in own
+    ]
+    if odd:
+        raise problem(
+            f'{checkpoint} does not fit this --model ({len(odd)} tensors differ, first'
+            f" '{odd[0]}'): name the model and --num-classes it was saved from"
+        )
+    if any(
+        v.is_floating_point() and not bool(v.isfinite().all()) for v in weights.values()
+    ):
+        raise problem(
+            f'{checkpoint} holds NaN or infinite weights: take a checkpoint from before the'
+            ' training diverged'
+        )
     model.load_state_dict(weights)
 
 # %% ../../nbs/lab/23_commands.ipynb #41991faf
 def own_teacher(
-    arguments: argparse.Namespace, # of `dfkd invert`
-) -> 'Teacher': # ready to dream
+    arguments: argparse.Namespace,  # of `dfkd invert`
+) -> 'Teacher':  # ready to dream
     "The network that the command line describes."
     from dfkd_nb.foundations.core import DFKDWarning
     from dfkd_nb.foundations.models import LITE, Teacher, build_model, load_teacher
-    described = {'--model': arguments.model, '--checkpoint': arguments.checkpoint, '--pretrained': arguments.pretrained, '--num-classes': arguments.num_classes,
-                 '--mean': arguments.mean, '--std': arguments.std, '--size': arguments.size}
+
+    described = {
+        '--model': arguments.model,
+        '--checkpoint': arguments.checkpoint,
+        '--pretrained': arguments.pretrained,
+        '--num-classes': arguments.num_classes,
+        '--mean': arguments.mean,
+        '--std': arguments.std,
+        '--size': arguments.size,
+    }
     said = [option for option, value in described.items() if value]
     if arguments.teacher:
-        if said: raise problem(f"--teacher brings its weights and the meaning of its images with it: leave out {', '.join(said)}")
+        if said:
+            raise problem(
+                '--teacher brings its weights and the meaning of its images with it: leave'
+                f' out {", ".join(said)}'
+            )
         return open_teacher(arguments.teacher)
-    if not arguments.model: raise problem('no network to dream from: give --teacher NAME, or --model NAME with --checkpoint FILE or --pretrained')
-    if bool(arguments.checkpoint) == arguments.pretrained: raise problem('where are the weights? give either --checkpoint FILE or --pretrained')
-    if arguments.pretrained and arguments.num_classes not in (None, 1000): raise problem(f'--pretrained networks have 1000 classes, not {arguments.num_classes}: leave out --num-classes')
-    if arguments.pretrained and arguments.model in LITE and said == ['--model', '--pretrained']: return load_teacher(f'imagenet-{arguments.model}')
+    if not arguments.model:
+        raise problem(
+            'no network to dream from: give --teacher NAME, or --model NAME with'
+            ' --checkpoint FILE or --pretrained'
+        )
+    if bool(arguments.checkpoint) == arguments.pretrained:
+        raise problem(
+            'where are the weights? give either --checkpoint FILE or --pretrained'
+        )
+    if arguments.pretrained and arguments.num_classes not in (None, 1000):
+        raise problem(
+            f'--pretrained networks have 1000 classes, not {arguments.num_classes}: leave'
+            ' out --num-classes'
+        )
+    if (
+        arguments.pretrained
+        and arguments.model in LITE
+        and said == ['--model', '--pretrained']
+    ):
+        return load_teacher(f'imagenet-{arguments.model}')
     domain = own_domain(arguments)
-    model = build_model(arguments.model, domain.num_classes, domain.channels, arguments.pretrained)
-    if arguments.checkpoint: fill(model, read_network(arguments.checkpoint), arguments.checkpoint)
+    model = build_model(
+        arguments.model, domain.num_classes, domain.channels, arguments.pretrained
+    )
+    if arguments.checkpoint:
+        fill(model, read_network(arguments.checkpoint), arguments.checkpoint)
     teacher = Teacher(model, domain, arguments.model)
-    if guessed := unsaid(arguments): warnings.warn(guessed, DFKDWarning, stacklevel=2)
+    if guessed := unsaid(arguments):
+        warnings.warn(guessed, DFKDWarning, stacklevel=2)
     return teacher
 
 # %% ../../nbs/lab/23_commands.ipynb #df1c3529
 def own_domain(
-    arguments: argparse.Namespace, # of `dfkd invert`
-) -> 'Domain': # ImageNet's where nothing else is said
+    arguments: argparse.Namespace,  # of `dfkd invert`
+) -> 'Domain':  # ImageNet's where nothing else is said
     "What the images of a network mean."
     from dfkd_nb.foundations.models import LITE, imagenet_domain
+
     usual = imagenet_domain(arguments.model)
     known = arguments.model in LITE or arguments.model.startswith('torchvision:')
     mean = usual.mean if arguments.mean is None else numbers(arguments.mean, '--mean')
     std = usual.std if arguments.std is None else numbers(arguments.std, '--std')
     size = usual.size[0] if arguments.size is None else arguments.size
     count = 1000 if arguments.num_classes is None else arguments.num_classes
-    if known and count == 1000: return dataclasses.replace(usual, shape=(len(mean), size, size), mean=mean, std=std)
-    return dataclasses.replace(usual, name='own', shape=(len(mean), size, size), mean=mean, std=std, classes=tuple(map(str, range(count))))
+    if known and count == 1000:
+        return dataclasses.replace(usual, shape=(len(mean), size, size), mean=mean, std=std)
+    return dataclasses.replace(
+        usual,
+        name='own',
+        shape=(len(mean), size, size),
+        mean=mean,
+        std=std,
+        classes=tuple(map(str, range(count))),
+    )
+
 
 def unsaid(
-    arguments: argparse.Namespace, # of `dfkd invert`
-) -> str: # '' where nothing was guessed
-    "Which of ImageNet's numbers stand in for what was not said of a network that nobody knows to be ImageNet's."
-    if arguments.pretrained or arguments.model.startswith(('torchvision:', 'efficientnet-lite')): return ''
+    arguments: argparse.Namespace,  # of `dfkd invert`
+) -> str:  # '' where nothing was guessed
+    """Which of ImageNet's numbers stand in for what was not said of a network that nobody
+    knows to be ImageNet's.
+    """
+    if arguments.pretrained or arguments.model.startswith(
+        ('torchvision:', 'efficientnet-lite')
+    ):
+        return ''
     options = {'--mean': arguments.mean, '--std': arguments.std, '--size': arguments.size}
     missing = [option for option, value in options.items() if value is None]
-    if not missing: return ''
+    if not missing:
+        return ''
     domain = own_domain(arguments)
     values = {'--mean': domain.mean, '--std': domain.std, '--size': domain.size[0]}
-    said = ', '.join(f"{o} {','.join(map(str, v)) if isinstance(v := values[o], tuple) else v}" for o in missing)
-    return f"nothing is said of the images of '{arguments.model}', so ImageNet's numbers are taken ({said}): give those that it was trained with"
+    said = ', '.join(
+        f'{o} {",".join(map(str, v)) if isinstance(v := values[o], tuple) else v}'
+        for o in missing
+    )
+    return (
+        f"nothing is said of the images of '{arguments.model}', so ImageNet's numbers are"
+        f' taken ({said}): give those that it was trained with'
+    )
+
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
     "Numbers between commas."
-    try: return tuple(float(part) for part in text.split(','))
-    except ValueError: raise problem(f"{option} '{text}' is no list of numbers: write e.g. {option} 0.485,0.456,0.406") from None
+    try:
+        return tuple(float(part) for part in text.split(','))
+    except ValueError:
+        raise problem(
+            f"{option} '{text}' is no list of numbers: write e.g. {option}"
+            ' 0.485,0.456,0.406'
+        ) from None
 
 # %% ../../nbs/lab/23_commands.ipynb #e488eccc
 def chosen_classes(
-    text: str, # numbers and names between commas
-    domain: 'Domain', # knows the names
-) -> list[int]: # class numbers
+    text: str,  # numbers and names between commas
+    domain: 'Domain',  # knows the names
+) -> list[int]:  # class numbers
     "What `--classes` asks for; an unknown one is a `DFKDError` that names the nearest."
     names = {name.casefold(): i for i, name in reversed(list(enumerate(domain.classes)))}
     nameless = all(name.isdecimal() for name in domain.classes)
+
     def number(word: str) -> int:
-        if word.casefold() in names: return names[word.casefold()]
-        if word.isdecimal() and int(word) < domain.num_classes: return int(word)
-        if nameless: raise problem(f"--classes: '{word}': this network's classes have no names here: use numbers from 0 to {domain.num_classes - 1}")
+        if word.casefold() in names:
+            return names[word.casefold()]
+        if word.isdecimal() and int(word) < domain.num_classes:
+            return int(word)
+        if nameless:
+            raise problem(
+                f"--classes: '{word}': this network's classes have no names here: use"
+                f' numbers from 0 to {domain.num_classes - 1}'
+            )
         near = difflib.get_close_matches(word.casefold(), names, 1, 0.5)
-        hint = f"did you mean '{domain.classes[names[near[0]]]}'? " if near and not near[0].isdecimal() else ''
-        raise problem(f"--classes: no class '{word}' in '{domain.name}': {hint}use 0 to {domain.num_classes - 1}, or names such as '{domain.classes[0]}'")
+        hint = (
+            f"did you mean '{domain.classes[names[near[0]]]}'? "
+            if near and not near[0].isdecimal()
+            else ''
+        )
+        raise problem(
+            f"--classes: no class '{word}' in '{domain.name}': {hint}use 0 to"
+            f" {domain.num_classes - 1}, or names such as '{domain.classes[0]}'"
+        )
+
     return [number(word.strip()) for word in text.split(',')]
 
 # %% ../../nbs/lab/23_commands.ipynb #e40fd07b
-LARGE = 96 # pixels from which on a network is treated like ImageNet's
-REAL = ('source', 'real_data', 'measured_images', 'measured_data', 'goal_weight', 'metadata_images', 'metadata_clusters', 'metadata_components') # want real images
+LARGE = 96  # pixels from which on a network is treated like ImageNet's
+# want real images
+REAL = (
+    'source',
+    'real_data',
+    'measured_images',
+    'measured_data',
+    'goal_weight',
+    'metadata_images',
+    'metadata_clusters',
+    'metadata_components',
+)
+
 
 def usual_settings(
-    size: int, # height of the images
-) -> dict[str, Any]: # for `Synthesis`
+    size: int,  # height of the images
+) -> dict[str, Any]:  # for `Synthesis`
     "How networks of this size are dreamed from, where nothing else is said."
     from dfkd_nb.dreams.inversion import preset
-    rhythm: dict[str, Any] = {'synthesis_schedule': 'cosine', 'synthesis_batch_size': 64, 'jitter': 2, 'half_size_steps': 150 if size >= 32 else 0, 'synthesis_steps': 100 if size >= 32 else 250}
-    if size >= LARGE: rhythm |= {'synthesis_batch_size': 32, 'jitter': size // 8, 'quarter_size_steps': 400, 'half_size_steps': 300, 'synthesis_steps': 150}
+
+    rhythm: dict[str, Any] = {
+        'synthesis_schedule': 'cosine',
+        'synthesis_batch_size': 64,
+        'jitter': 2,
+        'half_size_steps': 150 if size >= 32 else 0,
+        'synthesis_steps': 100 if size >= 32 else 250,
+    }
+    if size >= LARGE:
+        rhythm |= {
+            'synthesis_batch_size': 32,
+            'jitter': size // 8,
+            'quarter_size_steps': 400,
+            'half_size_steps': 300,
+            'synthesis_steps': 150,
+        }
     return preset('deepinversion', 'imagenet' if size >= LARGE else 'book') | rhythm
 
+
 def inversion_settings(
-    arguments: argparse.Namespace, # of `dfkd invert`
-    size: int, # height of the images
-) -> Synthesis: # checked
+    arguments: argparse.Namespace,  # of `dfkd invert`
+    size: int,  # height of the images
+) -> Synthesis:  # checked
     "All settings of synthesis: the usual ones, changed by the command line."
     changes = dict(map(parse_assignment, arguments.set))
     for key, instead in {'images': '--n', 'teacher': '--teacher'}.items():
-        if key in changes: raise problem(f"--set {key}: use {instead}")
+        if key in changes:
+            raise problem(f'--set {key}: use {instead}')
     for key in REAL:
-        if key in changes: raise problem(f"--set {key}: no real image is used here; make a recipe for it, `dfkd show` prints one to begin with")
-    most = {'synthesis_batch_size': max(2, arguments.n)} if arguments.memory else {} # as many as fit
-    settings = check_settings(Synthesis, usual_settings(size) | most | {'images': arguments.n} | changes, '--set')
-    return dataclasses.replace(settings, synthesis_batch_size=max(2, min(settings.images, settings.synthesis_batch_size)))
+        if key in changes:
+            raise problem(
+                f'--set {key}: no real image is used here; make a recipe for it, `dfkd'
+                ' show` prints one to begin with'
+            )
+    # as many as fit
+    most = {'synthesis_batch_size': max(2, arguments.n)} if arguments.memory else {}
+    settings = check_settings(
+        Synthesis, usual_settings(size) | most | {'images': arguments.n} | changes, '--set'
+    )
+    return dataclasses.replace(
+        settings,
+        synthesis_batch_size=max(2, min(settings.images, settings.synthesis_batch_size)),
+    )
 
 # %% ../../nbs/lab/23_commands.ipynb #a98141a6
 ASKED = 'unfinished.json'
 
+
 class Dreams:
-    "The folder that `dfkd invert` fills: asked for once, filled batch by batch, finished with a manifest."
+    """The folder that `dfkd invert` fills.
+
+    Asked for once, filled batch by batch, finished with a manifest.
+    """
 
     def __init__(
         self,
-        folder: Path, # where
-        asked: dict[str, Any], # all that decides the images' bits, as plain values
-        classes: Sequence[str], # names, in the order of class numbers
+        folder: Path,  # where
+        asked: dict[str, Any],  # all that decides the images' bits, as plain values
+        classes: Sequence[str],  # names, in the order of class numbers
     ) -> None:
         self.folder, self.asked, self.classes = folder, asked, classes
         size, count = asked['settings']['synthesis_batch_size'], len(asked['targets'])
         self.batches = -(-count // size)
 
-    def file(self, batch: int, kind: str) -> Path: # kind: 'pt', 'json' or 'parquet'
+    def file(self, batch: int, kind: str) -> Path:  # kind: 'pt', 'json' or 'parquet'
         "Where the state, the lines or the table of a batch are until all is finished."
         return self.folder / f'unfinished-{batch:05}.{kind}'
 
     @property
     def missing(self) -> list[int]:
         "Batches that are not finished."
-        return [batch for batch in range(self.batches) if not self.file(batch, 'json').is_file()]
+        return [
+            batch for batch in range(self.batches) if not self.file(batch, 'json').is_file()
+        ]
 
-    def lines(self) -> list[dict[str, Any]]: # in the order of images
+    def lines(self) -> list[dict[str, Any]]:  # in the order of images
         "What is known of each finished image."
-        return [line for batch in range(self.batches) if self.file(batch, 'json').is_file() for line in read_lines(self.file(batch, 'json'))['images']]
+        return [
+            line
+            for batch in range(self.batches)
+            if self.file(batch, 'json').is_file()
+            for line in read_lines(self.file(batch, 'json'))['images']
+        ]
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         "A JSON file, whole or not at all."
         from dfkd_nb.foundations.core import atomic_path
-        text = re.sub(r'\[[\d\s.,e+-]+\]', lambda found: ' '.join(found[0].split()), json.dumps(content, indent=1, ensure_ascii=False)) # numbers in a row
-        with atomic_path(self.folder / name) as path: path.write_text(text + '\n', encoding='utf-8')
+
+        # numbers in a row
+        text = re.sub(
+            r'\[[\d\s.,e+-]+\]',
+            lambda found: ' '.join(found[0].split()),
+            json.dumps(content, indent=1, ensure_ascii=False),
+        )
+        with atomic_path(self.folder / name) as path:
+            path.write_text(text + '\n', encoding='utf-8')
+
 
 def read_lines(
-    path: Path, # of JSON
-) -> dict[str, Any]: # its content
+    path: Path,  # of JSON
+) -> dict[str, Any]:  # its content
     "A file of ours, or a `DFKDError`."
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError): raise problem(f'{path} is damaged: delete it, and its images are made again') from None
+    try:
+        return json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        raise problem(
+            f'{path} is damaged: delete it, and its images are made again'
+        ) from None
 
 # %% ../../nbs/lab/23_commands.ipynb #8e91c31a
 def compare(
-    before: dict[str, Any], # what was asked for when the folder was begun
-    now: dict[str, Any], # and now
-    folder: Path, # for the message
+    before: dict[str, Any],  # what was asked for when the folder was begun
+    now: dict[str, Any],  # and now
+    folder: Path,  # for the message
 ) -> None:
     "Refuse to mix two sets of images in one folder; the error names what differs."
-    old, new = ({**asked['settings'], **{k: v for k, v in asked.items() if k != 'settings'}} for asked in (before, now))
-    def words(value: Any) -> str: return 'others' if isinstance(value, list) and len(value) > 3 else str(value)
-    shown = {'targets': 'the number of images or their classes are not the same', 'weights': "the network's weights are not the same"}
-    changed = [shown.get(k, f"'{k}' was {words(old.get(k))}, now {words(new.get(k))}") for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if changed: raise problem(f"{folder} was begun with something else ({'; '.join(changed)}): set it back, or name a new folder with --out")
+    old, new = (
+        {**asked['settings'], **{k: v for k, v in asked.items() if k != 'settings'}}
+        for asked in (before, now)
+    )
+
+    def words(value: Any) -> str:
+        return 'others' if isinstance(value, list) and len(value) > 3 else str(value)
+
+    shown = {
+        'targets': 'the number of images or their classes are not the same',
+        'weights': "the network's weights are not the same",
+    }
+    changed = [
+        shown.get(k, f"'{k}' was {words(old.get(k))}, now {words(new.get(k))}")
+        for k in sorted({*old, *new})
+        if old.get(k) != new.get(k)
+    ]
+    if changed:
+        raise problem(
+            f'{folder} was begun with something else ({"; ".join(changed)}): set it back,'
+            ' or name a new folder with --out'
+        )
 
 # %% ../../nbs/lab/23_commands.ipynb #ee49e7bc
 def open_dreams(
-    dreams: Dreams, # what is asked for now
-    resume: bool, # go on with what is there
-) -> bool: # whether everything is there already
-    "Begin a folder or go on with one; a folder with other things in it is a `DFKDError`, and nothing in it is touched."
+    dreams: Dreams,  # what is asked for now
+    resume: bool,  # go on with what is there
+) -> bool:  # whether everything is there already
+    """Begin a folder or go on with one; a folder with other things in it is a `DFKDError`,
+    and nothing in it is touched.
+    """
     folder = dreams.folder
-    if folder.exists() and not folder.is_dir(): raise problem(f'{folder} is a file: name a folder with --out')
-    there = [path for path in folder.iterdir() if path.name != 'lock'] if folder.exists() else []
+    if folder.exists() and not folder.is_dir():
+        raise problem(f'{folder} is a file: name a folder with --out')
+    there = (
+        [path for path in folder.iterdir() if path.name != 'lock']
+        if folder.exists()
+        else []
+    )
     begun, finished = folder / ASKED, folder / 'manifest.json'
     if there and not resume:
-        raise problem(f"{folder} exists and is not empty: {'go on with --resume, or ' if begun.is_file() else ''}name a new folder with --out")
+        raise problem(
+            f'{folder} exists and is not empty:'
+            f' {"go on with --resume, or " if begun.is_file() else ""}name a new folder'
+            ' with --out'
+        )
     note = finished if finished.is_file() else begun
-    if not there: dreams.write(ASKED, {'asked': dreams.asked})
-    elif not note.is_file() or 'asked' not in read_lines(note): raise problem(f'{folder} holds something else than images of `dfkd invert`: name a new folder with --out')
+    if not there:
+        dreams.write(ASKED, {'asked': dreams.asked})
+    elif not note.is_file() or 'asked' not in read_lines(note):
+        raise problem(
+            f'{folder} holds something else than images of `dfkd invert`: name a new folder'
+            ' with --out'
+        )
     else:
         compare(read_lines(note)['asked'], dreams.asked, folder)
-        clear(folder, '.*.tmp', *['unfinished*'] * finished.is_file()) # left by a kill in the middle of a write, or of the last clearing
+        # left by a kill in the middle of a write, or of the last clearing
+        clear(folder, '.*.tmp', *['unfinished*'] * finished.is_file())
     return finished.is_file()
 
+
 def clear(
-    folder: Path, # of `dfkd invert`
-    *patterns: str, # of file names
+    folder: Path,  # of `dfkd invert`
+    *patterns: str,  # of file names
 ) -> None:
     "Remove files of ours."
     for pattern in patterns:
-        for path in folder.rglob(pattern): path.unlink()
+        for path in folder.rglob(pattern):
+            path.unlink()
 
 # %% ../../nbs/lab/23_commands.ipynb #7934737e
 def keep(
-    dreams: Dreams, # where to
-    batch: int, # its number
-    first: int, # number of its first image
-    images: 'ImageSet', # finished
-    seen: 'torch.Tensor', # what the teacher thinks of them: probabilities `(n, K)`
+    dreams: Dreams,  # where to
+    batch: int,  # its number
+    first: int,  # number of its first image
+    images: 'ImageSet',  # finished
+    seen: 'torch.Tensor',  # what the teacher thinks of them: probabilities `(n, K)`
 ) -> None:
     "The images of a finished batch, then the lines that say so."
     from dfkd_nb.foundations.core import atomic_path
+
     assert images.labels is not None
-    lines, encoded, labels = [], [png(image) for image in images.images], images.labels.tolist()
+    lines = []
+    encoded = [png(image) for image in images.images]
+    labels = images.labels.tolist()
     for i, label in enumerate(labels):
         name = f'{label:04}/{first + i:05}.png'
         if dreams.asked['format'] == 'png':
-            with atomic_path(dreams.folder / name) as path: path.write_bytes(encoded[i])
+            with atomic_path(dreams.folder / name) as path:
+                path.write_bytes(encoded[i])
         top = int(seen[i].argmax())
-        lines.append({'file': name, 'class': label, 'name': dreams.classes[label], 'probability': round(float(seen[i, label]), 6), 'seen_as': top, 'seen_as_name': dreams.classes[top]})
+        lines.append(
+            {
+                'file': name,
+                'class': label,
+                'name': dreams.classes[label],
+                'probability': round(float(seen[i, label]), 6),
+                'seen_as': top,
+                'seen_as_name': dreams.classes[top],
+            }
+        )
     if dreams.asked['format'] == 'parquet':
         import pyarrow.parquet as pq
-        with atomic_path(dreams.file(batch, 'parquet')) as path: pq.write_table(table(encoded, [line['file'] for line in lines], labels, dreams.classes), path)
+
+        with atomic_path(dreams.file(batch, 'parquet')) as path:
+            pq.write_table(
+                table(encoded, [line['file'] for line in lines], labels, dreams.classes),
+                path,
+            )
     dreams.write(dreams.file(batch, 'json').name, {'images': lines})
 
+
 def png(
-    image: 'torch.Tensor', # uint8 `(C, H, W)`
-) -> bytes: # a file's content
+    image: 'torch.Tensor',  # uint8 `(C, H, W)`
+) -> bytes:  # a file's content
     "An image as a PNG file."
     import io
     from PIL import Image
+
     buffer = io.BytesIO()
-    Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()).save(buffer, format='PNG')
+    Image.fromarray(
+        image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    ).save(buffer, format='PNG')
     return buffer.getvalue()
 
+
 def table(
-    encoded: list[bytes], # image files
-    names: list[str], # of those files
-    labels: list[int], # class numbers
-    classes: Sequence[str], # their names
-) -> Any: # a pyarrow table
-    "Columns `image` (bytes and path) and `label`, with the class names where the Hugging Face hub keeps them."
+    encoded: list[bytes],  # image files
+    names: list[str],  # of those files
+    labels: list[int],  # class numbers
+    classes: Sequence[str],  # their names
+) -> Any:  # a pyarrow table
+    """Columns `image` (bytes and path) and `label`, with the class names where the Hugging
+    Face hub keeps them.
+    """
     import pyarrow as pa
-    features = {'image': {'_type': 'Image'}, 'label': {'names': list(classes), '_type': 'ClassLabel'}}
-    schema = pa.schema([('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])), ('label', pa.int64())],
-                       metadata={'huggingface': json.dumps({'info': {'features': features}})})
-    return pa.table({'image': [{'bytes': b, 'path': n} for b, n in zip(encoded, names)], 'label': labels}, schema=schema)
+
+    features = {
+        'image': {'_type': 'Image'},
+        'label': {'names': list(classes), '_type': 'ClassLabel'},
+    }
+    schema = pa.schema(
+        [
+            ('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])),
+            ('label', pa.int64()),
+        ],
+        metadata={'huggingface': json.dumps({'info': {'features': features}})},
+    )
+    return pa.table(
+        {
+            'image': [{'bytes': b, 'path': n} for b, n in zip(encoded, names)],
+            'label': labels,
+        },
+        schema=schema,
+    )
 
 # %% ../../nbs/lab/23_commands.ipynb #78cb1512
 def finish(
-    dreams: Dreams, # with all its images
-    about: dict[str, Any], # what else the manifest shall say
-    grid: int, # images in a picture of the first ones; 0 for none
-    domain: 'Domain', # of the images
-) -> list[dict[str, Any]]: # the manifest's lines
-    "One file where one is wanted, a picture, the manifest; and what was needed on the way is removed."
+    dreams: Dreams,  # with all its images
+    about: dict[str, Any],  # what else the manifest shall say
+    grid: int,  # images in a picture of the first ones; 0 for none
+    domain: 'Domain',  # of the images
+) -> list[dict[str, Any]]:  # the manifest's lines
+    """One file where one is wanted, a picture, the manifest; and what was needed on the way
+    is removed.
+    """
     import torch
     from dfkd_nb.foundations.core import atomic_path
     from dfkd_nb.foundations.data import ImageFiles, read_parquet
+
     lines, one = dreams.lines(), dreams.folder / 'images.parquet'
     if dreams.asked['format'] == 'parquet':
         import pyarrow.parquet as pq
+
         tables = [dreams.file(batch, 'parquet') for batch in range(dreams.batches)]
-        with atomic_path(one) as path, pq.ParquetWriter(path, pq.read_schema(tables[0])) as writer:
-            for part in tables: writer.write_table(pq.read_table(part))
+        with (
+            atomic_path(one) as path,
+            pq.ParquetWriter(path, pq.read_schema(tables[0])) as writer,
+        ):
+            for part in tables:
+                writer.write_table(pq.read_table(part))
         lines = [line | {'file': one.name, 'row': row} for row, line in enumerate(lines)]
     else:
-        rows = [('file_name', 'label', 'label_name'), *((line['file'], line['class'], line['name']) for line in lines)]
-        with atomic_path(dreams.folder / 'metadata.csv') as path, open(path, 'w', newline='', encoding='utf-8') as file:
+        rows = [
+            ('file_name', 'label', 'label_name'),
+            *((line['file'], line['class'], line['name']) for line in lines),
+        ]
+        with (
+            atomic_path(dreams.folder / 'metadata.csv') as path,
+            open(path, 'w', newline='', encoding='utf-8') as file,
+        ):
             csv.writer(file, lineterminator='\n').writerows(rows)
     if grid:
-        encoded = read_parquet([one], grid)[0] if dreams.asked['format'] == 'parquet' else [dreams.folder / line['file'] for line in lines[:grid]]
-        first = ImageFiles(encoded, torch.tensor([line['class'] for line in lines[:grid]]), domain).in_memory()
+        encoded = (
+            read_parquet([one], grid)[0]
+            if dreams.asked['format'] == 'parquet'
+            else [dreams.folder / line['file'] for line in lines[:grid]]
+        )
+        first = ImageFiles(
+            encoded, torch.tensor([line['class'] for line in lines[:grid]]), domain
+        ).in_memory()
         draw_grid(dreams.folder / 'grid.png', first)
     dreams.write('manifest.json', about | {'asked': dreams.asked, 'images': lines})
     clear(dreams.folder, 'unfinished*')
     return lines
 
+
 def draw_grid(
-    path: Path, # a .png file
-    images: 'ImageSet', # all of them are shown
+    path: Path,  # a .png file
+    images: 'ImageSet',  # all of them are shown
 ) -> None:
-    "Images side by side with the classes they are meant to show, pixel for pixel if they are large."
+    """Images side by side with the classes they are meant to show, pixel for pixel if they
+    are large.
+    """
     import matplotlib.pyplot as plt
     from dfkd_nb.foundations.core import atomic_path, show_images
+
     assert images.labels is not None
-    figure = show_images(images.images, [images.domain.classes[i] for i in images.labels.tolist()], columns=8, size=max(0.9, images.domain.size[1] / 120))
-    with atomic_path(path) as temporary: figure.savefig(temporary, format='png', dpi=120)
+    figure = show_images(
+        images.images,
+        [images.domain.classes[i] for i in images.labels.tolist()],
+        columns=8,
+        size=max(0.9, images.domain.size[1] / 120),
+    )
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
     plt.close(figure)
 
 # %% ../../nbs/lab/23_commands.ipynb #7efb1392
-PATIENCE = timedelta(days=365) # gloo's own limit is 30 minutes
+PATIENCE = timedelta(days=365)  # gloo's own limit is 30 minutes
 
 # %% ../../nbs/lab/23_commands.ipynb #67c0e7dd
 @contextmanager
@@ -463,35 +834,55 @@ def together() -> Iterator[None]:
         yield
         return
     from torch import distributed
+
     distributed.init_process_group('gloo', timeout=PATIENCE)
-    try: yield
-    finally: distributed.destroy_process_group()
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
 
 def exchange(
-    value: Any, # of this process
-) -> list[Any]: # of all processes, in order
+    value: Any,  # of this process
+) -> list[Any]:  # of all processes, in order
     "What every process has to say; all must call it."
     from dfkd_nb.dreams.inversion import world
+
     rank, processes = world()
-    if processes == 1: return [value]
+    if processes == 1:
+        return [value]
     from torch import distributed
+
     found: list[Any] = [None] * processes
-    try: distributed.all_gather_object(found, value)
-    except RuntimeError as error: raise RunStopped('stopped (another process is gone); what is saved is kept: the same command with --resume goes on') from error
+    try:
+        distributed.all_gather_object(found, value)
+    except RuntimeError as error:
+        raise RunStopped(
+            'stopped (another process is gone); what is saved is kept: the same command'
+            ' with --resume goes on'
+        ) from error
     return found
 
+
 def agreed(
-    action: Callable[[], Any], # what the first process shall do
-) -> Any: # what came of it, in every process
-    "Done once, for all: the first process acts, the others hear of it; its error is everybody's."
+    action: Callable[[], Any],  # what the first process shall do
+) -> Any:  # what came of it, in every process
+    """Done once, for all: the first process acts, the others hear of it; its error is
+    everybody's.
+    """
     from dfkd_nb.dreams.inversion import world
+
     result, error = None, None
     if world()[0] == 0:
-        try: result = action()
-        except Exception as caught: error = caught
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
     result, failed = exchange((result, error is not None))[0]
-    if error is not None: raise error
-    if failed: raise SystemExit(2) # the first process says why
+    if error is not None:
+        raise error
+    if failed:
+        raise SystemExit(2)  # the first process says why
     return result
 
 # %% ../../nbs/lab/23_commands.ipynb #b707d754
@@ -500,20 +891,33 @@ class Clock:
 
     def __init__(
         self,
-        stages: Sequence[tuple[tuple[int, int], int]], # of a batch: height and width, and updates at that size
-        batches: int, # of this process
-        speaks: bool = True, # False for all processes but the first
-        seconds: float = 30., # between two lines
+        # of a batch: height and width, and updates at that size
+        stages: Sequence[tuple[tuple[int, int], int]],
+        batches: int,  # of this process
+        speaks: bool = True,  # False for all processes but the first
+        seconds: float = 30.0,  # between two lines
     ) -> None:
         from dfkd_nb.foundations.core import progress
-        self.stages, self.batches, self.seconds, self.speaks = list(stages), batches, seconds, speaks
+
+        self.stages = list(stages)
+        self.batches = batches
+        self.seconds = seconds
+        self.speaks = speaks
         self.pixels = [height * width for (height, width), _ in self.stages]
-        self.costs: dict[int, tuple[float, int]] = {} # seconds and updates of each stage, as far as they were seen
+        # seconds and updates of each stage, as far as they were seen
+        self.costs: dict[int, tuple[float, int]] = {}
         self.place, self.now = (0, 0), time.monotonic()
         self.spoke = self.now
-        whole = batches * sum(pixels * updates for pixels, (_, updates) in zip(self.pixels, self.stages))
+        whole = batches * sum(
+            pixels * updates for pixels, (_, updates) in zip(self.pixels, self.stages)
+        )
         disable = None if speaks and os.environ.get('DFKD_PROGRESS') != '0' else True
-        self.bar = progress(total=whole, description='dreaming', bar_format='{desc}: {percentage:3.0f}%|{bar}|{postfix}', disable=disable)
+        self.bar = progress(
+            total=whole,
+            description='dreaming',
+            bar_format='{desc}: {percentage:3.0f}%|{bar}|{postfix}',
+            disable=disable,
+        )
 
     def stage(self, step: int) -> int:
         "To which stage an update belongs, from 1 on."
@@ -521,314 +925,677 @@ class Clock:
         return min(bisect_left(ends, step), len(ends) - 1)
 
     def goes_on(self, batch: int, step: int) -> None:
-        "This batch has had so many updates, in an earlier process: they say nothing of the time that is left."
+        """This batch has had so many updates, in an earlier process.
+
+        They say nothing of the time that is left.
+        """
         self.place, self.now = (batch, step), time.monotonic()
 
     def tick(self, batch: int, step: int, text: str) -> None:
         "So many updates of a batch are done; the batches of this process count from 0."
         before, now, stage = self.place, time.monotonic(), self.stage(step)
         made = step - before[1] if batch == before[0] else step
-        spent, updates = self.costs.get(stage, (0., 0))
+        spent, updates = self.costs.get(stage, (0.0, 0))
         self.costs[stage] = spent + now - self.now, updates + made
         self.place, self.now = (batch, step), now
         left = hours(self.left() / 3600) or '0 s'
         self.bar.set_postfix_str(f'{text}, about {left} left', refresh=False)
         self.bar.update(self.pixels[stage] * made)
-        if not self.speaks or not self.bar.disable or now - self.spoke < self.seconds: return
+        if not self.speaks or not self.bar.disable or now - self.spoke < self.seconds:
+            return
         print(f'{text}, about {left} left', flush=True)
         self.spoke = now
 
-    def left(self) -> float: # seconds
-        "Updates that are left, at what those of their size have cost; a size that was not seen yet, by its pixels."
+    def left(self) -> float:  # seconds
+        """Updates that are left, at what those of their size have cost; a size that was not
+        seen yet, by its pixels.
+        """
         batch, step = self.place
         seen = self.stage(step)
-        known = {stage: spent / updates for stage, (spent, updates) in self.costs.items() if updates}
-        total, done = 0., 0
+        known = {
+            stage: spent / updates
+            for stage, (spent, updates) in self.costs.items()
+            if updates
+        }
+        total, done = 0.0, 0
         for stage, (_, updates) in enumerate(self.stages):
-            cost = known[stage] if stage in known else known.get(seen, 0.) * self.pixels[stage] / self.pixels[seen]
-            total += cost * (max(0, min(updates, done + updates - step)) + (self.batches - 1 - batch) * updates)
+            cost = (
+                known[stage]
+                if stage in known
+                else known.get(seen, 0.0) * self.pixels[stage] / self.pixels[seen]
+            )
+            total += cost * (
+                max(0, min(updates, done + updates - step))
+                + (self.batches - 1 - batch) * updates
+            )
             done += updates
         return total
 
 # %% ../../nbs/lab/23_commands.ipynb #e661fbbc
 class Dreaming:
-    "The batches of one process, one after the other; stopped by a signal or by the clock, with the batch in hand saved."
-    stop_reason = '' # a signal's name, once one came
+    """The batches of one process, one after the other; stopped by a signal or by the clock,
+    with the batch in hand saved.
+    """
 
-    def __init__(self, dreams: Dreams, maker: 'DeepInversion', mine: list[int], deadline: float, save_every: float, clock: Clock) -> None:
-        self.dreams, self.maker, self.mine, self.deadline, self.save_every, self.clock = dreams, maker, mine, deadline, save_every, clock
+    stop_reason = ''  # a signal's name, once one came
 
-    def dream(self, batch: int, number: int) -> bool: # whether it is finished
+    def __init__(
+        self,
+        dreams: Dreams,
+        maker: 'DeepInversion',
+        mine: list[int],
+        deadline: float,
+        save_every: float,
+        clock: Clock,
+    ) -> None:
+        self.dreams = dreams
+        self.maker = maker
+        self.mine = mine
+        self.deadline = deadline
+        self.save_every = save_every
+        self.clock = clock
+
+    def dream(self, batch: int, number: int) -> bool:  # whether it is finished
         "One batch, from where it stands; `number` counts those of this process."
         from dfkd_nb.foundations.core import load_checkpoint
-        maker, path, targets = self.maker, self.dreams.file(batch, 'pt'), self.dreams.asked['targets']
+
+        maker = self.maker
+        path = self.dreams.file(batch, 'pt')
+        targets = self.dreams.asked['targets']
         maker.start(len(targets), targets)
         maker.own = range(batch, batch + 1)
-        if path.is_file(): maker.load_state_dict(load_checkpoint(path))
+        if path.is_file():
+            maker.load_state_dict(load_checkpoint(path))
         self.clock.goes_on(number, maker.dream.done if maker.dream is not None else 0)
+
         def look(now: Any) -> bool:
-            self.clock.tick(number, now.step, f"batch {batch + 1} of {now.batches}, update {now.step} of {now.steps}, loss {now.losses['total']:.3f}")
+            self.clock.tick(
+                number,
+                now.step,
+                f'batch {batch + 1} of {now.batches}, update {now.step} of {now.steps},'
+                f' loss {now.losses["total"]:.3f}',
+            )
             return bool(self.stop_reason)
-        every = 1 if maker.device.type == 'cpu' else 10 # on a GPU every look at the losses waits for it
-        with silent(): images = maker.run(callback=look, every=every, deadline=self.deadline, checkpoint=path, save_every=self.save_every)
-        if not maker.finished: return False
+
+        # on a GPU every look at the losses waits for it
+        every = 1 if maker.device.type == 'cpu' else 10
+        with silent():
+            images = maker.run(
+                callback=look,
+                every=every,
+                deadline=self.deadline,
+                checkpoint=path,
+                save_every=self.save_every,
+            )
+        if not maker.finished:
+            return False
         seen = maker.teacher.predict(images.images, len(images)).softmax(1).cpu()
         keep(self.dreams, batch, sum(maker.sizes[:batch]), images, seen)
         path.unlink()
         return True
 
-    def work(self) -> bool: # whether all is finished
+    def work(self) -> bool:  # whether all is finished
         "All batches of this process."
         for number, batch in enumerate(self.mine):
-            if self.stop_reason or time.monotonic() >= self.deadline or not self.dream(batch, number): return False
+            if (
+                self.stop_reason
+                or time.monotonic() >= self.deadline
+                or not self.dream(batch, number)
+            ):
+                return False
         return True
+
 
 @contextmanager
 def silent() -> Iterator[None]:
     "No bars but ours."
     before = os.environ.get('DFKD_PROGRESS')
     os.environ['DFKD_PROGRESS'] = '0'
-    try: yield
+    try:
+        yield
     finally:
-        if before is None: del os.environ['DFKD_PROGRESS']
-        else: os.environ['DFKD_PROGRESS'] = before
+        if before is None:
+            del os.environ['DFKD_PROGRESS']
+        else:
+            os.environ['DFKD_PROGRESS'] = before
 
 # %% ../../nbs/lab/23_commands.ipynb #6de87c83
 def request(
-    arguments: argparse.Namespace, # of `dfkd invert`
-    teacher: 'Teacher', # on its device
-) -> dict[str, Any]: # plain values
+    arguments: argparse.Namespace,  # of `dfkd invert`
+    teacher: 'Teacher',  # on its device
+) -> dict[str, Any]:  # plain values
     "All that decides the images' bits, but for the number of threads."
     import hashlib
     from dfkd_nb.dreams.inversion import images_that_fit
+
     domain, settings = teacher.domain, inversion_settings(arguments, teacher.domain.size[0])
     if arguments.memory:
-        fit = images_that_fit(synthesizer(settings, teacher, teacher.device, arguments.seed), arguments.memory)
-        settings = dataclasses.replace(settings, synthesis_batch_size=min(fit, settings.synthesis_batch_size))
+        fit = images_that_fit(
+            synthesizer(settings, teacher, teacher.device, arguments.seed), arguments.memory
+        )
+        settings = dataclasses.replace(
+            settings, synthesis_batch_size=min(fit, settings.synthesis_batch_size)
+        )
     classes = chosen_classes(arguments.classes, domain) if arguments.classes else None
-    targets = wishes(settings, domain.num_classes).tolist() if classes is None else [classes[i % len(classes)] for i in range(settings.images)]
+    targets = (
+        wishes(settings, domain.num_classes).tolist()
+        if classes is None
+        else [classes[i % len(classes)] for i in range(settings.images)]
+    )
     digest = hashlib.sha256()
-    for tensor in teacher.model.state_dict().values(): digest.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
-    return {'weights': digest.hexdigest(), 'shape': list(domain.shape), 'mean': list(domain.mean), 'std': list(domain.std), 'targets': targets, 'seed': arguments.seed,
-            'format': arguments.format, 'device': teacher.device.type, 'memory': arguments.memory,
-            'settings': {k: v for k, v in dataclasses.asdict(settings).items() if k not in (*REAL, 'teacher', 'images', 'classes')}}
+    for tensor in teacher.model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
+    return {
+        'weights': digest.hexdigest(),
+        'shape': list(domain.shape),
+        'mean': list(domain.mean),
+        'std': list(domain.std),
+        'targets': targets,
+        'seed': arguments.seed,
+        'format': arguments.format,
+        'device': teacher.device.type,
+        'memory': arguments.memory,
+        'settings': {
+            k: v
+            for k, v in dataclasses.asdict(settings).items()
+            if k not in (*REAL, 'teacher', 'images', 'classes')
+        },
+    }
 
 # %% ../../nbs/lab/23_commands.ipynb #0b79ec16
 def invert(arguments: argparse.Namespace) -> int:
     "`dfkd invert`: what does a network of one's own remember?"
     from dfkd_nb.foundations.core import pick_device
+
     deadline = time.monotonic() + 60 * arguments.max_minutes
     with together():
         device = pick_device(arguments.device)
-        if device.type == 'cuda' and device.index is None and 'LOCAL_RANK' in os.environ: device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        if device.type == 'cuda' and device.index is None and 'LOCAL_RANK' in os.environ:
+            device = pick_device(f'cuda:{os.environ["LOCAL_RANK"]}')
         teacher = own_teacher(arguments).to(device)
-        dreams = Dreams(Path(arguments.out), request(arguments, teacher), teacher.domain.classes)
-        settings = Synthesis(**dreams.asked['settings'], images=len(dreams.asked['targets']))
-        maker = synthesizer(settings, teacher, device, arguments.seed) # all that can be wrong with the words is told by now
-        with holding(dreams.folder): return fill_folder(arguments, dreams, maker, deadline)
+        dreams = Dreams(
+            Path(arguments.out), request(arguments, teacher), teacher.domain.classes
+        )
+        settings = Synthesis(
+            **dreams.asked['settings'], images=len(dreams.asked['targets'])
+        )
+        # all that can be wrong with the words is told by now
+        maker = synthesizer(settings, teacher, device, arguments.seed)
+        with holding(dreams.folder):
+            return fill_folder(arguments, dreams, maker, deadline)
+
 
 @contextmanager
 def holding(
-    folder: Path, # of images
+    folder: Path,  # of images
 ) -> Iterator[None]:
-    "Keep other programs out of a folder; one that is finished or somebody else's is left without a trace of the lock."
+    """Keep other programs out of a folder; one that is finished or somebody else's is left
+    without a trace of the lock.
+    """
     from dfkd_nb.dreams.inversion import world
+
     if world()[0]:
-        yield # the first process holds it for all
+        yield  # the first process holds it for all
         return
     with locked(folder):
-        try: yield
+        try:
+            yield
         finally:
-            if not (folder / ASKED).is_file(): (folder / 'lock').unlink()
-            if not any(folder.iterdir()): folder.rmdir()
+            if not (folder / ASKED).is_file():
+                (folder / 'lock').unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 # %% ../../nbs/lab/23_commands.ipynb #466f2171
 def fill_folder(
-    arguments: argparse.Namespace, # of `dfkd invert`
-    dreams: Dreams, # what is asked for
-    maker: 'DeepInversion', # makes it
-    deadline: float, # on `time.monotonic`'s clock
-) -> int: # exit code
+    arguments: argparse.Namespace,  # of `dfkd invert`
+    dreams: Dreams,  # what is asked for
+    maker: 'DeepInversion',  # makes it
+    deadline: float,  # on `time.monotonic`'s clock
+) -> int:  # exit code
     "Open the folder, make what is missing, finish it."
     import torch
     from dfkd_nb.dreams.inversion import world
-    whole, threads, missing = agreed(lambda: (open_dreams(dreams, arguments.resume), torch.get_num_threads(), dreams.missing))
+
+    whole, threads, missing = agreed(
+        lambda: (
+            open_dreams(dreams, arguments.resume),
+            torch.get_num_threads(),
+            dreams.missing,
+        )
+    )
     rank, processes = world()
     if not whole:
         mine = missing[rank::processes]
-        if rank == 0 and len(missing) < processes: print(f'{len(missing)} batches for {processes} processes: some have nothing to do; --set synthesis_batch_size makes more, smaller ones')
-        dreaming = Dreaming(dreams, maker, mine, deadline, arguments.save_every, Clock(maker.stages, len(mine), rank == 0))
-        with Run.watch_signals(dreaming), repeatable(threads): done = dreaming.work() # type: ignore[arg-type]
+        if rank == 0 and len(missing) < processes:
+            print(
+                f'{len(missing)} batches for {processes} processes: some have nothing to'
+                ' do; --set synthesis_batch_size makes more, smaller ones'
+            )
+        dreaming = Dreaming(
+            dreams,
+            maker,
+            mine,
+            deadline,
+            arguments.save_every,
+            Clock(maker.stages, len(mine), rank == 0),
+        )
+        with Run.watch_signals(dreaming), repeatable(threads):  # type: ignore[arg-type]
+            done = dreaming.work()
         if not all(exchange(done)):
             found = kept_images(dreams.folder)
-            raise RunStopped(f"stopped ({dreaming.stop_reason or 'time is up'}{'' if found else ' before the first update'}): {found or 'nothing is made yet'}: the same command with --resume goes on")
-        about = {'model': arguments.model or arguments.teacher, 'checkpoint': arguments.checkpoint, 'made_with': environment(maker.device, arguments.seed, arguments.command_line)}
+            raise RunStopped(
+                'stopped'
+                f' ({dreaming.stop_reason or "time is up"}{"" if found else " before the first update"}):'
+                f' {found or "nothing is made yet"}: the same command with --resume goes on'
+            )
+        about = {
+            'model': arguments.model or arguments.teacher,
+            'checkpoint': arguments.checkpoint,
+            'made_with': environment(maker.device, arguments.seed, arguments.command_line),
+        }
         agreed(lambda: finish(dreams, about, arguments.grid, maker.domain) and None)
     if rank == 0:
         lines = read_lines(dreams.folder / 'manifest.json')['images']
         right = sum(line['class'] == line['seen_as'] for line in lines)
-        print(f"{len(lines)} images in {dreams.folder}, {right} of them recognised as intended (manifest.json lists all)")
+        print(
+            f'{len(lines)} images in {dreams.folder}, {right} of them recognised as'
+            ' intended (manifest.json lists all)'
+        )
         there = sorted({line['class'] for line in lines})
         if dreams.asked['format'] == 'png' and there != list(range(len(dreams.classes))):
             some = ', '.join(map(str, there[:5])) + (', ...' if len(there) > 5 else '')
-            print(f"these are {len(there)} of {len(dreams.classes)} classes ({some}): readers that number the folders they find would call them 0 to {len(there) - 1}; metadata.csv has the right labels")
+            print(
+                f'these are {len(there)} of {len(dreams.classes)} classes ({some}): readers'
+                f' that number the folders they find would call them 0 to {len(there) - 1};'
+                ' metadata.csv has the right labels'
+            )
     return 0
 
 # %% ../../nbs/lab/23_commands.ipynb #df3d485b
 def inspect(arguments: argparse.Namespace) -> int:
     "`dfkd inspect`: judge the images of a run or a folder."
     diagnostics = importlib.import_module('dfkd_nb.lab.diagnostics')
-    own = Parser(prog='dfkd inspect', description='Judge the images of a run or a folder: a page of figures and numbers.')
+    own = Parser(
+        prog='dfkd inspect',
+        description='Judge the images of a run or a folder: a page of figures and numbers.',
+    )
     diagnostics.inspect_options(own)
     return diagnostics.inspect_command(own.parse_args(arguments.rest))
 
 # %% ../../nbs/lab/23_commands.ipynb #d1eeed65
 def bench(arguments: argparse.Namespace) -> int:
     "`dfkd bench`: time an update of DeepInversion."
-    try: speed = importlib.import_module('dfkd_nb.lab.speed')
-    except ImportError as error: raise problem(f'the benchmark cannot be loaded ({error}): install the package anew') from None
+    try:
+        speed = importlib.import_module('dfkd_nb.lab.speed')
+    except ImportError as error:
+        raise problem(
+            f'the benchmark cannot be loaded ({error}): install the package anew'
+        ) from None
     return speed.bench(arguments.rest, Parser)
 
 # %% ../../nbs/lab/23_commands.ipynb #2a2df9e8
-def parser() -> Parser: # of the whole program
+def parser() -> Parser:  # of the whole program
     "The words that `dfkd` understands."
-    main = Parser(prog='dfkd', description='Data-free knowledge distillation: recipes, runs and results.')
+    main = Parser(
+        prog='dfkd',
+        description='Data-free knowledge distillation: recipes, runs and results.',
+    )
     main.add_argument('--version', action='version', version=f'dfkd {__version__}')
-    main.add_argument('--debug', action='store_true', help='show where in the program an error arose')
-    commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=Parser)
-    def command(name: str, function: Callable[[argparse.Namespace], int], help: str, **settings: Any) -> Parser:
+    main.add_argument(
+        '--debug', action='store_true', help='show where in the program an error arose'
+    )
+    commands = main.add_subparsers(
+        dest='command', required=True, metavar='COMMAND', parser_class=Parser
+    )
+
+    def command(
+        name: str, function: Callable[[argparse.Namespace], int], help: str, **settings: Any
+    ) -> Parser:
         sub = commands.add_parser(name, help=help, description=help, **settings)
         sub.set_defaults(function=function)
         return sub
 
     sub = command('list', list_recipes, 'all recipes, cheapest first')
-    sub.add_argument('--all', action='store_true', help='those of the comparison one by one')
-    sub.add_argument('--missing-full', action='store_true', help='only those without a full-scale result')
-    sub.add_argument('--results', default='results', metavar='DIR', help='where results are published (default: results)')
+    sub.add_argument(
+        '--all', action='store_true', help='those of the comparison one by one'
+    )
+    sub.add_argument(
+        '--missing-full', action='store_true', help='only those without a full-scale result'
+    )
+    sub.add_argument(
+        '--results',
+        default='results',
+        metavar='DIR',
+        help='where results are published (default: results)',
+    )
 
     sub = command('show', show_recipe, 'a recipe with every setting')
     sub.add_argument('recipe', metavar='RECIPE')
     sub.add_argument('--scale', choices=SCALES)
 
-    sub = command('run', run_recipe, 'run a recipe; interrupt it at any time and go on with --resume')
-    sub.add_argument('recipe', metavar='RECIPE', help='a name that `dfkd list` shows, or a .toml file')
+    sub = command(
+        'run', run_recipe, 'run a recipe; interrupt it at any time and go on with --resume'
+    )
+    sub.add_argument(
+        'recipe', metavar='RECIPE', help='a name that `dfkd list` shows, or a .toml file'
+    )
     sub.add_argument('--scale', choices=SCALES, default='quick')
-    sub.add_argument('--resume', action='store_true', help='go on with an unfinished run (or begin it)')
+    sub.add_argument(
+        '--resume', action='store_true', help='go on with an unfinished run (or begin it)'
+    )
     sub.add_argument('--fresh', action='store_true', help='throw an earlier run away')
-    sub.add_argument('--max-minutes', type=positive, default=math.inf, metavar='N', help='stop cleanly after N minutes')
-    sub.add_argument('--device', default='auto', metavar='D', help='auto, cpu, cuda, cuda:N or mps')
-    sub.add_argument('--seed', type=int, metavar='S', help="another seed than the recipe's; its result stands beside the recipe's own")
-    sub.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='change a setting; may come several times')
-    sub.add_argument('--out', default='runs', metavar='DIR', help='folder of runs (default: runs)')
-    sub.add_argument('--results', default=None, metavar='DIR', help='folder of results (default: results, where it exists)')
-    sub.add_argument('--save-every', type=positive, default=60., metavar='S', help='seconds between checkpoints (default: 60)')
+    sub.add_argument(
+        '--max-minutes',
+        type=positive,
+        default=math.inf,
+        metavar='N',
+        help='stop cleanly after N minutes',
+    )
+    sub.add_argument(
+        '--device', default='auto', metavar='D', help='auto, cpu, cuda, cuda:N or mps'
+    )
+    sub.add_argument(
+        '--seed',
+        type=int,
+        metavar='S',
+        help="another seed than the recipe's; its result stands beside the recipe's own",
+    )
+    sub.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        metavar='KEY=VALUE',
+        help='change a setting; may come several times',
+    )
+    sub.add_argument(
+        '--out', default='runs', metavar='DIR', help='folder of runs (default: runs)'
+    )
+    sub.add_argument(
+        '--results',
+        default=None,
+        metavar='DIR',
+        help='folder of results (default: results, where it exists)',
+    )
+    sub.add_argument(
+        '--save-every',
+        type=positive,
+        default=60.0,
+        metavar='S',
+        help='seconds between checkpoints (default: 60)',
+    )
 
-    sub = command('invert', invert, 'dream images from a network; interrupt it at any time and go on with --resume')
-    sub.add_argument('--teacher', default='', metavar='NAME', help="a known one: cifar10-resnet20, imagenet-efficientnet-lite0, run:RECIPE, ...")
-    sub.add_argument('--model', default='', metavar='NAME', help='or an architecture, e.g. resnet20, efficientnet-lite0 or torchvision:resnet18, with')
-    sub.add_argument('--checkpoint', default='', metavar='FILE', help='its weights: .safetensors, or what torch.save(model.state_dict()) wrote; or')
-    sub.add_argument('--pretrained', action='store_true', help='its public ImageNet weights')
-    sub.add_argument('--num-classes', type=int, metavar='K', help='outputs of the architecture (default: 1000)')
-    sub.add_argument('--mean', metavar='R,G,B', help='of its normalisation, pixels in [0, 1] (default: what ImageNet networks use)')
+    sub = command(
+        'invert',
+        invert,
+        'dream images from a network; interrupt it at any time and go on with --resume',
+    )
+    sub.add_argument(
+        '--teacher',
+        default='',
+        metavar='NAME',
+        help='a known one: cifar10-resnet20, imagenet-efficientnet-lite0, run:RECIPE, ...',
+    )
+    sub.add_argument(
+        '--model',
+        default='',
+        metavar='NAME',
+        help=(
+            'or an architecture, e.g. resnet20, efficientnet-lite0 or torchvision:resnet18,'
+            ' with'
+        ),
+    )
+    sub.add_argument(
+        '--checkpoint',
+        default='',
+        metavar='FILE',
+        help='its weights: .safetensors, or what torch.save(model.state_dict()) wrote; or',
+    )
+    sub.add_argument(
+        '--pretrained', action='store_true', help='its public ImageNet weights'
+    )
+    sub.add_argument(
+        '--num-classes',
+        type=int,
+        metavar='K',
+        help='outputs of the architecture (default: 1000)',
+    )
+    sub.add_argument(
+        '--mean',
+        metavar='R,G,B',
+        help='of its normalisation, pixels in [0, 1] (default: what ImageNet networks use)',
+    )
     sub.add_argument('--std', metavar='R,G,B', help='likewise')
-    sub.add_argument('--size', type=int, metavar='PIXELS', help='height and width of its images (default: 224)')
-    sub.add_argument('--classes', default='', metavar='A,B', help='what to dream of, numbers or names (default: all in turn)')
-    sub.add_argument('--n', '--images', type=int, default=16, metavar='N', help='images (default: 16); behind torchrun write --images, for it takes --n for its own')
+    sub.add_argument(
+        '--size',
+        type=int,
+        metavar='PIXELS',
+        help='height and width of its images (default: 224)',
+    )
+    sub.add_argument(
+        '--classes',
+        default='',
+        metavar='A,B',
+        help='what to dream of, numbers or names (default: all in turn)',
+    )
+    sub.add_argument(
+        '--n',
+        '--images',
+        type=int,
+        default=16,
+        metavar='N',
+        help=(
+            'images (default: 16); behind torchrun write --images, for it takes --n for'
+            ' its own'
+        ),
+    )
     sub.add_argument('--out', required=True, metavar='DIR', help='a folder for the images')
-    sub.add_argument('--format', choices=('png', 'parquet'), default='png', help='PNG files in a folder for each class (default), or one Parquet file')
-    sub.add_argument('--grid', type=int, default=0, metavar='N', help='also a picture of the first N images')
-    sub.add_argument('--resume', action='store_true', help='go on with an unfinished folder (or begin it)')
-    sub.add_argument('--max-minutes', type=positive, default=math.inf, metavar='N', help='stop cleanly after N minutes')
-    sub.add_argument('--save-every', type=positive, default=60., metavar='S', help='seconds between checkpoints (default: 60)')
-    sub.add_argument('--memory', type=positive, metavar='GB', help='take as many images at a time as fit into so much memory')
-    sub.add_argument('--device', default='auto', metavar='D', help='auto, cpu, cuda, cuda:N or mps')
+    sub.add_argument(
+        '--format',
+        choices=('png', 'parquet'),
+        default='png',
+        help='PNG files in a folder for each class (default), or one Parquet file',
+    )
+    sub.add_argument(
+        '--grid',
+        type=int,
+        default=0,
+        metavar='N',
+        help='also a picture of the first N images',
+    )
+    sub.add_argument(
+        '--resume',
+        action='store_true',
+        help='go on with an unfinished folder (or begin it)',
+    )
+    sub.add_argument(
+        '--max-minutes',
+        type=positive,
+        default=math.inf,
+        metavar='N',
+        help='stop cleanly after N minutes',
+    )
+    sub.add_argument(
+        '--save-every',
+        type=positive,
+        default=60.0,
+        metavar='S',
+        help='seconds between checkpoints (default: 60)',
+    )
+    sub.add_argument(
+        '--memory',
+        type=positive,
+        metavar='GB',
+        help='take as many images at a time as fit into so much memory',
+    )
+    sub.add_argument(
+        '--device', default='auto', metavar='D', help='auto, cpu, cuda, cuda:N or mps'
+    )
     sub.add_argument('--seed', type=int, default=0, metavar='S')
-    sub.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a setting of synthesis, e.g. synthesis_steps=500')
+    sub.add_argument(
+        '--set',
+        action='append',
+        default=[],
+        metavar='KEY=VALUE',
+        help='a setting of synthesis, e.g. synthesis_steps=500',
+    )
 
-    sub = command('bench', bench, 'time an update of DeepInversion (`dfkd bench --help` shows its own options)', add_help=False)
+    sub = command(
+        'bench',
+        bench,
+        'time an update of DeepInversion (`dfkd bench --help` shows its own options)',
+        add_help=False,
+    )
 
-    sub = command('inspect', inspect, 'judge the images of a run or a folder (`dfkd inspect --help` shows its own options)', add_help=False)
+    sub = command(
+        'inspect',
+        inspect,
+        'judge the images of a run or a folder (`dfkd inspect --help` shows its own'
+        ' options)',
+        add_help=False,
+    )
 
     sub = command('results', show_results, 'the numbers of finished runs')
-    sub.add_argument('--compare', action='store_true', help='the table of methods and pairs, beside the papers\' figures')
+    sub.add_argument(
+        '--compare',
+        action='store_true',
+        help="the table of methods and pairs, beside the papers' figures",
+    )
     sub.add_argument('--scale', choices=SCALES, help='only this one')
-    sub.add_argument('--folder', default='results', metavar='DIR', help='results or runs (default: results)')
+    sub.add_argument(
+        '--folder',
+        default='results',
+        metavar='DIR',
+        help='results or runs (default: results)',
+    )
     return main
 
 # %% ../../nbs/lab/23_commands.ipynb #44526250
 @contextmanager
 def warnings_in_one_line() -> Iterator[None]:
-    "What this package finds suspicious is told without the place in its source; others' warnings look as always."
+    """What this package finds suspicious is told without the place in its source; others'
+    warnings look as always.
+    """
     with warnings.catch_warnings():
         usual = warnings.showwarning
-        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            ours = category.__name__ == 'DFKDWarning' # the class itself would load PyTorch
-            if ours: print(f"dfkd: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-            else: usual(message, category, *place, **more)
-        warnings.showwarning = show # type: ignore[assignment]
+
+        def show(
+            message: Warning | str, category: type[Warning], *place: Any, **more: Any
+        ) -> None:
+            # the class itself would load PyTorch
+            ours = category.__name__ == 'DFKDWarning'
+            if ours:
+                print(
+                    f'dfkd: warning: {" ".join(str(message).split())}',
+                    file=sys.stderr,
+                    flush=True,
+                )
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 # %% ../../nbs/lab/23_commands.ipynb #56dde89d
 def main(
-    arguments: Sequence[str] | None = None, # without the program's name; None takes the command line
-) -> int: # exit code: 0, 2 after an error, 3 when stopped with something saved, 130 when interrupted before
+    # without the program's name; None takes the command line
+    arguments: Sequence[str] | None = None,
+    # exit code: 0, 2 after an error, 3 when stopped with something saved, 130 when
+    # interrupted before
+) -> int:
     "The program `dfkd`."
     words = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ.setdefault('MPLBACKEND', 'Agg') # pictures go to files
-    if not sys.stderr.isatty(): os.environ.setdefault('DFKD_PROGRESS', '0') # bars are for eyes, not for log files
+    os.environ.setdefault('MPLBACKEND', 'Agg')  # pictures go to files
+    # bars are for eyes, not for log files
+    if not sys.stderr.isatty():
+        os.environ.setdefault('DFKD_PROGRESS', '0')
     program = parser()
     try:
         parsed, rest = program.parse_known_args(words)
         parsed.rest = rest
-        if parsed.rest and parsed.command not in ('bench', 'inspect'): program.error(f"unknown argument '{parsed.rest[0]}'")
-    except SystemExit as done: return int(done.code or 0)
+        if parsed.rest and parsed.command not in ('bench', 'inspect'):
+            program.error(f"unknown argument '{parsed.rest[0]}'")
+    except SystemExit as done:
+        return int(done.code or 0)
     parsed.command_line = shlex.join(['dfkd', *words])
     try:
-        with warnings_in_one_line(): return parsed.function(parsed)
-    except SystemExit as done: return int(done.code or 0) # the benchmark has a parser of its own
+        with warnings_in_one_line():
+            return parsed.function(parsed)
+    except SystemExit as done:
+        return int(done.code or 0)  # the benchmark has a parser of its own
     except RunStopped as stopped:
         print(f'dfkd: {stopped}', file=sys.stderr)
         return STOPPED
-    except KeyboardInterrupt: # before a run could listen to signals, or the second one
+    except KeyboardInterrupt:  # before a run could listen to signals, or the second one
         found = kept(parsed)
-        print(f"dfkd: interrupted: {found}: the same command with --resume goes on" if found else 'dfkd: interrupted before anything was saved', file=sys.stderr)
+        print(
+            f'dfkd: interrupted: {found}: the same command with --resume goes on'
+            if found
+            else 'dfkd: interrupted before anything was saved',
+            file=sys.stderr,
+        )
         return STOPPED if found else INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close() # whoever read our lines has gone
+        sys.stderr.close()  # whoever read our lines has gone
         return 0
     except Exception as error:
-        if parsed.debug: traceback.print_exc()
+        if parsed.debug:
+            traceback.print_exc()
         return report(error)
 
 # %% ../../nbs/lab/23_commands.ipynb #108be0f6
 def kept(
-    arguments: argparse.Namespace, # of the command that was interrupted
-) -> str: # '' if there is nothing to go on from
+    arguments: argparse.Namespace,  # of the command that was interrupted
+) -> str:  # '' if there is nothing to go on from
     "What an interrupted command left."
-    if arguments.command == 'invert': return kept_images(Path(arguments.out))
-    run = getattr(arguments, 'doing', None) # its folder depends on the seed
-    return f'the last checkpoint is kept in {run.folder}' if run is not None and run.saved else ''
+    if arguments.command == 'invert':
+        return kept_images(Path(arguments.out))
+    run = getattr(arguments, 'doing', None)  # its folder depends on the seed
+    return (
+        f'the last checkpoint is kept in {run.folder}'
+        if run is not None and run.saved
+        else ''
+    )
+
 
 def kept_images(
-    folder: Path, # of `dfkd invert`
-) -> str: # '' if there are none
+    folder: Path,  # of `dfkd invert`
+) -> str:  # '' if there are none
     "What an unfinished folder holds."
-    images = sum(len(read_lines(path)['images']) for path in folder.glob('unfinished-*.json'))
+    images = sum(
+        len(read_lines(path)['images']) for path in folder.glob('unfinished-*.json')
+    )
     begun = len(list(folder.glob('unfinished-*.pt')))
-    parts = [f'{images} finished images'] * (images > 0) + ['the batch in hand' if begun == 1 else f'{begun} batches in hand'] * (begun > 0)
-    return f"{' and '.join(parts)} {'are' if images or begun > 1 else 'is'} kept in {folder}" if parts else ''
+    parts = [f'{images} finished images'] * (images > 0) + [
+        'the batch in hand' if begun == 1 else f'{begun} batches in hand'
+    ] * (begun > 0)
+    return (
+        f'{" and ".join(parts)} {"are" if images or begun > 1 else "is"} kept in {folder}'
+        if parts
+        else ''
+    )
 
 # %% ../../nbs/lab/23_commands.ipynb #b541bbf0
 def report(
-    error: Exception, # what was raised
-) -> int: # exit code
-    "One line on stderr; an error of the caller's says what to do, one of ours asks for --debug."
+    error: Exception,  # what was raised
+) -> int:  # exit code
+    """One line on stderr; an error of the caller's says what to do, one of ours asks for
+    --debug.
+    """
     text = ' '.join(str(error).split())
-    if any(kind.__name__ == 'DFKDError' for kind in type(error).__mro__): pass
-    elif isinstance(error, OSError): text = f'{error.filename or "a file"}: {error.strerror or error}: free space or choose another folder; the last good checkpoint is kept'
-    else: text = f'unexpected {type(error).__name__}: {text} (`dfkd --debug ...` shows where)'
+    if any(kind.__name__ == 'DFKDError' for kind in type(error).__mro__):
+        pass
+    elif isinstance(error, OSError):
+        text = (
+            f'{error.filename or "a file"}: {error.strerror or error}: free space or choose'
+            ' another folder; the last good checkpoint is kept'
+        )
+    else:
+        text = f'unexpected {type(error).__name__}: {text} (`dfkd --debug ...` shows where)'
     print(f'dfkd: error: {text}', file=sys.stderr)
     return 2
 
 # %% ../../nbs/lab/23_commands.ipynb #ed71272b
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # `python -m dfkd_nb.lab.commands`; not in a notebook
+# `python -m dfkd_nb.lab.commands`; not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

@@ -29,12 +29,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dreams.competition import coverage, density, nearest, precision_recall, principal_plane, spread
+from dfkd_nb.dreams.competition import (
+    coverage,
+    density,
+    nearest,
+    precision_recall,
+    principal_plane,
+    spread,
+)
 from ..dreams.statistics import Statistics, measure_moments
 from dfkd_nb.foundations.core import (
-    COLOURS, DFKDError, DFKDWarning, atomic_path, book_style, import_torchvision, progress, seeded,
+    COLOURS,
+    DFKDError,
+    DFKDWarning,
+    atomic_path,
+    book_style,
+    import_torchvision,
+    progress,
+    seeded,
 )
-from ..foundations.data import DOMAINS, Domain, ImageFiles, ImageSet, ImageSource, fit, load_data, read_folder, read_parquet
+from dfkd_nb.foundations.data import (
+    DOMAINS,
+    Domain,
+    ImageFiles,
+    ImageSet,
+    ImageSource,
+    fit,
+    load_data,
+    read_folder,
+    read_parquet,
+)
 from ..foundations.distillation import wilson
 from ..foundations.models import Teacher, _seen, build_model, tap
 from .runs import open_teacher
@@ -42,13 +66,19 @@ from .runs import open_teacher
 # %% ../../nbs/lab/19_diagnostics.ipynb #2f1f24ab
 @dataclass(frozen=True, eq=False)
 class Seen:
-    "What one network made of a set of images, so that many instruments can read it and nobody looks twice."
-    images: ImageSource # what was looked at
-    network: Teacher # who looked
-    logits: Tensor # float32 `(N, K)`, on the CPU
-    embeddings: Tensor | None # what entered the classifier, float32 `(N, D)`; None where the network has no linear layer
+    """What one network made of a set of images, so that many instruments can read it and
+    nobody looks twice.
+    """
 
-    def __len__(self) -> int: return len(self.logits)
+    images: ImageSource  # what was looked at
+    network: Teacher  # who looked
+    logits: Tensor  # float32 `(N, K)`, on the CPU
+    # what entered the classifier, float32 `(N, D)`; None where the network has no linear
+    # layer
+    embeddings: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.logits)
 
     @property
     def labels(self) -> Tensor | None:
@@ -62,79 +92,125 @@ class Seen:
 
     @property
     def log_probabilities(self) -> Tensor:
-        "Of the classes, float64 `(N, K)`: with a thousand classes, single precision rounds the smallest to zero."
+        """Of the classes, float64 `(N, K)`.
+
+        With a thousand classes, single precision rounds the smallest to zero.
+        """
         return self.logits.double().log_softmax(1)
 
     @property
     def features(self) -> Tensor:
         "The embeddings in float64, `(N, D)`, or a `DFKDError` where there are none."
-        if self.embeddings is None: raise DFKDError(f"the network '{self.network.name}' has no linear layer to read an embedding from: use observe(..., layer=NAME)")
+        if self.embeddings is None:
+            raise DFKDError(
+                f"the network '{self.network.name}' has no linear layer to read an"
+                ' embedding from: use observe(..., layer=NAME)'
+            )
         return self.embeddings.double()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #59d13b80
-Images = ImageSource | Seen # every instrument takes either
+Images = ImageSource | Seen  # every instrument takes either
+
 
 @torch.no_grad()
 def observe(
-    images: Images, # any set of images; what this network has seen already is handed back
-    network: Teacher, # who looks
-    batch_size: int = 100, # images in memory at once
-    layer: str = 'classifier', # whose input is the embedding: see `tap`; '' for none
-) -> Seen: # logits and embeddings
+    images: Images,  # any set of images; what this network has seen already is handed back
+    network: Teacher,  # who looks
+    batch_size: int = 100,  # images in memory at once
+    layer: str = 'classifier',  # whose input is the embedding: see `tap`; '' for none
+) -> Seen:  # logits and embeddings
     "One pass over the images, batch by batch, at the network's own size and normalisation."
     if isinstance(images, Seen):
-        if images.network is network and (images.embeddings is not None or not layer): return images
+        if images.network is network and (images.embeddings is not None or not layer):
+            return images
         images = images.images
-    if not len(images): raise DFKDError('there are no images to look at: give at least one')
+    if not len(images):
+        raise DFKDError('there are no images to look at: give at least one')
     logits, embeddings, taken = [], [], []
     with ExitStack() as stack:
         try:
-            if layer: taken = stack.enter_context(tap(network, layer))
+            if layer:
+                taken = stack.enter_context(tap(network, layer))
         except DFKDError:
-            if layer != 'classifier': raise # a network without a linear layer can still be asked for classes
-        for batch, _ in progress(images.batches(batch_size), network.name, -(-len(images) // batch_size)):
-            answer = network(_seen(network, fit(batch.to(network.device), network.domain), network.domain)).float().cpu()
-            if answer.ndim != 2: raise DFKDError(f"the network '{network.name}' answers each pixel: diagnostics are for classifiers")
+            # a network without a linear layer can still be asked for classes
+            if layer != 'classifier':
+                raise
+        for batch, _ in progress(
+            images.batches(batch_size), network.name, -(-len(images) // batch_size)
+        ):
+            answer = (
+                network(
+                    _seen(
+                        network,
+                        fit(batch.to(network.device), network.domain),
+                        network.domain,
+                    )
+                )
+                .float()
+                .cpu()
+            )
+            if answer.ndim != 2:
+                raise DFKDError(
+                    f"the network '{network.name}' answers each pixel: diagnostics are for"
+                    ' classifiers'
+                )
             logits.append(answer)
-            if taken: embeddings.append(taken[-1].float().cpu())
+            if taken:
+                embeddings.append(taken[-1].float().cpu())
             taken.clear()
-    return Seen(images, network, torch.cat(logits), torch.cat(embeddings) if len(embeddings) == len(logits) else None)
+    return Seen(
+        images,
+        network,
+        torch.cat(logits),
+        torch.cat(embeddings) if len(embeddings) == len(logits) else None,
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #ab924375
 def grouped(
-    images: Images | Mapping[str, Images], # one set, or several by name
-) -> dict[str, Images]: # by name
+    images: Images | Mapping[str, Images],  # one set, or several by name
+) -> dict[str, Images]:  # by name
     "One set is a group called 'dreams'."
     groups = {'dreams': images} if isinstance(images, (ImageSource, Seen)) else dict(images)
-    if not groups: raise DFKDError('there is no group of images: give at least one')
+    if not groups:
+        raise DFKDError('there is no group of images: give at least one')
     return groups
 
+
 def colour(
-    name: str, # of a group
-    index: int, # its place among the groups
-) -> str: # as everywhere in the book
+    name: str,  # of a group
+    index: int,  # its place among the groups
+) -> str:  # as everywhere in the book
     "Groups that the book knows keep their colour."
     known = COLOURS | {'dreams': COLOURS['dream']}
     return known.get(name, COLOURS[('student', 'teacher', 'deepdream')[index % 3]])
 
+
 def palette(
-    names: Sequence[str], # of groups
-) -> dict[str, str]: # by name
+    names: Sequence[str],  # of groups
+) -> dict[str, str]:  # by name
     "The colours of several groups."
     return {name: colour(name, i) for i, name in enumerate(names)}
 
+
 def pick(
-    images: ImageSource, # any
-    indices: Tensor, # which of them
-) -> ImageSet: # in memory
+    images: ImageSource,  # any
+    indices: Tensor,  # which of them
+) -> ImageSet:  # in memory
     "Some images of a set, also of one that is decoded as it is read."
-    return ImageSet(images.fetch(indices), None if images.labels is None else images.labels.cpu()[indices], images.domain)
+    return ImageSet(
+        images.fetch(indices),
+        None if images.labels is None else images.labels.cpu()[indices],
+        images.domain,
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #46c45d60
 class Finding(ABC):
-    "What one instrument found: numbers for a file, a picture for the eye, a sentence for the reader."
+    """What one instrument found: numbers for a file, a picture for the eye, a sentence for
+    the reader.
+    """
+
     title = ''
-    size = (6.4, 2.6) # inches of the picture
+    size = (6.4, 2.6)  # inches of the picture
 
     @property
     @abstractmethod
@@ -148,67 +224,88 @@ class Finding(ABC):
     @abstractmethod
     def draw(
         self,
-        figure: Any, # matplotlib's Figure or SubFigure
+        figure: Any,  # matplotlib's Figure or SubFigure
     ) -> None:
         "Draw into a figure, or into a part of one."
 
-    def figure(self) -> Any: # matplotlib's figure
+    def figure(self) -> Any:  # matplotlib's figure
         "The picture by itself."
         from matplotlib.figure import Figure
+
         with book_style():
             figure = Figure(figsize=self.size, layout='constrained')
             self.draw(figure)
         return figure
 
-    def _repr_png_(self) -> bytes: return picture(self.figure())
+    def _repr_png_(self) -> bytes:
+        return picture(self.figure())
 
-    def __repr__(self) -> str: return f'{self.title}: {self.says()}'
+    def __repr__(self) -> str:
+        return f'{self.title}: {self.says()}'
+
 
 def picture(
-    figure: Any, # matplotlib's
-    dpi: int = 100, # dots an inch
-) -> bytes: # a PNG file with a palette of 256 colours
+    figure: Any,  # matplotlib's
+    dpi: int = 100,  # dots an inch
+) -> bytes:  # a PNG file with a palette of 256 colours
     "A figure as a file small enough to be kept."
     from PIL import Image
+
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format='png', dpi=dpi)
-    Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+    Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(
+        small, 'PNG', optimize=True
+    )
     return small.getvalue()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #0259b290
 def class_numbers(
-    given: Domain, # whose classes are numbered
-    wanted: Domain, # whose numbers are asked for
-) -> Tensor | None: # int64 `(K,)`, for each class of `given` its number in `wanted`, -1 for none; None where the numbers agree
-    "The classes of two domains, matched by name. Domains whose names have nothing in common are taken to be in one order."
+    given: Domain,  # whose classes are numbered
+    wanted: Domain,  # whose numbers are asked for
+) -> (
+    Tensor | None
+    # int64 `(K,)`, for each class of `given` its number in `wanted`, -1 for none; None
+    # where the numbers agree
+):
+    """The classes of two domains, matched by name.
+
+    Domains whose names have nothing in common are taken to be in one order.
+    """
     try:
-        wanted.check_classes(given) # names that both have must have one number
+        wanted.check_classes(given)  # names that both have must have one number
         return None
-    except DFKDError: pass
+    except DFKDError:
+        pass
     numbers = {name: i for i, name in reversed(list(enumerate(wanted.classes)))}
     return torch.tensor([numbers.get(name, -1) for name in given.classes])
 
+
 def renumbered(
-    labels: Tensor, # int64 `(N,)`, numbers in `given`
-    given: Domain, # what they number
-    wanted: Domain, # whose numbers are asked for
-) -> Tensor: # int64 `(N,)`; a class that `wanted` does not have is a `DFKDError`
+    labels: Tensor,  # int64 `(N,)`, numbers in `given`
+    given: Domain,  # what they number
+    wanted: Domain,  # whose numbers are asked for
+) -> Tensor:  # int64 `(N,)`; a class that `wanted` does not have is a `DFKDError`
     "Labels as another domain numbers the classes of the same names."
     numbers = class_numbers(given, wanted)
-    if numbers is None: return labels
+    if numbers is None:
+        return labels
     found = numbers[labels]
     if (found < 0).any():
         odd = given.classes[int(labels[found < 0][0])]
-        raise DFKDError(f"'{wanted.name}' has no class '{odd}', and others have other numbers: name the classes of both alike")
+        raise DFKDError(
+            f"'{wanted.name}' has no class '{odd}', and others have other numbers: name the"
+            ' classes of both alike'
+        )
     return found
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #421f6bd0
 @dataclass(repr=False)
 class Verification(Finding):
     "Which images each network names as they were meant (DeepInversion, Table 2)."
-    right: dict[str, Tensor] # by network: bool `(N,)`
-    labels: Tensor # the wished classes, `(N,)`
-    classes: tuple[str, ...] # names
+
+    right: dict[str, Tensor]  # by network: bool `(N,)`
+    labels: Tensor  # the wished classes, `(N,)`
+    classes: tuple[str, ...]  # names
     title, size = 'Under other networks', (6.8, 2.4)
 
     @property
@@ -220,58 +317,130 @@ class Verification(Finding):
     def per_class(self) -> dict[str, dict[int, float]]:
         "The same for every class that was wished for, by network and class number."
         present = self.labels.unique().tolist()
-        return {name: {c: float(right[self.labels == c].float().mean()) for c in present} for name, right in self.right.items()}
+        return {
+            name: {c: float(right[self.labels == c].float().mean()) for c in present}
+            for name, right in self.right.items()
+        }
 
     @property
     def numbers(self) -> dict[str, Any]:
         "Accuracy, its interval, images, and accuracy per class, for each network."
-        return {name: {'accuracy': self.accuracy[name], 'interval': list(wilson(int(right.sum()), len(right))), 'images': len(right),
-                       'per_class': {f'{c} {self.classes[c]}': v for c, v in self.per_class[name].items()}} for name, right in self.right.items()}
+        return {
+            name: {
+                'accuracy': self.accuracy[name],
+                'interval': list(wilson(int(right.sum()), len(right))),
+                'images': len(right),
+                'per_class': {
+                    f'{c} {self.classes[c]}': v for c, v in self.per_class[name].items()
+                },
+            }
+            for name, right in self.right.items()
+        }
 
     def says(self) -> str:
         "The shares in words."
-        return ', '.join(f'{name} names {share:.1%} as intended' for name, share in self.accuracy.items()) + f' (of {len(self.labels)})'
+        return (
+            ', '.join(
+                f'{name} names {share:.1%} as intended'
+                for name, share in self.accuracy.items()
+            )
+            + f' (of {len(self.labels)})'
+        )
 
     def draw(self, figure: Any) -> None:
         "Bars with their intervals; the share in every class."
         import seaborn
+
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
         names, present = list(self.right), self.labels.unique().tolist()
         shares = [self.accuracy[n] for n in names]
         low, high = zip(*(self.numbers[n]['interval'] for n in names))
         who = {n: COLOURS['deepdream' if i else 'teacher'] for i, n in enumerate(names)}
-        seaborn.barplot(x=shares, y=names, hue=names, palette=who, saturation=1, width=0.6, legend=False, ax=left)
-        ends = [max(0, s - a) for s, a in zip(shares, low)], [max(0, b - s) for s, b in zip(shares, high)]
-        left.errorbar(shares, range(len(names)), xerr=ends, fmt='none', ecolor='black', lw=1, capsize=2)
-        left.set(xlim=(0, 1.02), xlabel='share named as intended', ylabel='', ylim=(len(names) - 0.4, -0.6))
-        grid, few = torch.tensor([[self.per_class[n][c] for c in present] for n in names]), len(present) <= 25
+        seaborn.barplot(
+            x=shares,
+            y=names,
+            hue=names,
+            palette=who,
+            saturation=1,
+            width=0.6,
+            legend=False,
+            ax=left,
+        )
+        ends = (
+            [max(0, s - a) for s, a in zip(shares, low)],
+            [max(0, b - s) for s, b in zip(shares, high)],
+        )
+        left.errorbar(
+            shares,
+            range(len(names)),
+            xerr=ends,
+            fmt='none',
+            ecolor='black',
+            lw=1,
+            capsize=2,
+        )
+        left.set(
+            xlim=(0, 1.02),
+            xlabel='share named as intended',
+            ylabel='',
+            ylim=(len(names) - 0.4, -0.6),
+        )
+        grid = torch.tensor([[self.per_class[n][c] for c in present] for n in names])
+        few = len(present) <= 25
         short = [self.classes[c][:12] for c in present] if few else False
         told = {'annot': len(present) <= 10, 'fmt': '.2f', 'annot_kws': {'size': 6}}
-        seaborn.heatmap(grid.numpy(), vmin=0, vmax=1, cmap='cividis', xticklabels=short, yticklabels=False, cbar_kws={'label': 'share'}, ax=right, **told)
-        if few: right.set_xticks(right.get_xticks(), right.get_xticklabels(), rotation=60, fontsize=7)
+        seaborn.heatmap(
+            grid.numpy(),
+            vmin=0,
+            vmax=1,
+            cmap='cividis',
+            xticklabels=short,
+            yticklabels=False,
+            cbar_kws={'label': 'share'},
+            ax=right,
+            **told,
+        )
+        if few:
+            right.set_xticks(
+                right.get_xticks(), right.get_xticklabels(), rotation=60, fontsize=7
+            )
         right.set(xlabel='class' if few else f'{len(present)} classes, by number')
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #ab7dd009
 def verify(
-    images: Images, # labelled with the wished classes
-    networks: Mapping[str, Teacher], # by name, the one that dreamed first; each may have its own input size
-    batch_size: int = 100, # images in memory at once
-) -> Verification: # accuracy under each network
+    images: Images,  # labelled with the wished classes
+    # by name, the one that dreamed first; each may have its own input size
+    networks: Mapping[str, Teacher],
+    batch_size: int = 100,  # images in memory at once
+) -> Verification:  # accuracy under each network
     "Do other networks see in the images what they were meant to show?"
-    if not networks: raise DFKDError('there is no network to ask: give at least one, by name')
+    if not networks:
+        raise DFKDError('there is no network to ask: give at least one, by name')
     source = images.images if isinstance(images, Seen) else images
-    if source.labels is None: raise DFKDError('the images have no labels: give them the classes that they were meant to show')
+    if source.labels is None:
+        raise DFKDError(
+            'the images have no labels: give them the classes that they were meant to show'
+        )
     domain, labels = source.domain, source.labels.cpu()
     for name, network in networks.items():
         if network.domain.num_classes != domain.num_classes:
-            raise DFKDError(f"the network '{name}' knows {network.domain.num_classes} classes, the images' labels count {domain.num_classes}: compare networks of one task")
-    right = {name: observe(images, network, batch_size, '').predicted == renumbered(labels, domain, network.domain) for name, network in networks.items()}
+            raise DFKDError(
+                f"the network '{name}' knows {network.domain.num_classes} classes, the"
+                f" images' labels count {domain.num_classes}: compare networks of one task"
+            )
+    right = {
+        name: (
+            observe(images, network, batch_size, '').predicted
+            == renumbered(labels, domain, network.domain)
+        )
+        for name, network in networks.items()
+    }
     return Verification(right, labels, domain.classes)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #0905fefa
 def entropy(
-    probabilities: Tensor, # `(..., K)`, rows that sum to one
-) -> Tensor: # `(...)`, in nats
+    probabilities: Tensor,  # `(..., K)`, rows that sum to one
+) -> Tensor:  # `(...)`, in nats
     "Shannon's entropy; what never happens adds nothing."
     return torch.special.entr(probabilities).sum(-1)
 
@@ -279,95 +448,165 @@ def entropy(
 @dataclass(repr=False)
 class Inception(Finding):
     "An Inception Score, with the network that gave it (DeepInversion, Table 3)."
-    network: str # who judged
-    score: float # between 1 and `bound`
-    spread: float | None # standard deviation over the splits; None for one split
-    splits: int # parts in which it was computed
-    images: int # N
-    bound: int # no score is higher: classes, or images in a split
-    marginal: Tensor # mean probabilities, `(K,)`
-    entropies: Tensor # of each image's probabilities, `(N,)`
+
+    network: str  # who judged
+    score: float  # between 1 and `bound`
+    spread: float | None  # standard deviation over the splits; None for one split
+    splits: int  # parts in which it was computed
+    images: int  # N
+    bound: int  # no score is higher: classes, or images in a split
+    marginal: Tensor  # mean probabilities, `(K,)`
+    entropies: Tensor  # of each image's probabilities, `(N,)`
     title, size = 'Inception Score', (6.4, 2.3)
 
     @property
     def numbers(self) -> dict[str, Any]:
         "Score and its two parts."
-        return {'network': self.network, 'score': self.score, 'spread': self.spread, 'splits': self.splits, 'images': self.images, 'bound': self.bound,
-                'classes_used': float(entropy(self.marginal).exp()), 'classes_an_image': float(self.entropies.mean().exp())}
+        return {
+            'network': self.network,
+            'score': self.score,
+            'spread': self.spread,
+            'splits': self.splits,
+            'images': self.images,
+            'bound': self.bound,
+            'classes_used': float(entropy(self.marginal).exp()),
+            'classes_an_image': float(self.entropies.mean().exp()),
+        }
 
     def says(self) -> str:
         "The score, who gave it, and what it could have been."
         spread = f' ± {self.spread:.2f}' if self.spread is not None else ''
-        few = f'; {self.images} images cannot show {len(self.marginal)} classes' if self.bound < len(self.marginal) else ''
-        return f'{self.score:.2f}{spread} of at most {self.bound}, judged by {self.network}{few}'
+        few = (
+            f'; {self.images} images cannot show {len(self.marginal)} classes'
+            if self.bound < len(self.marginal)
+            else ''
+        )
+        return (
+            f'{self.score:.2f}{spread} of at most {self.bound}, judged by'
+            f' {self.network}{few}'
+        )
 
     def draw(self, figure: Any) -> None:
         "How often each class is seen, and among how many classes an image hesitates."
         import seaborn
+
         left, right = figure.subplots(1, 2)
         share = self.marginal.sort(descending=True).values
         left.bar(range(len(share)), share.tolist(), width=1, color=COLOURS['dream'])
         left.axhline(1 / len(share), color='black', ls='--', lw=1)
-        left.set(xlabel='classes, most frequent first', ylabel='mean probability', title=f"as many as {self.numbers['classes_used']:.1f} classes, equally often", xlim=(-0.5, len(share) - 0.5))
-        seaborn.histplot(x=self.entropies.exp().tolist(), bins=20, color=COLOURS['dream'], alpha=1, ax=right)
-        right.set(xlabel='classes an image may be', ylabel='images', title=f"on average {self.numbers['classes_an_image']:.2f}")
+        left.set(
+            xlabel='classes, most frequent first',
+            ylabel='mean probability',
+            title=f'as many as {self.numbers["classes_used"]:.1f} classes, equally often',
+            xlim=(-0.5, len(share) - 0.5),
+        )
+        seaborn.histplot(
+            x=self.entropies.exp().tolist(),
+            bins=20,
+            color=COLOURS['dream'],
+            alpha=1,
+            ax=right,
+        )
+        right.set(
+            xlabel='classes an image may be',
+            ylabel='images',
+            title=f'on average {self.numbers["classes_an_image"]:.2f}',
+        )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #f0ad4581
 def inception_score(
-    images: Images, # any; labels are not used
-    network: Teacher, # the judge; not the one that dreamed, where there is a choice
-    splits: int = 1, # parts whose scores are averaged; the usual 10 are for thousands of images
-    batch_size: int = 100, # images in memory at once
-    seed: int = 0, # of the shuffling into parts
-) -> Inception: # score and parts
-    "Is each image clearly something, and are they together everything? (Salimans et al., 2016), by torchmetrics."
+    images: Images,  # any; labels are not used
+    network: Teacher,  # the judge; not the one that dreamed, where there is a choice
+    # parts whose scores are averaged; the usual 10 are for thousands of images
+    splits: int = 1,
+    batch_size: int = 100,  # images in memory at once
+    seed: int = 0,  # of the shuffling into parts
+) -> Inception:  # score and parts
+    """Is each image clearly something, and are they together everything?
+
+    (Salimans et al., 2016), by torchmetrics.
+    """
     seen = observe(images, network, batch_size)
-    if not 1 <= splits <= len(seen): raise DFKDError(f'{splits} splits of {len(seen)} images: use 1 to {len(seen)}')
-    import_torchvision() # before torchmetrics, which imports it too
+    if not 1 <= splits <= len(seen):
+        raise DFKDError(f'{splits} splits of {len(seen)} images: use 1 to {len(seen)}')
+    import_torchvision()  # before torchmetrics, which imports it too
     from torchmetrics.image.inception import InceptionScore
-    with warnings.catch_warnings(), seeded(seed): # torchmetrics shuffles with the global generator
+
+    # torchmetrics shuffles with the global generator
+    with warnings.catch_warnings(), seeded(seed):
         warnings.simplefilter('ignore')
-        metric = InceptionScore(feature=nn.Identity(), splits=splits) # our logits, not Inception's
-        metric.update(seen.log_probabilities.clamp_min(-700)) # above what double precision rounds to zero
+        # our logits, not Inception's
+        metric = InceptionScore(feature=nn.Identity(), splits=splits)
+        # above what double precision rounds to zero
+        metric.update(seen.log_probabilities.clamp_min(-700))
         score, spread = metric.compute()
     probabilities = seen.log_probabilities.exp()
     part, classes = -(-len(seen) // splits), probabilities.shape[1]
-    if part < classes: warnings.warn(f'{part} images a split bound the Inception Score by {part}, {classes} classes would allow {classes}: compare only sets of one size', DFKDWarning, stacklevel=2)
-    return Inception(network.name, float(score), float(spread) if splits > 1 else None, splits, len(seen), min(part, classes), probabilities.mean(0), entropy(probabilities))
+    if part < classes:
+        warnings.warn(
+            f'{part} images a split bound the Inception Score by {part}, {classes} classes'
+            f' would allow {classes}: compare only sets of one size',
+            DFKDWarning,
+            stacklevel=2,
+        )
+    return Inception(
+        network.name,
+        float(score),
+        float(spread) if splits > 1 else None,
+        splits,
+        len(seen),
+        min(part, classes),
+        probabilities.mean(0),
+        entropy(probabilities),
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #f22c7cb9
 def frechet(
-    first: Tensor, # features, `(N, D)`, N at least 2
-    second: Tensor, # features, `(M, D)`
-) -> tuple[float, float]: # what the means add, what the covariances add
-    "Squared Fréchet distance between the Gaussians of two samples (Heusel et al., 2017), without a D x D root."
+    first: Tensor,  # features, `(N, D)`, N at least 2
+    second: Tensor,  # features, `(M, D)`
+) -> tuple[float, float]:  # what the means add, what the covariances add
+    """Squared Fréchet distance between the Gaussians of two samples (Heusel et al., 2017),
+    without a D x D root.
+    """
     for x in (first, second):
-        if x.ndim != 2 or len(x) < 2: raise DFKDError(f'features of shape {tuple(x.shape)}: give (N, D), N at least 2')
-    if first.shape[1] != second.shape[1]: raise DFKDError(f'features of {first.shape[1]} and {second.shape[1]} numbers: read both from one network')
+        if x.ndim != 2 or len(x) < 2:
+            raise DFKDError(
+                f'features of shape {tuple(x.shape)}: give (N, D), N at least 2'
+            )
+    if first.shape[1] != second.shape[1]:
+        raise DFKDError(
+            f'features of {first.shape[1]} and {second.shape[1]} numbers: read both from'
+            ' one network'
+        )
     factors = []
     for x in (first.double(), second.double()):
-        centred = (x - x.mean(0)) / math.sqrt(len(x) - 1) # its square is the covariance
+        centred = (x - x.mean(0)) / math.sqrt(len(x) - 1)  # its square is the covariance
         factors.append(torch.linalg.qr(centred, 'r').R if len(x) > x.shape[1] else centred)
     root = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
     means = (first.double().mean(0) - second.double().mean(0)).square().sum()
-    return float(means), max(0., float(sum(f.square().sum() for f in factors) - 2 * root))
+    return float(means), max(0.0, float(sum(f.square().sum() for f in factors) - 2 * root))
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #8ca958d4
 @dataclass(repr=False)
 class Frechet(Finding):
-    "A Fréchet distance to real images, with the network whose embedding it was taken in and what real images would get."
-    network: str # whose embedding
-    means: float # what the means add
-    covariances: float # what the covariances add
-    total_variance: float # of the real images: trace of their covariance
-    real: int # images
-    dreams: int # images
-    dimension: int # D
-    curve: dict[int, tuple[float, float]] # by number of images: distance of so many dreams, and of so many held-back real images
+    """A Fréchet distance to real images, with the network whose embedding it was taken in
+    and what real images would get.
+    """
+
+    network: str  # whose embedding
+    means: float  # what the means add
+    covariances: float  # what the covariances add
+    total_variance: float  # of the real images: trace of their covariance
+    real: int  # images
+    dreams: int  # images
+    dimension: int  # D
+    # by number of images: distance of so many dreams, and of so many held-back real images
+    curve: dict[int, tuple[float, float]]
     title, size = 'Fréchet distance', (5.2, 2.4)
 
     @property
-    def distance(self) -> float: return self.means + self.covariances
+    def distance(self) -> float:
+        return self.means + self.covariances
 
     @property
     def floor(self) -> float:
@@ -377,146 +616,279 @@ class Frechet(Finding):
     @property
     def numbers(self) -> dict[str, Any]:
         "Distance, its parts, and what to hold it against."
-        return {'network': self.network, 'distance': self.distance, 'of_means': self.means, 'of_covariances': self.covariances, 'relative': self.distance / self.total_variance,
-                'floor': self.floor, 'floor_relative': self.floor / self.total_variance, 'dreams': self.dreams, 'real': self.real, 'dimension': self.dimension,
-                'curve': [{'images': n, 'dreams': a, 'real': b} for n, (a, b) in self.curve.items()]}
+        return {
+            'network': self.network,
+            'distance': self.distance,
+            'of_means': self.means,
+            'of_covariances': self.covariances,
+            'relative': self.distance / self.total_variance,
+            'floor': self.floor,
+            'floor_relative': self.floor / self.total_variance,
+            'dreams': self.dreams,
+            'real': self.real,
+            'dimension': self.dimension,
+            'curve': [
+                {'images': n, 'dreams': a, 'real': b} for n, (a, b) in self.curve.items()
+            ],
+        }
 
     def says(self) -> str:
         "The distance beside what real images get."
-        return (f'{self.distance:.3g} in the embedding of {self.network} ({self.distance / self.total_variance:.0%} of the variance of real images); '
-                f'{list(self.curve)[-1]} held-back real images get {self.floor:.3g}')
+        return (
+            f'{self.distance:.3g} in the embedding of {self.network}'
+            f' ({self.distance / self.total_variance:.0%} of the variance of real images);'
+            f' {list(self.curve)[-1]} held-back real images get {self.floor:.3g}'
+        )
 
     def draw(self, figure: Any) -> None:
         "The distance as the number of images grows."
         ax = figure.subplots()
         for place, name in ((0, 'dreams'), (1, 'real')):
-            ax.plot(list(self.curve), [pair[place] / self.total_variance for pair in self.curve.values()], '.-', color=colour(name, 0), label=name)
-        ax.set(xscale='log', yscale='log', xlabel='images compared with the real ones', ylabel='distance / variance', title=f'embedding of {self.network}, {self.dimension} numbers')
+            ax.plot(
+                list(self.curve),
+                [pair[place] / self.total_variance for pair in self.curve.values()],
+                '.-',
+                color=colour(name, 0),
+                label=name,
+            )
+        ax.set(
+            xscale='log',
+            yscale='log',
+            xlabel='images compared with the real ones',
+            ylabel='distance / variance',
+            title=f'embedding of {self.network}, {self.dimension} numbers',
+        )
         ax.set_xticks(list(self.curve), list(self.curve))
         ax.minorticks_off()
         ax.legend()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #86009ac7
 def frechet_distance(
-    real: Images, # the more the better: hundreds at least
-    dreams: Images, # what to compare with them
-    network: Teacher, # in whose embedding
-    batch_size: int = 100, # images in memory at once
-    seed: int = 0, # of the choice of held-back real images
-) -> Frechet: # distance, parts, and its bias
-    "How far dreams are from real images as clouds of features; and how far as many real images are."
-    (a, b) = (observe(images, network, batch_size).features for images in (real, dreams))
-    if len(a) < 4 or len(b) < 2: raise DFKDError(f'{len(a)} real images and {len(b)} dreams: a distance of clouds needs 4 and 2 at least')
+    real: Images,  # the more the better: hundreds at least
+    dreams: Images,  # what to compare with them
+    network: Teacher,  # in whose embedding
+    batch_size: int = 100,  # images in memory at once
+    seed: int = 0,  # of the choice of held-back real images
+) -> Frechet:  # distance, parts, and its bias
+    """How far dreams are from real images as clouds of features; and how far as many real
+    images are.
+    """
+    a, b = (observe(images, network, batch_size).features for images in (real, dreams))
+    if len(a) < 4 or len(b) < 2:
+        raise DFKDError(
+            f'{len(a)} real images and {len(b)} dreams: a distance of clouds needs 4 and 2'
+            ' at least'
+        )
     generator = torch.Generator().manual_seed(seed)
-    mixed, shuffled = a[torch.randperm(len(a), generator=generator)], b[torch.randperm(len(b), generator=generator)]
+    mixed = a[torch.randperm(len(a), generator=generator)]
+    shuffled = b[torch.randperm(len(b), generator=generator)]
     most = min(len(b), len(a) // 2)
     sizes = sorted({max(2, round(most / 2**i)) for i in range(5)})
-    curve = {n: (sum(frechet(a, shuffled[:n])), sum(frechet(mixed[n:], mixed[:n]))) for n in sizes}
+    curve = {
+        n: (sum(frechet(a, shuffled[:n])), sum(frechet(mixed[n:], mixed[:n])))
+        for n in sizes
+    }
     means, covariances = frechet(a, b)
-    return Frechet(network.name, means, covariances, float(a.var(0).sum()), len(a), len(b), a.shape[1], curve)
+    return Frechet(
+        network.name,
+        means,
+        covariances,
+        float(a.var(0).sum()),
+        len(a),
+        len(b),
+        a.shape[1],
+        curve,
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #15db5553
 @dataclass(repr=False)
 class CoverageMap(Finding):
-    "Where dreams lie among real images: the plane of the first two principal components (DeepInversion, Fig. 7), and numbers from the whole embedding."
-    network: str # whose embedding
-    points: dict[str, Tensor] # by group, 'real' first: `(N, 2)`
-    shares: dict[str, dict[str, float]] # by group: precision, recall, coverage, density, area
-    explained: float # share of the real images' variance that the plane shows
-    note: str # of which images
+    """Where dreams lie among real images.
+
+    The plane of the first two principal components (DeepInversion, Fig. 7), and numbers
+    from the whole embedding.
+    """
+
+    network: str  # whose embedding
+    points: dict[str, Tensor]  # by group, 'real' first: `(N, 2)`
+    # by group: precision, recall, coverage, density, area
+    shares: dict[str, dict[str, float]]
+    explained: float  # share of the real images' variance that the plane shows
+    note: str  # of which images
     title, size = 'Coverage', (5.2, 4.2)
 
     @property
     def numbers(self) -> dict[str, Any]:
         "Shares by group, and how much of the truth the picture shows."
-        return {'network': self.network, 'images': self.note, 'plane_explains': self.explained, 'groups': self.shares}
+        return {
+            'network': self.network,
+            'images': self.note,
+            'plane_explains': self.explained,
+            'groups': self.shares,
+        }
 
     def says(self) -> str:
         "Precision, recall and area."
-        return '; '.join(f"{name}: {s['precision']:.0%} lie among real images, {s['coverage']:.0%} of real images have one near, area {s['area']:.2f} of the real one" for name, s in self.shares.items())
+        return '; '.join(
+            f'{name}: {s["precision"]:.0%} lie among real images, {s["coverage"]:.0%} of'
+            f' real images have one near, area {s["area"]:.2f} of the real one'
+            for name, s in self.shares.items()
+        )
 
     def draw(self, figure: Any) -> None:
         "A scatter with a histogram along each axis."
         import seaborn
+
         grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
         ax = figure.add_subplot(grid[1, 0])
-        top, right = figure.add_subplot(grid[0, 0], sharex=ax), figure.add_subplot(grid[1, 1], sharey=ax)
+        top = figure.add_subplot(grid[0, 0], sharex=ax)
+        right = figure.add_subplot(grid[1, 1], sharey=ax)
         for i, (name, xy) in enumerate(self.points.items()):
             first, second = xy.T.tolist()
             look = {'s': 6, 'alpha': 0.35} if name == 'real' else {'s': 14, 'alpha': 0.8}
-            seaborn.scatterplot(x=first, y=second, color=colour(name, i), label=f'{name} ({len(xy)})', linewidth=0, legend=False, ax=ax, **look)
-            bars = {'bins': 25, 'stat': 'density', 'element': 'step', 'alpha': 0.4, 'linewidth': 0.8, 'color': colour(name, i)}
+            seaborn.scatterplot(
+                x=first,
+                y=second,
+                color=colour(name, i),
+                label=f'{name} ({len(xy)})',
+                linewidth=0,
+                legend=False,
+                ax=ax,
+                **look,
+            )
+            bars = {
+                'bins': 25,
+                'stat': 'density',
+                'element': 'step',
+                'alpha': 0.4,
+                'linewidth': 0.8,
+                'color': colour(name, i),
+            }
             seaborn.histplot(x=first, ax=top, **bars)
             seaborn.histplot(y=second, ax=right, **bars)
-        for side in (top, right): side.axis('off')
+        for side in (top, right):
+            side.axis('off')
         ax.set(xlabel='first principal component', ylabel='second')
-        ax.set_title(f'embedding of {self.network}, {self.note}; the plane shows {self.explained:.0%} of the variance', fontsize=8)
+        ax.set_title(
+            f'embedding of {self.network}, {self.note}; the plane shows'
+            f' {self.explained:.0%} of the variance',
+            fontsize=8,
+        )
         ax.legend()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #6590358f
 def coverage_map(
-    real: Images, # the more the better
-    images: Images | Mapping[str, Images], # one set, or several by name
-    network: Teacher, # in whose embedding
-    of_class: int | None = None, # only real images and dreams of this class of the network; None for all
-    neighbours: int = 5, # see `precision_recall`; fewer where there are fewer images
-    batch_size: int = 100, # images in memory at once
-) -> CoverageMap: # points and shares
+    real: Images,  # the more the better
+    images: Images | Mapping[str, Images],  # one set, or several by name
+    network: Teacher,  # in whose embedding
+    # only real images and dreams of this class of the network; None for all
+    of_class: int | None = None,
+    neighbours: int = 5,  # see `precision_recall`; fewer where there are fewer images
+    batch_size: int = 100,  # images in memory at once
+) -> CoverageMap:  # points and shares
     "Which part of the real images' region do the dreams reach?"
-    features = {name: observe(part, network, batch_size) for name, part in ({'real': real} | grouped(images)).items()}
-    chosen = {name: s.features if of_class is None else s.features[_of_class(s, name, of_class)] for name, s in features.items()}
+    features = {
+        name: observe(part, network, batch_size)
+        for name, part in ({'real': real} | grouped(images)).items()
+    }
+    chosen = {
+        name: s.features if of_class is None else s.features[_of_class(s, name, of_class)]
+        for name, s in features.items()
+    }
     for name, x in chosen.items():
-        if len(x) < 3: raise DFKDError(f"{len(x)} images of group '{name}': a map needs 3 at least")
+        if len(x) < 3:
+            raise DFKDError(f"{len(x)} images of group '{name}': a map needs 3 at least")
     truth = chosen['real']
-    plane, k = principal_plane(truth), min(neighbours, *(len(x) - 1 for x in chosen.values()))
+    plane = principal_plane(truth)
+    k = min(neighbours, *(len(x) - 1 for x in chosen.values()))
     points = {name: plane(x) for name, x in chosen.items()}
     shares, area = {}, spread(truth, plane)
     for name, x in chosen.items():
-        if name == 'real': continue
+        if name == 'real':
+            continue
         precision, recall = precision_recall(truth, x, k)
-        shares[name] = {'precision': precision, 'recall': recall, 'coverage': coverage(truth, x, k), 'density': density(truth, x, k), 'area': spread(x, plane) / area if area else math.nan}
+        shares[name] = {
+            'precision': precision,
+            'recall': recall,
+            'coverage': coverage(truth, x, k),
+            'density': density(truth, x, k),
+            'area': spread(x, plane) / area if area else math.nan,
+        }
     note = 'all classes' if of_class is None else network.domain.classes[of_class]
-    return CoverageMap(network.name, points, shares, float(points['real'].var(0).sum() / truth.var(0).sum()), note)
+    return CoverageMap(
+        network.name,
+        points,
+        shares,
+        float(points['real'].var(0).sum() / truth.var(0).sum()),
+        note,
+    )
+
 
 def _of_class(seen: Seen, name: str, number: int) -> Tensor:
     "Which images are labelled so."
-    if seen.labels is None: raise DFKDError(f"group '{name}' has no labels: leave of_class out")
+    if seen.labels is None:
+        raise DFKDError(f"group '{name}' has no labels: leave of_class out")
     return renumbered(seen.labels, seen.images.domain, seen.network.domain) == number
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #c69e2d8f
 @dataclass(repr=False)
 class Neighbours(Finding):
-    "The real images nearest to each dream (DeepInversion, Fig. 8), and how near real images are to each other."
+    """The real images nearest to each dream (DeepInversion, Fig. 8), and how near real
+    images are to each other.
+    """
+
     dreams: Seen
     real: Seen
-    distances: Tensor # `(N, k)`
-    indices: Tensor # of real images, `(N, k)`
-    usual: Tensor # from (a sample of) real images to their nearest other real image
+    distances: Tensor  # `(N, k)`
+    indices: Tensor  # of real images, `(N, k)`
+    usual: Tensor  # from (a sample of) real images to their nearest other real image
     title, size = 'Nearest real images', (7.2, 4.2)
 
     @property
     def same_class(self) -> float | None:
         "Share of the neighbours that belong to the wished class; None without labels."
-        if self.dreams.labels is None or self.real.labels is None: return None
-        real = renumbered(self.real.labels, self.real.images.domain, self.dreams.images.domain)
+        if self.dreams.labels is None or self.real.labels is None:
+            return None
+        real = renumbered(
+            self.real.labels, self.real.images.domain, self.dreams.images.domain
+        )
         return float((real[self.indices] == self.dreams.labels[:, None]).float().mean())
 
     @property
     def numbers(self) -> dict[str, Any]:
         "Distances in units of what is usual among real images."
-        unit, ratios = float(self.usual.median()), self.distances[:, 0] / self.usual.median()
-        return {'network': self.dreams.network.name, 'usual': unit, 'ratio': float(ratios.median()), 'smallest_ratio': float(ratios.min()), 'k': self.indices.shape[1],
-                'nearer_than_any_real': float((self.distances[:, 0] < self.usual.min()).double().mean()), 'same_class': self.same_class, 'real': len(self.real)}
+        unit = float(self.usual.median())
+        ratios = self.distances[:, 0] / self.usual.median()
+        return {
+            'network': self.dreams.network.name,
+            'usual': unit,
+            'ratio': float(ratios.median()),
+            'smallest_ratio': float(ratios.min()),
+            'k': self.indices.shape[1],
+            'nearer_than_any_real': float(
+                (self.distances[:, 0] < self.usual.min()).double().mean()
+            ),
+            'same_class': self.same_class,
+            'real': len(self.real),
+        }
 
     def says(self) -> str:
         "How far, how near at most, and whether the neighbours are of the class."
         n = self.numbers
-        kind = f'; {n["same_class"]:.0%} of neighbours are of the wished class' if n['same_class'] is not None else ''
-        return f"a dream is {n['ratio']:.2f} times as far from its nearest real image as real images are from theirs (the nearest: {n['smallest_ratio']:.2f}){kind}"
+        kind = (
+            f'; {n["same_class"]:.0%} of neighbours are of the wished class'
+            if n['same_class'] is not None
+            else ''
+        )
+        return (
+            f'a dream is {n["ratio"]:.2f} times as far from its nearest real image as real'
+            f' images are from theirs (the nearest: {n["smallest_ratio"]:.2f}){kind}'
+        )
 
     def draw(self, figure: Any) -> None:
         "Rows of a dream and its neighbours; the distances of all."
         import seaborn
+
         rows, k = min(6, len(self.dreams)), min(6, self.indices.shape[1])
         left, right = figure.subfigures(1, 2, width_ratios=(2.2, 1))
         axes = left.subplots(rows, k + 1, squeeze=False)
@@ -525,41 +897,64 @@ class Neighbours(Finding):
             found = self.real.images.fetch(self.indices[i, :k])
             for axis, image in zip(axes[i], [dreamed[i], *found]):
                 shown = image.cpu().permute(1, 2, 0)
-                axis.imshow(shown if shown.shape[2] == 3 else shown[..., 0], cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+                axis.imshow(
+                    shown if shown.shape[2] == 3 else shown[..., 0],
+                    cmap='gray',
+                    vmin=0,
+                    vmax=255,
+                    interpolation='nearest',
+                )
                 axis.axis('off')
-            for axis, distance in zip(axes[i, 1:], self.distances[i]): axis.set_title(f'{distance / unit:.2f}', fontsize=6, pad=1)
+            for axis, distance in zip(axes[i, 1:], self.distances[i]):
+                axis.set_title(f'{distance / unit:.2f}', fontsize=6, pad=1)
         axes[0, 0].set_title('dream', fontsize=7, pad=1)
-        ax, ratios = right.subplots(), {'real': self.usual / unit, 'dreams': self.distances[:, 0] / unit}
+        ax = right.subplots()
+        ratios = {'real': self.usual / unit, 'dreams': self.distances[:, 0] / unit}
         edges = torch.linspace(0, float(max(r.max() for r in ratios.values())), 25).tolist()
         for name, values in ratios.items():
-            seaborn.histplot(x=values.tolist(), bins=edges, stat='density', element='step', alpha=0.5, color=colour(name, 0), label=name, ax=ax)
+            seaborn.histplot(
+                x=values.tolist(),
+                bins=edges,
+                stat='density',
+                element='step',
+                alpha=0.5,
+                color=colour(name, 0),
+                label=name,
+                ax=ax,
+            )
         ax.set(xlabel='distance to the nearest\n(median of real = 1)', ylabel='', yticks=[])
         ax.legend()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #9f7c8e1d
 def nearest_neighbours(
-    dreams: Images, # whose neighbours are looked for
-    real: Images, # among these
-    network: Teacher, # in whose embedding
-    k: int = 5, # neighbours of each dream
-    batch_size: int = 100, # images in memory at once
-    seed: int = 0, # of the sample of real images that says what is usual
-) -> Neighbours: # distances, indices, and what is usual
-    "Is a dream a copy? The nearest real images, and distances in units of those between real images."
+    dreams: Images,  # whose neighbours are looked for
+    real: Images,  # among these
+    network: Teacher,  # in whose embedding
+    k: int = 5,  # neighbours of each dream
+    batch_size: int = 100,  # images in memory at once
+    seed: int = 0,  # of the sample of real images that says what is usual
+) -> Neighbours:  # distances, indices, and what is usual
+    """Is a dream a copy?
+
+    The nearest real images, and distances in units of those between real images.
+    """
     a, b = observe(dreams, network, batch_size), observe(real, network, batch_size)
-    if len(b) < 2: raise DFKDError(f'{len(b)} real image: neighbours need 2 at least')
+    if len(b) < 2:
+        raise DFKDError(f'{len(b)} real image: neighbours need 2 at least')
     distances, indices = nearest(a.features, b.features, k)
     sample = torch.randperm(len(b), generator=torch.Generator().manual_seed(seed))[:1000]
-    usual = nearest(b.features[sample], b.features, 2)[0][:, 1] # the nearest is the image itself
+    # the nearest is the image itself
+    usual = nearest(b.features[sample], b.features, 2)[0][:, 1]
     return Neighbours(a, b, distances, indices, usual)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #cd9e1393
 @dataclass(repr=False)
 class ClassHistogram(Finding):
     "How often a network sees each class (SSD-KD, Fig. 2b)."
-    network: str # who says so
-    counts: dict[str, Tensor] # by group: int64 `(K,)`
-    classes: tuple[str, ...] # names
+
+    network: str  # who says so
+    counts: dict[str, Tensor]  # by group: int64 `(K,)`
+    classes: tuple[str, ...]  # names
     title, size = 'Classes', (6.4, 2.3)
 
     @property
@@ -568,49 +963,97 @@ class ClassHistogram(Finding):
         found = {}
         for name, counts in self.counts.items():
             share = counts.double() / counts.sum()
-            found[name] = {'images': int(counts.sum()), 'effective_classes': float(entropy(share).exp()), 'never_seen': int((counts == 0).sum()), 'largest_share': float(share.max()),
-                           'most_frequent': self.classes[int(counts.argmax())]}
+            found[name] = {
+                'images': int(counts.sum()),
+                'effective_classes': float(entropy(share).exp()),
+                'never_seen': int((counts == 0).sum()),
+                'largest_share': float(share.max()),
+                'most_frequent': self.classes[int(counts.argmax())],
+            }
         return {'network': self.network, 'groups': found}
 
     def says(self) -> str:
         "How many classes are really used."
-        return '; '.join(f"{name}: as even as {n['effective_classes']:.1f} of {len(self.classes)} classes, {n['never_seen']} never seen" for name, n in self.numbers['groups'].items())
+        return '; '.join(
+            f'{name}: as even as {n["effective_classes"]:.1f} of {len(self.classes)}'
+            f' classes, {n["never_seen"]} never seen'
+            for name, n in self.numbers['groups'].items()
+        )
 
     def draw(self, figure: Any) -> None:
         "Shares of the classes; many classes are sorted by how often they are seen."
         import seaborn
+
         ax, few = figure.subplots(), len(self.classes) <= 25
-        shares = {name: (counts.double() / counts.sum()).tolist() for name, counts in self.counts.items()}
+        shares = {
+            name: (counts.double() / counts.sum()).tolist()
+            for name, counts in self.counts.items()
+        }
         if few:
-            rows = [(short[:12], value, name) for name, values in shares.items() for short, value in zip(self.classes, values)]
+            rows = [
+                (short[:12], value, name)
+                for name, values in shares.items()
+                for short, value in zip(self.classes, values)
+            ]
             columns = dict(zip(('class', 'share', 'set'), map(list, zip(*rows))))
-            seaborn.barplot(columns, x='class', y='share', hue='set', palette=palette(list(shares)), saturation=1, errorbar=None, ax=ax)
+            seaborn.barplot(
+                columns,
+                x='class',
+                y='share',
+                hue='set',
+                palette=palette(list(shares)),
+                saturation=1,
+                errorbar=None,
+                ax=ax,
+            )
             ax.tick_params(axis='x', labelrotation=30, labelsize=7)
         else:
-            for i, (name, values) in enumerate(shares.items()): ax.plot(sorted(values, reverse=True), drawstyle='steps-mid', color=colour(name, i), label=name)
+            for i, (name, values) in enumerate(shares.items()):
+                ax.plot(
+                    sorted(values, reverse=True),
+                    drawstyle='steps-mid',
+                    color=colour(name, i),
+                    label=name,
+                )
         ax.axhline(1 / len(self.classes), color='black', ls='--', lw=1)
-        ax.set(ylabel='share of images', xlabel=f'class named by {self.network}' + ('' if few else ', most frequent first'))
+        ax.set(
+            ylabel='share of images',
+            xlabel=f'class named by {self.network}'
+            + ('' if few else ', most frequent first'),
+        )
         ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
         ax.legend(ncols=4)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #5d6522bc
 def class_histogram(
-    images: Images | Mapping[str, Images], # one set, or several by name; labels are not used
-    network: Teacher, # whose word counts
-    batch_size: int = 100, # images in memory at once
-) -> ClassHistogram: # counts by group
+    # one set, or several by name; labels are not used
+    images: Images | Mapping[str, Images],
+    network: Teacher,  # whose word counts
+    batch_size: int = 100,  # images in memory at once
+) -> ClassHistogram:  # counts by group
     "Which classes does the network see, wished for or not?"
-    counts = {name: observe(part, network, batch_size).predicted.bincount(minlength=network.domain.num_classes) for name, part in grouped(images).items()}
+    counts = {
+        name: observe(part, network, batch_size).predicted.bincount(
+            minlength=network.domain.num_classes
+        )
+        for name, part in grouped(images).items()
+    }
     return ClassHistogram(network.name, counts, network.domain.classes)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #f0ab4a62
 @dataclass(repr=False)
 class Difficulty(Finding):
-    "How sure a network is of each image (SSD-KD, Fig. 2a and Eq. 3), and where a student differs."
-    network: str # who is sure or not
-    values: dict[str, Tensor] # by group: 1 - p of the class that is named, float64 `(N,)`
-    discrepancy: dict[str, Tensor] # by group: divergence of the student from the teacher in nats, `(N,)`; empty without a student
-    disagreement: dict[str, float] # by group: share of images that the student names otherwise
+    """How sure a network is of each image (SSD-KD, Fig. 2a and Eq. 3), and where a student
+    differs.
+    """
+
+    network: str  # who is sure or not
+    values: dict[str, Tensor]  # by group: 1 - p of the class that is named, float64 `(N,)`
+    # by group: divergence of the student from the teacher in nats, `(N,)`; empty without a
+    # student
+    discrepancy: dict[str, Tensor]
+    # by group: share of images that the student names otherwise
+    disagreement: dict[str, float]
     title, size = 'Difficulty', (6.4, 2.3)
 
     @property
@@ -618,103 +1061,219 @@ class Difficulty(Finding):
         "Means, shares of easy and hard images, and the ten bars, by group."
         groups = {}
         for name, d in self.values.items():
-            groups[name] = {'mean': float(d.mean()), 'easy': float((d < 0.1).double().mean()), 'hard': float((d > 0.5).double().mean()),
-                            'histogram': torch.histc(d, 10, 0, 1).long().tolist()}
-            if name in self.discrepancy: groups[name] |= {'discrepancy': float(self.discrepancy[name].mean()), 'disagreement': self.disagreement[name]}
+            groups[name] = {
+                'mean': float(d.mean()),
+                'easy': float((d < 0.1).double().mean()),
+                'hard': float((d > 0.5).double().mean()),
+                'histogram': torch.histc(d, 10, 0, 1).long().tolist(),
+            }
+            if name in self.discrepancy:
+                groups[name] |= {
+                    'discrepancy': float(self.discrepancy[name].mean()),
+                    'disagreement': self.disagreement[name],
+                }
         return {'network': self.network, 'groups': groups}
 
     def says(self) -> str:
         "How many are easy; where a student differs."
-        other = {name: f", the student names {share:.0%} otherwise" for name, share in self.disagreement.items()}
-        return '; '.join(f"{name}: {n['easy']:.0%} easy (d < 0.1), {n['hard']:.0%} hard (d > 0.5){other.get(name, '')}" for name, n in self.numbers['groups'].items())
+        other = {
+            name: f', the student names {share:.0%} otherwise'
+            for name, share in self.disagreement.items()
+        }
+        return '; '.join(
+            f'{name}: {n["easy"]:.0%} easy (d < 0.1), {n["hard"]:.0%} hard (d >'
+            f' 0.5){other.get(name, "")}'
+            for name, n in self.numbers['groups'].items()
+        )
 
     def draw(self, figure: Any) -> None:
         "Ten bars of difficulty; with a student, its divergence beside it."
         import seaborn
-        axes, colours = figure.subplots(1, 2 if self.discrepancy else 1, squeeze=False)[0], palette(list(self.values))
+
+        axes = figure.subplots(1, 2 if self.discrepancy else 1, squeeze=False)[0]
+        colours = palette(list(self.values))
         rows = [(value, name) for name, d in self.values.items() for value in d.tolist()]
         columns = dict(zip(('difficulty', 'set'), map(list, zip(*rows))))
-        bars = {'bins': 10, 'binrange': (0, 1), 'stat': 'proportion', 'common_norm': False, 'multiple': 'dodge', 'shrink': 0.8, 'alpha': 1, 'linewidth': 0}
-        seaborn.histplot(columns, x='difficulty', hue='set', hue_order=list(self.values), palette=colours, ax=axes[0], **bars)
+        bars = {
+            'bins': 10,
+            'binrange': (0, 1),
+            'stat': 'proportion',
+            'common_norm': False,
+            'multiple': 'dodge',
+            'shrink': 0.8,
+            'alpha': 1,
+            'linewidth': 0,
+        }
+        seaborn.histplot(
+            columns,
+            x='difficulty',
+            hue='set',
+            hue_order=list(self.values),
+            palette=colours,
+            ax=axes[0],
+            **bars,
+        )
         seaborn.move_legend(axes[0], 'upper right', title=None)
-        axes[0].set(xlabel=f'difficulty for {self.network}', ylabel='share of images', xlim=(0, 1), ylim=(0, 1))
-        if not self.discrepancy: return
-        columns['differs'] = [value for d in self.discrepancy.values() for value in d.tolist()]
-        seaborn.scatterplot(columns, x='difficulty', y='differs', hue='set', palette=colours, s=9, alpha=0.6, linewidth=0, legend=False, ax=axes[1])
-        axes[1].set(xlabel=f'difficulty for {self.network}', ylabel='student differs by (nats)', xlim=(0, 1))
+        axes[0].set(
+            xlabel=f'difficulty for {self.network}',
+            ylabel='share of images',
+            xlim=(0, 1),
+            ylim=(0, 1),
+        )
+        if not self.discrepancy:
+            return
+        columns['differs'] = [
+            value for d in self.discrepancy.values() for value in d.tolist()
+        ]
+        seaborn.scatterplot(
+            columns,
+            x='difficulty',
+            y='differs',
+            hue='set',
+            palette=colours,
+            s=9,
+            alpha=0.6,
+            linewidth=0,
+            legend=False,
+            ax=axes[1],
+        )
+        axes[1].set(
+            xlabel=f'difficulty for {self.network}',
+            ylabel='student differs by (nats)',
+            xlim=(0, 1),
+        )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #a423d7f7
 def difficulty(
-    images: Images | Mapping[str, Images], # one set, or several by name; labels are not used
-    network: Teacher, # whose confidence is meant
-    student: Teacher | None = None, # who has learned, or is learning, from it
-    batch_size: int = 100, # images in memory at once
-) -> Difficulty: # by group
+    # one set, or several by name; labels are not used
+    images: Images | Mapping[str, Images],
+    network: Teacher,  # whose confidence is meant
+    student: Teacher | None = None,  # who has learned, or is learning, from it
+    batch_size: int = 100,  # images in memory at once
+) -> Difficulty:  # by group
     "How unsure is the teacher, and how much would a student still learn?"
     values, discrepancy, disagreement = {}, {}, {}
     for name, part in grouped(images).items():
         seen = observe(part, network, batch_size)
-        values[name] = seen.log_probabilities.exp().scatter(1, seen.predicted[:, None], 0).sum(1) # what the other classes get: 1 - p, exact also where p is nearly 1
-        if student is None: continue
+        # what the other classes get: 1 - p, exact also where p is nearly 1
+        values[name] = (
+            seen.log_probabilities.exp().scatter(1, seen.predicted[:, None], 0).sum(1)
+        )
+        if student is None:
+            continue
         other = observe(seen.images, student, batch_size, '')
-        if other.logits.shape != seen.logits.shape: raise DFKDError(f"the student answers {other.logits.shape[1]} classes, the teacher {seen.logits.shape[1]}: they must have one task")
-        order = renumbered(torch.arange(network.domain.num_classes), network.domain, student.domain) # of the student's columns
+        if other.logits.shape != seen.logits.shape:
+            raise DFKDError(
+                f'the student answers {other.logits.shape[1]} classes, the teacher'
+                f' {seen.logits.shape[1]}: they must have one task'
+            )
+        # of the student's columns
+        order = renumbered(
+            torch.arange(network.domain.num_classes), network.domain, student.domain
+        )
         told = other.log_probabilities[:, order]
-        discrepancy[name] = F.kl_div(told, seen.log_probabilities, reduction='none', log_target=True).sum(1).clamp_min(0)
+        discrepancy[name] = (
+            F.kl_div(told, seen.log_probabilities, reduction='none', log_target=True)
+            .sum(1)
+            .clamp_min(0)
+        )
         disagreement[name] = float((told.argmax(1) != seen.predicted).double().mean())
     return Difficulty(network.name, values, discrepancy, disagreement)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #51c121d8
 @dataclass(repr=False)
 class LayerDistances(Finding):
-    "What each layer charges sets of images for being unlike the training data (DeepInversion, Eq. 4)."
-    network: str # whose layers
-    layers: list[str] # names, from the image to the classifier
-    distances: dict[str, Tensor] # by group: `(L,)`
-    images: dict[str, int] # how many there were in each group
-    title, size = 'Feature statistics, layer by layer', (6.4, 3.)
+    """What each layer charges sets of images for being unlike the training data
+    (DeepInversion, Eq. 4).
+    """
+
+    network: str  # whose layers
+    layers: list[str]  # names, from the image to the classifier
+    distances: dict[str, Tensor]  # by group: `(L,)`
+    images: dict[str, int]  # how many there were in each group
+    title, size = 'Feature statistics, layer by layer', (6.4, 3.0)
 
     @property
     def numbers(self) -> dict[str, Any]:
         "The sum and every layer's part, by group."
-        return {'network': self.network, 'groups': {name: {'total': float(d.sum()), 'images': self.images[name], 'layers': dict(zip(self.layers, d.tolist()))} for name, d in self.distances.items()}}
+        return {
+            'network': self.network,
+            'groups': {
+                name: {
+                    'total': float(d.sum()),
+                    'images': self.images[name],
+                    'layers': dict(zip(self.layers, d.tolist())),
+                }
+                for name, d in self.distances.items()
+            },
+        }
 
     def says(self) -> str:
         "The sums."
-        return 'R_feature ' + ', '.join(f'{float(d.sum()):.3g} for {name} ({self.images[name]})' for name, d in self.distances.items())
+        return 'R_feature ' + ', '.join(
+            f'{float(d.sum()):.3g} for {name} ({self.images[name]})'
+            for name, d in self.distances.items()
+        )
 
     def draw(self, figure: Any) -> None:
         "A line a group over the layers."
         ax = figure.subplots()
-        for i, (name, d) in enumerate(self.distances.items()): ax.plot(d.tolist(), '.-', color=colour(name, i), label=f'{name}, {float(d.sum()):.3g} in all')
+        for i, (name, d) in enumerate(self.distances.items()):
+            ax.plot(
+                d.tolist(),
+                '.-',
+                color=colour(name, i),
+                label=f'{name}, {float(d.sum()):.3g} in all',
+            )
         step = max(1, len(self.layers) // 20)
         names = [n.removeprefix('model.')[-22:] for n in self.layers[::step]]
-        ax.set_xticks(range(0, len(self.layers), step), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=6)
+        ax.set_xticks(
+            range(0, len(self.layers), step),
+            names,
+            rotation=90 if max(map(len, names)) > 3 else 0,
+            fontsize=6,
+        )
         ax.set(yscale='log', ylabel='distance from the statistics')
         ax.legend()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #38dcc01a
 def layer_distances(
-    images: Images | Mapping[str, Images], # one set, or several by name: as many in each, for fewer are farther
-    network: Teacher, # whose layers
-    statistics: Statistics | None = None, # of the data; None reads the network's BatchNorm layers
-    batch_size: int = 100, # images in memory at once
-) -> LayerDistances: # by group
+    # one set, or several by name: as many in each, for fewer are farther
+    images: Images | Mapping[str, Images],
+    network: Teacher,  # whose layers
+    # of the data; None reads the network's BatchNorm layers
+    statistics: Statistics | None = None,
+    batch_size: int = 100,  # images in memory at once
+) -> LayerDistances:  # by group
     "Where in the network do the images stop looking like data?"
     diary, found, counts = statistics or Statistics.from_batchnorm(network.model), {}, {}
     for name, part in grouped(images).items():
         source = part.images if isinstance(part, Seen) else part
+
         def batches(source: ImageSource = source) -> Iterator[Tensor]:
-            for batch, _ in source.batches(batch_size): yield _seen(network, fit(batch.to(network.device), network.domain), network.domain)
-        found[name], counts[name] = diary.to(network.device).distance(measure_moments(network.model, batches(), list(diary), diary.at)).cpu(), len(source)
+            for batch, _ in source.batches(batch_size):
+                yield _seen(
+                    network, fit(batch.to(network.device), network.domain), network.domain
+                )
+
+        found[name], counts[name] = (
+            diary.to(network.device)
+            .distance(measure_moments(network.model, batches(), list(diary), diary.at))
+            .cpu(),
+            len(source),
+        )
     return LayerDistances(network.name, list(diary), found, counts)
 
+
 def noise_like(
-    domain: Domain, # of the network
-    count: int, # images
-    seed: int = 0, # of the draw
-) -> ImageSet: # without labels
-    "Normal noise on the network's scale, cut off at black and white: where every dream begins."
+    domain: Domain,  # of the network
+    count: int,  # images
+    seed: int = 0,  # of the draw
+) -> ImageSet:  # without labels
+    """Normal noise on the network's scale, cut off at black and white.
+
+    Where every dream begins.
+    """
     x = torch.randn(count, *domain.shape, generator=torch.Generator().manual_seed(seed))
     return ImageSet(domain.to_uint8(x), None, domain)
 
@@ -722,40 +1281,72 @@ def noise_like(
 @dataclass
 class Report:
     "All that the instruments found for one set of images."
-    title: str # e.g. the run's name
-    images: Seen # by the teacher
-    findings: dict[str, Finding] # by instrument
-    missing: dict[str, str] # instrument to the reason
-    about: dict[str, Any] # where the images came from, for the page
+
+    title: str  # e.g. the run's name
+    images: Seen  # by the teacher
+    findings: dict[str, Finding]  # by instrument
+    missing: dict[str, str]  # instrument to the reason
+    about: dict[str, Any]  # where the images came from, for the page
 
     @property
     def numbers(self) -> dict[str, Any]:
         "Everything as plain JSON."
-        return {'title': self.title, 'images': len(self.images), 'teacher': self.images.network.name, 'about': self.about,
-                'findings': {name: found.numbers for name, found in self.findings.items()}, 'missing': self.missing}
+        return {
+            'title': self.title,
+            'images': len(self.images),
+            'teacher': self.images.network.name,
+            'about': self.about,
+            'findings': {name: found.numbers for name, found in self.findings.items()},
+            'missing': self.missing,
+        }
 
     def __repr__(self) -> str:
-        lines = [f'{self.title}: {len(self.images)} images', *(f'  {found!r}' for found in self.findings.values())]
-        return '\n'.join(lines + [f'  {name}: not measured, {reason}' for name, reason in self.missing.items()])
+        lines = [
+            f'{self.title}: {len(self.images)} images',
+            *(f'  {found!r}' for found in self.findings.values()),
+        ]
+        return '\n'.join(
+            lines
+            + [f'  {name}: not measured, {reason}' for name, reason in self.missing.items()]
+        )
 
-    def figure(self) -> Any: # matplotlib's figure
+    def figure(self) -> Any:  # matplotlib's figure
         "The first pictures, and every finding's, on one page."
         from matplotlib.figure import Figure
+
         found = list(self.findings.values())
-        rows = [found[i:i + 2] for i in range(0, len(found), 2)]
+        rows = [found[i : i + 2] for i in range(0, len(found), 2)]
         heights = [1.4, *(max(f.size[1] for f in row) + 0.3 for row in rows)]
-        with book_style(): return self._draw(Figure(figsize=(12, sum(heights) + 0.4), layout='constrained'), rows, heights)
+        with book_style():
+            return self._draw(
+                Figure(figsize=(12, sum(heights) + 0.4), layout='constrained'),
+                rows,
+                heights,
+            )
 
     def _draw(self, page: Any, rows: list[list[Finding]], heights: list[float]) -> Any:
-        page.suptitle(f'{self.title}: {len(self.images)} images, teacher {self.images.network.name}', fontsize=11)
+        page.suptitle(
+            f'{self.title}: {len(self.images)} images, teacher {self.images.network.name}',
+            fontsize=11,
+        )
         parts = page.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         first = self.images.images.fetch(torch.arange(min(16, len(self.images)))).cpu()
         strip = parts[0].subplots(1, 16)
-        for axis in strip: axis.axis('off')
+        for axis in strip:
+            axis.axis('off')
         for i, image in enumerate(first):
             shown, labels = image.permute(1, 2, 0), self.images.labels
-            strip[i].imshow(shown if len(image) == 3 else shown[..., 0], cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-            if labels is not None: strip[i].set_title(self.images.images.domain.classes[int(labels[i])][:13], fontsize=6)
+            strip[i].imshow(
+                shown if len(image) == 3 else shown[..., 0],
+                cmap='gray',
+                vmin=0,
+                vmax=255,
+                interpolation='nearest',
+            )
+            if labels is not None:
+                strip[i].set_title(
+                    self.images.images.domain.classes[int(labels[i])][:13], fontsize=6
+                )
         for part, row in zip(parts[1:], rows):
             for cell, finding in zip(part.subfigures(1, 2, squeeze=False)[0], row):
                 cell.suptitle(finding.title, fontsize=10, fontweight='bold')
@@ -764,192 +1355,419 @@ class Report:
 
     def table(self) -> str:
         "Instruments and what they say, as an HTML table."
-        rows = [(found.title, found.says()) for found in self.findings.values()] + [(name, f'not measured: {reason}') for name, reason in self.missing.items()]
-        cells = '\n'.join(f'<tr><th style="text-align:left;vertical-align:top">{escape(a)}</th><td style="text-align:left">{escape(b)}</td></tr>' for a, b in rows)
+        rows = [(found.title, found.says()) for found in self.findings.values()] + [
+            (name, f'not measured: {reason}') for name, reason in self.missing.items()
+        ]
+        cells = '\n'.join(
+            f'<tr><th style="text-align:left;vertical-align:top">{escape(a)}</th><td'
+            f' style="text-align:left">{escape(b)}</td></tr>'
+            for a, b in rows
+        )
         return f'<table>\n{cells}\n</table>'
 
     def html(self) -> str:
         "One page that needs no other file."
         name = escape(self.title)
-        body = [f'<h1>{name}</h1>', f'<p>{len(self.images)} images; teacher {escape(self.images.network.name)}.</p>', self.table()]
+        body = [
+            f'<h1>{name}</h1>',
+            (
+                f'<p>{len(self.images)} images; teacher'
+                f' {escape(self.images.network.name)}.</p>'
+            ),
+            self.table(),
+        ]
         for found in self.findings.values():
-            body += [f'<h2>{escape(found.title)}</h2>', f'<p>{escape(found.says())}.</p>', _image(picture(found.figure()), found.says()),
-                     f'<details><summary>numbers</summary><pre>{escape(json.dumps(plain(found.numbers), indent=1))}</pre></details>']
-        if self.about: body += ['<h2>Where the images came from</h2>', f'<pre>{escape(json.dumps(plain(self.about), indent=1))}</pre>']
-        style = 'body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}td,th{padding:.2rem .8rem .2rem 0}pre{overflow-x:auto;font-size:13px}'
-        return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title><style>{style}</style></head>\n<body>\n' + '\n'.join(body) + '\n</body></html>\n'
+            body += [
+                f'<h2>{escape(found.title)}</h2>',
+                f'<p>{escape(found.says())}.</p>',
+                _image(picture(found.figure()), found.says()),
+                (
+                    f'<details><summary>numbers</summary><pre>{escape(json.dumps(plain(found.numbers), indent=1))}</pre></details>'
+                ),
+            ]
+        if self.about:
+            body += [
+                '<h2>Where the images came from</h2>',
+                f'<pre>{escape(json.dumps(plain(self.about), indent=1))}</pre>',
+            ]
+        style = (
+            'body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0'
+            ' 1rem}img{max-width:100%}td,th{padding:.2rem .8rem .2rem'
+            ' 0}pre{overflow-x:auto;font-size:13px}'
+        )
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta'
+            ' name="viewport"'
+            f' content="width=device-width"><title>{name}</title><style>{style}</style></head>\n<body>\n'
+            + '\n'.join(body)
+            + '\n</body></html>\n'
+        )
 
-    def _repr_html_(self) -> str: return self.table() + '\n' + _image(picture(self.figure(), 70), self.title)
+    def _repr_html_(self) -> str:
+        return self.table() + '\n' + _image(picture(self.figure(), 70), self.title)
 
-    def save(self, folder: str | Path) -> Path: # the page
+    def save(self, folder: str | Path) -> Path:  # the page
         "Write report.json, report.png and report.html."
-        files = {'report.json': (json.dumps(plain(self.numbers), indent=1, allow_nan=False) + '\n').encode(), 'report.png': picture(self.figure()), 'report.html': self.html().encode()}
+        files = {
+            'report.json': (
+                (json.dumps(plain(self.numbers), indent=1, allow_nan=False) + '\n').encode()
+            ),
+            'report.png': picture(self.figure()),
+            'report.html': self.html().encode(),
+        }
         for name, content in files.items():
-            with atomic_path(Path(folder) / name) as path: path.write_bytes(content)
+            with atomic_path(Path(folder) / name) as path:
+                path.write_bytes(content)
         return Path(folder) / 'report.html'
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #17d7e96e
 def plain(value: Any) -> Any:
     "Numbers that JSON has: what is not finite becomes null."
-    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 def _image(content: bytes, text: str) -> str:
     "A PNG inside the page."
-    return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    return (
+        f'<img alt="{escape(text, quote=True)}"'
+        f' src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #239aeca9
 def inspect(
-    images: Images, # dreams, or any other images; labelled with the wished classes, if there were any
-    teacher: Teacher, # whose dreams they are
-    real: Images | None = None, # real images of the same task
-    verifiers: Mapping[str, Teacher] | Sequence[Teacher] = (), # networks that had no part in it
-    student: nn.Module | None = None, # who learned, or is to learn, from the images
-    title: str = 'dreams', # of the page
-    about: dict[str, Any] | None = None, # where they came from
-    limit: int = 2000, # real images that are looked at, at most
-    batch_size: int = 100, # images in memory at once
-    seed: int = 0, # of noise, and of every choice
-) -> Report: # findings, and why others are missing
-    "Everything that can be measured with what is given; what cannot is listed with its reason."
+    # dreams, or any other images; labelled with the wished classes, if there were any
+    images: Images,
+    teacher: Teacher,  # whose dreams they are
+    real: Images | None = None,  # real images of the same task
+    # networks that had no part in it
+    verifiers: Mapping[str, Teacher] | Sequence[Teacher] = (),
+    student: nn.Module | None = None,  # who learned, or is to learn, from the images
+    title: str = 'dreams',  # of the page
+    about: dict[str, Any] | None = None,  # where they came from
+    limit: int = 2000,  # real images that are looked at, at most
+    batch_size: int = 100,  # images in memory at once
+    seed: int = 0,  # of noise, and of every choice
+) -> Report:  # findings, and why others are missing
+    """Everything that can be measured with what is given; what cannot is listed with its
+    reason.
+    """
     seen, truth = observe(images, teacher, batch_size), None
-    others = dict(verifiers) if isinstance(verifiers, Mapping) else {v.name: v for v in verifiers}
+    others = (
+        dict(verifiers)
+        if isinstance(verifiers, Mapping)
+        else {v.name: v for v in verifiers}
+    )
     asked = {teacher.name: teacher} | others
-    judge = next(iter(others.values()), teacher) # not the one that dreamed, where there is another
-    pupil = student if student is None or isinstance(student, Teacher) else Teacher(student, teacher.domain, 'student')
-    if real is not None: truth = observe(_some(real, limit, seed), teacher, batch_size)
+    # not the one that dreamed, where there is another
+    judge = next(iter(others.values()), teacher)
+    pupil = (
+        student
+        if student is None or isinstance(student, Teacher)
+        else Teacher(student, teacher.domain, 'student')
+    )
+    if real is not None:
+        truth = observe(_some(real, limit, seed), teacher, batch_size)
     groups: dict[str, Images] = {'dreams': seen}
-    if truth is not None: groups = {'real': truth, 'dreams': seen}
+    if truth is not None:
+        groups = {'real': truth, 'dreams': seen}
     report = Report(title, seen, {}, {}, about or {})
 
-    def attempt(name: str, instrument: Callable[[], Finding], needs_real: bool = False) -> None:
+    def attempt(
+        name: str, instrument: Callable[[], Finding], needs_real: bool = False
+    ) -> None:
         if needs_real and truth is None:
             report.missing[name] = 'it needs real images'
             return
-        try: report.findings[name] = instrument()
-        except DFKDError as error: report.missing[name] = str(error)
+        try:
+            report.findings[name] = instrument()
+        except DFKDError as error:
+            report.missing[name] = str(error)
 
     def layers() -> Finding:
-        count = min(len(seen), len(truth) if truth is not None else len(seen)) # as many in each group
+        # as many in each group
+        count = min(len(seen), len(truth) if truth is not None else len(seen))
         sets: dict[str, Images] = {'noise': noise_like(teacher.domain, count, seed)}
-        if truth is not None: sets['real'] = pick(truth.images, torch.arange(count))
-        return layer_distances(sets | {'dreams': pick(seen.images, torch.arange(count))}, teacher, None, batch_size)
+        if truth is not None:
+            sets['real'] = pick(truth.images, torch.arange(count))
+        return layer_distances(
+            sets | {'dreams': pick(seen.images, torch.arange(count))},
+            teacher,
+            None,
+            batch_size,
+        )
 
     attempt('verification', lambda: verify(seen, asked, batch_size))
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # the finding says it too
-        attempt('inception_score', lambda: inception_score(seen, judge, 1, batch_size, seed))
+        warnings.simplefilter('ignore')  # the finding says it too
+        attempt(
+            'inception_score', lambda: inception_score(seen, judge, 1, batch_size, seed)
+        )
     attempt('classes', lambda: class_histogram(groups, teacher, batch_size))
     attempt('difficulty', lambda: difficulty(groups, teacher, pupil, batch_size))
     attempt('layers', layers)
-    attempt('frechet', lambda: frechet_distance(groups['real'], seen, teacher, batch_size, seed), True)
-    attempt('coverage', lambda: coverage_map(groups['real'], seen, teacher, batch_size=batch_size), True)
-    attempt('neighbours', lambda: nearest_neighbours(seen, groups['real'], teacher, min(5, limit), batch_size, seed), True)
+    attempt(
+        'frechet',
+        lambda: frechet_distance(groups['real'], seen, teacher, batch_size, seed),
+        True,
+    )
+    attempt(
+        'coverage',
+        lambda: coverage_map(groups['real'], seen, teacher, batch_size=batch_size),
+        True,
+    )
+    attempt(
+        'neighbours',
+        lambda: nearest_neighbours(
+            seen, groups['real'], teacher, min(5, limit), batch_size, seed
+        ),
+        True,
+    )
     return report
+
 
 def _some(images: Images, limit: int, seed: int) -> Images:
     "All images, or a random choice of so many."
     source = images.images if isinstance(images, Seen) else images
-    if len(source) <= limit: return images
-    return pick(source, torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit].sort().values)
+    if len(source) <= limit:
+        return images
+    return pick(
+        source,
+        torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit]
+        .sort()
+        .values,
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #629156fc
 def open_images(
-    path: str | Path, # a run's folder, one of `dfkd invert`, an images.safetensors, a .parquet file, or class folders of pictures
-    domain: Domain | None = None, # of the images in a folder: the teacher's
-) -> ImageSource: # labelled
+    # a run's folder, one of `dfkd invert`, an images.safetensors, a .parquet file, or class
+    # folders of pictures
+    path: str | Path,
+    domain: Domain | None = None,  # of the images in a folder: the teacher's
+) -> ImageSource:  # labelled
     "Images that a run, `dfkd invert` or anybody left."
     place = Path(path)
     file = place / 'images.safetensors' if place.is_dir() else place
-    if file.suffix == '.safetensors' and file.is_file(): return ImageSet.load(file)
-    table = place / 'images.parquet' if place.is_dir() else place # as `dfkd invert --format parquet` leaves it
-    if table.suffix == '.parquet' and table.is_file() and domain is not None: return ImageFiles(*read_parquet([table]), domain)
-    if not place.is_dir(): raise DFKDError(f'no images at {place}: give a folder of runs/, or a file images.safetensors')
-    if domain is None: raise DFKDError(f'{place} holds no images.safetensors: name the network too, so that its class folders can be read')
+    if file.suffix == '.safetensors' and file.is_file():
+        return ImageSet.load(file)
+    # as `dfkd invert --format parquet` leaves it
+    table = place / 'images.parquet' if place.is_dir() else place
+    if table.suffix == '.parquet' and table.is_file() and domain is not None:
+        return ImageFiles(*read_parquet([table]), domain)
+    if not place.is_dir():
+        raise DFKDError(
+            f'no images at {place}: give a folder of runs/, or a file images.safetensors'
+        )
+    if domain is None:
+        raise DFKDError(
+            f'{place} holds no images.safetensors: name the network too, so that its class'
+            ' folders can be read'
+        )
     return _numbered(place, domain)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #b8ec0f2c
 def _numbered(folder: Path, domain: Domain) -> ImageFiles:
     "Class folders whose names are class numbers (0007) or class names."
     names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if not names or not all(name.isdigit() and int(name) < domain.num_classes for name in names): return read_folder(folder, domain)
-    files = [(path, int(name)) for name in names for path in sorted((folder / name).iterdir()) if path.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')]
-    if not files: raise DFKDError(f'{folder} has no pictures in its class folders: check the path')
-    return ImageFiles([path for path, _ in files], torch.tensor([number for _, number in files]), domain)
+    if not names or not all(
+        name.isdigit() and int(name) < domain.num_classes for name in names
+    ):
+        return read_folder(folder, domain)
+    files = [
+        (path, int(name))
+        for name in names
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')
+    ]
+    if not files:
+        raise DFKDError(f'{folder} has no pictures in its class folders: check the path')
+    return ImageFiles(
+        [path for path, _ in files], torch.tensor([number for _, number in files]), domain
+    )
+
 
 def open_network(
-    name: str, # one that ships, 'run:RECIPE/SCALE', or 'torchvision:NAME' with downloaded weights
-    root: Path = Path('runs'), # folder of runs
-    scale: str = 'full', # of runs, where the name does not say
-) -> Teacher: # frozen
+    # one that ships, 'run:RECIPE/SCALE', or 'torchvision:NAME' with downloaded weights
+    name: str,
+    root: Path = Path('runs'),  # folder of runs
+    scale: str = 'full',  # of runs, where the name does not say
+) -> Teacher:  # frozen
     "A network by name, to judge with."
-    if not name.startswith('torchvision:'): return open_teacher(name, root, scale)
+    if not name.startswith('torchvision:'):
+        return open_teacher(name, root, scale)
     return Teacher(build_model(name, 1000, 3, pretrained=True), DOMAINS['imagenet'], name)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #1f860c6c
 def inspect_run(
-    folder: str | Path, # of a run, e.g. runs/cifar10-dream-resnet20/quick, or of images
-    real: str | Images = 'auto', # a name for `load_data`, a .parquet file, or images; 'auto': what the recipe tests with; '' for none
-    verifiers: Sequence[str | Teacher] | None = None, # names for `open_network`, or networks; None: what the recipe names
-    teacher: str | Teacher = '', # where the folder does not say
-    **settings: Any, # of `inspect`
-) -> Report: # see `inspect`
+    folder: str | Path,  # of a run, e.g. runs/cifar10-dream-resnet20/quick, or of images
+    # a name for `load_data`, a .parquet file, or images; 'auto': what the recipe tests
+    # with; '' for none
+    real: str | Images = 'auto',
+    # names for `open_network`, or networks; None: what the recipe names
+    verifiers: Sequence[str | Teacher] | None = None,
+    teacher: str | Teacher = '',  # where the folder does not say
+    **settings: Any,  # of `inspect`
+) -> Report:  # see `inspect`
     "A run's images, under its own teacher, beside its own real images and student."
     place = Path(folder)
-    run: dict[str, Any] = read_result(place / 'result.json') if (place / 'result.json').is_file() else {}
-    recipe, root, scale = run.get('settings', {}), place.parent.parent, run.get('scale', 'full')
-    made = read_result(place / 'manifest.json') if (place / 'manifest.json').is_file() else {} # of `dfkd invert`
-    name = teacher or recipe.get('teacher', '') or ('' if made.get('checkpoint') else made.get('model', ''))
-    if not name: raise DFKDError(f'{place} does not say whose dreams it holds: name the teacher')
+    run: dict[str, Any] = (
+        read_result(place / 'result.json') if (place / 'result.json').is_file() else {}
+    )
+    recipe = run.get('settings', {})
+    root = place.parent.parent
+    scale = run.get('scale', 'full')
+    # of `dfkd invert`
+    made = (
+        read_result(place / 'manifest.json') if (place / 'manifest.json').is_file() else {}
+    )
+    name = (
+        teacher
+        or recipe.get('teacher', '')
+        or ('' if made.get('checkpoint') else made.get('model', ''))
+    )
+    if not name:
+        raise DFKDError(f'{place} does not say whose dreams it holds: name the teacher')
     network = name if isinstance(name, Teacher) else open_network(name, root, scale)
     images, excuses = open_images(place, network.domain), {}
-    if real == 'auto': real = recipe.get('test_data', '')
+    if real == 'auto':
+        real = recipe.get('test_data', '')
     if isinstance(real, str):
         found: Images | None = None
-        try: found = open_real(real, network.domain) if real else None
-        except DFKDError as error: excuses['real images'] = str(error)
-    else: found = real
-    if verifiers is None: verifiers = [v for v in str(recipe.get('verifiers', '')).replace(',', ' ').split() if v != network.name]
-    others = {v if isinstance(v, str) else v.name: v if isinstance(v, Teacher) else open_network(v, root, scale) for v in verifiers}
-    if run.get('task') == 'transfer' and 'student' not in settings and (place / 'weights.safetensors').is_file():
+        try:
+            found = open_real(real, network.domain) if real else None
+        except DFKDError as error:
+            excuses['real images'] = str(error)
+    else:
+        found = real
+    if verifiers is None:
+        verifiers = [
+            v
+            for v in str(recipe.get('verifiers', '')).replace(',', ' ').split()
+            if v != network.name
+        ]
+    others = {
+        v if isinstance(v, str) else v.name: v
+        if isinstance(v, Teacher)
+        else open_network(v, root, scale)
+        for v in verifiers
+    }
+    if (
+        run.get('task') == 'transfer'
+        and 'student' not in settings
+        and (place / 'weights.safetensors').is_file()
+    ):
         settings['student'] = open_teacher(f'run:{place.parent.name}/{place.name}', root)
-    known: dict[str, Any] = {key: run[key] for key in ('recipe', 'scale', 'settings', 'numbers', 'seconds', 'environment') if key in run}
-    report = inspect(images, network, found, others, title=f"{run['recipe']}, {scale}" if run else place.name, about=known, **settings)
+    known: dict[str, Any] = {
+        key: run[key]
+        for key in ('recipe', 'scale', 'settings', 'numbers', 'seconds', 'environment')
+        if key in run
+    }
+    report = inspect(
+        images,
+        network,
+        found,
+        others,
+        title=f'{run["recipe"]}, {scale}' if run else place.name,
+        about=known,
+        **settings,
+    )
     report.missing |= excuses
     return report
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #834abb5a
 def read_result(path: Path) -> dict[str, Any]:
     "What a run left about itself."
-    try: return json.loads(path.read_text())
-    except ValueError as error: raise DFKDError(f'{path} is truncated or no JSON ({error}): run it again') from error
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DFKDError(
+            f'{path} is truncated or no JSON ({error}): run it again'
+        ) from error
+
 
 def open_real(name: str, domain: Domain) -> ImageSource:
     "Real images by name, or out of one Parquet file."
-    return open_images(name, domain) if name.endswith('.parquet') else load_data(name, domain=domain)
+    return (
+        open_images(name, domain)
+        if name.endswith('.parquet')
+        else load_data(name, domain=domain)
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #abe71dd8
 def inspect_options(
-    parser: argparse.ArgumentParser, # of `dfkd inspect`
+    parser: argparse.ArgumentParser,  # of `dfkd inspect`
 ) -> None:
     "The words of `dfkd inspect`."
-    parser.add_argument('folder', metavar='RUN_OR_FOLDER', help='e.g. runs/cifar10-dream-resnet20/quick, or a folder of images in class sub-folders')
-    parser.add_argument('--real', default='auto', metavar='NAME', help="real images: a data set, folder:PATH, a .parquet file, or '' for none (default: the recipe's test data)")
-    parser.add_argument('--verifier', action='append', default=[], metavar='NAME', help='a network that had no part in it: one that ships, run:RECIPE/SCALE or torchvision:NAME; may come several times (default: what the recipe names)')
-    parser.add_argument('--teacher', default='', metavar='NAME', help='whose dreams they are, where the folder does not say')
-    parser.add_argument('--limit', type=int, default=2000, metavar='N', help='real images that are looked at, at most (default: 2000)')
-    parser.add_argument('--out', default='', metavar='DIR', help='where the page goes (default: RUN_OR_FOLDER/inspection)')
+    parser.add_argument(
+        'folder',
+        metavar='RUN_OR_FOLDER',
+        help=(
+            'e.g. runs/cifar10-dream-resnet20/quick, or a folder of images in class'
+            ' sub-folders'
+        ),
+    )
+    parser.add_argument(
+        '--real',
+        default='auto',
+        metavar='NAME',
+        help=(
+            "real images: a data set, folder:PATH, a .parquet file, or '' for none"
+            " (default: the recipe's test data)"
+        ),
+    )
+    parser.add_argument(
+        '--verifier',
+        action='append',
+        default=[],
+        metavar='NAME',
+        help=(
+            'a network that had no part in it: one that ships, run:RECIPE/SCALE or'
+            ' torchvision:NAME; may come several times (default: what the recipe names)'
+        ),
+    )
+    parser.add_argument(
+        '--teacher',
+        default='',
+        metavar='NAME',
+        help='whose dreams they are, where the folder does not say',
+    )
+    parser.add_argument(
+        '--limit',
+        type=int,
+        default=2000,
+        metavar='N',
+        help='real images that are looked at, at most (default: 2000)',
+    )
+    parser.add_argument(
+        '--out',
+        default='',
+        metavar='DIR',
+        help='where the page goes (default: RUN_OR_FOLDER/inspection)',
+    )
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #14479321
 def inspect_command(
-    arguments: argparse.Namespace, # of `inspect_options`
-) -> int: # exit code
+    arguments: argparse.Namespace,  # of `inspect_options`
+) -> int:  # exit code
     "`dfkd inspect`: every instrument on one run's images, as a page."
-    if arguments.limit < 4: raise DFKDError(f'--limit {arguments.limit}: look at 4 real images at least')
+    if arguments.limit < 4:
+        raise DFKDError(f'--limit {arguments.limit}: look at 4 real images at least')
     place = Path(arguments.folder)
-    report = inspect_run(place, arguments.real, arguments.verifier or None, arguments.teacher, limit=arguments.limit)
-    out = Path(arguments.out) if arguments.out else (place if place.is_dir() else place.parent) / 'inspection'
+    report = inspect_run(
+        place,
+        arguments.real,
+        arguments.verifier or None,
+        arguments.teacher,
+        limit=arguments.limit,
+    )
+    out = (
+        Path(arguments.out)
+        if arguments.out
+        else (place if place.is_dir() else place.parent) / 'inspection'
+    )
     print(report)
     print(f'kept in {report.save(out)}')
     return 0

@@ -10,7 +10,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfkd_nb.lab.runs import (
-    PRECISIONS, STARTS, Learning, Run, covered, describe_images, fresh_student, graded, learn, learning, open_teacher, problem, real_images, save_picture, setting, task,
+    PRECISIONS,
+    STARTS,
+    Learning,
+    Run,
+    covered,
+    describe_images,
+    fresh_student,
+    graded,
+    learn,
+    learning,
+    open_teacher,
+    problem,
+    real_images,
+    save_picture,
+    setting,
+    task,
 )
 
 if TYPE_CHECKING:
@@ -23,45 +38,84 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Painter:
     "How a generator learns to paint; defaults are those of plain generative methods."
-    synthesizer: str = setting('generator', 'what makes the images: see chapters 10, 11 and 12', choices=('generator', 'pixels', 'contrastive', 'meta'))
+
+    synthesizer: str = setting(
+        'generator',
+        'what makes the images: see chapters 10, 11 and 12',
+        choices=('generator', 'pixels', 'contrastive', 'meta'),
+    )
     latent_size: int = setting(256, 'numbers in a code', low=1)
     generator_width: int = setting(64, 'channels of the generator', low=1)
     synthesis_steps: int = setting(1, 'updates of each batch', low=1)
     synthesis_batch_size: int = setting(256, 'images in a batch', low=2)
-    synthesis_learning_rate: float = setting(1e-3, 'step size of Adam on the generator', low=0)
-    latent_learning_rate: float = setting(0., 'step size of Adam on the codes; 0 leaves them as drawn', low=0)
-    reuse: str = setting('continue', 'what a batch begins from', choices=('continue', 'restart', 'meta'))
-    meta: str = setting('sum', 'first-order gradient of the meta-weights', choices=('sum', 'last', 'reptile'))
-    feature_momentum: float = setting(1., 'weight of the new batch in running feature statistics; 1: each batch by itself', low=0.001, high=1)
-    reset_round: int = setting(0, 'the round before which the generator\'s first layers begin anew; 0: never', low=0)
-    labels: str = setting('answers', 'classes: the teacher\'s answers, or wishes', choices=('answers', 'wishes'))
-    class_weight: float = setting(0., 'of the class loss', low=0)
-    balance_weight: float = setting(0., 'of the batch\'s class balance', low=0)
-    activation_weight: float = setting(0., 'of the activations', low=0)
-    feature_weight: float = setting(0., 'of the feature statistics', low=0)
+    synthesis_learning_rate: float = setting(
+        1e-3, 'step size of Adam on the generator', low=0
+    )
+    latent_learning_rate: float = setting(
+        0.0, 'step size of Adam on the codes; 0 leaves them as drawn', low=0
+    )
+    reuse: str = setting(
+        'continue', 'what a batch begins from', choices=('continue', 'restart', 'meta')
+    )
+    meta: str = setting(
+        'sum',
+        'first-order gradient of the meta-weights',
+        choices=('sum', 'last', 'reptile'),
+    )
+    feature_momentum: float = setting(
+        1.0,
+        'weight of the new batch in running feature statistics; 1: each batch by itself',
+        low=0.001,
+        high=1,
+    )
+    reset_round: int = setting(
+        0, "the round before which the generator's first layers begin anew; 0: never", low=0
+    )
+    labels: str = setting(
+        'answers',
+        "classes: the teacher's answers, or wishes",
+        choices=('answers', 'wishes'),
+    )
+    class_weight: float = setting(0.0, 'of the class loss', low=0)
+    balance_weight: float = setting(0.0, "of the batch's class balance", low=0)
+    activation_weight: float = setting(0.0, 'of the activations', low=0)
+    feature_weight: float = setting(0.0, 'of the feature statistics', low=0)
     feature_scale: str = setting('absolute', 'of them', choices=('absolute', 'relative'))
-    tv_l2: float = setting(0., 'of the total variation', low=0)
-    adversarial_weight: float = setting(0., 'of the distance of the student from the teacher', low=0)
+    tv_l2: float = setting(0.0, 'of the total variation', low=0)
+    adversarial_weight: float = setting(
+        0.0, 'of the distance of the student from the teacher', low=0
+    )
     distance: str = setting('kl', 'that distance', choices=('kl', 'l1', 'js'))
     agreement: bool = setting(False, 'count only images that both put into one class')
-    adversarial_temperature: float = setting(1., 'of both answers in it', low=0.01)
-    synthesis_augment: bool = setting(True, 'show the networks shifted and mirrored images, as in training')
-    contrastive_weight: float = setting(0., 'of the contrast with the memory bank', low=0)
+    adversarial_temperature: float = setting(1.0, 'of both answers in it', low=0.01)
+    synthesis_augment: bool = setting(
+        True, 'show the networks shifted and mirrored images, as in training'
+    )
+    contrastive_weight: float = setting(0.0, 'of the contrast with the memory bank', low=0)
     contrastive_temperature: float = setting(0.1, 'in it', low=0.001)
-    synthesis_precision: str = setting('float32', 'of the arithmetic of synthesis', choices=PRECISIONS, names='precision')
+    synthesis_precision: str = setting(
+        'float32', 'of the arithmetic of synthesis', choices=PRECISIONS, names='precision'
+    )
 
 # %% ../../nbs/lab/24_methods.ipynb #94fec0ff
 @dataclass(frozen=True)
 class Buffer:
     "Where images wait for the student."
-    pool: str = setting('grows', 'keep every batch, draw fresh images each time, or replay by priority', choices=('grows', 'none', 'replay'))
+
+    pool: str = setting(
+        'grows',
+        'keep every batch, draw fresh images each time, or replay by priority',
+        choices=('grows', 'none', 'replay'),
+    )
     pool_size: int = setting(5000, 'images in a replay buffer', low=1)
     prioritised: bool = setting(True, 'draw from it by priority')
     alpha: float = setting(0.6, 'exponent of the priorities (SSD-KD, Eq. 6)', low=0)
     beta: float = setting(0.4, 'exponent of the importance weights (Eq. 5)', low=0)
     epsilon: float = setting(1e-3, 'added to every priority (Eq. 6)', low=1e-9)
-    modulated: bool = setting(False, 'weigh the class loss by difficulty and diversity (Eq. 3)')
-    gamma: float = setting(1., 'exponent of the difficulty', low=0)
+    modulated: bool = setting(
+        False, 'weigh the class loss by difficulty and diversity (Eq. 3)'
+    )
+    gamma: float = setting(1.0, 'exponent of the difficulty', low=0)
     difficulty: bool = setting(True, 'in that weight')
     diversity: bool = setting(True, 'in that weight')
 
@@ -69,12 +123,19 @@ class Buffer:
 @dataclass(frozen=True)
 class GenerativeSettings(Learning, Painter, Buffer):
     "A student that learns while a generator paints for it."
+
     pair: str = setting('', 'of teacher and student, in a comparison')
     method: str = setting('', 'in a comparison')
-    teacher: str = setting('cifar10-resnet20', "a shipped teacher, or 'run:RECIPE' for one from a finished run", names='teacher')
+    teacher: str = setting(
+        'cifar10-resnet20',
+        "a shipped teacher, or 'run:RECIPE' for one from a finished run",
+        names='teacher',
+    )
     student: str = setting('resnet20', 'a name of `build_model`', names='model')
-    student_start: str = setting('random weights', 'what the student begins from: see `inherit`', choices=STARTS)
-    temperature: float = setting(4., 'of distillation', low=0.01)
+    student_start: str = setting(
+        'random weights', 'what the student begins from: see `inherit`', choices=STARTS
+    )
+    temperature: float = setting(4.0, 'of distillation', low=0.01)
     rounds: int = setting(100, 'batches of images', low=1)
     warmup_rounds: int = setting(0, 'first rounds in which the student waits', low=0)
     updates_per_round: int = setting(10, 'of the student', low=1)
@@ -82,70 +143,138 @@ class GenerativeSettings(Learning, Painter, Buffer):
 
 # %% ../../nbs/lab/24_methods.ipynb #4766b5f0
 def painter(
-    settings: GenerativeSettings, # the switches
-    teacher: 'Teacher', # on the run's device
-    student: 'torch.nn.Module', # alive
-    pool: Any, # where the images go; a replay buffer is counted for the modulated class loss
-    device: 'torch.device', # where to paint
-) -> 'GenerativeSynthesizer': # of chapter 10, 11 or 12
+    settings: GenerativeSettings,  # the switches
+    teacher: 'Teacher',  # on the run's device
+    student: 'torch.nn.Module',  # alive
+    # where the images go; a replay buffer is counted for the modulated class loss
+    pool: Any,
+    device: 'torch.device',  # where to paint
+) -> 'GenerativeSynthesizer':  # of chapter 10, 11 or 12
     "The part of a recipe that a synthesizer is made with."
     from dfkd_nb.foundations.core import seeded
     from dfkd_nb.foundations.data import Augment
     from dfkd_nb.generators.generators import GenerativeSynthesizer, Generator, Pixels
     from dfkd_nb.generators.replay import ReplayPool, modulated_class_term
-    same = ('reuse', 'labels', 'class_weight', 'balance_weight', 'activation_weight', 'feature_weight', 'feature_scale', 'tv_l2', 'adversarial_weight', 'distance', 'agreement', 'latent_learning_rate', 'seed')
+
+    same = (
+        'reuse',
+        'labels',
+        'class_weight',
+        'balance_weight',
+        'activation_weight',
+        'feature_weight',
+        'feature_scale',
+        'tv_l2',
+        'adversarial_weight',
+        'distance',
+        'agreement',
+        'latent_learning_rate',
+        'seed',
+    )
     keywords: dict[str, Any] = {name: getattr(settings, name) for name in same}
-    keywords |= {'steps': settings.synthesis_steps, 'batch_size': settings.synthesis_batch_size, 'learning_rate': settings.synthesis_learning_rate, 'temperature': settings.adversarial_temperature,
-                 'student': student, 'precision': settings.synthesis_precision, 'device': device, 'augment': Augment(settings.padding, settings.flip) if settings.synthesis_augment else None}
+    keywords |= {
+        'steps': settings.synthesis_steps,
+        'batch_size': settings.synthesis_batch_size,
+        'learning_rate': settings.synthesis_learning_rate,
+        'temperature': settings.adversarial_temperature,
+        'student': student,
+        'precision': settings.synthesis_precision,
+        'device': device,
+        'augment': Augment(settings.padding, settings.flip)
+        if settings.synthesis_augment
+        else None,
+    }
     with seeded(settings.seed):
         pixels = settings.synthesizer == 'pixels'
-        keywords['generator'] = Pixels(teacher.domain.shape) if pixels else Generator(teacher.domain.shape, settings.latent_size, settings.generator_width)
+        keywords['generator'] = (
+            Pixels(teacher.domain.shape)
+            if pixels
+            else Generator(
+                teacher.domain.shape, settings.latent_size, settings.generator_width
+            )
+        )
     if settings.modulated:
         assert isinstance(pool, ReplayPool)
-        term = modulated_class_term(pool, settings.gamma, settings.difficulty, settings.diversity)
-        keywords |= {'terms': {'task': (settings.class_weight, term)}, 'class_weight': 0.}
+        term = modulated_class_term(
+            pool, settings.gamma, settings.difficulty, settings.diversity
+        )
+        keywords |= {'terms': {'task': (settings.class_weight, term)}, 'class_weight': 0.0}
     if settings.synthesizer == 'contrastive':
         from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
-        return ContrastiveSynthesizer(teacher, contrastive_weight=settings.contrastive_weight, contrastive_temperature=settings.contrastive_temperature, **keywords)
-    if settings.synthesizer != 'meta': return GenerativeSynthesizer(teacher, **keywords)
+
+        return ContrastiveSynthesizer(
+            teacher,
+            contrastive_weight=settings.contrastive_weight,
+            contrastive_temperature=settings.contrastive_temperature,
+            **keywords,
+        )
+    if settings.synthesizer != 'meta':
+        return GenerativeSynthesizer(teacher, **keywords)
     from dfkd_nb.generators.meta import MetaSynthesizer
-    return MetaSynthesizer(teacher, meta=settings.meta, momentum=settings.feature_momentum if settings.feature_momentum < 1 else None, reset_first_layer_at=settings.reset_round or None, **keywords)
+
+    return MetaSynthesizer(
+        teacher,
+        meta=settings.meta,
+        momentum=settings.feature_momentum if settings.feature_momentum < 1 else None,
+        reset_first_layer_at=settings.reset_round or None,
+        **keywords,
+    )
 
 # %% ../../nbs/lab/24_methods.ipynb #b3733619
 def waiting(
-    settings: GenerativeSettings, # says which
-    teacher: 'Teacher', # who tells a replay buffer what it holds
-    student: 'torch.nn.Module', # and who tells it what is still difficult
-    device: 'torch.device', # where the images are kept
-) -> Any: # a pool, or None where the student draws from the generator
+    settings: GenerativeSettings,  # says which
+    teacher: 'Teacher',  # who tells a replay buffer what it holds
+    student: 'torch.nn.Module',  # and who tells it what is still difficult
+    device: 'torch.device',  # where the images are kept
+) -> Any:  # a pool, or None where the student draws from the generator
     "The pool of a recipe."
     from dfkd_nb.dreams.competition import GrowingPool
     from dfkd_nb.generators.replay import ReplayPool
-    if settings.pool == 'none': return None
-    if settings.pool == 'grows': return GrowingPool(teacher.domain, newest_first=False, device=device)
-    return ReplayPool(teacher.domain, settings.pool_size, teacher, student, prioritised=settings.prioritised, alpha=settings.alpha, beta=settings.beta, epsilon=settings.epsilon, device=device)
+
+    if settings.pool == 'none':
+        return None
+    if settings.pool == 'grows':
+        return GrowingPool(teacher.domain, newest_first=False, device=device)
+    return ReplayPool(
+        teacher.domain,
+        settings.pool_size,
+        teacher,
+        student,
+        prioritised=settings.prioritised,
+        alpha=settings.alpha,
+        beta=settings.beta,
+        epsilon=settings.epsilon,
+        device=device,
+    )
 
 # %% ../../nbs/lab/24_methods.ipynb #4f27aef8
 def check_generative(
-    settings: GenerativeSettings, # of a run that has not begun
+    settings: GenerativeSettings,  # of a run that has not begun
 ) -> None:
     "What does not go together is a `DFKDError`."
     if settings.modulated and settings.pool != 'replay':
-        raise problem("the modulated class loss counts the images of a replay buffer: set pool to 'replay', or modulated to false")
+        raise problem(
+            'the modulated class loss counts the images of a replay buffer: set pool to'
+            " 'replay', or modulated to false"
+        )
     if settings.warmup_rounds >= settings.rounds:
-        raise problem(f'{settings.warmup_rounds} of {settings.rounds} rounds are for warming up: leave the student at least one')
+        raise problem(
+            f'{settings.warmup_rounds} of {settings.rounds} rounds are for warming up:'
+            ' leave the student at least one'
+        )
 
 # %% ../../nbs/lab/24_methods.ipynb #ea26384d
 @task('generative', GenerativeSettings, check_generative)
 def generative(
-    run: Run, # with `GenerativeSettings`
-) -> dict[str, Any]: # accuracies of teacher and student on real test images
+    run: Run,  # with `GenerativeSettings`
+) -> dict[str, Any]:  # accuracies of teacher and student on real test images
     "A student learns while a generator paints for it, and is tested on real images."
     import torch
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.data import ImageSet
     from dfkd_nb.foundations.distillation import Distiller, DrawnImages
     from dfkd_nb.generators.generators import Alternation
+
     settings: GenerativeSettings = run.settings
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
@@ -155,30 +284,73 @@ def generative(
     maker = painter(settings, teacher, student, pool, run.device)
     source: ImageSource = DrawnImages(maker.draw, teacher.domain) if pool is None else pool
     steps = (settings.rounds - settings.warmup_rounds) * settings.updates_per_round
-    distiller = Distiller(teacher, student, source, steps=steps, temperature=settings.temperature, **learning(settings, run.device))
-    race = Alternation(maker, distiller, rounds=settings.rounds, updates_per_round=settings.updates_per_round, warmup_rounds=settings.warmup_rounds)
+    distiller = Distiller(
+        teacher,
+        student,
+        source,
+        steps=steps,
+        temperature=settings.temperature,
+        **learning(settings, run.device),
+    )
+    race = Alternation(
+        maker,
+        distiller,
+        rounds=settings.rounds,
+        updates_per_round=settings.updates_per_round,
+        warmup_rounds=settings.warmup_rounds,
+    )
     about = {'model': settings.student, 'domain': teacher.domain.name}
-    learned = learn(run, 'distillation', distiller, test, about, race, keep=lambda: keep_painted(run, race))
+    learned = learn(
+        run,
+        'distillation',
+        distiller,
+        test,
+        about,
+        race,
+        keep=lambda: keep_painted(run, race),
+    )
     images = ImageSet.load(run.folder / 'images.safetensors').to(run.device)
-    numbers = run.phase('inspection', lambda state, spent: describe_images(images, teacher) | covered(images, test, teacher))
-    first = max(0, len(images) - settings.picture) if settings.pool == 'grows' else 0 # a growing pool begins with what an untrained generator made
-    save_picture(run.folder, images.subset(torch.arange(first, len(images))), settings.picture)
-    made = settings.rounds * settings.synthesis_batch_size if pool is not None else steps * settings.batch_size
-    return numbers | {'images': made, 'synthesis_updates': settings.rounds * settings.synthesis_steps} | graded(learned, teacher, student, test, settings.temperature)
+    numbers = run.phase(
+        'inspection',
+        lambda state, spent: (
+            describe_images(images, teacher) | covered(images, test, teacher)
+        ),
+    )
+    # a growing pool begins with what an untrained generator made
+    first = max(0, len(images) - settings.picture) if settings.pool == 'grows' else 0
+    save_picture(
+        run.folder, images.subset(torch.arange(first, len(images))), settings.picture
+    )
+    made = (
+        settings.rounds * settings.synthesis_batch_size
+        if pool is not None
+        else steps * settings.batch_size
+    )
+    return (
+        numbers
+        | {'images': made, 'synthesis_updates': settings.rounds * settings.synthesis_steps}
+        | graded(learned, teacher, student, test, settings.temperature)
+    )
 
 # %% ../../nbs/lab/24_methods.ipynb #5bd3246f
 def keep_painted(
-    run: Run, # with `GenerativeSettings`
-    race: Any, # an `Alternation` that is over
-    limit: int = 2048, # images
+    run: Run,  # with `GenerativeSettings`
+    race: Any,  # an `Alternation` that is over
+    limit: int = 2048,  # images
 ) -> None:
-    "Write images.safetensors: what the generator painted last, with the teacher's answers as labels."
+    """Write images.safetensors: what the generator painted last, with the teacher's answers
+    as labels.
+    """
     import torch
     from dfkd_nb.foundations.data import ImageSet
+
     teacher, settings = race.maker.teacher, run.settings
-    if race.pool is not None: images = race.pool.images[-limit:]
+    if race.pool is not None:
+        images = race.pool.images[-limit:]
     else:
         rng = torch.Generator().manual_seed(settings.seed)
         parts = [race.maker.draw(256, rng) for _ in range(-(-limit // 256))]
         images = (torch.cat(parts)[:limit] * 255).round().to(torch.uint8)
-    ImageSet(images, teacher.predict(images).argmax(1), teacher.domain).save(run.folder / 'images.safetensors')
+    ImageSet(images, teacher.predict(images).argmax(1), teacher.domain).save(
+        run.folder / 'images.safetensors'
+    )

@@ -23,145 +23,232 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .runs import SCALES, Recipe, Result, find_task, marked, older_note, problem, recipe_names, results, results_folder
+from dfkd_nb.lab.runs import (
+    SCALES,
+    Recipe,
+    Result,
+    find_task,
+    marked,
+    older_note,
+    problem,
+    recipe_names,
+    results,
+    results_folder,
+)
 
 # %% ../../nbs/lab/21_results.ipynb #d97a0a07
 @dataclass(frozen=True)
 class Figure:
     "A number that a paper printed."
-    paper: str # whose
-    table: str # where in it
-    pair: str # data, teacher and student: 'cifar10-wrn40-2-wrn16-1'
-    method: str # a word of `METHODS`, or 'teacher'
-    accuracy: float # of the student, on real test images, percent
-    synthesis_hours: float | None # of making images
-    total_hours: float | None # of everything, to the end of training
-    confirmed: bool # seen in the paper or its authors' code; otherwise only quoted by others
+
+    paper: str  # whose
+    table: str  # where in it
+    pair: str  # data, teacher and student: 'cifar10-wrn40-2-wrn16-1'
+    method: str  # a word of `METHODS`, or 'teacher'
+    accuracy: float  # of the student, on real test images, percent
+    synthesis_hours: float | None  # of making images
+    total_hours: float | None  # of everything, to the end of training
+    # seen in the paper or its authors' code; otherwise only quoted by others
+    confirmed: bool
 
 # %% ../../nbs/lab/21_results.ipynb #300015dc
 @cache
-def papers() -> tuple[Figure, ...]: # in the order of papers, tables and rows
+def papers() -> tuple[Figure, ...]:  # in the order of papers, tables and rows
     "What the papers report on CIFAR: `assets/papers.csv`."
-    def number(text: str) -> float | None: return float(text) if text else None
-    text = (resources.files('dfkd_nb') / 'assets' / 'papers.csv').read_text(encoding='utf-8')
-    return tuple(Figure(r['paper'], r['table'], f"{r['data']}-{r['teacher']}-{r['student']}", r['method'], float(r['accuracy']), number(r['synthesis_hours']),
-                        number(r['total_hours']), r['confirmed'] == 'yes') for r in csv.DictReader(text.splitlines()))
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    text = (resources.files('dfkd_nb') / 'assets' / 'papers.csv').read_text(
+        encoding='utf-8'
+    )
+    return tuple(
+        Figure(
+            r['paper'],
+            r['table'],
+            f'{r["data"]}-{r["teacher"]}-{r["student"]}',
+            r['method'],
+            float(r['accuracy']),
+            number(r['synthesis_hours']),
+            number(r['total_hours']),
+            r['confirmed'] == 'yes',
+        )
+        for r in csv.DictReader(text.splitlines())
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #9d8ab43e
 def spread(
-    values: Sequence[float], # one a seed
-) -> float | None: # the sample standard deviation; None of fewer than two
+    values: Sequence[float],  # one a seed
+) -> float | None:  # the sample standard deviation; None of fewer than two
     "How far one run is from another: unknown, not zero, where there is only one."
     return statistics.stdev(values) if len(values) > 1 else None
 
+
 def standard_error(
-    values: Sequence[float], # one a seed
-) -> float | None: # None of fewer than two
+    values: Sequence[float],  # one a seed
+) -> float | None:  # None of fewer than two
     "How far the mean of the runs may be from that of very many."
     return None if (s := spread(values)) is None else s / math.sqrt(len(values))
 
 # %% ../../nbs/lab/21_results.ipynb #aa3bfbb5
-METHODS = {'scratch': 'student on real data', 'vanilla': 'KD on real data', 'deepinversion': 'DeepInversion', 'adaptive': 'Adaptive DeepInversion', 'cmi': 'CMI', 'dafl': 'DAFL',
-           'zskt': 'ZSKT', 'dfq': 'DFQ', 'fast-2': 'Fast-2', 'fast-5': 'Fast-5', 'fast-10': 'Fast-10', 'ssd-kd-10': 'SSD-KD, 10 % data', 'ssd-kd-100': 'SSD-KD'}
+METHODS = {
+    'scratch': 'student on real data',
+    'vanilla': 'KD on real data',
+    'deepinversion': 'DeepInversion',
+    'adaptive': 'Adaptive DeepInversion',
+    'cmi': 'CMI',
+    'dafl': 'DAFL',
+    'zskt': 'ZSKT',
+    'dfq': 'DFQ',
+    'fast-2': 'Fast-2',
+    'fast-5': 'Fast-5',
+    'fast-10': 'Fast-10',
+    'ssd-kd-10': 'SSD-KD, 10 % data',
+    'ssd-kd-100': 'SSD-KD',
+}
 DATA = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'digits': 'digits'}
 _NETWORK = r'(?:resnet\d+|vgg\d+|wrn\d+-\d+|mobilenet\w*|digits-net)'
 
+
 def split_pair(
-    pair: str, # 'cifar10-wrn40-2-wrn16-1'
-) -> tuple[str, ...]: # data, teacher, student; or data and the rest where those cannot be told apart
+    pair: str,  # 'cifar10-wrn40-2-wrn16-1'
+) -> tuple[
+    str, ...
+]:  # data, teacher, student; or data and the rest where those cannot be told apart
     "The parts of a pair's name."
     data, _, networks = pair.partition('-')
     found = re.fullmatch(f'({_NETWORK})-({_NETWORK})', networks)
     return (data, *found.groups()) if found else (data, networks)
 
+
 def pair_title(
-    pair: str, # 'cifar10-wrn40-2-wrn16-1'
-) -> str: # 'CIFAR-10, WRN-40-2 → WRN-16-1'
+    pair: str,  # 'cifar10-wrn40-2-wrn16-1'
+) -> str:  # 'CIFAR-10, WRN-40-2 → WRN-16-1'
     "A pair in words."
     data, *networks = split_pair(pair)
-    if not networks[0]: return DATA.get(data, data)
-    for short, full in (('resnet', 'ResNet-'), ('vgg', 'VGG-'), ('wrn', 'WRN-')): networks = [re.sub(rf'^{short}(?=\d)', full, n) for n in networks]
-    return f"{DATA.get(data, data)}, {' → '.join(networks)}"
+    if not networks[0]:
+        return DATA.get(data, data)
+    for short, full in (('resnet', 'ResNet-'), ('vgg', 'VGG-'), ('wrn', 'WRN-')):
+        networks = [re.sub(rf'^{short}(?=\d)', full, n) for n in networks]
+    return f'{DATA.get(data, data)}, {" → ".join(networks)}'
 
 # %% ../../nbs/lab/21_results.ipynb #07dbaab6
-Place = tuple[str, str] # pair and method
+Place = tuple[str, str]  # pair and method
+
 
 def place_of(
-    settings: Mapping[str, Any], # of a recipe or a result
-) -> Place | None: # None for runs that are not part of the comparison
+    settings: Mapping[str, Any],  # of a recipe or a result
+) -> Place | None:  # None for runs that are not part of the comparison
     "Where in the table a run belongs."
-    return (str(settings['pair']), str(settings['method'])) if settings.get('pair') and settings.get('method') else None
+    return (
+        (str(settings['pair']), str(settings['method']))
+        if settings.get('pair') and settings.get('method')
+        else None
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #1c754ff1
 @dataclass(frozen=True)
 class Cell:
     "The runs of one method on one pair, at one scale, with one set of settings."
+
     pair: str
     method: str
     scale: str
-    runs: tuple[Result, ...] # one a seed, in their order
-    variant: str = '' # how it differs from another cell in the same place
+    runs: tuple[Result, ...]  # one a seed, in their order
+    variant: str = ''  # how it differs from another cell in the same place
 
     @property
-    def accuracies(self) -> list[float]: return [_percent(run, 'student_accuracy') for run in self.runs]
+    def accuracies(self) -> list[float]:
+        return [_percent(run, 'student_accuracy') for run in self.runs]
 
     @property
-    def seeds(self) -> list[int]: return [_seed(run) for run in self.runs]
+    def seeds(self) -> list[int]:
+        return [_seed(run) for run in self.runs]
 
     @property
-    def revision(self) -> int: return min(run.revision for run in self.runs)
+    def revision(self) -> int:
+        return min(run.revision for run in self.runs)
 
     @property
-    def mean(self) -> float: return statistics.mean(self.accuracies)
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies)
 
     @property
-    def hardware(self) -> str: return '; '.join(sorted({hardware(run) for run in self.runs}))
+    def hardware(self) -> str:
+        return '; '.join(sorted({hardware(run) for run in self.runs}))
 
-    def hours(self,
-        phase: str, # 'synthesis', 'distillation' or 'total'
-    ) -> float | None: # None where it was not measured, or on machines that differ
+    def hours(
+        self,
+        phase: str,  # 'synthesis', 'distillation' or 'total'
+    ) -> float | None:  # None where it was not measured, or on machines that differ
         "Mean time over the seeds."
         times = [run.seconds.get(phase) for run in self.runs]
-        return None if None in times or len({hardware(run) for run in self.runs}) > 1 else statistics.mean(t for t in times if t is not None) / 3600
+        return (
+            None
+            if None in times or len({hardware(run) for run in self.runs}) > 1
+            else statistics.mean(t for t in times if t is not None) / 3600
+        )
 
 # %% ../../nbs/lab/21_results.ipynb #595c457e
 def _percent(run: Result, key: str) -> float:
     value = run.numbers.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise problem(f"the result of '{run.recipe}' ({run.scale}) has {key} {value}: a share from 0 to 1 is needed, run the recipe again with --fresh")
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 <= value <= 1
+    ):
+        raise problem(
+            f"the result of '{run.recipe}' ({run.scale}) has {key} {value}: a share from 0"
+            ' to 1 is needed, run the recipe again with --fresh'
+        )
     return 100 * value
 
-def _seed(run: Result) -> int: return int(run.settings.get('seed', run.environment.get('seed')) or 0)
+
+def _seed(run: Result) -> int:
+    return int(run.settings.get('seed', run.environment.get('seed')) or 0)
+
 
 def hardware(
-    run: Result, # finished
-) -> str: # 'NVIDIA H200', or 'AMD EPYC, 1 thread'
+    run: Result,  # finished
+) -> str:  # 'NVIDIA H200', or 'AMD EPYC, 1 thread'
     "What a run computed on."
     about = run.environment
-    if about.get('device') != 'cpu': return str(about.get('processor', about.get('device', 'unknown')))
+    if about.get('device') != 'cpu':
+        return str(about.get('processor', about.get('device', 'unknown')))
     threads = about.get('threads')
-    return f"{about.get('processor', 'cpu')}, {threads} thread{'' if threads == 1 else 's'}"
+    return f'{about.get("processor", "cpu")}, {threads} thread{"" if threads == 1 else "s"}'
 
 # %% ../../nbs/lab/21_results.ipynb #9bc8ed18
 def _usual(task: str) -> dict[str, Any]:
     "The defaults of a task's settings; nothing for a task that is not known here."
-    try: return {f.name: f.default for f in dataclasses.fields(find_task(task, 'a result').settings)}
-    except ValueError: return {}
+    try:
+        return {
+            f.name: f.default
+            for f in dataclasses.fields(find_task(task, 'a result').settings)
+        }
+    except ValueError:
+        return {}
 
 # %% ../../nbs/lab/21_results.ipynb #fe01aa73
-_FREE = {'seed', 'picture', 'evaluations', 'pair', 'method'} # settings that may differ within a cell
+# settings that may differ within a cell
+_FREE = {'seed', 'picture', 'evaluations', 'pair', 'method'}
+
 
 def comparison(
-    found: Iterable[Result], # see `results`
-    scale: str = 'full', # the other is left out: they are never mixed
-) -> list[Cell]: # by pair, then in the order of `METHODS`
+    found: Iterable[Result],  # see `results`
+    scale: str = 'full',  # the other is left out: they are never mixed
+) -> list[Cell]:  # by pair, then in the order of `METHODS`
     "Every method and pair that has a run."
-    if scale not in SCALES: raise problem(f"no scale '{scale}': use {' or '.join(SCALES)}")
+    if scale not in SCALES:
+        raise problem(f"no scale '{scale}': use {' or '.join(SCALES)}")
     groups: dict[Place, dict[str, dict[int, Result]]] = {}
     for run in found:
         place = place_of(run.settings)
-        if place is None or run.scale != scale: continue
-        kept = {k: v for k, v in (_usual(run.task) | run.settings).items() if k not in _FREE}
+        if place is None or run.scale != scale:
+            continue
+        kept = {
+            k: v for k, v in (_usual(run.task) | run.settings).items() if k not in _FREE
+        }
         fixed = json.dumps(kept | {'revision': run.revision}, sort_keys=True)
         groups.setdefault(place, {}).setdefault(fixed, {}).setdefault(_seed(run), run)
     cells = []
@@ -169,312 +256,625 @@ def comparison(
         for fixed, seeds in kinds.items():
             runs = tuple(seeds[s] for s in sorted(seeds))
             cells.append(Cell(pair, method, scale, runs, _variant(fixed, list(kinds))))
-    return sorted(cells, key=lambda c: (_pair_order(c.pair), _method_order(c.method), -c.revision, -len(c.runs), c.variant))
+    return sorted(
+        cells,
+        key=lambda c: (
+            _pair_order(c.pair),
+            _method_order(c.method),
+            -c.revision,
+            -len(c.runs),
+            c.variant,
+        ),
+    )
+
 
 def best_cells(
-    cells: Iterable[Cell], # of one scale
-) -> dict[Place, Cell]: # one a place
+    cells: Iterable[Cell],  # of one scale
+) -> dict[Place, Cell]:  # one a place
     "Of several cells in one place the newest, and of those the one with most seeds."
     best: dict[Place, Cell] = {}
     for c in cells:
         known = best.get((c.pair, c.method))
-        if known is None or (c.revision, len(c.runs)) > (known.revision, len(known.runs)): best[c.pair, c.method] = c
+        if known is None or (c.revision, len(c.runs)) > (known.revision, len(known.runs)):
+            best[c.pair, c.method] = c
     return best
 
 # %% ../../nbs/lab/21_results.ipynb #11ae9a52
 def _variant(fixed: str, all_kinds: list[str]) -> str:
     "The settings in which one cell differs from others in its place."
     own, others = json.loads(fixed), [json.loads(kind) for kind in all_kinds]
-    keys = sorted({k for other in others for k in {*own, *other} if own.get(k) != other.get(k)})
+    keys = sorted(
+        {k for other in others for k in {*own, *other} if own.get(k) != other.get(k)}
+    )
     return ', '.join(f'{k} {own.get(k)}' for k in keys)
 
-def _method_order(method: str) -> tuple[int, str]: return (list(METHODS).index(method) if method in METHODS else len(METHODS), method)
+
+def _method_order(method: str) -> tuple[int, str]:
+    return (list(METHODS).index(method) if method in METHODS else len(METHODS), method)
+
 
 @cache
-def paper_pairs() -> list[str]: # in the papers' order
+def paper_pairs() -> list[str]:  # in the papers' order
     "The pairs that the papers' tables have."
     return list(dict.fromkeys(f.pair for f in papers()))
 
-def _pair_order(pair: str) -> tuple[int, str]: return (paper_pairs().index(pair) if pair in paper_pairs() else -1, pair)
+
+def _pair_order(pair: str) -> tuple[int, str]:
+    return (paper_pairs().index(pair) if pair in paper_pairs() else -1, pair)
 
 # %% ../../nbs/lab/21_results.ipynb #369c539f
 @dataclass(frozen=True)
 class Published:
     "What papers say about one method on one pair."
-    accuracy: float # percent
-    source: str # of the accuracy
+
+    accuracy: float  # percent
+    source: str  # of the accuracy
     synthesis_hours: float | None
     total_hours: float | None
 
+
 @cache
 def published(
-    pair: str, # data, teacher and student
-    method: str, # a word of `METHODS`
-) -> Published | None: # None where nothing confirmed was printed
+    pair: str,  # data, teacher and student
+    method: str,  # a word of `METHODS`
+) -> Published | None:  # None where nothing confirmed was printed
     "The papers' figures, each from the first table that has it."
     rows = [f for f in papers() if (f.pair, f.method) == (pair, method) and f.confirmed]
-    if not rows: return None
-    def first(key: str) -> float | None: return next((v for f in rows if (v := getattr(f, key)) is not None), None)
-    return Published(rows[0].accuracy, f'{rows[0].paper}, {rows[0].table}', first('synthesis_hours'), first('total_hours'))
+    if not rows:
+        return None
+
+    def first(key: str) -> float | None:
+        return next((v for f in rows if (v := getattr(f, key)) is not None), None)
+
+    return Published(
+        rows[0].accuracy,
+        f'{rows[0].paper}, {rows[0].table}',
+        first('synthesis_hours'),
+        first('total_hours'),
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #9e7f3a37
 def duration(
-    hours: float | None, # None for unknown
-) -> str: # '48 s', '12.3 min', '1.61 h', or nothing
+    hours: float | None,  # None for unknown
+) -> str:  # '48 s', '12.3 min', '1.61 h', or nothing
     "Hours for people."
-    if hours is None: return ''
-    return f'{3600 * hours:.0f} s' if hours < 0.03 else f'{60 * hours:.1f} min' if hours < 1.5 else f'{hours:.2f} h'
+    if hours is None:
+        return ''
+    return (
+        f'{3600 * hours:.0f} s'
+        if hours < 0.03
+        else f'{60 * hours:.1f} min'
+        if hours < 1.5
+        else f'{hours:.2f} h'
+    )
+
 
 def plus_minus(
-    values: Sequence[float], # percent, one a seed
-) -> str: # '89.00 ± 1.41'; without the spread where there is one seed; nothing where there is none
+    values: Sequence[float],  # percent, one a seed
+    # '89.00 ± 1.41'; without the spread where there is one seed; nothing where there is
+    # none
+) -> str:
     "A mean and its spread."
-    if not values: return ''
-    return f'{statistics.mean(values):.2f}' + ('' if (s := spread(values)) is None else f' ± {s:.2f}')
+    if not values:
+        return ''
+    return f'{statistics.mean(values):.2f}' + (
+        '' if (s := spread(values)) is None else f' ± {s:.2f}'
+    )
+
 
 def number(
-    cell: Cell, # of a table
-    key: str, # of `numbers`
-) -> str: # with commas; a range where seeds differ
+    cell: Cell,  # of a table
+    key: str,  # of `numbers`
+) -> str:  # with commas; a range where seeds differ
     "A count that all runs of a cell share."
-    values = sorted({int(run.numbers[key]) for run in cell.runs if isinstance(run.numbers.get(key), (int, float))})
-    return '' if not values else f'{values[0]:,}' if len(values) == 1 else f'{values[0]:,} to {values[-1]:,}'
+    values = sorted(
+        {
+            int(run.numbers[key])
+            for run in cell.runs
+            if isinstance(run.numbers.get(key), (int, float))
+        }
+    )
+    return (
+        ''
+        if not values
+        else f'{values[0]:,}'
+        if len(values) == 1
+        else f'{values[0]:,} to {values[-1]:,}'
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #443fc81c
-Row = dict[str, str] # a table's row: heading to text
+Row = dict[str, str]  # a table's row: heading to text
+
 
 def row_of(
-    cell: Cell, # with at least one run
+    cell: Cell,  # with at least one run
 ) -> Row:
     "A cell as a line of its pair's table."
     paper = published(cell.pair, cell.method) if cell.scale == 'full' else None
-    teachers = [_percent(run, 'teacher_accuracy') for run in cell.runs if 'teacher_accuracy' in run.numbers]
-    row = {'method': METHODS.get(cell.method, cell.method) + (f' ({cell.variant})' if cell.variant else ''), 'accuracy, %': marked(plus_minus(cell.accuracies), *cell.runs), 'seeds': str(len(cell.runs))}
-    if cell.scale == 'full': row |= {'paper, %': '' if paper is None else f'{paper.accuracy:.2f}', 'gap': '' if paper is None else f'{cell.mean - paper.accuracy:+.2f}'}
-    return row | {'teacher, %': plus_minus(teachers[:1]), 'images': number(cell, 'images'), 'updates': number(cell, 'updates'),
-                  'synthesis': duration(cell.hours('synthesis')), 'distillation': duration(cell.hours('distillation')), 'hardware': cell.hardware}
+    teachers = [
+        _percent(run, 'teacher_accuracy')
+        for run in cell.runs
+        if 'teacher_accuracy' in run.numbers
+    ]
+    row = {
+        'method': METHODS.get(cell.method, cell.method)
+        + (f' ({cell.variant})' if cell.variant else ''),
+        'accuracy, %': marked(plus_minus(cell.accuracies), *cell.runs),
+        'seeds': str(len(cell.runs)),
+    }
+    if cell.scale == 'full':
+        row |= {
+            'paper, %': '' if paper is None else f'{paper.accuracy:.2f}',
+            'gap': '' if paper is None else f'{cell.mean - paper.accuracy:+.2f}',
+        }
+    return row | {
+        'teacher, %': plus_minus(teachers[:1]),
+        'images': number(cell, 'images'),
+        'updates': number(cell, 'updates'),
+        'synthesis': duration(cell.hours('synthesis')),
+        'distillation': duration(cell.hours('distillation')),
+        'hardware': cell.hardware,
+    }
 
 # %% ../../nbs/lab/21_results.ipynb #58a6ba37
 def markdown_table(
-    rows: Sequence[Row], # all with the same headings
-    numbers: bool = True, # columns of numbers are set to the right
-) -> str: # nothing where there are no rows
+    rows: Sequence[Row],  # all with the same headings
+    numbers: bool = True,  # columns of numbers are set to the right
+) -> str:  # nothing where there are no rows
     "Rows for a page."
-    if not rows: return ''
-    right = {k for k in rows[0] if numbers and all(re.fullmatch(r'[-+\d.,%±·/ *hmins†]*', row[k]) for row in rows)}
-    lines = [list(rows[0]), ['--:' if k in right else '---' for k in rows[0]], *([row[k].replace('|', '\\|') for k in rows[0]] for row in rows)]
+    if not rows:
+        return ''
+    right = {
+        k
+        for k in rows[0]
+        if numbers and all(re.fullmatch(r'[-+\d.,%±·/ *hmins†]*', row[k]) for row in rows)
+    }
+    lines = [
+        list(rows[0]),
+        ['--:' if k in right else '---' for k in rows[0]],
+        *([row[k].replace('|', '\\|') for k in rows[0]] for row in rows),
+    ]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
+
 def text_table(
-    rows: Sequence[Row], # all with the same headings
-) -> str: # columns that nobody fills are left out
+    rows: Sequence[Row],  # all with the same headings
+) -> str:  # columns that nobody fills are left out
     "Rows for a terminal."
-    if not rows: return ''
+    if not rows:
+        return ''
     keys = [k for k in rows[0] if any(row[k] for row in rows)]
     width = {k: max(len(k), *(len(row[k]) for row in rows)) for k in keys}
-    return '\n'.join('  '.join(f'{line[k]:<{width[k]}}' for k in keys).rstrip() for line in [{k: k for k in keys}, *rows])
+    return '\n'.join(
+        '  '.join(f'{line[k]:<{width[k]}}' for k in keys).rstrip()
+        for line in [{k: k for k in keys}, *rows]
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #27ca80bb
 def places(
-    scale: str, # 'quick' or 'full'
-) -> dict[Place, str]: # to the name of its recipe, cheapest first
+    scale: str,  # 'quick' or 'full'
+) -> dict[Place, str]:  # to the name of its recipe, cheapest first
     "All places that a recipe can fill."
-    recipes = [recipe for recipe in map(Recipe.load, recipe_names()) if scale in recipe.scales]
-    found = {place_of(r.settings | r.scales[scale]): r.name for r in sorted(recipes, key=lambda r: (r.order, r.name))}
+    recipes = [
+        recipe for recipe in map(Recipe.load, recipe_names()) if scale in recipe.scales
+    ]
+    found = {
+        place_of(r.settings | r.scales[scale]): r.name
+        for r in sorted(recipes, key=lambda r: (r.order, r.name))
+    }
     return {place: name for place, name in found.items() if place is not None}
 
+
 def missing(
-    cells: Sequence[Cell], # of one scale
-    wanted: Mapping[Place, str], # see `places`
-    scale: str, # theirs
-    seeds: int = 3, # that a place should have
-) -> str: # one sentence
+    cells: Sequence[Cell],  # of one scale
+    wanted: Mapping[Place, str],  # see `places`
+    scale: str,  # theirs
+    seeds: int = 3,  # that a place should have
+) -> str:  # one sentence
     "How many runs are not there, and the command that makes the next."
     have: dict[Place, int] = {}
-    for c in cells: have[c.pair, c.method] = max(have.get((c.pair, c.method), 0), len(c.runs))
-    empty, few = [n for p, n in wanted.items() if p not in have], [(n, have[p]) for p, n in wanted.items() if 0 < have.get(p, 0) < seeds]
-    if not wanted: return f'No recipe of the comparison has a {scale} scale.'
-    if not empty and not few: return f'All {len(wanted)} places of the {scale} scale have {seeds} seeds.'
-    command = f'dfkd run {empty[0]} --scale {scale}' if empty else f'dfkd run {few[0][0]} --scale {scale} --seed {few[0][1]}'
-    return f'Of {len(wanted)} places of the {scale} scale, {len(empty)} have no run yet and {len(few)} fewer than {seeds} seeds; `{command}` makes the next.'
+    for c in cells:
+        have[c.pair, c.method] = max(have.get((c.pair, c.method), 0), len(c.runs))
+    empty = [n for p, n in wanted.items() if p not in have]
+    few = [(n, have[p]) for p, n in wanted.items() if 0 < have.get(p, 0) < seeds]
+    if not wanted:
+        return f'No recipe of the comparison has a {scale} scale.'
+    if not empty and not few:
+        return f'All {len(wanted)} places of the {scale} scale have {seeds} seeds.'
+    command = (
+        f'dfkd run {empty[0]} --scale {scale}'
+        if empty
+        else f'dfkd run {few[0][0]} --scale {scale} --seed {few[0][1]}'
+    )
+    return (
+        f'Of {len(wanted)} places of the {scale} scale, {len(empty)} have no run yet and'
+        f' {len(few)} fewer than {seeds} seeds; `{command}` makes the next.'
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #f8b8e13e
 def matrix(
-    cells: Sequence[Cell], # of full scale
-    data: str, # 'cifar10' or 'cifar100'
-    paper: bool = True, # whether to print the papers' figures
-) -> list[Row]: # a row a method
+    cells: Sequence[Cell],  # of full scale
+    data: str,  # 'cifar10' or 'cifar100'
+    paper: bool = True,  # whether to print the papers' figures
+) -> list[Row]:  # a row a method
     "Accuracies of every method and pair: ours / the paper's."
-    pairs = sorted({*(p for p in paper_pairs() if len([f for f in papers() if f.pair == p]) > 4 and paper), *(c.pair for c in cells)}, key=_pair_order)
+    pairs = sorted(
+        {
+            *(
+                p
+                for p in paper_pairs()
+                if len([f for f in papers() if f.pair == p]) > 4 and paper
+            ),
+            *(c.pair for c in cells),
+        },
+        key=_pair_order,
+    )
     pairs = [p for p in pairs if p.partition('-')[0] == data]
     best = best_cells(cells)
+
     def text(place: Place) -> str:
-        ours = marked(plus_minus(best[place].accuracies), *best[place].runs) if place in best else '·'
+        ours = (
+            marked(plus_minus(best[place].accuracies), *best[place].runs)
+            if place in best
+            else '·'
+        )
         theirs = published(*place) if paper else None
         return ours if theirs is None else f'{ours} / *{theirs.accuracy:.2f}*'
+
     methods = sorted({*METHODS, *(c.method for c in cells)}, key=_method_order)
-    rows = [{'method': METHODS.get(m, m)} | {pair_title(p).partition(', ')[2]: text((p, m)) for p in pairs} for m in methods]
-    return [row for row in rows if set(row.values()) - {row['method'], '·'}] if pairs else []
+    rows = [
+        {'method': METHODS.get(m, m)}
+        | {pair_title(p).partition(', ')[2]: text((p, m)) for p in pairs}
+        for m in methods
+    ]
+    return (
+        [row for row in rows if set(row.values()) - {row['method'], '·'}] if pairs else []
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #05afa37b
 def _note(cells: Sequence[Cell]) -> str:
     note = older_note([run for c in cells for run in c.runs])
     return f'\n\n{note}' if note else ''
 
+
 def sections(
-    cells: Sequence[Cell], # of one scale
-    table: Callable[[Sequence[Row]], str] = markdown_table, # or `text_table`
-    heading: str = '**{}**\n\n', # of each pair
-) -> str: # nothing where there are no cells
+    cells: Sequence[Cell],  # of one scale
+    table: Callable[[Sequence[Row]], str] = markdown_table,  # or `text_table`
+    heading: str = '**{}**\n\n',  # of each pair
+) -> str:  # nothing where there are no cells
     "A table a pair, and what the dagger means where there is one."
     pairs = dict.fromkeys(c.pair for c in cells)
-    return '\n\n'.join(heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p]) for p in pairs) + _note(cells)
+    return '\n\n'.join(
+        heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p])
+        for p in pairs
+    ) + _note(cells)
 
 # %% ../../nbs/lab/21_results.ipynb #f1459386
 def points(
-    pair: str, # data, teacher and student
-    clock: str, # 'synthesis' or 'total'
-) -> list[tuple[str, float, float]]: # method, hours, accuracy
+    pair: str,  # data, teacher and student
+    clock: str,  # 'synthesis' or 'total'
+) -> list[tuple[str, float, float]]:  # method, hours, accuracy
     "What the papers have for one pair."
     rows = [(m, p) for m in METHODS if (p := published(pair, m)) is not None]
-    return [(m, hours, p.accuracy) for m, p in rows if (hours := getattr(p, f'{clock}_hours')) is not None]
+    return [
+        (m, hours, p.accuracy)
+        for m, p in rows
+        if (hours := getattr(p, f'{clock}_hours')) is not None
+    ]
+
 
 def place_labels(
-    ax: Any, # matplotlib's axes, with everything drawn and its limits set
-    labels: Sequence[tuple[str, float, float, str]], # text, x, y, colour
-    size: float = 6.5, # points
+    ax: Any,  # matplotlib's axes, with everything drawn and its limits set
+    labels: Sequence[tuple[str, float, float, str]],  # text, x, y, colour
+    size: float = 6.5,  # points
 ) -> None:
     "Words beside their points, each where the fewest others are."
     scale = ax.figure.dpi / 72
-    places = [ax.transData.transform((x, y)) / scale for _, x, y, _ in labels] # in points of the page
+    # in points of the page
+    places = [ax.transData.transform((x, y)) / scale for _, x, y, _ in labels]
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
-    low, high = ax.transAxes.transform((0, 0)) / scale, ax.transAxes.transform((1, 1)) / scale
-    for (text, x, y, colour), (px, py) in reversed(list(zip(labels, places))): # the last, which are ours, choose first
+    low = ax.transAxes.transform((0, 0)) / scale
+    high = ax.transAxes.transform((1, 1)) / scale
+    # the last, which are ours, choose first
+    for (text, x, y, colour), (px, py) in reversed(list(zip(labels, places))):
         width, boxes = 0.58 * size * len(text) + 2, []
-        for dx, dy in ((6, -size / 2), (-width - 6, -size / 2), (5, 3), (5, -size - 2), (-width - 5, 3), (-width - 5, -size - 2), (-width / 2, 7), (-width / 2, -size - 7), (12, 12), (12, -size - 12), (-width - 12, 12), (-width - 12, -size - 12), (12, 22)):
+        for dx, dy in (
+            (6, -size / 2),
+            (-width - 6, -size / 2),
+            (5, 3),
+            (5, -size - 2),
+            (-width - 5, 3),
+            (-width - 5, -size - 2),
+            (-width / 2, 7),
+            (-width / 2, -size - 7),
+            (12, 12),
+            (12, -size - 12),
+            (-width - 12, 12),
+            (-width - 12, -size - 12),
+            (12, 22),
+        ):
             box = (px + dx - 1, py + dy - 1, px + dx + width + 1, py + dy + size + 1)
-            crossed = sum(max(0, min(box[2], o[2]) - max(box[0], o[0])) * max(0, min(box[3], o[3]) - max(box[1], o[1])) for o in taken)
-            outside = max(0, low[0] - box[0]) + max(0, box[2] - high[0]) + max(0, low[1] - box[1]) + max(0, box[3] - high[1])
+            crossed = sum(
+                max(0, min(box[2], o[2]) - max(box[0], o[0]))
+                * max(0, min(box[3], o[3]) - max(box[1], o[1]))
+                for o in taken
+            )
+            outside = (
+                max(0, low[0] - box[0])
+                + max(0, box[2] - high[0])
+                + max(0, low[1] - box[1])
+                + max(0, box[3] - high[1])
+            )
             boxes.append((crossed + 10 * outside + 0.01 * math.hypot(dx, dy), dx, dy, box))
         _, dx, dy, box = min(boxes)
         taken.append(box)
-        line = {'arrowstyle': '-', 'color': colour, 'lw': 0.5, 'shrinkA': 0, 'shrinkB': 3} if abs(dx) == 12 or dx == -width - 12 else None
-        ax.annotate(text, (x, y), xytext=(dx, dy), textcoords='offset points', fontsize=size, color=colour, arrowprops=line)
+        line = (
+            {'arrowstyle': '-', 'color': colour, 'lw': 0.5, 'shrinkA': 0, 'shrinkB': 3}
+            if abs(dx) == 12 or dx == -width - 12
+            else None
+        )
+        ax.annotate(
+            text,
+            (x, y),
+            xytext=(dx, dy),
+            textcoords='offset points',
+            fontsize=size,
+            color=colour,
+            arrowprops=line,
+        )
 
 # %% ../../nbs/lab/21_results.ipynb #1489067e
 def draw_points(
-    ax: Any, # matplotlib's axes
-    cells: Sequence[Cell], # their pairs may differ
-    pair: str, # whose points to draw
-    clock: str, # 'synthesis' or 'total'
-    paper: bool = True, # also the papers' points
-) -> list[tuple[str, float, float, str]]: # for `place_labels`
-    "Accuracy against one of the two clocks; the teacher and the student on real images as lines."
+    ax: Any,  # matplotlib's axes
+    cells: Sequence[Cell],  # their pairs may differ
+    pair: str,  # whose points to draw
+    clock: str,  # 'synthesis' or 'total'
+    paper: bool = True,  # also the papers' points
+) -> list[tuple[str, float, float, str]]:  # for `place_labels`
+    """Accuracy against one of the two clocks; the teacher and the student on real images as
+    lines.
+    """
     import seaborn
     from dfkd_nb.foundations.core import COLOURS
-    labels = [(METHODS[m].replace('SSD-KD, 10 % data', 'SSD-KD 10 %'), x, y, COLOURS['noise']) for m, x, y in points(pair, clock) if paper]
-    for _, x, y, colour in labels: ax.scatter(x, y, marker='s', s=20, facecolor='none', edgecolor=colour)
+
+    labels = [
+        (METHODS[m].replace('SSD-KD, 10 % data', 'SSD-KD 10 %'), x, y, COLOURS['noise'])
+        for m, x, y in points(pair, clock)
+        if paper
+    ]
+    for _, x, y, colour in labels:
+        ax.scatter(x, y, marker='s', s=20, facecolor='none', edgecolor=colour)
     for method, colour in (('teacher', 'teacher'), ('scratch', 'real')):
-        if paper and (line := published(pair, method)): ax.axhline(line.accuracy, color=COLOURS[colour], ls=':', lw=1)
+        if paper and (line := published(pair, method)):
+            ax.axhline(line.accuracy, color=COLOURS[colour], ls=':', lw=1)
     for cell in cells:
         took = cell.hours(clock)
-        if cell.pair != pair or not took: continue
-        seaborn.scatterplot(x=took, y=cell.accuracies, color='black', s=9, linewidth=0, legend=False, zorder=3, ax=ax) # every seed
-        ax.errorbar(took, cell.mean, spread(cell.accuracies), marker='o', markersize=5, color=COLOURS['student'], capsize=2, ls='none')
-        labels.append((marked(METHODS.get(cell.method, cell.method), *cell.runs), took, cell.mean, COLOURS['student']))
-    ax.set(xscale='log', xlabel=f"hours, {'synthesis' if clock == 'synthesis' else 'everything'}", ylabel='student accuracy, %')
+        if cell.pair != pair or not took:
+            continue
+        # every seed
+        seaborn.scatterplot(
+            x=took,
+            y=cell.accuracies,
+            color='black',
+            s=9,
+            linewidth=0,
+            legend=False,
+            zorder=3,
+            ax=ax,
+        )
+        ax.errorbar(
+            took,
+            cell.mean,
+            spread(cell.accuracies),
+            marker='o',
+            markersize=5,
+            color=COLOURS['student'],
+            capsize=2,
+            ls='none',
+        )
+        labels.append(
+            (
+                marked(METHODS.get(cell.method, cell.method), *cell.runs),
+                took,
+                cell.mean,
+                COLOURS['student'],
+            )
+        )
+    ax.set(
+        xscale='log',
+        xlabel=f'hours, {"synthesis" if clock == "synthesis" else "everything"}',
+        ylabel='student accuracy, %',
+    )
     return labels
 
 # %% ../../nbs/lab/21_results.ipynb #b5270307
 def draw_scatter(
-    cells: Sequence[Cell], # see `comparison`
-    pair: str, # which to draw
-) -> Any: # matplotlib's figure
-    "Accuracy against hours of synthesis, and against hours of everything (FastDFKD, Fig. 1)."
+    cells: Sequence[Cell],  # see `comparison`
+    pair: str,  # which to draw
+) -> Any:  # matplotlib's figure
+    """Accuracy against hours of synthesis, and against hours of everything (FastDFKD, Fig.
+    1).
+    """
     import matplotlib.pyplot as plt
     from dfkd_nb.foundations.core import book_style
+
     with book_style():
-        figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.0), sharey=True, layout='constrained')
-        labels = [draw_points(ax, cells, pair, clock) for ax, clock in zip(axes, ('synthesis', 'total'))]
-    for ax in axes: ax.margins(0.12)
+        figure, axes = plt.subplots(
+            1, 2, figsize=(7.6, 4.0), sharey=True, layout='constrained'
+        )
+        labels = [
+            draw_points(ax, cells, pair, clock)
+            for ax, clock in zip(axes, ('synthesis', 'total'))
+        ]
+    for ax in axes:
+        ax.margins(0.12)
     axes[1].set_ylabel('')
     figure.suptitle(pair_title(pair), fontsize=9)
-    figure.draw_without_rendering() # the layout decides where points lie, and they where words fit
-    for ax, texts in zip(axes, labels): place_labels(ax, texts)
+    # the layout decides where points lie, and they where words fit
+    figure.draw_without_rendering()
+    for ax, texts in zip(axes, labels):
+        place_labels(ax, texts)
     return figure
 
 # %% ../../nbs/lab/21_results.ipynb #39662c85
 def teacher_recipe(
-    name: str, # a setting `teacher`
-) -> str: # of the recipe that trained it; nothing where there is none
+    name: str,  # a setting `teacher`
+) -> str:  # of the recipe that trained it; nothing where there is none
     "Who trained the teacher."
-    if name.startswith('run:'): return name.removeprefix('run:').partition('/')[0]
+    if name.startswith('run:'):
+        return name.removeprefix('run:').partition('/')[0]
     data, _, network = name.partition('-')
-    return f'{data}-teacher-{network}' if network and f'{data}-teacher-{network}' in recipe_names() else ''
+    return (
+        f'{data}-teacher-{network}'
+        if network and f'{data}-teacher-{network}' in recipe_names()
+        else ''
+    )
 
-def _start(run: Result) -> str: return '' if (start := run.settings.get('student_start', 'random weights')) == 'random weights' else f', begins with {start}'
+
+def _start(run: Result) -> str:
+    return (
+        ''
+        if (start := run.settings.get('student_start', 'random weights'))
+        == 'random weights'
+        else f', begins with {start}'
+    )
+
 
 def detail_of(
-    run: Result, # of any task
+    run: Result,  # of any task
 ) -> Row:
     "All that a number needs to be understood and made again."
     teacher = str(run.settings.get('teacher', ''))
-    accuracy = f" ({_percent(run, 'teacher_accuracy'):.2f} %)" if 'teacher_accuracy' in run.numbers else ''
-    trained = f', by `{recipe}`' if (recipe := teacher_recipe(teacher)) and not teacher.startswith('run:') else ''
-    return {'run': f'`{run.recipe}` ({run.scale})', 'seed': str(_seed(run)), 'T': f"{run.settings['temperature']:g}" if 'temperature' in run.settings else '',
-            'teacher': f'`{teacher}`{accuracy}{trained}' if teacher else '', 'student': f"{run.settings.get('student', '')}{_start(run)}", 'accuracy, %': marked(f"{_percent(run, 'student_accuracy'):.2f}", run),
-            'test images': f"{run.numbers.get('test_images', 0):,}", 'hardware': hardware(run), 'commit': (run.environment.get('commit') or '')[:7],
-            'command': f"`{run.environment.get('command', '')}`"}
+    accuracy = (
+        f' ({_percent(run, "teacher_accuracy"):.2f} %)'
+        if 'teacher_accuracy' in run.numbers
+        else ''
+    )
+    trained = (
+        f', by `{recipe}`'
+        if (recipe := teacher_recipe(teacher)) and not teacher.startswith('run:')
+        else ''
+    )
+    return {
+        'run': f'`{run.recipe}` ({run.scale})',
+        'seed': str(_seed(run)),
+        'T': f'{run.settings["temperature"]:g}' if 'temperature' in run.settings else '',
+        'teacher': f'`{teacher}`{accuracy}{trained}' if teacher else '',
+        'student': f'{run.settings.get("student", "")}{_start(run)}',
+        'accuracy, %': marked(f'{_percent(run, "student_accuracy"):.2f}', run),
+        'test images': f'{run.numbers.get("test_images", 0):,}',
+        'hardware': hardware(run),
+        'commit': (run.environment.get('commit') or '')[:7],
+        'command': f'`{run.environment.get("command", "")}`',
+    }
 
 # %% ../../nbs/lab/21_results.ipynb #14c29f01
 def uncounted(
-    found: Sequence[Result], # see `results`
-) -> list[Result]: # runs of the comparison that no cell counts
+    found: Sequence[Result],  # see `results`
+) -> list[Result]:  # runs of the comparison that no cell counts
     "Runs that repeat a seed: the first counted."
-    counted = {id(run) for scale in SCALES for cell in comparison(found, scale) for run in cell.runs}
+    counted = {
+        id(run)
+        for scale in SCALES
+        for cell in comparison(found, scale)
+        for run in cell.runs
+    }
     return [run for run in found if place_of(run.settings) and id(run) not in counted]
 
 # %% ../../nbs/lab/21_results.ipynb #3f0f632c
 def other_rows(
-    found: Sequence[Result], # see `results`
-) -> list[Row]: # by recipe
+    found: Sequence[Result],  # see `results`
+) -> list[Row]:  # by recipe
     "Students of runs that have no place in the comparison."
-    runs = [run for run in found if 'student_accuracy' in run.numbers and place_of(run.settings) is None]
-    return [{'run': run.recipe, 'scale': run.scale, 'accuracy, %': marked(f"{_percent(run, 'student_accuracy'):.2f}", run), 'seed': str(_seed(run)), 'T': f"{run.settings.get('temperature', math.nan):g}",
-             'images': f"{run.numbers.get('images', 0):,}", 'updates': f"{run.numbers.get('updates', 0):,}", 'time': duration(run.seconds.get('total', 0) / 3600), 'hardware': hardware(run)} for run in runs]
+    runs = [
+        run
+        for run in found
+        if 'student_accuracy' in run.numbers and place_of(run.settings) is None
+    ]
+    return [
+        {
+            'run': run.recipe,
+            'scale': run.scale,
+            'accuracy, %': marked(f'{_percent(run, "student_accuracy"):.2f}', run),
+            'seed': str(_seed(run)),
+            'T': f'{run.settings.get("temperature", math.nan):g}',
+            'images': f'{run.numbers.get("images", 0):,}',
+            'updates': f'{run.numbers.get("updates", 0):,}',
+            'time': duration(run.seconds.get('total', 0) / 3600),
+            'hardware': hardware(run),
+        }
+        for run in runs
+    ]
 
 # %% ../../nbs/lab/21_results.ipynb #6dce37fb
 def results_text(
-    found: Sequence[Result], # see `results`
-    scale: str | None = None, # None takes both, full first
-) -> str: # many lines
+    found: Sequence[Result],  # see `results`
+    scale: str | None = None,  # None takes both, full first
+) -> str:  # many lines
     "The comparison for a terminal: what there is, what is missing, what else was run."
     parts = []
     for each in (scale,) if scale else SCALES[::-1]:
         cells = comparison(found, each)
-        if cells: parts.append(f'--- {each} scale ---\n\n' + sections(cells, text_table, '{}\n'))
+        if cells:
+            parts.append(f'--- {each} scale ---\n\n' + sections(cells, text_table, '{}\n'))
         wanted = places(each)
-        if cells or wanted: parts.append(missing(cells, wanted, each).replace('`', ''))
-    if again := uncounted(found): parts.append(f'{len(again)} of the results repeat a seed and are not counted, the first is {again[0].recipe} ({again[0].scale}).')
+        if cells or wanted:
+            parts.append(missing(cells, wanted, each).replace('`', ''))
+    if again := uncounted(found):
+        parts.append(
+            f'{len(again)} of the results repeat a seed and are not counted, the first is'
+            f' {again[0].recipe} ({again[0].scale}).'
+        )
     others = [row for row in other_rows(found) if scale in (None, row['scale'])]
-    if others: parts.append('--- other runs ---\n\n' + text_table(others))
-    rest = [r for r in found if 'student_accuracy' not in r.numbers and scale in (None, r.scale)]
-    if rest: parts.append('--- without a student ---\n\n' + text_table([{'run': r.recipe, 'scale': r.scale, 'time': duration(r.seconds.get('total', 0) / 3600), 'numbers': marked(_summary(r), r)} for r in rest]))
-    if (others or rest) and (note := older_note([r for r in found if place_of(r.settings) is None])): parts.append(note)
+    if others:
+        parts.append('--- other runs ---\n\n' + text_table(others))
+    rest = [
+        r for r in found if 'student_accuracy' not in r.numbers and scale in (None, r.scale)
+    ]
+    if rest:
+        parts.append(
+            '--- without a student ---\n\n'
+            + text_table(
+                [
+                    {
+                        'run': r.recipe,
+                        'scale': r.scale,
+                        'time': duration(r.seconds.get('total', 0) / 3600),
+                        'numbers': marked(_summary(r), r),
+                    }
+                    for r in rest
+                ]
+            )
+        )
+    if (others or rest) and (
+        note := older_note([r for r in found if place_of(r.settings) is None])
+    ):
+        parts.append(note)
     return '\n\n'.join(parts)
+
 
 def _summary(run: Result) -> str:
     "The first numbers of a run, in a line."
-    shown = [(k, v) for k, v in run.numbers.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]
-    return ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown[:4])
+    shown = [
+        (k, v)
+        for k, v in run.numbers.items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    ]
+    return ', '.join(
+        f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown[:4]
+    )
 
 # %% ../../nbs/lab/21_results.ipynb #0ca7698a
 def results_command(
-    folder: str | Path | None = None, # of results; None takes `results_folder()`
-    scale: str | None = None, # 'quick' or 'full'; None takes both
-) -> int: # exit code
+    folder: str | Path | None = None,  # of results; None takes `results_folder()`
+    scale: str | None = None,  # 'quick' or 'full'; None takes both
+) -> int:  # exit code
     "`dfkd results`: print the comparison as it stands."
     found = results(folder)
-    if not found: raise problem(f"no results under '{folder or results_folder()}': `dfkd run RECIPE` makes one, --folder looks elsewhere")
+    if not found:
+        raise problem(
+            f"no results under '{folder or results_folder()}': `dfkd run RECIPE` makes one,"
+            ' --folder looks elsewhere'
+        )
     print(results_text(found, scale))
     return 0

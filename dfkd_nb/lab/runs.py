@@ -52,41 +52,63 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/lab/20_runs.ipynb #4abb34a6
 def problem(
-    message: str, # what is wrong and what to do, in one line
-) -> Exception: # a `DFKDError` to raise
-    "A `DFKDError`, fetched only now: recipes can be listed and checked without loading PyTorch."
+    message: str,  # what is wrong and what to do, in one line
+) -> Exception:  # a `DFKDError` to raise
+    """A `DFKDError`, fetched only now.
+
+    Recipes can be listed and checked without loading PyTorch.
+    """
     from dfkd_nb.foundations.core import DFKDError
+
     return DFKDError(message)
 
 # %% ../../nbs/lab/20_runs.ipynb #8f9d182f
 def nearest(
-    word: str, # what was written
-    words: Sequence[str], # what could have been meant
-) -> str: # ", did you mean 'x'?" or ''
+    word: str,  # what was written
+    words: Sequence[str],  # what could have been meant
+) -> str:  # ", did you mean 'x'?" or ''
     "The valid word that looks most like `word`, as the end of an error message."
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else f': use one of {", ".join(sorted(words))}'
+    return (
+        f", did you mean '{close[0]}'?"
+        if close
+        else f': use one of {", ".join(sorted(words))}'
+    )
 
 # %% ../../nbs/lab/20_runs.ipynb #377dc34c
 T = TypeVar('T')
 
 # %% ../../nbs/lab/20_runs.ipynb #2cb504a9
 def setting(
-    default: T, # used where the recipe is silent
-    help: str, # what it does, with its unit
-    low: float | None = None, # smallest value allowed
-    high: float | None = None, # largest value allowed
-    choices: Sequence[str] = (), # the words allowed
-    names: str = '', # what kind of thing it names, a word of `NAMED`; '' for none
+    default: T,  # used where the recipe is silent
+    help: str,  # what it does, with its unit
+    low: float | None = None,  # smallest value allowed
+    high: float | None = None,  # largest value allowed
+    choices: Sequence[str] = (),  # the words allowed
+    names: str = '',  # what kind of thing it names, a word of `NAMED`; '' for none
 ) -> T:
     "A field of a task's settings that knows its own limits."
-    rules = {'help': help, 'low': low, 'high': high, 'choices': tuple(choices), 'names': names}
+    rules = {
+        'help': help,
+        'low': low,
+        'high': high,
+        'choices': tuple(choices),
+        'names': names,
+    }
     return field(default=default, metadata=rules)
 
 # %% ../../nbs/lab/20_runs.ipynb #9ffb8edf
-SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps') # those of chapter 4, without loading PyTorch; `tests/test_runs.py` holds both lists equal, and those of precisions
+# those of chapter 4, without loading PyTorch; `tests/test_runs.py` holds both lists equal,
+# and those of precisions
+SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps')
 PRECISIONS = ('float32', 'bfloat16', 'float16')
-WORDS = {'int': 'a whole number', 'float': 'a number', 'str': 'a string', 'bool': 'true or false', 'dict': 'a table'}
+WORDS = {
+    'int': 'a whole number',
+    'float': 'a number',
+    'str': 'a string',
+    'bool': 'true or false',
+    'dict': 'a table',
+}
 SOURCES = ('dreams', 'real')
 STARTS = ('random weights', "teacher's blocks")
 
@@ -94,20 +116,29 @@ STARTS = ('random weights', "teacher's blocks")
 @dataclass(frozen=True)
 class Learning:
     "How a network learns: shared by teachers and students."
+
     batch_size: int = setting(128, 'images an update', low=2)
     learning_rate: float = setting(0.1, 'peak step size of SGD', low=0)
-    momentum: float = setting(0.9, 'of Nesterov\'s SGD', low=0, high=1)
+    momentum: float = setting(0.9, "of Nesterov's SGD", low=0, high=1)
     weight_decay: float = setting(5e-4, 'pull of the weights towards zero', low=0)
-    label_smoothing: float = setting(0., 'share of the target spread over all classes', low=0, high=1)
-    mixup_alpha: float = setting(0., 'of mixup; 0 for none', low=0)
+    label_smoothing: float = setting(
+        0.0, 'share of the target spread over all classes', low=0, high=1
+    )
+    mixup_alpha: float = setting(0.0, 'of mixup; 0 for none', low=0)
     schedule: str = setting('one-cycle', 'how the step size moves', choices=SCHEDULES)
-    warmup: float = setting(0., 'share of the updates in which the step size rises', low=0, high=1)
+    warmup: float = setting(
+        0.0, 'share of the updates in which the step size rises', low=0, high=1
+    )
     augment: bool = setting(True, 'shift by up to four pixels, and flip')
     flip: bool = setting(True, 'whether augmentation may mirror images (digits: no)')
     padding: int = setting(4, 'pixels of shift in augmentation', low=0)
-    precision: str = setting('float32', 'of the arithmetic', choices=PRECISIONS, names='precision')
+    precision: str = setting(
+        'float32', 'of the arithmetic', choices=PRECISIONS, names='precision'
+    )
     evaluations: int = setting(10, 'times the test accuracy is taken', low=1)
-    test_data: str = setting('cifar10', 'real images to test on: a name of `load_data`', names='data')
+    test_data: str = setting(
+        'cifar10', 'real images to test on: a name of `load_data`', names='data'
+    )
     test_limit: int = setting(0, 'test images used; 0 takes all', low=0)
     seed: int = setting(0, 'of every random draw', low=0, high=2**31)
 
@@ -115,262 +146,444 @@ class Learning:
 @dataclass(frozen=True)
 class TeacherSettings(Learning):
     "A network trained on real images."
-    data: str = setting('cifar10', 'real images to train on: a name of `load_data`', names='data')
+
+    data: str = setting(
+        'cifar10', 'real images to train on: a name of `load_data`', names='data'
+    )
     limit: int = setting(0, 'training images used; 0 takes all', low=0)
     model: str = setting('resnet20', 'a name of `build_model`', names='model')
-    epochs: float = setting(30., 'passes over the training images', low=0.001)
+    epochs: float = setting(30.0, 'passes over the training images', low=0.001)
 
 # %% ../../nbs/lab/20_runs.ipynb #18960c13
 @dataclass(frozen=True)
 class Synthesis:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
-    teacher: str = setting('cifar10-resnet20', "a shipped teacher, or 'run:RECIPE' for one from a finished run", names='teacher')
+
+    teacher: str = setting(
+        'cifar10-resnet20',
+        "a shipped teacher, or 'run:RECIPE' for one from a finished run",
+        names='teacher',
+    )
     source: str = setting('dreams', 'where the images come from', choices=SOURCES)
-    real_data: str = setting('cifar10', "training images for source 'real': a name of `load_data`", names='data')
-    images_from: str = setting('', "'run:RECIPE' takes the first images of a finished run instead of making some")
+    real_data: str = setting(
+        'cifar10', "training images for source 'real': a name of `load_data`", names='data'
+    )
+    images_from: str = setting(
+        '', "'run:RECIPE' takes the first images of a finished run instead of making some"
+    )
     images: int = setting(256, 'number of images', low=1)
     synthesis_steps: int = setting(2000, 'updates of each batch of images', low=1)
-    half_size_steps: int = setting(0, 'further updates before these, at half the size', low=0)
-    quarter_size_steps: int = setting(0, 'further updates before those, at a quarter of the size', low=0)
-    single_share: float = setting(0., 'share of the images made at full size alone, without smaller stages (DeepInversion, supplement D)', low=0, high=1)
+    half_size_steps: int = setting(
+        0, 'further updates before these, at half the size', low=0
+    )
+    quarter_size_steps: int = setting(
+        0, 'further updates before those, at a quarter of the size', low=0
+    )
+    single_share: float = setting(
+        0.0,
+        'share of the images made at full size alone, without smaller stages'
+        ' (DeepInversion, supplement D)',
+        low=0,
+        high=1,
+    )
     single_size_steps: int = setting(2000, 'updates of each batch of those', low=1)
-    classes: str = setting('in turn', 'which classes, where images are fewer: the first ones, or evenly spread ones', choices=('in turn', 'spread'))
+    classes: str = setting(
+        'in turn',
+        'which classes, where images are fewer: the first ones, or evenly spread ones',
+        choices=('in turn', 'spread'),
+    )
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(0.1, 'step size of Adam on the pixels', low=0)
-    synthesis_schedule: str = setting('constant', 'how that step size moves', choices=SCHEDULES)
-    class_weight: float = setting(1., 'of the class loss', low=0)
+    synthesis_schedule: str = setting(
+        'constant', 'how that step size moves', choices=SCHEDULES
+    )
+    class_weight: float = setting(1.0, 'of the class loss', low=0)
     tv_l2: float = setting(2.5e-5, 'of the total variation, l2', low=0)
-    tv_l1: float = setting(0., 'of the total variation, l1', low=0)
-    l2: float = setting(3e-8, 'of the images\' norm', low=0)
-    feature_weight: float = setting(1., 'of the feature statistics (Eq. 4)', low=0)
-    first_layer_weight: float = setting(1., 'extra weight of the first layer\'s statistics', low=0)
-    feature_scale: str = setting('absolute', 'as in Eq. 4, or in units of the data\'s own spread', choices=('absolute', 'relative'))
-    measured_images: int = setting(0, 'real images to measure feature statistics on; 0 reads BatchNorm', low=0)
-    measured_data: str = setting('cifar10', 'where those come from: a name of `load_data`, its training images', names='data')
-    goal_weight: float = setting(0., 'of the distance from activations drawn from metadata (Dream Distillation, Eq. 1); 0 for none', low=0)
+    tv_l1: float = setting(0.0, 'of the total variation, l1', low=0)
+    l2: float = setting(3e-8, "of the images' norm", low=0)
+    feature_weight: float = setting(1.0, 'of the feature statistics (Eq. 4)', low=0)
+    first_layer_weight: float = setting(
+        1.0, "extra weight of the first layer's statistics", low=0
+    )
+    feature_scale: str = setting(
+        'absolute',
+        "as in Eq. 4, or in units of the data's own spread",
+        choices=('absolute', 'relative'),
+    )
+    measured_images: int = setting(
+        0, 'real images to measure feature statistics on; 0 reads BatchNorm', low=0
+    )
+    measured_data: str = setting(
+        'cifar10',
+        'where those come from: a name of `load_data`, its training images',
+        names='data',
+    )
+    goal_weight: float = setting(
+        0.0,
+        'of the distance from activations drawn from metadata (Dream Distillation, Eq. 1);'
+        ' 0 for none',
+        low=0,
+    )
     metadata_images: int = setting(5000, 'real training images behind the metadata', low=1)
     metadata_clusters: int = setting(3, 'in each class', low=1)
     metadata_components: int = setting(20, 'principal components of each cluster', low=0)
     jitter: int = setting(2, 'pixels of random shift at each update', low=0)
     synthesis_flip: bool = setting(True, 'mirror the batch at random')
     clip: bool = setting(True, 'keep the pixels in the range of images (Eq. 16)')
-    synthesis_precision: str = setting('float32', 'of the arithmetic of synthesis', choices=PRECISIONS, names='precision')
+    synthesis_precision: str = setting(
+        'float32', 'of the arithmetic of synthesis', choices=PRECISIONS, names='precision'
+    )
     compile: bool = setting(False, 'compile the update')
 
 # %% ../../nbs/lab/20_runs.ipynb #155de6e1
 @dataclass(frozen=True)
 class DreamSettings(Synthesis):
     "Images from a teacher."
-    test_data: str = setting('', 'real images to take the teacher\'s accuracy on; empty for none', names='data')
-    verifiers: str = setting('', 'other teachers to show the images to, with commas: names of `load_teacher`', names='teacher')
+
+    test_data: str = setting(
+        '', "real images to take the teacher's accuracy on; empty for none", names='data'
+    )
+    verifiers: str = setting(
+        '',
+        'other teachers to show the images to, with commas: names of `load_teacher`',
+        names='teacher',
+    )
     picture: int = setting(40, 'images in the picture', low=1)
     seed: int = setting(0, 'of every random draw', low=0, high=2**31)
 
 # %% ../../nbs/lab/20_runs.ipynb #c916617b
 @dataclass(frozen=True)
 class TransferSettings(Learning, Synthesis):
-    "A student that learns from a teacher's dreams, made at once or in rounds that answer to what it knows."
-    rounds: int = setting(1, 'in which the images are made; 1 makes all before the student starts', low=1)
+    """A student that learns from a teacher's dreams, made at once or in rounds that answer
+    to what it knows.
+    """
+
+    rounds: int = setting(
+        1, 'in which the images are made; 1 makes all before the student starts', low=1
+    )
     updates_between_rounds: int = setting(50, 'of the student', low=1)
-    competition_weight: float = setting(0., 'of 1 - JS(teacher, student), from the second round on (Eq. 8 and 9)', low=0)
-    competition_temperature: float = setting(3., 'of both answers in it', low=0.01)
-    learn_from: str = setting('teacher', 'the teacher\'s answers, or the classes that the images were meant to show', choices=('teacher', 'labels'))
+    competition_weight: float = setting(
+        0.0, 'of 1 - JS(teacher, student), from the second round on (Eq. 8 and 9)', low=0
+    )
+    competition_temperature: float = setting(3.0, 'of both answers in it', low=0.01)
+    learn_from: str = setting(
+        'teacher',
+        "the teacher's answers, or the classes that the images were meant to show",
+        choices=('teacher', 'labels'),
+    )
     student: str = setting('resnet20', 'a name of `build_model`', names='model')
-    student_start: str = setting('random weights', 'what the student begins from: see `inherit`', choices=STARTS)
+    student_start: str = setting(
+        'random weights', 'what the student begins from: see `inherit`', choices=STARTS
+    )
     updates: int = setting(1000, 'of the student', low=1)
-    temperature: float = setting(3., 'of distillation', low=0.01)
+    temperature: float = setting(3.0, 'of distillation', low=0.01)
     picture: int = setting(40, 'images in the picture', low=1)
     pair: str = setting('', 'of teacher and student, in a comparison')
     method: str = setting('', 'in a comparison')
 
 # %% ../../nbs/lab/20_runs.ipynb #b05e9c49
 def check_settings(
-    kind: type[T], # a dataclass of settings
-    values: dict[str, Any], # what a recipe and the command line gave
-    where: str, # named in the error
-) -> T: # the settings, checked
-    "Unknown keys, wrong types and values out of range raise a `DFKDError` that names the key."
-    fields = {f.name: f for f in dataclasses.fields(kind)} # type: ignore[arg-type]
+    kind: type[T],  # a dataclass of settings
+    values: dict[str, Any],  # what a recipe and the command line gave
+    where: str,  # named in the error
+) -> T:  # the settings, checked
+    """Unknown keys, wrong types and values out of range raise a `DFKDError` that names the
+    key.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     types: dict[str, Any] = {'int': int, 'float': float, 'str': str, 'bool': bool}
     checked: dict[str, Any] = {}
     value: Any
     for key, value in values.items():
-        if key not in fields: raise problem(f"{where}: unknown key '{key}'{nearest(key, list(fields))}")
-        wanted, rules = str(getattr(fields[key].type, '__name__', fields[key].type)), fields[key].metadata
-        if wanted == 'float' and type(value) is int: value = float(value)
-        if wanted == 'str' and type(value) in (int, float): value = str(value) # a list of one number: `--set bits=4`
+        if key not in fields:
+            raise problem(f"{where}: unknown key '{key}'{nearest(key, list(fields))}")
+        wanted = str(getattr(fields[key].type, '__name__', fields[key].type))
+        rules = fields[key].metadata
+        if wanted == 'float' and type(value) is int:
+            value = float(value)
+        # a list of one number: `--set bits=4`
+        if wanted == 'str' and type(value) in (int, float):
+            value = str(value)
         if type(value) is not types[wanted]:
-            raise problem(f"{where}: '{key}' is {toml_value(value)}: give {WORDS[wanted]} ({rules['help']})")
-        if wanted == 'float' and not math.isfinite(value): raise problem(f"{where}: '{key}' is {value}: give a finite number")
+            raise problem(
+                f"{where}: '{key}' is {toml_value(value)}: give {WORDS[wanted]}"
+                f' ({rules["help"]})'
+            )
+        if wanted == 'float' and not math.isfinite(value):
+            raise problem(f"{where}: '{key}' is {value}: give a finite number")
         low, high, choices = rules['low'], rules['high'], rules['choices']
-        if low is not None and value < low: raise problem(f"{where}: '{key}' is {value}: give at least {low}")
-        if high is not None and value > high: raise problem(f"{where}: '{key}' is {value}: give at most {high}")
-        if choices and value not in choices: raise problem(f"{where}: '{key}' is '{value}'{nearest(value, choices)}")
+        if low is not None and value < low:
+            raise problem(f"{where}: '{key}' is {value}: give at least {low}")
+        if high is not None and value > high:
+            raise problem(f"{where}: '{key}' is {value}: give at most {high}")
+        if choices and value not in choices:
+            raise problem(f"{where}: '{key}' is '{value}'{nearest(value, choices)}")
         checked[key] = value
     return kind(**checked)
 
 # %% ../../nbs/lab/20_runs.ipynb #91a8c30f
 def toml_value(
-    value: Any, # a string, a number or a boolean
-) -> str: # as TOML writes it
+    value: Any,  # a string, a number or a boolean
+) -> str:  # as TOML writes it
     "One value in TOML; the standard library reads the format and does not write it."
-    if isinstance(value, bool): return 'true' if value else 'false'
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, list)) else repr(value)
+    if isinstance(value, bool):
+        return 'true' if value else 'false'
+    return (
+        json.dumps(value, ensure_ascii=False)
+        if isinstance(value, (str, list))
+        else repr(value)
+    )
 
 # %% ../../nbs/lab/20_runs.ipynb #0fa4651a
 SCALES = ('quick', 'full')
-HEAD = {'title': str, 'task': str, 'paper': str, 'order': int, 'hardware': str, 'hours': float, 'expected': str}
+HEAD = {
+    'title': str,
+    'task': str,
+    'paper': str,
+    'order': int,
+    'hardware': str,
+    'hours': float,
+    'expected': str,
+}
 
 # %% ../../nbs/lab/20_runs.ipynb #585b30c1
 @dataclass(frozen=True)
 class Recipe:
     "What to do, with which numbers, at which scale."
-    name: str # of the file, without .toml
-    title: str # one line
-    task: str # a name in `TASKS`
-    settings: dict[str, Any] # common to all scales
-    scales: dict[str, dict[str, Any]] # 'quick' and 'full': what each changes
-    paper: str = '' # where the numbers come from
-    order: int = 100 # place in the list, cheapest first
-    hardware: str = '' # what the full scale was meant for
-    hours: float = 0. # of the full scale on that hardware
-    expected: str = '' # what should come out at full scale
+
+    name: str  # of the file, without .toml
+    title: str  # one line
+    task: str  # a name in `TASKS`
+    settings: dict[str, Any]  # common to all scales
+    scales: dict[str, dict[str, Any]]  # 'quick' and 'full': what each changes
+    paper: str = ''  # where the numbers come from
+    order: int = 100  # place in the list, cheapest first
+    hardware: str = ''  # what the full scale was meant for
+    hours: float = 0.0  # of the full scale on that hardware
+    expected: str = ''  # what should come out at full scale
 
     @classmethod
-    def parse(cls,
-        text: str, # TOML
-        name: str, # of the recipe
-    ) -> 'Recipe': # checked, all scales
+    def parse(
+        cls,
+        text: str,  # TOML
+        name: str,  # of the recipe
+    ) -> 'Recipe':  # checked, all scales
         "Read TOML and check every key and value of every scale."
-        try: document = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error: raise problem(f"recipe '{name}' is not valid TOML ({error}): correct that line") from None
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise problem(
+                f"recipe '{name}' is not valid TOML ({error}): correct that line"
+            ) from None
         return cls.check(document, name)
 
     @classmethod
-    def check(cls,
-        document: dict[str, Any], # what a recipe's file says
-        name: str, # of the recipe
-    ) -> 'Recipe': # checked, all scales
+    def check(
+        cls,
+        document: dict[str, Any],  # what a recipe's file says
+        name: str,  # of the recipe
+    ) -> 'Recipe':  # checked, all scales
         "A recipe out of its parts; every key and value is checked."
         where = f"recipe '{name}'"
         for key, value in document.items():
             if key in ('settings', *SCALES):
-                if not isinstance(value, dict): raise problem(f"{where}: '{key}' is {toml_value(value)}: make it a table [{key}]")
-            elif key not in HEAD: raise problem(f"{where}: unknown key '{key}'{nearest(key, [*HEAD, 'settings', *SCALES])}")
-            elif HEAD[key] is float and type(value) is int: document[key] = float(value)
+                if not isinstance(value, dict):
+                    raise problem(
+                        f"{where}: '{key}' is {toml_value(value)}: make it a table [{key}]"
+                    )
+            elif key not in HEAD:
+                raise problem(
+                    f'{where}: unknown key'
+                    f" '{key}'{nearest(key, [*HEAD, 'settings', *SCALES])}"
+                )
+            elif HEAD[key] is float and type(value) is int:
+                document[key] = float(value)
             elif type(value) is not HEAD[key]:
-                raise problem(f"{where}: '{key}' is {toml_value(value)}: give {WORDS[HEAD[key].__name__]}")
+                raise problem(
+                    f"{where}: '{key}' is {toml_value(value)}: give"
+                    f' {WORDS[HEAD[key].__name__]}'
+                )
         for key in ('title', 'task'):
-            if key not in document: raise problem(f"{where} has no '{key}': add it")
+            if key not in document:
+                raise problem(f"{where} has no '{key}': add it")
         find_task(document['task'], where)
         scales = {s: document.pop(s) for s in SCALES if s in document}
-        if not scales: raise problem(f'{where} has no scale: add a table [quick] or [full]')
-        recipe = cls(name=name, settings=document.pop('settings', {}), scales=scales, **document)
-        for scale in scales: recipe.resolve(scale)
+        if not scales:
+            raise problem(f'{where} has no scale: add a table [quick] or [full]')
+        recipe = cls(
+            name=name, settings=document.pop('settings', {}), scales=scales, **document
+        )
+        for scale in scales:
+            recipe.resolve(scale)
         return recipe
 
     @classmethod
-    def load(cls,
-        name: str, # of a recipe in the package, or the path of a .toml file
-    ) -> 'Recipe': # checked
+    def load(
+        cls,
+        name: str,  # of a recipe in the package, or the path of a .toml file
+    ) -> 'Recipe':  # checked
         "A recipe by its name, or from a file of one's own."
-        if name in compared(): return cls.check(compose(name), name)
+        if name in compared():
+            return cls.check(compose(name), name)
         path = Path(name) if name.endswith('.toml') else recipe_folder() / f'{name}.toml'
         if not path.is_file():
-            if name.endswith('.toml'): raise problem(f'no recipe file {path}: check the path')
+            if name.endswith('.toml'):
+                raise problem(f'no recipe file {path}: check the path')
             near = difflib.get_close_matches(name, recipe_names(), 1, 0.5)
             hint = f", did you mean '{near[0]}'?" if near else ''
             raise problem(f"unknown recipe '{name}'{hint} (`dfkd list` shows all)")
-        try: text = path.read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as error: raise problem(f'cannot read recipe {path} ({error}): check the file') from None
+        try:
+            text = path.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise problem(f'cannot read recipe {path} ({error}): check the file') from None
         return cls.parse(text, path.stem)
 
-    def resolve(self,
-        scale: str = 'quick', # 'quick' or 'full'
-        overrides: dict[str, Any] | None = None, # from `--set`
-    ) -> Any: # the task's settings
-        "The settings of one scale: common ones, then the scale's, then what the command line says."
-        if scale not in SCALES: raise problem(f"unknown scale '{scale}'{nearest(scale, SCALES)}")
+    def resolve(
+        self,
+        scale: str = 'quick',  # 'quick' or 'full'
+        overrides: dict[str, Any] | None = None,  # from `--set`
+    ) -> Any:  # the task's settings
+        """The settings of one scale: common ones, then the scale's, then what the command
+        line says.
+        """
+        if scale not in SCALES:
+            raise problem(f"unknown scale '{scale}'{nearest(scale, SCALES)}")
         if scale not in self.scales:
-            raise problem(f"recipe '{self.name}' has no {scale} scale: use --scale {next(iter(self.scales))}")
+            raise problem(
+                f"recipe '{self.name}' has no {scale} scale: use --scale"
+                f' {next(iter(self.scales))}'
+            )
         values = self.settings | self.scales[scale]
         kind = find_task(self.task, f"recipe '{self.name}'").settings
         check_settings(kind, values, f"recipe '{self.name}' ({scale})")
-        return check_settings(kind, values | (overrides or {}), f"recipe '{self.name}' ({scale}), --set")
+        return check_settings(
+            kind, values | (overrides or {}), f"recipe '{self.name}' ({scale}), --set"
+        )
 
 # %% ../../nbs/lab/20_runs.ipynb #49e2c8b4
-def recipe_folder() -> Path: # where the package keeps its recipes
+def recipe_folder() -> Path:  # where the package keeps its recipes
     "The package's folder of recipes."
     return _package_folder() / 'recipes'
 
-def recipe_names() -> list[str]: # sorted
-    "The names of all recipes that ship: one a file, and every method for every pair (Chapter 24)."
+
+def recipe_names() -> list[str]:  # sorted
+    """The names of all recipes that ship.
+
+    One a file, and every method for every pair (Chapter 24).
+    """
     return sorted([*(p.stem for p in recipe_folder().glob('*.toml')), *compared()])
 
 # %% ../../nbs/lab/20_runs.ipynb #c6f5442b
 def _package_folder() -> Path:
     import dfkd_nb
+
     return Path(dfkd_nb.__file__).parent
 
 # %% ../../nbs/lab/20_runs.ipynb #386ea960
 @cache
-def tables() -> tuple[dict[str, Any], dict[str, Any]]: # pairs, and methods with their common parts
+def tables() -> tuple[
+    dict[str, Any], dict[str, Any]
+]:  # pairs, and methods with their common parts
     "The two tables of the comparison."
     folder = recipe_folder() / 'compare'
-    pairs, methods = (tomllib.loads((folder / f'{name}.toml').read_text(encoding='utf-8')) for name in ('pairs', 'methods'))
+    pairs, methods = (
+        tomllib.loads((folder / f'{name}.toml').read_text(encoding='utf-8'))
+        for name in ('pairs', 'methods')
+    )
     return pairs, methods
 
 # %% ../../nbs/lab/20_runs.ipynb #afb96adf
 @cache
-def compared() -> dict[str, tuple[str, str]]: # recipe to pair and method
+def compared() -> dict[str, tuple[str, str]]:  # recipe to pair and method
     "Every recipe of the comparison."
     pairs, methods = tables()
-    return {f'{pair}-{method}': (pair, method) for pair in pairs for method in methods if not method.startswith('common-')}
+    return {
+        f'{pair}-{method}': (pair, method)
+        for pair in pairs
+        for method in methods
+        if not method.startswith('common-')
+    }
 
 # %% ../../nbs/lab/20_runs.ipynb #f153989c
 def compose(
-    name: str, # PAIR-METHOD, one of `compared`
-) -> dict[str, Any]: # what the file of such a recipe would say
-    "One recipe out of the tables: the common settings of its task, its method's, its pair's, and what is peculiar to both."
+    name: str,  # PAIR-METHOD, one of `compared`
+) -> dict[str, Any]:  # what the file of such a recipe would say
+    """One recipe out of the tables.
+
+    The common settings of its task, its method's, its pair's, and what is peculiar to both.
+    """
     pairs, methods = tables()
     pair_name, method_name = compared()[name]
     pair, method = pairs[pair_name], methods[method_name]
-    parts = [methods[f"common-{method['task']}"], *([methods[f"common-{method['base']}"]] if 'base' in method else []), method]
-    def merged(part: str) -> dict[str, Any]: # a later line wins
+    parts = [
+        methods[f'common-{method["task"]}'],
+        *([methods[f'common-{method["base"]}']] if 'base' in method else []),
+        method,
+    ]
+
+    def merged(part: str) -> dict[str, Any]:  # a later line wins
         found: dict[str, Any] = {}
-        for source in (*parts, pair): found |= source.get(part, {})
-        return found | pair.get(method['task'], {}) | pair.get(method.get('base'), {}) | pair.get(method_name, {}) | pair.get(f'{method_name}-{part}', {})
-    scales = {scale: merged(scale) for scale in ('quick', 'full') if runs_at(pair_name, scale)}
-    settings = merged('settings') | method.get('always', {}) | {'pair': pair_name, 'method': method_name}
-    return {'title': f"{pair['title']}: {method['title']}", 'task': method['task'], 'paper': method['paper'], 'order': pair['order'] + method['order'],
-            'hours': method['hours'] if 'full' in scales else 0.05, 'hardware': '1 GPU (an estimate)' if 'full' in scales else '2 CPU cores',
-            'expected': "the paper's figure, which stands beside ours in chapter 21" if 'full' in scales else 'a row of the table in chapter 24; no paper has this pair', 'settings': settings} | scales
+        for source in (*parts, pair):
+            found |= source.get(part, {})
+        return (
+            found
+            | pair.get(method['task'], {})
+            | pair.get(method.get('base'), {})
+            | pair.get(method_name, {})
+            | pair.get(f'{method_name}-{part}', {})
+        )
+
+    scales = {
+        scale: merged(scale) for scale in ('quick', 'full') if runs_at(pair_name, scale)
+    }
+    settings = (
+        merged('settings')
+        | method.get('always', {})
+        | {'pair': pair_name, 'method': method_name}
+    )
+    return {
+        'title': f'{pair["title"]}: {method["title"]}',
+        'task': method['task'],
+        'paper': method['paper'],
+        'order': pair['order'] + method['order'],
+        'hours': method['hours'] if 'full' in scales else 0.05,
+        'hardware': '1 GPU (an estimate)' if 'full' in scales else '2 CPU cores',
+        'expected': "the paper's figure, which stands beside ours in chapter 21"
+        if 'full' in scales
+        else 'a row of the table in chapter 24; no paper has this pair',
+        'settings': settings,
+    } | scales
 
 # %% ../../nbs/lab/20_runs.ipynb #36a8ec59
 def runs_at(
-    pair: str, # of `pairs.toml`
-    scale: str, # 'quick' or 'full'
-) -> bool: # whether its recipes have that scale
-    "The pairs of the papers run in full, on a GPU; those of the shipped and the digits teacher quickly, on a CPU."
+    pair: str,  # of `pairs.toml`
+    scale: str,  # 'quick' or 'full'
+) -> bool:  # whether its recipes have that scale
+    """The pairs of the papers run in full, on a GPU; those of the shipped and the digits
+    teacher quickly, on a CPU.
+    """
     return (scale == 'quick') == ('quick' in tables()[0][pair])
 
 # %% ../../nbs/lab/20_runs.ipynb #d3350558
 def parse_assignment(
-    text: str, # key=value, the value in TOML; a bare word is a string
-) -> tuple[str, Any]: # key and value
+    text: str,  # key=value, the value in TOML; a bare word is a string
+) -> tuple[str, Any]:  # key and value
     "One `--set key=value`."
     key, equals, value = text.partition('=')
     key, value = key.strip(), value.strip()
-    if not equals or not key or not value: raise problem(f"--set '{text}' is not key=value: write e.g. --set seed=1")
-    try: return key, tomllib.loads(f'x = {value}')['x']
-    except tomllib.TOMLDecodeError: return key, value
+    if not equals or not key or not value:
+        raise problem(f"--set '{text}' is not key=value: write e.g. --set seed=1")
+    try:
+        return key, tomllib.loads(f'x = {value}')['x']
+    except tomllib.TOMLDecodeError:
+        return key, value
 
 # %% ../../nbs/lab/20_runs.ipynb #d00b566d
 def resolved_toml(
-    recipe: Recipe, # what to do
-    scale: str, # at which scale
-    settings: Any, # resolved, all of them
-) -> str: # TOML
+    recipe: Recipe,  # what to do
+    scale: str,  # at which scale
+    settings: Any,  # resolved, all of them
+) -> str:  # TOML
     "Everything that decides a run's numbers, as a recipe again."
     head = {'title': recipe.title, 'task': recipe.task, 'paper': recipe.paper}
     lines = [f'{k} = {toml_value(v)}' for k, v in head.items()] + ['', f'[{scale}]']
@@ -381,33 +594,52 @@ def resolved_toml(
 @dataclass(frozen=True)
 class Task:
     "A kind of run: its settings and the function that does it."
-    name: str # as recipes call it
-    settings: type # a dataclass
-    function: Callable[['Run'], dict[str, Any]] # does the work, returns the numbers
-    check: Callable[[Any], Any] | None = None # raises for settings that do not go together
+
+    name: str  # as recipes call it
+    settings: type  # a dataclass
+    function: Callable[['Run'], dict[str, Any]]  # does the work, returns the numbers
+    # raises for settings that do not go together
+    check: Callable[[Any], Any] | None = None
 
 # %% ../../nbs/lab/20_runs.ipynb #c905479b
 TASKS: dict[str, Task] = {}
-ELSEWHERE = {'generative': 'dfkd_nb.lab.methods', **dict.fromkeys(('pruning', 'continual', 'quantization', 'segmentation'), 'dfkd_nb.lab.applications')} # tasks that another module registers when it is imported
+# tasks that another module registers when it is imported
+ELSEWHERE = {
+    'generative': 'dfkd_nb.lab.methods',
+    **dict.fromkeys(
+        ('pruning', 'continual', 'quantization', 'segmentation'), 'dfkd_nb.lab.applications'
+    ),
+}
+
 
 def find_task(
-    name: str, # as recipes call it
-    where: str, # for the message
-) -> Task: # its settings and function
+    name: str,  # as recipes call it
+    where: str,  # for the message
+) -> Task:  # its settings and function
     "A task by name, from this module or one that is imported now."
-    if name not in TASKS and name in ELSEWHERE: importlib.import_module(ELSEWHERE[name])
-    if name not in TASKS: raise problem(f"{where}: unknown task '{name}'{nearest(name, [*TASKS, *ELSEWHERE])}")
+    if name not in TASKS and name in ELSEWHERE:
+        importlib.import_module(ELSEWHERE[name])
+    if name not in TASKS:
+        raise problem(
+            f"{where}: unknown task '{name}'{nearest(name, [*TASKS, *ELSEWHERE])}"
+        )
     return TASKS[name]
 
+
 def task(
-    name: str, # as recipes call it
-    settings: type, # a dataclass of `setting` fields
-    check: Callable[[Any], Any] | None = None, # raises for settings that do not go together
+    name: str,  # as recipes call it
+    settings: type,  # a dataclass of `setting` fields
+    # raises for settings that do not go together
+    check: Callable[[Any], Any] | None = None,
 ) -> Callable[[Callable[['Run'], dict[str, Any]]], Callable[['Run'], dict[str, Any]]]:
     "Register a function as a task that recipes can name."
-    def register(function: Callable[['Run'], dict[str, Any]]) -> Callable[['Run'], dict[str, Any]]:
+
+    def register(
+        function: Callable[['Run'], dict[str, Any]],
+    ) -> Callable[['Run'], dict[str, Any]]:
         TASKS[name] = Task(name, settings, function, check)
         return function
+
     return register
 
 # %% ../../nbs/lab/20_runs.ipynb #c8febf33
@@ -415,116 +647,166 @@ def find_network(name: str, channels: int, device: Any) -> None:
     "Build a network without its numbers; an unknown one is a `DFKDError`."
     import torch
     from dfkd_nb.foundations.models import build_model
-    with torch.device('meta'): build_model(name, 10, channels)
+
+    with torch.device('meta'):
+        build_model(name, 10, channels)
+
 
 def find_segmenter(name: str, channels: int, device: Any) -> None:
     "Likewise for one that answers each pixel."
     import torch
     from dfkd_nb.applications.segmentation import build_segmenter
-    with torch.device('meta'): build_segmenter(name, 10)
+
+    with torch.device('meta'):
+        build_segmenter(name, 10)
+
 
 def find_teacher(name: str, channels: int, device: Any) -> None:
     "A teacher that ships; those of other runs are looked for when they are opened."
     from dfkd_nb.foundations.models import IMAGENET_TEACHERS, load_teacher, shipped_weights
-    known = name.startswith('run:') or name in IMAGENET_TEACHERS or name in shipped_weights()
-    if not known: load_teacher(name) # says which there are
+
+    known = (
+        name.startswith('run:') or name in IMAGENET_TEACHERS or name in shipped_weights()
+    )
+    if not known:
+        load_teacher(name)  # says which there are
+
 
 def find_data(name: str, channels: int, device: Any) -> None:
     "The name of a data set; whether its files are there is seen when they are read."
     from dfkd_nb.foundations.data import DOMAINS
+
     known = ['cifar10-mini', *DOMAINS, 'imagenet-sample']
     if name not in known and not name.startswith('folder:'):
         raise problem(f"unknown data set '{name}'{nearest(name, known)}, or folder:PATH")
 
+
 def find_precision(name: str, channels: int, device: Any) -> None:
     "A precision that the device has."
     from dfkd_nb.foundations.core import autocast
+
     autocast(device, name)
 
 # %% ../../nbs/lab/20_runs.ipynb #ecd27d76
-NAMED = {'model': find_network, 'segmenter': find_segmenter, 'teacher': find_teacher, 'data': find_data, 'precision': find_precision}
+NAMED = {
+    'model': find_network,
+    'segmenter': find_segmenter,
+    'teacher': find_teacher,
+    'data': find_data,
+    'precision': find_precision,
+}
 
 # %% ../../nbs/lab/20_runs.ipynb #54e82321
 def check_names(
-    settings: Any, # of a task
-    device: 'torch.device', # where it will compute
-    where: str, # named in the error
+    settings: Any,  # of a task
+    device: 'torch.device',  # where it will compute
+    where: str,  # named in the error
 ) -> None:
-    "Every network, data set and teacher that the settings name must exist; an empty name is none."
+    """Every network, data set and teacher that the settings name must exist; an empty name
+    is none.
+    """
     from dfkd_nb.foundations.data import DOMAINS
+
     data = str(getattr(settings, 'test_data', '')).removesuffix('-mini')
     channels = DOMAINS[data].channels if data in DOMAINS else 3
     for each in dataclasses.fields(settings):
         find = NAMED.get(each.metadata.get('names', ''))
-        if find is None: continue
+        if find is None:
+            continue
         for name in str(getattr(settings, each.name)).split(','):
             try:
-                if name.strip(): find(name.strip(), channels, device)
-            except ValueError as error: raise problem(f"{where}: '{each.name}': {error}") from None
+                if name.strip():
+                    find(name.strip(), channels, device)
+            except ValueError as error:
+                raise problem(f"{where}: '{each.name}': {error}") from None
 
 # %% ../../nbs/lab/20_runs.ipynb #a4aa84e2
 @contextmanager
 def locked(
-    folder: Path, # of a run
+    folder: Path,  # of a run
 ) -> Iterator[None]:
-    "Hold a run's folder; the operating system lets go when the process ends, however it ends."
+    """Hold a run's folder; the operating system lets go when the process ends, however it
+    ends.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / 'lock', 'a+')
     except OSError as error:
-        raise problem(f'cannot write to {folder} ({error.strerror}): choose another folder with --out') from None
+        raise problem(
+            f'cannot write to {folder} ({error.strerror}): choose another folder with --out'
+        ) from None
     try:
-        try: _lock(file)
-        except OSError: raise problem(f'{folder} is in use by another process: wait for it, or choose another folder with --out') from None
+        try:
+            _lock(file)
+        except OSError:
+            raise problem(
+                f'{folder} is in use by another process: wait for it, or choose another'
+                ' folder with --out'
+            ) from None
         yield
-    finally: file.close()
+    finally:
+        file.close()
 
 # %% ../../nbs/lab/20_runs.ipynb #8290c575
 def _lock(file: Any) -> None:
     "Take the lock or raise `OSError` at once."
     if sys.platform == 'win32':
         import msvcrt
+
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 # %% ../../nbs/lab/20_runs.ipynb #4a0e351a
 class Journal:
-    "The rows of a run, written as they come; a row that comes again takes the place of the first."
+    """The rows of a run, written as they come; a row that comes again takes the place of
+    the first.
+    """
 
-    def __init__(self,
-        path: Path, # a .jsonl file
+    def __init__(
+        self,
+        path: Path,  # a .jsonl file
     ) -> None:
         self.path = path
         self.rows: dict[tuple[str, int, int], dict[str, Any]] = {}
         if path.is_file():
             for line in path.read_bytes().split(b'\n'):
-                try: row = json.loads(line)
-                except ValueError: continue # the line that a kill cut short, or the empty one at the end
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # the line that a kill cut short, or the empty one at the end
                 self.rows[self.key(row)] = row
 
     @staticmethod
-    def key(row: dict[str, Any]) -> tuple[str, int, int]: return row['phase'], row.get('batch', 0), row['step']
+    def key(row: dict[str, Any]) -> tuple[str, int, int]:
+        return row['phase'], row.get('batch', 0), row['step']
 
-    def add(self,
-        phase: str, # e.g. 'distillation'
-        step: int, # updates done
-        batch: int = 0, # of images, where a phase has several
-        **numbers: float | str | None, # what was measured
+    def add(
+        self,
+        phase: str,  # e.g. 'distillation'
+        step: int,  # updates done
+        batch: int = 0,  # of images, where a phase has several
+        **numbers: float | str | None,  # what was measured
     ) -> None:
         "Append one row; it is in the file when this returns."
         row = {'phase': phase, 'batch': batch, 'step': step} | numbers
         self.rows[self.key(row)] = row
         try:
-            with open(self.path, 'ab', buffering=0) as file: file.write(b'\n' + json.dumps(row).encode())
+            with open(self.path, 'ab', buffering=0) as file:
+                file.write(b'\n' + json.dumps(row).encode())
         except OSError as error:
-            raise problem(f'cannot write {self.path} ({error.strerror}): free space there; the last good checkpoint is kept, '
-                          'go on with --resume') from None
+            raise problem(
+                f'cannot write {self.path} ({error.strerror}): free space there; the last'
+                ' good checkpoint is kept, go on with --resume'
+            ) from None
 
-    def table(self) -> str: # CSV
+    def table(self) -> str:  # CSV
         "All rows; columns in the order in which they first came, seconds last."
-        columns = list(dict.fromkeys(k for row in self.rows.values() for k in row if k != 'seconds')) + ['seconds']
+        columns = list(
+            dict.fromkeys(k for row in self.rows.values() for k in row if k != 'seconds')
+        ) + ['seconds']
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
@@ -539,28 +821,53 @@ class RunStopped(Exception):
 class RunFolder:
     "One recipe at one scale, and the folder that keeps what it makes."
 
-    def __init__(self,
-        recipe: Recipe, # what to do
-        scale: str = 'quick', # 'quick' or 'full'
-        overrides: dict[str, Any] | None = None, # settings changed for this run
-        out: str | Path = 'runs', # folder of runs
-        results: str | Path | None = None, # folder of results; None takes ./results if it exists
-        device: str = 'auto', # as `pick_device` knows it
-        save_every: float = 60., # seconds between checkpoints
-        quiet: bool = False, # print nothing
+    def __init__(
+        self,
+        recipe: Recipe,  # what to do
+        scale: str = 'quick',  # 'quick' or 'full'
+        overrides: dict[str, Any] | None = None,  # settings changed for this run
+        out: str | Path = 'runs',  # folder of runs
+        # folder of results; None takes ./results if it exists
+        results: str | Path | None = None,
+        device: str = 'auto',  # as `pick_device` knows it
+        save_every: float = 60.0,  # seconds between checkpoints
+        quiet: bool = False,  # print nothing
     ) -> None:
-        self.recipe, self.scale, self.root, self.overrides = recipe, scale, Path(out), overrides or {}
+        self.recipe = recipe
+        self.scale = scale
+        self.root = Path(out)
+        self.overrides = overrides or {}
         self.settings = recipe.resolve(scale, overrides)
-        seed, usual = getattr(self.settings, 'seed', 0), getattr(recipe.resolve(scale), 'seed', 0)
-        self.folder = self.root / recipe.name / (scale if seed == usual else f'{scale}-seed{seed}')
-        self.results = Path(results) if results is not None else Path('results') if Path('results').is_dir() else None
+        seed, usual = (
+            getattr(self.settings, 'seed', 0),
+            getattr(recipe.resolve(scale), 'seed', 0),
+        )
+        self.folder = (
+            self.root / recipe.name / (scale if seed == usual else f'{scale}-seed{seed}')
+        )
+        self.results = (
+            Path(results)
+            if results is not None
+            else Path('results')
+            if Path('results').is_dir()
+            else None
+        )
         self.device_name, self.save_every, self.quiet = device, save_every, quiet
-        self.state: dict[str, Any] = {'phases': {}, 'current': None, 'seconds': {}, 'streams': {}}
+        self.state: dict[str, Any] = {
+            'phases': {},
+            'current': None,
+            'seconds': {},
+            'streams': {},
+        }
 
     @property
     def changed(self) -> list[str]:
-        "The settings that differ from the recipe's; one that is set to what it was anyway does not."
-        ours, usual = (dataclasses.asdict(s) for s in (self.settings, self.recipe.resolve(self.scale)))
+        """The settings that differ from the recipe's; one that is set to what it was anyway
+        does not.
+        """
+        ours, usual = (
+            dataclasses.asdict(s) for s in (self.settings, self.recipe.resolve(self.scale))
+        )
         return sorted(key for key in ours if ours[key] != usual[key])
 
     @property
@@ -580,109 +887,166 @@ class RunFolder:
 
     def say(self, text: str) -> None:
         "One line for whoever watches."
-        if not self.quiet: print(text, flush=True)
+        if not self.quiet:
+            print(text, flush=True)
 
     def clear(self) -> None:
         "Remove what an earlier run left in the folder."
         for path in self.folder.iterdir():
-            if path.name == 'lock': continue
+            if path.name == 'lock':
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def same_recipe(self) -> None:
         "Refuse to mix two recipes in one folder; the error names the keys that differ."
-        try: before = tomllib.loads((self.folder / 'recipe.toml').read_text(encoding='utf-8'))
+        try:
+            before = tomllib.loads(
+                (self.folder / 'recipe.toml').read_text(encoding='utf-8')
+            )
         except (OSError, ValueError) as error:
-            raise problem(f'{self.folder}/recipe.toml cannot be read ({error}): start over with --fresh') from None
+            raise problem(
+                f'{self.folder}/recipe.toml cannot be read ({error}): start over with'
+                ' --fresh'
+            ) from None
         now = tomllib.loads(resolved_toml(self.recipe, self.scale, self.settings))
         old, new = before.get(self.scale, {}), now[self.scale]
-        old = {f.name: f.default for f in dataclasses.fields(self.settings)} | old # settings that are younger than the run
+        # settings that are younger than the run
+        old = {f.name: f.default for f in dataclasses.fields(self.settings)} | old
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if before.get('task') != now['task']: changed.append('task')
+        if before.get('task') != now['task']:
+            changed.append('task')
         if changed:
-            detail = '; '.join(f"'{k}' was {toml_value(old.get(k, ''))}, now {toml_value(new.get(k, ''))}" for k in changed)
-            raise problem(f'{self.folder} was started with other settings ({detail}): set them back, use --fresh or another --out')
+            detail = '; '.join(
+                f"'{k}' was {toml_value(old.get(k, ''))}, now {toml_value(new.get(k, ''))}"
+                for k in changed
+            )
+            raise problem(
+                f'{self.folder} was started with other settings ({detail}): set them back,'
+                ' use --fresh or another --out'
+            )
 
 # %% ../../nbs/lab/20_runs.ipynb #d94ba0e7
 @contextmanager
 def repeatable(
-    threads: int | None = None, # as the run began with; None keeps the present number
+    threads: int | None = None,  # as the run began with; None keeps the present number
 ) -> Iterator[None]:
-    "The same sums in the same order: one number of threads, no algorithm chosen by a stopwatch."
+    """The same sums in the same order.
+
+    One number of threads, no algorithm chosen by a stopwatch.
+    """
     import torch
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # what cuBLAS needs to repeat itself
+
+    # what cuBLAS needs to repeat itself
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     memory: Any = torch.utils.deterministic
-    before = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-              memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark)
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        memory.fill_uninitialized_memory,
+        torch.backends.cudnn.benchmark,
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = False, False
-    if threads: torch.set_num_threads(threads)
-    try: yield
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1], warn_only=before[2])
-        memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark = before[3], before[4]
+        memory.fill_uninitialized_memory = before[3]
+        torch.backends.cudnn.benchmark = before[4]
 
 # %% ../../nbs/lab/20_runs.ipynb #b261cdac
 @contextmanager
 def own_streams(
-    seed: int, # of the run
+    seed: int,  # of the run
 ) -> Iterator[None]:
-    "Global random streams that begin at `seed` inside the block; afterwards they go on as if nothing had been drawn."
+    """Global random streams that begin at `seed` inside the block; afterwards they go on as
+    if nothing had been drawn.
+    """
     from dfkd_nb.foundations.core import random_state, restore_random_state, seed_everything
+
     before = random_state()
     try:
         seed_everything(seed)
         yield
-    finally: restore_random_state(before)
+    finally:
+        restore_random_state(before)
 
 # %% ../../nbs/lab/20_runs.ipynb #6c3e1b32
 class SavedRun(RunFolder):
     "A run's folder that can be opened, and a checkpoint in it."
 
-    device: 'torch.device' # where it computes
-    environment: dict[str, Any] # what else decides its numbers
+    device: 'torch.device'  # where it computes
+    environment: dict[str, Any]  # what else decides its numbers
 
-    def open(self,
-        command: str = '', # noted in the environment
+    def open(
+        self,
+        command: str = '',  # noted in the environment
     ) -> None:
         "Make the folder, or take it up again: recipe, environment, last checkpoint."
-        for path in self.folder.glob('.*.tmp'): path.unlink() # a kill in the middle of a write
+        # a kill in the middle of a write
+        for path in self.folder.glob('.*.tmp'):
+            path.unlink()
         begun = self.begun
         self.reopen() if begun else self.create(command)
-        self.say(f"{'resuming' if begun else 'starting'} {self.recipe.name} ({self.scale}) in {self.folder} "
-                 f"on {self.device.type}, {self.environment['threads']} threads")
+        self.say(
+            f'{"resuming" if begun else "starting"} {self.recipe.name} ({self.scale}) in'
+            f' {self.folder} on {self.device.type}, {self.environment["threads"]} threads'
+        )
         self.journal = Journal(self.folder / 'journal.jsonl')
         self.saved_at = time.monotonic()
 
     def create(self, command: str) -> None:
         "The first process: note what is done and where."
-        self.environment = environment(self.device, getattr(self.settings, 'seed', None), command)
+        self.environment = environment(
+            self.device, getattr(self.settings, 'seed', None), command
+        )
         self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
         self.write('recipe.toml', resolved_toml(self.recipe, self.scale, self.settings))
 
     def reopen(self) -> None:
         "A later process: same recipe, same device, last checkpoint."
         from dfkd_nb.foundations.core import load_checkpoint, pick_device
+
         self.same_recipe()
         self.environment = read_json(self.folder / 'environment.json')
         was = str(self.environment.get('device', ''))
-        if not was: raise problem(f"{self.folder / 'environment.json'} names no device: start over with --fresh")
-        if self.device_name == 'auto': self.device = pick_device(was)
-        if self.device.type != was: raise problem(f"{self.folder} was started on '{was}': use --device {was}, or start over with --fresh")
+        if not was:
+            raise problem(
+                f'{self.folder / "environment.json"} names no device: start over with'
+                ' --fresh'
+            )
+        if self.device_name == 'auto':
+            self.device = pick_device(was)
+        if self.device.type != was:
+            raise problem(
+                f"{self.folder} was started on '{was}': use --device {was}, or start over"
+                ' with --fresh'
+            )
         checkpoint = self.folder / 'checkpoint.pt'
-        if not checkpoint.is_file(): return
+        if not checkpoint.is_file():
+            return
         state = load_checkpoint(checkpoint)
-        if not {'phases', 'current', 'seconds'} <= set(state): raise problem(f'{checkpoint} is no checkpoint of a run: start over with --fresh')
+        if not {'phases', 'current', 'seconds'} <= set(state):
+            raise problem(
+                f'{checkpoint} is no checkpoint of a run: start over with --fresh'
+            )
         self.state = {'streams': {}} | state
 
     def write(self, name: str, text: str) -> None:
         "A text file of the run, whole or not at all."
         from dfkd_nb.foundations.core import atomic_path
-        with atomic_path(self.folder / name) as path: path.write_text(text, encoding='utf-8')
+
+        with atomic_path(self.folder / name) as path:
+            path.write_text(text, encoding='utf-8')
 
     def save(self) -> None:
         "The checkpoint and the table of the history, each whole or not at all."
         from dfkd_nb.foundations.core import save_checkpoint
+
         save_checkpoint(self.folder / 'checkpoint.pt', self.state)
         self.write('history.csv', self.journal.table())
         self.saved_at = time.monotonic()
@@ -691,65 +1055,105 @@ class SavedRun(RunFolder):
 class Run(SavedRun):
     "A recipe being done, phase by phase: started, stopped, killed, resumed, finished."
 
-    deadline = math.inf # on `time.monotonic`'s clock
-    stop_reason = '' # a signal's name, once one came
+    deadline = math.inf  # on `time.monotonic`'s clock
+    stop_reason = ''  # a signal's name, once one came
 
-    def start(self,
-        resume: bool = False, # go on where an earlier process stopped
-        fresh: bool = False, # throw an earlier run away
-        max_minutes: float = math.inf, # stop cleanly after so long
-        command: str = '', # noted in the environment
-    ) -> 'Result': # what came of it
-        "Do the work. Raises `RunStopped` when time is up or a signal came, with everything saved."
-        if not max_minutes > 0: raise problem(f'--max-minutes is {max_minutes:g}: give a positive number of minutes')
+    def start(
+        self,
+        resume: bool = False,  # go on where an earlier process stopped
+        fresh: bool = False,  # throw an earlier run away
+        max_minutes: float = math.inf,  # stop cleanly after so long
+        command: str = '',  # noted in the environment
+    ) -> 'Result':  # what came of it
+        """Do the work.
+
+        Raises `RunStopped` when time is up or a signal came, with everything saved.
+        """
+        if not max_minutes > 0:
+            raise problem(
+                f'--max-minutes is {max_minutes:g}: give a positive number of minutes'
+            )
         self.deadline = time.monotonic() + 60 * max_minutes
-        if fresh or not self.finished: self.check()
+        if fresh or not self.finished:
+            self.check()
         with locked(self.folder):
-            if fresh: self.clear()
+            if fresh:
+                self.clear()
             if self.finished:
                 self.same_recipe()
                 self.say(f'{self.folder} is finished (--fresh runs it again)')
                 return Result.load(self.folder)
             if self.begun and not resume:
-                raise problem(f'{self.folder} holds an unfinished run: go on with --resume, or start over with --fresh')
-            with self.watch_signals(): return self.work(command)
+                raise problem(
+                    f'{self.folder} holds an unfinished run: go on with --resume, or start'
+                    ' over with --fresh'
+                )
+            with self.watch_signals():
+                return self.work(command)
 
     def check(self) -> None:
         "All that can be known to be wrong before the folder begins. Raises a `DFKDError`."
         from dfkd_nb.foundations.core import pick_device
+
         self.device = pick_device(self.device_name)
-        kind, where = find_task(self.recipe.task, 'this run'), f"recipe '{self.recipe.name}' ({self.scale})"
+        kind = find_task(self.recipe.task, 'this run')
+        where = f"recipe '{self.recipe.name}' ({self.scale})"
         check_names(self.settings, self.device, where)
-        if kind.check is not None: kind.check(self.settings)
+        if kind.check is not None:
+            kind.check(self.settings)
 
     def work(self, command: str) -> 'Result':
-        "Open the folder and do the task. Where it fails before anything is saved, nothing stays that a next try would stumble over."
+        """Open the folder and do the task.
+
+        Where it fails before anything is saved, nothing stays that a next try would stumble
+        over.
+        """
         begun = self.begun
         try:
             self.open(command)
-            with repeatable(self.environment.get('threads')), own_streams(getattr(self.settings, 'seed', 0)):
+            with (
+                repeatable(self.environment.get('threads')),
+                own_streams(getattr(self.settings, 'seed', 0)),
+            ):
                 return self.finish(find_task(self.recipe.task, 'this run').function(self))
-        except RunStopped: raise
+        except RunStopped:
+            raise
         except Exception:
-            if not begun and not self.saved: self.clear()
+            if not begun and not self.saved:
+                self.clear()
             raise
 
-    def phase(self,
-        name: str, # of the phase
-        work: Callable[[dict[str, Any] | None, Callable[[], float]], dict[str, Any]], # (saved state or None, clock) -> numbers
-    ) -> dict[str, Any]: # the numbers
-        "Do `work` once in the life of a run: skipped if an earlier process finished it, resumed if one began it."
+    def phase(
+        self,
+        name: str,  # of the phase
+        # (saved state or None, clock) -> numbers
+        work: Callable[[dict[str, Any] | None, Callable[[], float]], dict[str, Any]],
+    ) -> dict[str, Any]:  # the numbers
+        """Do `work` once in the life of a run.
+
+        Skipped if an earlier process finished it, resumed if one began it.
+        """
         from dfkd_nb.foundations.core import random_state, restore_random_state
+
         current, streams = self.state['current'], self.state['streams']
         begun = current is not None and current['phase'] == name
-        if begun and 'streams' in current: restore_random_state(current['streams'])
+        if begun and 'streams' in current:
+            restore_random_state(current['streams'])
         if name in self.state['phases']:
-            if name in streams: restore_random_state(streams[name]) # as after the phase, for what comes next
+            # as after the phase, for what comes next
+            if name in streams:
+                restore_random_state(streams[name])
             return self.state['phases'][name]
-        with self.clock(name) as spent: numbers = work(current['state'] if begun else None, spent)
-        self.state['phases'][name], self.state['current'], streams[name] = numbers, None, random_state()
+        with self.clock(name) as spent:
+            numbers = work(current['state'] if begun else None, spent)
+        self.state['phases'][name], self.state['current'], streams[name] = (
+            numbers,
+            None,
+            random_state(),
+        )
         self.save()
-        if self.stop_reason: self.stop()
+        if self.stop_reason:
+            self.stop()
         return numbers
 
     @property
@@ -757,141 +1161,232 @@ class Run(SavedRun):
         "Whether time is up or a signal came."
         return bool(self.stop_reason) or time.monotonic() > self.deadline
 
-    def tick(self,
-        phase: str, # what is being done
-        state: Callable[[], dict[str, Any]], # all that the phase needs to go on from here
+    def tick(
+        self,
+        phase: str,  # what is being done
+        state: Callable[[], dict[str, Any]],  # all that the phase needs to go on from here
     ) -> None:
-        "Between two updates: save when it is time, stop when asked to. Raises `RunStopped`."
+        """Between two updates: save when it is time, stop when asked to.
+
+        Raises `RunStopped`.
+        """
         stop = self.asked_to_stop
-        if not (stop or time.monotonic() - self.saved_at > self.save_every): return
+        if not (stop or time.monotonic() - self.saved_at > self.save_every):
+            return
         from dfkd_nb.foundations.core import random_state
-        self.state['current'] = {'phase': phase, 'state': state(), 'streams': random_state()}
+
+        self.state['current'] = {
+            'phase': phase,
+            'state': state(),
+            'streams': random_state(),
+        }
         self.save()
-        if stop: self.stop()
+        if stop:
+            self.stop()
 
     def stop(self) -> None:
         "Raise `RunStopped` with the reason."
         reason = self.stop_reason or 'time is up'
-        raise RunStopped(f'stopped ({reason}) with everything saved in {self.folder}: the same command with --resume goes on')
+        raise RunStopped(
+            f'stopped ({reason}) with everything saved in {self.folder}: the same command'
+            ' with --resume goes on'
+        )
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[Callable[[], float]]:
         "Count the seconds of a phase over all its processes."
-        before, began = self.state['seconds'].get(phase, 0.), time.monotonic()
+        before, began = self.state['seconds'].get(phase, 0.0), time.monotonic()
+
         def spent() -> float:
             self.state['seconds'][phase] = before + time.monotonic() - began
             return self.state['seconds'][phase]
-        try: yield spent
-        finally: spent()
+
+        try:
+            yield spent
+        finally:
+            spent()
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
-        "Take the first SIGINT or SIGTERM as a wish to stop at the next update; a second one ends at once."
+        """Take the first SIGINT or SIGTERM as a wish to stop at the next update; a second
+        one ends at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
+
         def note(number: int, frame: Any) -> None:
-            if self.stop_reason: raise KeyboardInterrupt
+            if self.stop_reason:
+                raise KeyboardInterrupt
             self.stop_reason = signal.Signals(number).name
+
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try: yield
+        try:
+            yield
         finally:
-            for number, handler in before.items(): signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def finish(self, numbers: dict[str, Any]) -> 'Result':
         "Write result.json, and copy what is small to the folder of results."
-        seconds, recipe = {k: round(v, 2) for k, v in self.state['seconds'].items()}, self.recipe
-        if 'synthesis' in seconds and 'synthesis' not in self.state['phases'] and 'distillation' in seconds: # the two took turns in one phase
-            seconds['distillation'] = round(seconds['distillation'] - seconds['synthesis'], 2)
-        result = Result(recipe=recipe.name, scale=self.scale, task=recipe.task, title=recipe.title, paper=recipe.paper,
-                        settings=dataclasses.asdict(self.settings), numbers=numbers, seconds=seconds | {'total': round(sum(seconds.values()), 2)},
-                        environment=self.environment, changed=self.changed, revision=int(self.environment.get('revision', 1)))
+        seconds = {k: round(v, 2) for k, v in self.state['seconds'].items()}
+        recipe = self.recipe
+        # the two took turns in one phase
+        if (
+            'synthesis' in seconds
+            and 'synthesis' not in self.state['phases']
+            and 'distillation' in seconds
+        ):
+            seconds['distillation'] = round(
+                seconds['distillation'] - seconds['synthesis'], 2
+            )
+        result = Result(
+            recipe=recipe.name,
+            scale=self.scale,
+            task=recipe.task,
+            title=recipe.title,
+            paper=recipe.paper,
+            settings=dataclasses.asdict(self.settings),
+            numbers=numbers,
+            seconds=seconds | {'total': round(sum(seconds.values()), 2)},
+            environment=self.environment,
+            changed=self.changed,
+            revision=int(self.environment.get('revision', 1)),
+        )
         self.write('result.json', result.to_json())
-        write_card(self.folder, json.loads(result.to_json())) # what was left, by whom, how good, what to mind
-        if self.results is not None and not set(self.changed) - {'seed'}: publish(self.folder, self.results / recipe.name / self.folder.name)
+        # what was left, by whom, how good, what to mind
+        write_card(self.folder, json.loads(result.to_json()))
+        if self.results is not None and not set(self.changed) - {'seed'}:
+            publish(self.folder, self.results / recipe.name / self.folder.name)
         return result
 
 # %% ../../nbs/lab/20_runs.ipynb #4edc80ca
 def publish(
-    source: Path, # folder of a finished run
-    target: Path, # its place among the results
+    source: Path,  # folder of a finished run
+    target: Path,  # its place among the results
 ) -> None:
     "Copy a run's small files: result, history, recipe, environment and pictures."
     from dfkd_nb.foundations.core import atomic_path
+
     for path in sorted(source.iterdir()):
-        if path.suffix not in ('.json', '.csv', '.png', '.jpg', '.toml'): continue
-        with atomic_path(target / path.name) as temporary: shutil.copyfile(path, temporary)
+        if path.suffix not in ('.json', '.csv', '.png', '.jpg', '.toml'):
+            continue
+        with atomic_path(target / path.name) as temporary:
+            shutil.copyfile(path, temporary)
 
 # %% ../../nbs/lab/20_runs.ipynb #20a7bb36
-REVISION = 2 # of what the numbers depend on; one more with every change after which an equal recipe gives other numbers
+# of what the numbers depend on; one more with every change after which an equal recipe
+# gives other numbers
+REVISION = 2
 # 1: everything before this was counted; a result that names no revision.
-# 2: image sets have no state, each consumer shuffles by itself; the student's and the teacher's own normalisation;
-#    total variation and l2 in the papers' units; noise and step sizes in units of the image range; exact names of layers;
-#    two-pass variances; random streams of a learner's own, global ones seeded and restored; a rate above zero in a
-#    schedule's last update; a calibration forgets the one before; the images of a generator are kept before its phase ends.
+# 2: image sets have no state, each consumer shuffles by itself; the student's and the
+# teacher's own normalisation;
+# total variation and l2 in the papers' units; noise and step sizes in units of the image
+# range; exact names of layers;
+# two-pass variances; random streams of a learner's own, global ones seeded and restored; a
+# rate above zero in a
+# schedule's last update; a calibration forgets the one before; the images of a generator
+# are kept before its phase ends.
 
 # %% ../../nbs/lab/20_runs.ipynb #e71b34aa
 def environment(
-    device: 'torch.device', # where the run computes
-    seed: int | None, # of the run, if it draws at random
-    command: str = '', # as it was typed
-) -> dict[str, Any]: # plain values
+    device: 'torch.device',  # where the run computes
+    seed: int | None,  # of the run, if it draws at random
+    command: str = '',  # as it was typed
+) -> dict[str, Any]:  # plain values
     "What else decides a run's numbers and its time."
     import torch
     from dfkd_nb import __version__
     from dfkd_nb.foundations.core import import_torchvision
-    processor = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
-    return {'dfkd_nb': __version__, 'python': platform.python_version(), 'torch': torch.__version__,
-            'torchvision': import_torchvision().__version__, 'platform': platform.platform(), 'device': device.type,
-            'processor': processor, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'seed': seed,
-            'revision': REVISION, 'commit': _commit(), 'command': command or shlex.join(['dfkd', *sys.argv[1:]])}
+
+    processor = (
+        torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
+    )
+    return {
+        'dfkd_nb': __version__,
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'torchvision': import_torchvision().__version__,
+        'platform': platform.platform(),
+        'device': device.type,
+        'processor': processor,
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'seed': seed,
+        'revision': REVISION,
+        'commit': _commit(),
+        'command': command or shlex.join(['dfkd', *sys.argv[1:]]),
+    }
 
 # %% ../../nbs/lab/20_runs.ipynb #8227434b
 def _processor() -> str:
     "The processor's name, as far as the system tells it."
     try:
         for line in Path('/proc/cpuinfo').read_text().splitlines():
-            if line.startswith('model name'): return line.partition(':')[2].strip()
-    except OSError: pass
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    except OSError:
+        pass
     return platform.processor() or platform.machine()
+
 
 def _git(*words: str) -> str | None:
     "What git says about the package's checkout; None where there is none."
-    try: answer = subprocess.run(['git', '-C', str(_package_folder()), *words], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError): return None
+    try:
+        answer = subprocess.run(
+            ['git', '-C', str(_package_folder()), *words],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
     return answer.stdout.strip() if answer.returncode == 0 else None
+
 
 def _commit() -> str | None:
     "The commit of the checkout, with a plus where the package was changed since."
     head = _git('rev-parse', 'HEAD')
-    return head and head + ('+' if _git('status', '--porcelain', '--untracked-files=no', '.') else '')
+    return head and head + (
+        '+' if _git('status', '--porcelain', '--untracked-files=no', '.') else ''
+    )
 
 # %% ../../nbs/lab/20_runs.ipynb #9ecbfb33
 def read_json(
-    path: Path, # a file that this package wrote
-) -> dict[str, Any]: # its object
+    path: Path,  # a file that this package wrote
+) -> dict[str, Any]:  # its object
     "Read a JSON object; a missing, truncated or foreign file is a `DFKDError`."
-    try: value = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error: raise problem(f'cannot read {path} ({error.strerror}): check the path') from None
-    except ValueError: raise problem(f'{path} is truncated or no JSON: put back a copy, or run the recipe again with --fresh') from None
-    if not isinstance(value, dict): raise problem(f'{path} holds no JSON object: run the recipe again with --fresh')
+    try:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise problem(f'cannot read {path} ({error.strerror}): check the path') from None
+    except ValueError:
+        raise problem(
+            f'{path} is truncated or no JSON: put back a copy, or run the recipe again with'
+            ' --fresh'
+        ) from None
+    if not isinstance(value, dict):
+        raise problem(f'{path} holds no JSON object: run the recipe again with --fresh')
     return value
 
 # %% ../../nbs/lab/20_runs.ipynb #c9aa4492
 @dataclass(frozen=True)
 class Result:
     "What came of a run."
-    recipe: str # its name
-    scale: str # 'quick' or 'full'
-    task: str # what kind
-    title: str # one line
-    paper: str # where the settings come from
-    settings: dict[str, Any] # all of them, resolved
-    numbers: dict[str, Any] # what was measured; the same bits for the same recipe on the same machine
-    seconds: dict[str, float] # of each phase, and in total
-    environment: dict[str, Any] # versions, device, threads, seed, commit, command
-    changed: list[str] = field(default_factory=list) # settings that differ from the recipe
-    revision: int = REVISION # of the package's numbers when the run began
+
+    recipe: str  # its name
+    scale: str  # 'quick' or 'full'
+    task: str  # what kind
+    title: str  # one line
+    paper: str  # where the settings come from
+    settings: dict[str, Any]  # all of them, resolved
+    # what was measured; the same bits for the same recipe on the same machine
+    numbers: dict[str, Any]
+    seconds: dict[str, float]  # of each phase, and in total
+    environment: dict[str, Any]  # versions, device, threads, seed, commit, command
+    # settings that differ from the recipe
+    changed: list[str] = field(default_factory=list)
+    revision: int = REVISION  # of the package's numbers when the run began
 
     @property
     def outdated(self) -> bool:
@@ -903,88 +1398,150 @@ class Result:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + '\n'
 
     @classmethod
-    def load(cls,
-        folder: str | Path, # of a finished run, or its copy in results/
-    ) -> 'Result': # checked
+    def load(
+        cls,
+        folder: str | Path,  # of a finished run, or its copy in results/
+    ) -> 'Result':  # checked
         "Read and check result.json."
         path = Path(folder) / 'result.json'
         document = {'revision': 1} | read_json(path)
-        shapes = {'recipe': str, 'scale': str, 'task': str, 'title': str, 'paper': str, 'settings': dict, 'numbers': dict,
-                  'seconds': dict, 'environment': dict, 'changed': list, 'revision': int}
+        shapes = {
+            'recipe': str,
+            'scale': str,
+            'task': str,
+            'title': str,
+            'paper': str,
+            'settings': dict,
+            'numbers': dict,
+            'seconds': dict,
+            'environment': dict,
+            'changed': list,
+            'revision': int,
+        }
         for key, kind in shapes.items():
             if not isinstance(document.get(key), kind):
-                raise problem(f"{path}: '{key}' is missing or no {kind.__name__}: run the recipe again with --fresh")
+                raise problem(
+                    f"{path}: '{key}' is missing or no {kind.__name__}: run the recipe"
+                    ' again with --fresh'
+                )
         extra = sorted(set(document) - set(shapes))
-        if extra: raise problem(f"{path}: unknown key '{extra[0]}': written by another version; run the recipe again with --fresh")
-        if document['revision'] > REVISION: raise problem(f"{path} was written by a newer version (revision {document['revision']}): update the package")
+        if extra:
+            raise problem(
+                f"{path}: unknown key '{extra[0]}': written by another version; run the"
+                ' recipe again with --fresh'
+            )
+        if document['revision'] > REVISION:
+            raise problem(
+                f'{path} was written by a newer version (revision {document["revision"]}):'
+                ' update the package'
+            )
         return cls(**document)
 
-    def history(self,
-        folder: str | Path, # where the result lies
-    ) -> list[dict[str, Any]]: # one dict a row, numbers as floats
+    def history(
+        self,
+        folder: str | Path,  # where the result lies
+    ) -> list[dict[str, Any]]:  # one dict a row, numbers as floats
         "The rows of history.csv."
         return read_history(Path(folder) / 'history.csv')
 
 # %% ../../nbs/lab/20_runs.ipynb #c052fc4b
 def read_history(
-    path: str | Path, # a history.csv
-) -> list[dict[str, Any]]: # one dict a row; numbers as floats, blanks left out
+    path: str | Path,  # a history.csv
+) -> list[dict[str, Any]]:  # one dict a row; numbers as floats, blanks left out
     "The rows of a run's history."
+
     def value(text: str) -> float | str:
-        try: return float(text)
-        except ValueError: return text
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
     try:
         with open(path, newline='', encoding='utf-8') as file:
-            return [{k: value(v) for k, v in row.items() if v not in ('', None)} for row in csv.DictReader(file)]
-    except OSError as error: raise problem(f'cannot read {path} ({error.strerror}): run its recipe first') from None
+            return [
+                {k: value(v) for k, v in row.items() if v not in ('', None)}
+                for row in csv.DictReader(file)
+            ]
+    except OSError as error:
+        raise problem(
+            f'cannot read {path} ({error.strerror}): run its recipe first'
+        ) from None
 
 # %% ../../nbs/lab/20_runs.ipynb #ee98ca3a
 def results(
-    folder: str | Path | None = None, # of published results, or of runs; None takes `results_folder()`
-) -> list[Result]: # in the order of the recipes' names
+    # of published results, or of runs; None takes `results_folder()`
+    folder: str | Path | None = None,
+) -> list[Result]:  # in the order of the recipes' names
     "All results below a folder."
-    return [Result.load(path.parent) for path in sorted(Path(folder or results_folder()).glob('*/*/result.json'))]
+    return [
+        Result.load(path.parent)
+        for path in sorted(Path(folder or results_folder()).glob('*/*/result.json'))
+    ]
 
-OLDER = '†' # beside every number that is older than the present revision
+
+OLDER = '†'  # beside every number that is older than the present revision
+
 
 def marked(
-    text: str, # a number in a table
-    *runs: Result, # from which it was computed
-) -> str: # with the sign, where one of them is outdated
+    text: str,  # a number in a table
+    *runs: Result,  # from which it was computed
+) -> str:  # with the sign, where one of them is outdated
     "A number that says when it is older than a change that would change it."
     return text + OLDER if text and any(run.outdated for run in runs) else text
 
+
 def older_note(
-    found: Sequence[Result], # all runs of a table
-) -> str: # one sentence; nothing where all are of the present revision
+    found: Sequence[Result],  # all runs of a table
+) -> str:  # one sentence; nothing where all are of the present revision
     "What the sign beside a number means."
     count = sum(run.outdated for run in found)
-    if not count: return ''
-    which = 'This run was' if len(found) == 1 else f"{count} of these {len(found)} runs {'was' if count == 1 else 'were'}"
-    return f'{OLDER} {which} made before revision {REVISION} of the code; made again, the numbers would differ.'
+    if not count:
+        return ''
+    which = (
+        'This run was'
+        if len(found) == 1
+        else f'{count} of these {len(found)} runs {"was" if count == 1 else "were"}'
+    )
+    return (
+        f'{OLDER} {which} made before revision {REVISION} of the code; made again, the'
+        ' numbers would differ.'
+    )
 
-def results_folder() -> Path: # it need not exist
-    "Where results are published: `results` in the working directory, or beside the package in a checkout."
+
+def results_folder() -> Path:  # it need not exist
+    """Where results are published.
+
+    `results` in the working directory, or beside the package in a checkout.
+    """
     here = Path('results')
     return here if here.is_dir() else _package_folder().parent / 'results'
 
 # %% ../../nbs/lab/20_runs.ipynb #36ad17bb
 def open_teacher(
-    name: str, # a shipped teacher, or 'run:RECIPE' or 'run:RECIPE/SCALE'
-    root: Path = Path('runs'), # folder of runs
-    scale: str = 'full', # where the name does not say
-) -> 'Teacher': # frozen
+    name: str,  # a shipped teacher, or 'run:RECIPE' or 'run:RECIPE/SCALE'
+    root: Path = Path('runs'),  # folder of runs
+    scale: str = 'full',  # where the name does not say
+) -> 'Teacher':  # frozen
     "A teacher that ships with the package, or one that a finished run has trained."
     from dfkd_nb.foundations.core import load_tensors
     from dfkd_nb.foundations.data import DOMAINS
     from dfkd_nb.foundations.models import Teacher, build_model, load_teacher, load_weights
-    if not name.startswith('run:'): return load_teacher(name)
+
+    if not name.startswith('run:'):
+        return load_teacher(name)
     recipe, _, wanted = name.removeprefix('run:').partition('/')
     wanted = wanted or scale
     path = root / recipe / wanted / 'weights.safetensors'
-    if not path.is_file(): raise problem(f"no teacher at {path}: train it with `dfkd run {recipe} --scale {wanted}`")
+    if not path.is_file():
+        raise problem(
+            f'no teacher at {path}: train it with `dfkd run {recipe} --scale {wanted}`'
+        )
     metadata = load_tensors(path)[1]
-    if not {'model', 'domain'} <= set(metadata): raise problem(f'{path} does not say which model it is: train it with `dfkd run {recipe} --scale {wanted} --fresh`')
+    if not {'model', 'domain'} <= set(metadata):
+        raise problem(
+            f'{path} does not say which model it is: train it with `dfkd run {recipe}'
+            f' --scale {wanted} --fresh`'
+        )
     domain = DOMAINS[metadata['domain']]
     model = build_model(metadata['model'], domain.num_classes, domain.channels)
     load_weights(path, model)
@@ -992,204 +1549,391 @@ def open_teacher(
 
 # %% ../../nbs/lab/20_runs.ipynb #01edd75a
 def real_images(
-    name: str, # of `load_data`
-    split: str, # 'train' or 'test'
-    limit: int, # 0 takes all
-    device: 'torch.device', # where they shall be
-) -> 'ImageSet': # in memory, on the device
+    name: str,  # of `load_data`
+    split: str,  # 'train' or 'test'
+    limit: int,  # 0 takes all
+    device: 'torch.device',  # where they shall be
+) -> 'ImageSet':  # in memory, on the device
     "Real images, for training a teacher and for testing everybody."
     from dfkd_nb.foundations.data import ImageSet, load_data
+
     images = load_data(name, split, limit=limit or None)
-    return images.to(device) if isinstance(images, ImageSet) else images # type: ignore[return-value]
+    return images.to(device) if isinstance(images, ImageSet) else images  # type: ignore[return-value]
 
 # %% ../../nbs/lab/20_runs.ipynb #696b54f1
 def learning(
-    settings: Any, # a `Learning`
-    device: 'torch.device', # where to train
-) -> dict[str, Any]: # keywords of `Distiller`
+    settings: Any,  # a `Learning`
+    device: 'torch.device',  # where to train
+) -> dict[str, Any]:  # keywords of `Distiller`
     "The part of a recipe that a `Distiller` is made with."
     from dfkd_nb.foundations.data import Augment
-    names = ('batch_size', 'learning_rate', 'momentum', 'weight_decay', 'schedule', 'warmup', 'label_smoothing', 'mixup_alpha', 'precision', 'seed')
+
+    names = (
+        'batch_size',
+        'learning_rate',
+        'momentum',
+        'weight_decay',
+        'schedule',
+        'warmup',
+        'label_smoothing',
+        'mixup_alpha',
+        'precision',
+        'seed',
+    )
     augment = Augment(settings.padding, settings.flip) if settings.augment else None
-    return {name: getattr(settings, name) for name in names} | {'augment': augment, 'device': device}
+    return {name: getattr(settings, name) for name in names} | {
+        'augment': augment,
+        'device': device,
+    }
 
 # %% ../../nbs/lab/20_runs.ipynb #88c93a3c
 def learn(
-    run: Run, # keeps the state and the history
-    phase: str, # name of this phase
-    distiller: 'Distiller', # ready to start
-    test: Any, # real images, as `evaluate` takes them
-    about: dict[str, str], # model and domain, for the weights' file
-    turns: Any = None, # who decides when the distiller may go on: see `Rounds`; None: it always may
-    evaluate: Callable[..., float] | None = None, # (network, test, domain=) -> one number; None: top-1 accuracy
-    metric: str = 'accuracy', # what that number is called
-    weights: str = 'weights', # the file of the last weights, without .safetensors
-    keep: Callable[[], Any] | None = None, # writes what else is alive at the end, before the phase counts as done
-) -> dict[str, Any]: # the metric and the loss, first and last
-    "Drive a `Distiller` update by update: test now and then, save, stop when asked to, go on after a kill."
+    run: Run,  # keeps the state and the history
+    phase: str,  # name of this phase
+    distiller: 'Distiller',  # ready to start
+    test: Any,  # real images, as `evaluate` takes them
+    about: dict[str, str],  # model and domain, for the weights' file
+    # who decides when the distiller may go on: see `Rounds`; None: it always may
+    turns: Any = None,
+    # (network, test, domain=) -> one number; None: top-1 accuracy
+    evaluate: Callable[..., float] | None = None,
+    metric: str = 'accuracy',  # what that number is called
+    weights: str = 'weights',  # the file of the last weights, without .safetensors
+    # writes what else is alive at the end, before the phase counts as done
+    keep: Callable[[], Any] | None = None,
+) -> dict[str, Any]:  # the metric and the loss, first and last
+    """Drive a `Distiller` update by update.
+
+    Test now and then, save, stop when asked to, go on after a kill.
+    """
     turns = turns or distiller
     from dfkd_nb.foundations import distillation
     from dfkd_nb.foundations.models import load_weights, save_weights
+
     judge = evaluate or distillation.evaluate
-    marks = [max(1, round(distiller.steps * i / run.settings.evaluations)) for i in range(1, run.settings.evaluations + 1)]
-    every = min(20, marks[0]) # updates between two looks at the clock
+    marks = [
+        max(1, round(distiller.steps * i / run.settings.evaluations))
+        for i in range(1, run.settings.evaluations + 1)
+    ]
+    every = min(20, marks[0])  # updates between two looks at the clock
 
     def report(seconds: float) -> None:
         found = judge(distiller.student, test, domain=distiller.domain)
         row: dict[str, Any] = distiller.history[-1] if distiller.done else {}
-        numbers: dict[str, Any] = {metric: found} | {k: v for k, v in row.items() if k != 'step'}
+        numbers: dict[str, Any] = {metric: found} | {
+            k: v for k, v in row.items() if k != 'step'
+        }
         run.journal.add(phase, distiller.done, **numbers, seconds=round(seconds, 2))
-        loss = f"loss {row['loss']:.4f}, " if row else ''
-        run.say(f'{phase} {distiller.done}/{distiller.steps}: {loss}{metric} {found:.4f}, {seconds:.0f} s')
+        loss = f'loss {row["loss"]:.4f}, ' if row else ''
+        run.say(
+            f'{phase} {distiller.done}/{distiller.steps}: {loss}{metric} {found:.4f},'
+            f' {seconds:.0f} s'
+        )
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        if state is not None: turns.load_state_dict(state)
+        if state is not None:
+            turns.load_state_dict(state)
+
         def tick(_: Any) -> None:
             spent()
             run.tick(phase, turns.state_dict)
-        if distiller.done == 0: report(spent())
+
+        if distiller.done == 0:
+            report(spent())
         for mark in marks:
-            if mark < distiller.done: continue # at equality a stop may have come before the report
+            # at equality a stop may have come before the report
+            if mark < distiller.done:
+                continue
             turns.run(until=mark, every=every, callback=tick)
             report(spent())
         rows = [row for row in run.journal.rows.values() if row['phase'] == phase]
-        if turns is not distiller: run.state['seconds']['synthesis'] = turns.seconds # part of this phase's, see `Run.finish`
+        # part of this phase's, see `Run.finish`
+        if turns is not distiller:
+            run.state['seconds']['synthesis'] = turns.seconds
         path = run.folder / f'{weights}.safetensors'
-        save_weights(path, distiller.student, about | {'recipe': run.recipe.name, 'scale': run.scale, metric: f"{rows[-1][metric]:.4f}"})
-        load_weights(path, distiller.student) # what was saved is what is reported
-        if keep is not None: keep() # a later process skips this phase and has only files
-        return {f'{metric}_first': rows[0][metric], metric: rows[-1][metric], 'loss': rows[-1]['loss'], 'updates': distiller.steps,
-                f'{metric}_half': judge(distiller.student, test, domain=distiller.domain)}
+        save_weights(
+            path,
+            distiller.student,
+            about
+            | {
+                'recipe': run.recipe.name,
+                'scale': run.scale,
+                metric: f'{rows[-1][metric]:.4f}',
+            },
+        )
+        load_weights(path, distiller.student)  # what was saved is what is reported
+        if keep is not None:
+            keep()  # a later process skips this phase and has only files
+        return {
+            f'{metric}_first': rows[0][metric],
+            metric: rows[-1][metric],
+            'loss': rows[-1]['loss'],
+            'updates': distiller.steps,
+            f'{metric}_half': judge(distiller.student, test, domain=distiller.domain),
+        }
+
     return run.phase(phase, work)
 
 # %% ../../nbs/lab/20_runs.ipynb #53db5f46
 def synthesizer(
-    settings: Any, # a `Synthesis`
-    teacher: 'Teacher', # whose dreams
-    device: 'torch.device', # where to compute
-    seed: int, # of the first batch
-    single: bool = False, # at full size alone
-    **more: Any, # further keywords of `DeepInversion`
-) -> 'DeepInversion': # makes images
+    settings: Any,  # a `Synthesis`
+    teacher: 'Teacher',  # whose dreams
+    device: 'torch.device',  # where to compute
+    seed: int,  # of the first batch
+    single: bool = False,  # at full size alone
+    **more: Any,  # further keywords of `DeepInversion`
+) -> 'DeepInversion':  # makes images
     "The part of a recipe that a `DeepInversion` is made with."
     from dfkd_nb.dreams.inversion import DeepInversion
-    names = ('class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight', 'first_layer_weight', 'feature_scale', 'jitter', 'clip', 'compile')
+
+    names = (
+        'class_weight',
+        'tv_l2',
+        'tv_l1',
+        'l2',
+        'feature_weight',
+        'first_layer_weight',
+        'feature_scale',
+        'jitter',
+        'clip',
+        'compile',
+    )
     height, width = teacher.domain.size
-    stages = [((height // part, width // part), steps) for part, steps in ((4, settings.quarter_size_steps), (2, settings.half_size_steps), (1, settings.synthesis_steps)) if steps]
-    if single: stages = [((height, width), settings.single_size_steps)]
-    return DeepInversion(teacher, stages=stages, learning_rate=settings.synthesis_learning_rate, statistics=measured(settings, teacher), batch_size=settings.synthesis_batch_size,
-                         flip=settings.synthesis_flip, schedule=settings.synthesis_schedule, precision=settings.synthesis_precision, device=device, seed=seed,
-                         **{name: getattr(settings, name) for name in names}, **more)
+    stages = [
+        ((height // part, width // part), steps)
+        for part, steps in (
+            (4, settings.quarter_size_steps),
+            (2, settings.half_size_steps),
+            (1, settings.synthesis_steps),
+        )
+        if steps
+    ]
+    if single:
+        stages = [((height, width), settings.single_size_steps)]
+    return DeepInversion(
+        teacher,
+        stages=stages,
+        learning_rate=settings.synthesis_learning_rate,
+        statistics=measured(settings, teacher),
+        batch_size=settings.synthesis_batch_size,
+        flip=settings.synthesis_flip,
+        schedule=settings.synthesis_schedule,
+        precision=settings.synthesis_precision,
+        device=device,
+        seed=seed,
+        **{name: getattr(settings, name) for name in names},
+        **more,
+    )
+
 
 def measured(
-    settings: Any, # a `Synthesis`
-    teacher: 'Teacher', # where to measure
-) -> 'Statistics | None': # None: BatchNorm's own are read
+    settings: Any,  # a `Synthesis`
+    teacher: 'Teacher',  # where to measure
+) -> 'Statistics | None':  # None: BatchNorm's own are read
     "Feature statistics of some real training images, where the recipe says so."
     from dfkd_nb.dreams.statistics import Statistics
-    if not settings.measured_images: return None
-    images = real_images(settings.measured_data, 'train', settings.measured_images, teacher.device)
-    return Statistics.measure(teacher, (teacher.domain.normalize(batch) for batch, _ in images.batches(250)))
+
+    if not settings.measured_images:
+        return None
+    images = real_images(
+        settings.measured_data, 'train', settings.measured_images, teacher.device
+    )
+    return Statistics.measure(
+        teacher, (teacher.domain.normalize(batch) for batch, _ in images.batches(250))
+    )
 
 # %% ../../nbs/lab/20_runs.ipynb #124ed451
 def dream_part(
-    run: Run, # keeps the history, saves, knows when to stop
-    maker: 'DeepInversion', # seeded for this part
-    part: int, # which part of the whole
-    targets: 'torch.Tensor', # int64 `(n,)`: what to show
-    spent: Callable[[], float], # seconds so far
-    goals: 'torch.Tensor | None' = None, # wished activations, `(n, D)`
-) -> 'ImageSet': # finished
-    "Some batches of images; their losses go to the history. Raises `RunStopped`, with the unfinished batch saved."
+    run: Run,  # keeps the history, saves, knows when to stop
+    maker: 'DeepInversion',  # seeded for this part
+    part: int,  # which part of the whole
+    targets: 'torch.Tensor',  # int64 `(n,)`: what to show
+    spent: Callable[[], float],  # seconds so far
+    goals: 'torch.Tensor | None' = None,  # wished activations, `(n, D)`
+) -> 'ImageSet':  # finished
+    """Some batches of images; their losses go to the history.
+
+    Raises `RunStopped`, with the unfinished batch saved.
+    """
     every = max(1, maker.steps // 20)
+
     def callback(progress: Any) -> None:
         batch = part * max(1, PART // maker.batch_size) + progress.batch
         last = progress.step == progress.steps
-        if last or batch < 4 and progress.step % every == 0: # the first batches in detail, of the others the end
-            run.journal.add('synthesis', progress.step, batch, **progress.losses, seconds=round(spent(), 2))
-        if last: run.say(f"synthesis, batch {batch + 1}: loss {progress.losses['total']:.4f}, {spent():.0f} s")
+        # the first batches in detail, of the others the end
+        if last or batch < 4 and progress.step % every == 0:
+            run.journal.add(
+                'synthesis',
+                progress.step,
+                batch,
+                **progress.losses,
+                seconds=round(spent(), 2),
+            )
+        if last:
+            run.say(
+                f'synthesis, batch {batch + 1}: loss {progress.losses["total"]:.4f},'
+                f' {spent():.0f} s'
+            )
         run.tick('synthesis', dict)
-    return maker.synthesize(len(targets), targets, goals=goals, checkpoint=run.folder / 'parts' / f'{part:05}.pt', callback=callback, every=every,
-                            save_every=run.save_every)
+
+    return maker.synthesize(
+        len(targets),
+        targets,
+        goals=goals,
+        checkpoint=run.folder / 'parts' / f'{part:05}.pt',
+        callback=callback,
+        every=every,
+        save_every=run.save_every,
+    )
 
 # %% ../../nbs/lab/20_runs.ipynb #a250ade0
-PART = 4096 # images in one file while a run is at it: checkpoints stay small however many images a recipe asks for
+# images in one file while a run is at it: checkpoints stay small however many images a
+# recipe asks for
+PART = 4096
+
 
 def wishes(
-    settings: Any, # a `Synthesis`
-    classes: int, # of the teacher
-) -> 'torch.Tensor': # int64 `(images,)`
+    settings: Any,  # a `Synthesis`
+    classes: int,  # of the teacher
+) -> 'torch.Tensor':  # int64 `(images,)`
     "What every image shall show."
     import torch
+
     images = torch.arange(settings.images)
-    return images * classes // settings.images if settings.classes == 'spread' and settings.images < classes else images % classes
+    return (
+        images * classes // settings.images
+        if settings.classes == 'spread' and settings.images < classes
+        else images % classes
+    )
+
 
 def shares(
-    settings: Any, # a `Synthesis`
-) -> list[tuple[slice, bool]]: # which images, and whether they are made at full size alone
-    "The parts in which images are made: by the stages of the recipe first, then those without smaller stages."
+    settings: Any,  # a `Synthesis`
+) -> list[tuple[slice, bool]]:  # which images, and whether they are made at full size alone
+    """The parts in which images are made.
+
+    By the stages of the recipe first, then those without smaller stages.
+    """
     size = max(1, PART // settings.synthesis_batch_size) * settings.synthesis_batch_size
     cut = settings.images - round(settings.images * settings.single_share)
-    return [(slice(start, min(start + size, end)), single) for first, end, single in ((0, cut, False), (cut, settings.images, True)) for start in range(first, end, size)]
+    return [
+        (slice(start, min(start + size, end)), single)
+        for first, end, single in ((0, cut, False), (cut, settings.images, True))
+        for start in range(first, end, size)
+    ]
+
 
 def drawn_goals(
-    run: Run, # with settings of `Synthesis`
-    teacher: 'Teacher', # whose activations
-) -> tuple['torch.Tensor', 'torch.Tensor', dict[str, Any]]: # goals `(n, D)`, their classes, and what the metadata takes
-    "Metadata of some real training images (measured once, kept in metadata.safetensors), and goals drawn from it (Chapter 9)."
+    run: Run,  # with settings of `Synthesis`
+    teacher: 'Teacher',  # whose activations
+) -> tuple[
+    'torch.Tensor', 'torch.Tensor', dict[str, Any]
+]:  # goals `(n, D)`, their classes, and what the metadata takes
+    """Metadata of some real training images (measured once, kept in metadata.safetensors),
+    and goals drawn from it (Chapter 9).
+    """
     import torch
     from dfkd_nb.dreams.metadata import Metadata
+
     settings, path = run.settings, run.folder / 'metadata.safetensors'
+
     def measure(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
-        images = real_images(settings.real_data, 'train', settings.metadata_images, run.device)
-        metadata = Metadata.measure(teacher, images, clusters=settings.metadata_clusters, components=settings.metadata_components, seed=settings.seed,
-                                    smallest=max(10, settings.metadata_components + 1)) # smaller clusters are merged
-        return {'metadata_bytes': metadata.save(path), 'metadata_clusters': len(metadata), 'metadata_images': len(images)}
+        images = real_images(
+            settings.real_data, 'train', settings.metadata_images, run.device
+        )
+        metadata = Metadata.measure(
+            teacher,
+            images,
+            clusters=settings.metadata_clusters,
+            components=settings.metadata_components,
+            seed=settings.seed,
+            # smaller clusters are merged
+            smallest=max(10, settings.metadata_components + 1),
+        )
+        return {
+            'metadata_bytes': metadata.save(path),
+            'metadata_clusters': len(metadata),
+            'metadata_images': len(images),
+        }
+
     numbers = run.phase('metadata', measure)
-    goals, labels, _ = Metadata.load(path, teacher).sample(settings.images, torch.Generator().manual_seed(settings.seed))
+    goals, labels, _ = Metadata.load(path, teacher).sample(
+        settings.images, torch.Generator().manual_seed(settings.seed)
+    )
     return goals, labels, numbers
 
+
 def dream(
-    run: Run, # with settings of `Synthesis`
-    teacher: 'Teacher', # whose dreams
-) -> 'ImageSet': # as many as the recipe says, kept in images.safetensors
-    "Synthesize part after part; a part that is done is a file, one that is not is a checkpoint."
+    run: Run,  # with settings of `Synthesis`
+    teacher: 'Teacher',  # whose dreams
+) -> 'ImageSet':  # as many as the recipe says, kept in images.safetensors
+    """Synthesize part after part; a part that is done is a file, one that is not is a
+    checkpoint.
+    """
     from dfkd_nb.foundations.data import ImageSet
-    settings, path, folder = run.settings, run.folder / 'images.safetensors', run.folder / 'parts'
+
+    settings = run.settings
+    path = run.folder / 'images.safetensors'
+    folder = run.folder / 'parts'
     targets, goals, more = wishes(settings, teacher.domain.num_classes), None, {}
     if settings.goal_weight:
         from dfkd_nb.dreams.metadata import goal_term
+
         goals, targets, _ = drawn_goals(run, teacher)
-        more = {'embedding': 'classifier', 'terms': {'goal': (settings.goal_weight, goal_term)}}
+        more = {
+            'embedding': 'classifier',
+            'terms': {'goal': (settings.goal_weight, goal_term)},
+        }
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         import torch
+
         for part, (place, single) in enumerate(shares(settings)):
             finished = folder / f'{part:05}.safetensors'
-            if finished.is_file(): continue
-            maker = synthesizer(settings, teacher, run.device, settings.seed + part, single, **more)
-            dream_part(run, maker, part, targets[place], spent, None if goals is None else goals[place]).save(finished)
+            if finished.is_file():
+                continue
+            maker = synthesizer(
+                settings, teacher, run.device, settings.seed + part, single, **more
+            )
+            dream_part(
+                run,
+                maker,
+                part,
+                targets[place],
+                spent,
+                None if goals is None else goals[place],
+            ).save(finished)
             finished.with_suffix('.pt').unlink()
         sets = [ImageSet.load(part) for part in sorted(folder.glob('*.safetensors'))]
         labels = [images.labels for images in sets if images.labels is not None]
-        joined = ImageSet(torch.cat([images.images for images in sets]), torch.cat(labels), teacher.domain)
-        if settings.single_share: joined = joined.subset(torch.randperm(len(joined), generator=torch.Generator().manual_seed(settings.seed))) # both schemes among any first images
+        joined = ImageSet(
+            torch.cat([images.images for images in sets]), torch.cat(labels), teacher.domain
+        )
+        # both schemes among any first images
+        if settings.single_share:
+            joined = joined.subset(
+                torch.randperm(
+                    len(joined), generator=torch.Generator().manual_seed(settings.seed)
+                )
+            )
         joined.save(path)
         return {'images': settings.images}
 
     run.phase('synthesis', work)
-    if folder.is_dir(): shutil.rmtree(folder) # only now: the phase is noted as done
+    if folder.is_dir():
+        shutil.rmtree(folder)  # only now: the phase is noted as done
     return ImageSet.load(path)
 
 # %% ../../nbs/lab/20_runs.ipynb #c8f981a7
 @task('teacher', TeacherSettings)
 def train_teacher(
-    run: Run, # with `TeacherSettings`
-) -> dict[str, Any]: # accuracies and sizes
+    run: Run,  # with `TeacherSettings`
+) -> dict[str, Any]:  # accuracies and sizes
     "Train a network on real images and keep its weights in half precision."
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.foundations.models import build_model, count_parameters
+
     settings: TeacherSettings = run.settings
     train = real_images(settings.data, 'train', settings.limit, run.device)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
@@ -1199,21 +1943,35 @@ def train_teacher(
     distiller = Distiller(None, model, train, steps=steps, **learning(settings, run.device))
     about = {'model': settings.model, 'domain': train.domain.name}
     numbers = learn(run, 'training', distiller, test, about)
-    return numbers | {'parameters': count_parameters(model), 'training_images': len(train), 'test_images': len(test)}
+    return numbers | {
+        'parameters': count_parameters(model),
+        'training_images': len(train),
+        'test_images': len(test),
+    }
 
 # %% ../../nbs/lab/20_runs.ipynb #6345776b
 def describe_images(
-    images: 'ImageSet', # labelled with the classes they were meant to show
-    teacher: 'Teacher', # who judges them
-) -> dict[str, Any]: # how many, the share recognised as intended, and their distance from the data's statistics
+    images: 'ImageSet',  # labelled with the classes they were meant to show
+    teacher: 'Teacher',  # who judges them
+) -> dict[
+    str, Any
+    # how many, the share recognised as intended, and their distance from the data's
+    # statistics
+]:
     "What can be said of images without any real one."
     import torch
     from dfkd_nb.dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
+
     assert images.labels is not None
     teacher.domain.check_classes(images.domain)
-    recognised = (teacher.predict(images.images).argmax(1).cpu() == images.labels.cpu()).float().mean()
+    recognised = (
+        (teacher.predict(images.images).argmax(1).cpu() == images.labels.cpu())
+        .float()
+        .mean()
+    )
     numbers = {'images': len(images), 'recognition': float(recognised)}
-    if not batchnorm_layers(teacher.model): return numbers
+    if not batchnorm_layers(teacher.model):
+        return numbers
     statistics, distances = Statistics.from_batchnorm(teacher.model), []
     with torch.no_grad(), Watch(teacher.model) as watch:
         for batch, _ in images.subset(1024).batches(256):
@@ -1223,167 +1981,285 @@ def describe_images(
 
 # %% ../../nbs/lab/20_runs.ipynb #c68e89a5
 def covered(
-    images: 'ImageSet', # a pool
-    test: 'ImageSet', # real images
-    teacher: 'Teacher', # in whose embedding to measure
-    limit: int = 2000, # images of each kind
-) -> dict[str, float]: # 'precision', 'recall', 'coverage' and 'area', by the real images' own
+    images: 'ImageSet',  # a pool
+    test: 'ImageSet',  # real images
+    teacher: 'Teacher',  # in whose embedding to measure
+    limit: int = 2000,  # images of each kind
+) -> dict[
+    str, float
+]:  # 'precision', 'recall', 'coverage' and 'area', by the real images' own
     "What a pool covers of real images: see `precision_recall`, `coverage` and `spread`."
     import torch
-    from dfkd_nb.dreams.competition import coverage, precision_recall, principal_plane, spread
-    first = (some.fetch(torch.arange(min(limit, len(some)))) for some in (images, test)) # a test set may be files
+    from dfkd_nb.dreams.competition import (
+        coverage,
+        precision_recall,
+        principal_plane,
+        spread,
+    )
+
+    # a test set may be files
+    first = (some.fetch(torch.arange(min(limit, len(some)))) for some in (images, test))
     made, real = (teacher.embed(some).cpu() for some in first)
-    if min(len(made), len(real)) < 6: return {} # too few for five neighbours
+    if min(len(made), len(real)) < 6:
+        return {}  # too few for five neighbours
     precision, recall = precision_recall(real, made)
     plane = principal_plane(real)
-    return {'precision': precision, 'recall': recall, 'coverage': coverage(real, made), 'area': spread(made, plane) / spread(real, plane)}
+    return {
+        'precision': precision,
+        'recall': recall,
+        'coverage': coverage(real, made),
+        'area': spread(made, plane) / spread(real, plane),
+    }
 
 # %% ../../nbs/lab/20_runs.ipynb #b0258f44
 def save_picture(
-    folder: Path, # of the run
-    images: 'ImageSet', # the first of them are shown
-    count: int, # how many
+    folder: Path,  # of the run
+    images: 'ImageSet',  # the first of them are shown
+    count: int,  # how many
 ) -> None:
     "The first images as a grid: images.png, or images.jpg where they are large."
     import matplotlib.pyplot as plt
     from PIL import Image
     from dfkd_nb.foundations.core import atomic_path, show_images
+
     first = images.subset(count)
-    if max(images.domain.size) > 64: return _save_large(folder / 'images.jpg', first.images)
-    names = None if first.labels is None else [images.domain.classes[i] for i in first.labels.tolist()]
+    if max(images.domain.size) > 64:
+        return _save_large(folder / 'images.jpg', first.images)
+    names = (
+        None
+        if first.labels is None
+        else [images.domain.classes[i] for i in first.labels.tolist()]
+    )
     figure = show_images(first.images, names)
     with atomic_path(folder / 'images.png') as temporary:
         figure.savefig(temporary, format='png', dpi=120)
-        if temporary.stat().st_size > 190_000: # noise hardly compresses: 256 colours will do
-            with Image.open(temporary) as picture: few = picture.convert('RGB').quantize(256)
+        # noise hardly compresses: 256 colours will do
+        if temporary.stat().st_size > 190_000:
+            with Image.open(temporary) as picture:
+                few = picture.convert('RGB').quantize(256)
             few.save(temporary, 'PNG', optimize=True)
     plt.close(figure)
 
+
 def _save_large(path: Path, images: 'torch.Tensor') -> None:
-    "Photographs in a grid, eight in a row and 96 pixels wide, at the best quality that stays under 110 kB."
+    """Photographs in a grid, eight in a row and 96 pixels wide, at the best quality that
+    stays under 110 kB.
+    """
     import torch.nn.functional as F
     from PIL import Image
     from dfkd_nb.dreams.inversion import tile
     from dfkd_nb.foundations.core import atomic_path
-    small = F.interpolate(images.cpu().float(), (96, 96), mode='bilinear', antialias=True).round().clamp(0, 255).byte()
+
+    small = (
+        F.interpolate(images.cpu().float(), (96, 96), mode='bilinear', antialias=True)
+        .round()
+        .clamp(0, 255)
+        .byte()
+    )
     picture, buffer = Image.fromarray(tile(small, 8).permute(1, 2, 0).numpy()), io.BytesIO()
     for quality in range(90, 20, -5):
         buffer = io.BytesIO()
         picture.save(buffer, 'JPEG', quality=quality)
-        if buffer.tell() < 110_000: break
-    with atomic_path(path) as temporary: temporary.write_bytes(buffer.getvalue())
+        if buffer.tell() < 110_000:
+            break
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 # %% ../../nbs/lab/20_runs.ipynb #324f08d3
 def run_images(
-    root: Path, # folder of runs
-    name: str, # 'run:RECIPE' or 'run:RECIPE/SCALE'
-    scale: str, # where the name does not say
-    count: int, # the first so many
-) -> 'ImageSet': # on the CPU
-    "What a finished run left in images.safetensors. A run that left none, or too few, is a `DFKDError`."
+    root: Path,  # folder of runs
+    name: str,  # 'run:RECIPE' or 'run:RECIPE/SCALE'
+    scale: str,  # where the name does not say
+    count: int,  # the first so many
+) -> 'ImageSet':  # on the CPU
+    """What a finished run left in images.safetensors.
+
+    A run that left none, or too few, is a `DFKDError`.
+    """
     from dfkd_nb.foundations.data import ImageSet
+
     recipe, _, wanted = name.removeprefix('run:').partition('/')
     path = root / recipe / (wanted or scale) / 'images.safetensors'
-    if not name.startswith('run:'): raise problem(f"images_from is '{name}': write 'run:RECIPE'")
-    if not path.is_file(): raise problem(f'no images at {path}: make them with `dfkd run {recipe} --scale {wanted or scale}`')
+    if not name.startswith('run:'):
+        raise problem(f"images_from is '{name}': write 'run:RECIPE'")
+    if not path.is_file():
+        raise problem(
+            f'no images at {path}: make them with `dfkd run {recipe} --scale'
+            f' {wanted or scale}`'
+        )
     found = ImageSet.load(path)
-    if len(found) < count: raise problem(f'{path} holds {len(found)} images: set images to that or less')
+    if len(found) < count:
+        raise problem(f'{path} holds {len(found)} images: set images to that or less')
     return found.subset(count)
 
 # %% ../../nbs/lab/20_runs.ipynb #ccd22ee3
 def pool(
-    run: Run, # with settings of `Synthesis`
-    teacher: 'Teacher', # whose dreams, and who judges
-) -> tuple['ImageSet', dict[str, Any]]: # images, and what can be said of them
+    run: Run,  # with settings of `Synthesis`
+    teacher: 'Teacher',  # whose dreams, and who judges
+) -> tuple['ImageSet', dict[str, Any]]:  # images, and what can be said of them
     "Dreams or real images, as the recipe says, with their picture."
     settings = run.settings
     if settings.source == 'real':
         images = real_images(settings.real_data, 'train', settings.images, run.device)
-        if len(images) < settings.images: raise problem(f"'{settings.real_data}' has {len(images)} training images: set images to that or less")
-    elif settings.images_from: images = run_images(run.root, settings.images_from, run.scale, settings.images).to(run.device)
-    else: images = dream(run, teacher).to(run.device)
-    def describe(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
+        if len(images) < settings.images:
+            raise problem(
+                f"'{settings.real_data}' has {len(images)} training images: set images to"
+                ' that or less'
+            )
+    elif settings.images_from:
+        images = run_images(run.root, settings.images_from, run.scale, settings.images).to(
+            run.device
+        )
+    else:
+        images = dream(run, teacher).to(run.device)
+
+    def describe(
+        state: dict[str, Any] | None, spent: Callable[[], float]
+    ) -> dict[str, Any]:
         numbers = describe_images(images, teacher)
-        if settings.source == 'real' or not settings.goal_weight: return numbers
+        if settings.source == 'real' or not settings.goal_weight:
+            return numbers
         from dfkd_nb.dreams.metadata import goal_distance
+
         goals, _, about = drawn_goals(run, teacher)
-        return numbers | about | {'goal_distance': float(goal_distance(teacher, images.images, goals).mean())}
+        return (
+            numbers
+            | about
+            | {'goal_distance': float(goal_distance(teacher, images.images, goals).mean())}
+        )
+
     numbers = run.phase('inspection', describe)
     save_picture(run.folder, images, settings.picture)
     return images, numbers
 
 # %% ../../nbs/lab/20_runs.ipynb #953df90b
 def verified(
-    run: Run, # with `DreamSettings`
-    images: 'ImageSet', # labelled with the classes they were meant to show
-) -> dict[str, float]: # accuracy by teacher
-    "What other networks see in the images, each at its own size (the instrument is Chapter 19's `verify`, which also gives intervals)."
+    run: Run,  # with `DreamSettings`
+    images: 'ImageSet',  # labelled with the classes they were meant to show
+) -> dict[str, float]:  # accuracy by teacher
+    """What other networks see in the images, each at its own size (the instrument is
+    Chapter 19's `verify`, which also gives intervals).
+    """
     from dfkd_nb.foundations.data import fit
+
     found = {}
     for name in (name.strip() for name in run.settings.verifiers.split(',')):
         network, right = open_teacher(name, run.root, run.scale).to(run.device), 0
-        network.domain.check_classes(images.domain) # labels are numbers: of the same classes?
+        # labels are numbers: of the same classes?
+        network.domain.check_classes(images.domain)
         for batch, labels in images.batches(100):
             assert labels is not None
-            right += int((network.predict(fit(batch, network.domain), 100).argmax(1).cpu() == labels.cpu()).sum())
+            right += int(
+                (
+                    network.predict(fit(batch, network.domain), 100).argmax(1).cpu()
+                    == labels.cpu()
+                ).sum()
+            )
         found[f'accuracy_under_{name}'] = right / len(images)
     return found
 
 # %% ../../nbs/lab/20_runs.ipynb #082378ed
 @task('dream', DreamSettings)
 def dream_images(
-    run: Run, # with `DreamSettings`
-) -> dict[str, Any]: # recognition and distance from the statistics
+    run: Run,  # with `DreamSettings`
+) -> dict[str, Any]:  # recognition and distance from the statistics
     "Images from a teacher, and nothing else."
     from dfkd_nb.foundations.distillation import evaluate
+
     teacher = open_teacher(run.settings.teacher, run.root, run.scale).to(run.device)
     images, numbers = pool(run, teacher)
-    if run.settings.verifiers: numbers = numbers | run.phase('verification', lambda state, spent: verified(run, images))
-    if run.settings.test_data: numbers = numbers | {'teacher_accuracy': evaluate(teacher, real_images(run.settings.test_data, 'test', 0, run.device))}
+    if run.settings.verifiers:
+        numbers = numbers | run.phase(
+            'verification', lambda state, spent: verified(run, images)
+        )
+    if run.settings.test_data:
+        numbers = numbers | {
+            'teacher_accuracy': evaluate(
+                teacher, real_images(run.settings.test_data, 'test', 0, run.device)
+            )
+        }
     return numbers
 
 # %% ../../nbs/lab/20_runs.ipynb #f37aa90b
 class Rounds:
-    "A `Competition` inside a run: every round's images become a file, its row a line of the history."
+    """A `Competition` inside a run.
 
-    def __init__(self,
-        run: Run, # with `TransferSettings`
-        teacher: 'Teacher', # whose dreams
-        distiller: 'Distiller', # on a `GrowingPool` that does not save its images
+    Every round's images become a file, its row a line of the history.
+    """
+
+    def __init__(
+        self,
+        run: Run,  # with `TransferSettings`
+        teacher: 'Teacher',  # whose dreams
+        distiller: 'Distiller',  # on a `GrowingPool` that does not save its images
     ) -> None:
         from dfkd_nb.dreams.competition import Competition, competition_term
+
         settings = run.settings
-        term = {'competition': (settings.competition_weight, competition_term(settings.competition_temperature))} if settings.competition_weight else None
+        term = (
+            {
+                'competition': (
+                    settings.competition_weight,
+                    competition_term(settings.competition_temperature),
+                )
+            }
+            if settings.competition_weight
+            else None
+        )
         maker = synthesizer(settings, teacher, run.device, settings.seed, terms=term)
         self.per_round = settings.images // settings.rounds
-        self.game = Competition(maker, distiller, rounds=settings.rounds, images_per_round=self.per_round, every=settings.updates_between_rounds)
-        self.owner, self.teacher, self.folder, self.kept = run, teacher, run.folder / 'parts', 0
+        self.game = Competition(
+            maker,
+            distiller,
+            rounds=settings.rounds,
+            images_per_round=self.per_round,
+            every=settings.updates_between_rounds,
+        )
+        self.owner = run
+        self.teacher = teacher
+        self.folder = run.folder / 'parts'
+        self.kept = 0
 
     def run(self, until: int, every: int, callback: Callable[[Any], None]) -> None:
         "Take turns until the student has had so many updates."
+
         def tick(game: Any) -> None:
             self.keep()
             callback(game)
+
         self.game.run(until=until, every=every, callback=tick)
         self.keep()
 
     def keep(self) -> None:
         "Write what has been made since the last time."
         from dfkd_nb.foundations.data import ImageSet
-        for row in self.game.history[self.kept:]:
+
+        for row in self.game.history[self.kept :]:
             place = slice(self.kept * self.per_round, (self.kept + 1) * self.per_round)
-            ImageSet(self.game.pool.images[place], self.game.pool.labels[place], self.teacher.domain).save(self.folder / f'{self.kept:05}.safetensors')
-            self.owner.journal.add('rounds', int(row['updates']), self.kept, **{k: v for k, v in row.items() if k not in ('round', 'updates')})
+            ImageSet(
+                self.game.pool.images[place],
+                self.game.pool.labels[place],
+                self.teacher.domain,
+            ).save(self.folder / f'{self.kept:05}.safetensors')
+            self.owner.journal.add(
+                'rounds',
+                int(row['updates']),
+                self.kept,
+                **{k: v for k, v in row.items() if k not in ('round', 'updates')},
+            )
             self.kept += 1
 
     @property
-    def seconds(self) -> float: return self.game.seconds
+    def seconds(self) -> float:
+        return self.game.seconds
 
-    def state_dict(self) -> dict[str, Any]: return self.game.state_dict()
+    def state_dict(self) -> dict[str, Any]:
+        return self.game.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "The images from their files, then the rest."
         from dfkd_nb.foundations.data import ImageSet
+
         for number in range(len(self.game.pool) // self.per_round, state['round']):
             images = ImageSet.load(self.folder / f'{number:05}.safetensors')
             assert images.labels is not None
@@ -1391,77 +2267,148 @@ class Rounds:
         self.kept = state['round']
         self.game.load_state_dict(state)
 
-    def finish(self) -> dict[str, Any]: # what can be said of the images
+    def finish(self) -> dict[str, Any]:  # what can be said of the images
         "All images in one file and one picture."
         import torch
         from dfkd_nb.foundations.data import ImageSet
+
         path = self.owner.folder / 'images.safetensors'
         if self.folder.is_dir():
-            sets = [ImageSet.load(part) for part in sorted(self.folder.glob('*.safetensors'))]
-            ImageSet(torch.cat([s.images for s in sets]), torch.cat([s.labels for s in sets if s.labels is not None]), self.teacher.domain).save(path)
+            sets = [
+                ImageSet.load(part) for part in sorted(self.folder.glob('*.safetensors'))
+            ]
+            ImageSet(
+                torch.cat([s.images for s in sets]),
+                torch.cat([s.labels for s in sets if s.labels is not None]),
+                self.teacher.domain,
+            ).save(path)
         images = ImageSet.load(path).to(self.owner.device)
-        numbers = self.owner.phase('inspection', lambda state, spent: describe_images(images, self.teacher))
+        numbers = self.owner.phase(
+            'inspection', lambda state, spent: describe_images(images, self.teacher)
+        )
         save_picture(self.owner.folder, images, self.owner.settings.picture)
-        if self.folder.is_dir(): shutil.rmtree(self.folder)
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
         return numbers
 
 # %% ../../nbs/lab/20_runs.ipynb #ebe307c8
 def fresh_student(
-    settings: Any, # with `student`, `student_start` and `seed`
-    teacher: 'Teacher', # whose classes, and perhaps whose blocks
-) -> 'torch.nn.Module': # on the CPU
+    settings: Any,  # with `student`, `student_start` and `seed`
+    teacher: 'Teacher',  # whose classes, and perhaps whose blocks
+) -> 'torch.nn.Module':  # on the CPU
     "The student of a recipe, as it is before its first update."
     from dfkd_nb.foundations.models import build_model, inherit
-    student = build_model(settings.student, teacher.domain.num_classes, teacher.domain.channels)
-    if settings.student_start == "teacher's blocks": inherit(student, teacher)
+
+    student = build_model(
+        settings.student, teacher.domain.num_classes, teacher.domain.channels
+    )
+    if settings.student_start == "teacher's blocks":
+        inherit(student, teacher)
     return student
 
 # %% ../../nbs/lab/20_runs.ipynb #2095dd19
 def graded(
-    learned: dict[str, Any], # what `learn` says of the student
-    teacher: 'Teacher', # who taught
-    student: 'torch.nn.Module', # at the end
-    test: 'ImageSet', # real images
-    temperature: float, # of distillation
-) -> dict[str, Any]: # for the result
+    learned: dict[str, Any],  # what `learn` says of the student
+    teacher: 'Teacher',  # who taught
+    student: 'torch.nn.Module',  # at the end
+    test: 'ImageSet',  # real images
+    temperature: float,  # of distillation
+) -> dict[str, Any]:  # for the result
     "A student's marks beside its teacher's."
     from dfkd_nb.foundations.distillation import evaluate
     from dfkd_nb.foundations.models import count_parameters
-    marks = {f'student_{key}': learned[key] for key in ('accuracy_first', 'accuracy', 'accuracy_half')}
-    return {'teacher_accuracy': evaluate(teacher, test), 'teacher_parameters': count_parameters(teacher), 'student_parameters': count_parameters(student),
-            'test_images': len(test), 'temperature': temperature} | {key: value for key, value in learned.items() if f'student_{key}' not in marks} | marks
+
+    marks = {
+        f'student_{key}': learned[key]
+        for key in ('accuracy_first', 'accuracy', 'accuracy_half')
+    }
+    return (
+        {
+            'teacher_accuracy': evaluate(teacher, test),
+            'teacher_parameters': count_parameters(teacher),
+            'student_parameters': count_parameters(student),
+            'test_images': len(test),
+            'temperature': temperature,
+        }
+        | {key: value for key, value in learned.items() if f'student_{key}' not in marks}
+        | marks
+    )
 
 # %% ../../nbs/lab/20_runs.ipynb #714047cc
 def check_transfer(
-    settings: TransferSettings, # of a run that has not begun
+    settings: TransferSettings,  # of a run that has not begun
 ) -> None:
     "What does not go together in a transfer is a `DFKDError`."
-    if settings.rounds > 1 and (settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'):
-        raise problem('rounds answer to a student that learns from its teacher, by dreams without metadata: set rounds to 1')
-    if settings.images % settings.rounds: raise problem(f'{settings.images} images in {settings.rounds} rounds: make images a multiple of rounds')
+    if settings.rounds > 1 and (
+        settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'
+    ):
+        raise problem(
+            'rounds answer to a student that learns from its teacher, by dreams without'
+            ' metadata: set rounds to 1'
+        )
+    if settings.images % settings.rounds:
+        raise problem(
+            f'{settings.images} images in {settings.rounds} rounds: make images a multiple'
+            ' of rounds'
+        )
 
 # %% ../../nbs/lab/20_runs.ipynb #fab19514
 @task('transfer', TransferSettings, check_transfer)
 def transfer(
-    run: Run, # with `TransferSettings`
-) -> dict[str, Any]: # accuracies of teacher and student on real test images
-    "A fresh student learns from a teacher's dreams (or from real images, to compare), and is tested on real images."
+    run: Run,  # with `TransferSettings`
+) -> dict[str, Any]:  # accuracies of teacher and student on real test images
+    """A fresh student learns from a teacher's dreams (or from real images, to compare), and
+    is tested on real images.
+    """
     from dfkd_nb.dreams.competition import GrowingPool
     from dfkd_nb.foundations.core import seed_everything
     from dfkd_nb.foundations.data import ImageSet
     from dfkd_nb.foundations.distillation import Distiller
+
     settings: TransferSettings = run.settings
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     in_rounds = settings.rounds > 1
-    images, numbers = (GrowingPool(teacher.domain, device=run.device, saves_images=False), {}) if in_rounds else pool(run, teacher)
+    images, numbers = (
+        (GrowingPool(teacher.domain, device=run.device, saves_images=False), {})
+        if in_rounds
+        else pool(run, teacher)
+    )
     seed_everything(settings.seed)
     student = fresh_student(settings, teacher)
-    lesson = {'temperature': settings.temperature} if settings.learn_from == 'teacher' else {'domain': teacher.domain}
-    distiller = Distiller(teacher if settings.learn_from == 'teacher' else None, student, images, steps=settings.updates, **lesson, **learning(settings, run.device))
+    lesson = (
+        {'temperature': settings.temperature}
+        if settings.learn_from == 'teacher'
+        else {'domain': teacher.domain}
+    )
+    distiller = Distiller(
+        teacher if settings.learn_from == 'teacher' else None,
+        student,
+        images,
+        steps=settings.updates,
+        **lesson,
+        **learning(settings, run.device),
+    )
     turns = Rounds(run, teacher, distiller) if in_rounds else None
-    learned = learn(run, 'distillation', distiller, test, {'model': settings.student, 'domain': teacher.domain.name}, turns)
-    if turns is not None: numbers = turns.finish()
-    def shown() -> ImageSet: return images if isinstance(images, ImageSet) else ImageSet.load(run.folder / 'images.safetensors')
-    numbers = numbers | run.phase('coverage', lambda state, spent: covered(shown(), test, teacher))
+    learned = learn(
+        run,
+        'distillation',
+        distiller,
+        test,
+        {'model': settings.student, 'domain': teacher.domain.name},
+        turns,
+    )
+    if turns is not None:
+        numbers = turns.finish()
+
+    def shown() -> ImageSet:
+        return (
+            images
+            if isinstance(images, ImageSet)
+            else ImageSet.load(run.folder / 'images.safetensors')
+        )
+
+    numbers = numbers | run.phase(
+        'coverage', lambda state, spent: covered(shown(), test, teacher)
+    )
     return numbers | graded(learned, teacher, student, test, settings.temperature)

@@ -39,8 +39,8 @@ from ..generators.generators import GenerativeSynthesizer, Generator
 
 # %% ../../nbs/lab/22_speed.ipynb #9d69de1b
 def textbook_moments(
-    x: Tensor, # features, `(N, C, H, W)`
-) -> tuple[Tensor, Tensor]: # mean and biased variance, `(C,)` both
+    x: Tensor,  # features, `(N, C, H, W)`
+) -> tuple[Tensor, Tensor]:  # mean and biased variance, `(C,)` both
     "Mean, then variance: two passes, and a copy of `x` in between."
     mean = x.mean((0, 2, 3))
     return mean, (x - mean[:, None, None]).square().mean((0, 2, 3))
@@ -51,52 +51,83 @@ class PlainLook(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module, # with BatchNorm; copied
-        trainable: bool, # whether its weights take part in `backward`, as they do unless told otherwise
+        model: nn.Module,  # with BatchNorm; copied
+        # whether its weights take part in `backward`, as they do unless told otherwise
+        trainable: bool,
     ) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).eval().requires_grad_(trainable)
         self.moments: dict[str, tuple[Tensor, Tensor]] = {}
         for name, layer in batchnorm_layers(self.model).items():
-            layer.register_forward_pre_hook(lambda layer, inputs, name=name: self.moments.update({name: textbook_moments(inputs[0])}))
+            layer.register_forward_pre_hook(
+                lambda layer, inputs, name=name: self.moments.update(
+                    {name: textbook_moments(inputs[0])}
+                )
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         return self.model(x), self.moments
 
 # %% ../../nbs/lab/22_speed.ipynb #1cbf6489
 def fresh_teacher(
-    model: str = 'resnet20', # a name of `build_model`: torchvision's and EfficientNet for ImageNet at 224 pixels, the others for CIFAR-10
-    seed: int = 0, # of its weights
-) -> Teacher: # untrained, with statistics of noise
+    # a name of `build_model`: torchvision's and EfficientNet for ImageNet at 224 pixels,
+    # the others for CIFAR-10
+    model: str = 'resnet20',
+    seed: int = 0,  # of its weights
+) -> Teacher:  # untrained, with statistics of noise
     "A network whose features have the sizes of a trained one."
-    domain = DOMAINS['imagenet' if model.startswith(('torchvision:', 'efficientnet')) else 'cifar10']
+    domain = DOMAINS[
+        'imagenet' if model.startswith(('torchvision:', 'efficientnet')) else 'cifar10'
+    ]
     small = domain.size[0] < 100
     with seeded(seed), torch.no_grad():
         network = build_model(model, domain.num_classes)
-        for layer in batchnorm_layers(network).values(): nn.init.uniform_(layer.weight, 0.5, 1.5) # type: ignore[arg-type]
-        for _ in range(20 if small else 5): network(torch.randn(16 if small else 4, *domain.shape))
+        for layer in batchnorm_layers(network).values():
+            nn.init.uniform_(layer.weight, 0.5, 1.5)  # type: ignore[arg-type]
+        for _ in range(20 if small else 5):
+            network(torch.randn(16 if small else 4, *domain.shape))
     return Teacher(network, domain, model)
 
 # %% ../../nbs/lab/22_speed.ipynb #6d737fa4
 WAYS = ('plain', 'frozen', 'one pass', 'folded', 'channels last', 'compiled', 'bfloat16')
 
+
 def make_price(
-    way: str, # one of `WAYS`
-    teacher: Teacher, # who is asked
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]: # (pixels, targets) -> total with its graph, and the total and each term without
+    way: str,  # one of `WAYS`
+    teacher: Teacher,  # who is asked
+) -> Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor]
+]:  # (pixels, targets) -> total with its graph, and the total and each term without
     "DeepInversion's objective, computed one way or another."
-    if way not in WAYS: raise DFKDError(f"unknown way '{way}': use {', '.join(WAYS)}")
-    made = DeepInversion(teacher, **preset('deepinversion'), device=teacher.device, compile=way == 'compiled', precision='bfloat16' if way == 'bfloat16' else 'float32')
-    if way == 'channels last': made.look.network = made.look.network.to(memory_format=torch.channels_last) # type: ignore[call-overload]
-    if way in ('folded', 'channels last', 'compiled', 'bfloat16'): return lambda x, targets: made.price(x, x, targets)
+    if way not in WAYS:
+        raise DFKDError(f"unknown way '{way}': use {', '.join(WAYS)}")
+    made = DeepInversion(
+        teacher,
+        **preset('deepinversion'),
+        device=teacher.device,
+        compile=way == 'compiled',
+        precision='bfloat16' if way == 'bfloat16' else 'float32',
+    )
+    if way == 'channels last':
+        made.look.network = made.look.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if way in ('folded', 'channels last', 'compiled', 'bfloat16'):
+        return lambda x, targets: made.price(x, x, targets)
     look: Any = PlainLook(teacher, trainable=way == 'plain')
     if way == 'one pass':
+
         def look(x: Tensor) -> Any:
-            with Watch(teacher) as watch: return teacher(x), watch.moments
-    def price(x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: # x: pixels in their own units, as a batch of dreams keeps them
+            with Watch(teacher) as watch:
+                return teacher(x), watch.moments
+
+    def price(
+        x: Tensor, targets: Tensor
+    ) -> tuple[
+        Tensor, Tensor
+    ]:  # x: pixels in their own units, as a batch of dreams keeps them
         logits, features, *_ = look(teacher.domain.from_pixels(x))
         total, values = made.objective(View(x, logits, targets, features))
         return total, torch.stack([v.detach() for v in (total, *values.values())])
+
     return price
 
 # %% ../../nbs/lab/22_speed.ipynb #20dbef53
@@ -105,17 +136,17 @@ class Update:
 
     def __init__(
         self,
-        way: str, # one of `WAYS`
-        teacher: Teacher, # who is asked
-        images: Tensor, # first pixels, `(N, C, H, W)`
-        targets: Tensor, # wished classes, `(N,)`
+        way: str,  # one of `WAYS`
+        teacher: Teacher,  # who is asked
+        images: Tensor,  # first pixels, `(N, C, H, W)`
+        targets: Tensor,  # wished classes, `(N,)`
     ) -> None:
         self.way, self.price, self.targets = way, make_price(way, teacher), targets
         layout = torch.channels_last if way == 'channels last' else torch.contiguous_format
         self.x = images.clone(memory_format=layout).requires_grad_()
         self.optimizer = torch.optim.Adam([self.x], 0.1)
 
-    def __call__(self) -> Tensor: # the losses before the update
+    def __call__(self) -> Tensor:  # the losses before the update
         "Forward, all losses, the gradient of the pixels, Adam."
         self.optimizer.zero_grad(set_to_none=True)
         total, losses = self.price(self.x, self.targets)
@@ -123,216 +154,388 @@ class Update:
         self.optimizer.step()
         return losses
 
-    def gradient(self) -> tuple[Tensor, Tensor]: # losses and the pixels' gradient, without an update
+    def gradient(
+        self,
+    ) -> tuple[Tensor, Tensor]:  # losses and the pixels' gradient, without an update
         "What this way computes at the pixels as they stand."
         total, losses = self.price(self.x, self.targets)
         return losses, torch.autograd.grad(total, self.x)[0]
 
     @property
-    def device(self) -> torch.device: return self.x.device
+    def device(self) -> torch.device:
+        return self.x.device
 
 # %% ../../nbs/lab/22_speed.ipynb #da9786d3
 class Contestant(Protocol):
     "One way to do some work: `Update` here, rounds and lessons below."
-    way: str # its name
+
+    way: str  # its name
 
     @property
     def device(self) -> torch.device: ...
 
-    def __call__(self) -> Any: ... # the work whose time is taken
+    def __call__(self) -> Any: ...  # the work whose time is taken
 
-    def gradient(self) -> tuple[Tensor, Tensor]: ... # losses and gradient, at a point that all share
+    def gradient(
+        self,
+    ) -> tuple[Tensor, Tensor]: ...  # losses and gradient, at a point that all share
+
 
 @contextmanager
 def every_bit() -> Iterator[None]:
-    "Convolutions in single precision also on GPUs that would round their inputs to ten bits (TF32); the race may do that, a comparison not."
+    """Convolutions in single precision also on GPUs that would round their inputs to ten
+    bits (TF32); the race may do that, a comparison not.
+    """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
-    try: yield
-    finally: torch.backends.cudnn.allow_tf32 = before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
 
 def compare(
-    updates: Sequence[Contestant], # the first is the reference; all at the same point
-    tolerance: float = 1e-5, # relative, of every loss; bfloat16 is reported, not judged
-) -> dict[str, dict[str, float]]: # by way: the largest relative error of a loss, and of the gradient's norm
-    "How far each way's losses and gradient are from the reference's; too far is a `DFKDError`."
+    updates: Sequence[Contestant],  # the first is the reference; all at the same point
+    tolerance: float = 1e-5,  # relative, of every loss; bfloat16 is reported, not judged
+) -> dict[
+    str, dict[str, float]
+]:  # by way: the largest relative error of a loss, and of the gradient's norm
+    """How far each way's losses and gradient are from the reference's; too far is a
+    `DFKDError`.
+    """
     found: dict[str, dict[str, float]] = {}
-    with every_bit(): wanted, slope = updates[0].gradient()
+    with every_bit():
+        wanted, slope = updates[0].gradient()
     for update in updates:
-        with every_bit(): losses, gradient = update.gradient()
-        loss_error = float(((losses - wanted).abs() / wanted.abs().clamp_min(1e-12)).max()) if len(losses) == len(wanted) else float('inf') # a term is missing
-        found[update.way] = {'loss_error': loss_error, 'gradient_error': float((gradient - slope).norm() / slope.norm())}
+        with every_bit():
+            losses, gradient = update.gradient()
+        # a term is missing
+        loss_error = (
+            float(((losses - wanted).abs() / wanted.abs().clamp_min(1e-12)).max())
+            if len(losses) == len(wanted)
+            else float('inf')
+        )
+        found[update.way] = {
+            'loss_error': loss_error,
+            'gradient_error': float((gradient - slope).norm() / slope.norm()),
+        }
         if update.way != 'bfloat16' and not loss_error <= tolerance:
-            raise DFKDError(f"'{update.way}' is off by {loss_error:.1e} in a loss (at most {tolerance:.0e} is allowed): its time would mean nothing, please report it")
+            raise DFKDError(
+                f"'{update.way}' is off by {loss_error:.1e} in a loss (at most"
+                f' {tolerance:.0e} is allowed): its time would mean nothing, please'
+                ' report it'
+            )
     return found
 
 # %% ../../nbs/lab/22_speed.ipynb #ed155407
 def count_operations(
-    teacher: Teacher, # frozen
-    batch: int, # images
-) -> int: # floating-point operations of one update
-    "Arithmetic of the forward pass and of the gradient to the pixels; two operations a multiply-and-add."
+    teacher: Teacher,  # frozen
+    batch: int,  # images
+) -> int:  # floating-point operations of one update
+    """Arithmetic of the forward pass and of the gradient to the pixels; two operations a
+    multiply-and-add.
+    """
     from torch.utils.flop_counter import FlopCounterMode
+
     x = torch.zeros(batch, *teacher.domain.shape, device=teacher.device, requires_grad=True)
-    with FlopCounterMode(display=False) as counter: teacher(x).sum().backward()
+    with FlopCounterMode(display=False) as counter:
+        teacher(x).sum().backward()
     return counter.get_total_flops()
 
 # %% ../../nbs/lab/22_speed.ipynb #18454f8f
 def measure_peak(
-    device: torch.device, # to be measured
-    repeats: int = 5, # of each; the fastest counts
-    clock: str = 'wall', # see `stopwatch`
-) -> float: # floating-point operations a second
+    device: torch.device,  # to be measured
+    repeats: int = 5,  # of each; the fastest counts
+    clock: str = 'wall',  # see `stopwatch`
+) -> float:  # floating-point operations a second
     "The most that a large matrix product or a well-shaped convolution reaches here."
-    a, x, w = torch.randn(1024, 1024, device=device), torch.randn(64, 64, 16, 16, device=device), torch.randn(64, 64, 3, 3, device=device)
-    work: list[tuple[Callable[[], Any], int]] = [(lambda: a @ a, 2 * 1024**3), (lambda: torch.nn.functional.conv2d(x, w, padding=1), 2 * 64 * 256 * 64 * 64 * 9)]
-    return max(count / min(stopwatch(run, device, clock) for _ in range(repeats + 1)) for run, count in work)
+    a = torch.randn(1024, 1024, device=device)
+    x = torch.randn(64, 64, 16, 16, device=device)
+    w = torch.randn(64, 64, 3, 3, device=device)
+    work: list[tuple[Callable[[], Any], int]] = [
+        (lambda: a @ a, 2 * 1024**3),
+        (lambda: torch.nn.functional.conv2d(x, w, padding=1), 2 * 64 * 256 * 64 * 64 * 9),
+    ]
+    return max(
+        count / min(stopwatch(run, device, clock) for _ in range(repeats + 1))
+        for run, count in work
+    )
+
 
 CLOCKS = {'wall': time.perf_counter, 'processor': time.process_time}
 
+
 def stopwatch(
-    work: Callable[[], Any], # to be timed
-    device: torch.device, # to be waited for
-    clock: str = 'wall', # or 'processor': only while this process was computing, all its threads together
-    calls: int = 0, # between two looks at the clock; 0: one on a CPU, ten on a GPU
-) -> float: # seconds
-    "Time of one call. A GPU is waited for after several: to wait after each would time the waiting, and an idle GPU, too."
-    if clock not in CLOCKS: raise DFKDError(f"unknown clock '{clock}': use {' or '.join(CLOCKS)}")
-    if clock == 'processor' and device.type != 'cpu': raise DFKDError("the processor's clock does not see a GPU: use clock 'wall'")
+    work: Callable[[], Any],  # to be timed
+    device: torch.device,  # to be waited for
+    # or 'processor': only while this process was computing, all its threads together
+    clock: str = 'wall',
+    calls: int = 0,  # between two looks at the clock; 0: one on a CPU, ten on a GPU
+) -> float:  # seconds
+    """Time of one call.
+
+    A GPU is waited for after several: to wait after each would time the waiting, and an
+    idle GPU, too.
+    """
+    if clock not in CLOCKS:
+        raise DFKDError(f"unknown clock '{clock}': use {' or '.join(CLOCKS)}")
+    if clock == 'processor' and device.type != 'cpu':
+        raise DFKDError("the processor's clock does not see a GPU: use clock 'wall'")
     calls = calls or (10 if device.type == 'cuda' else 1)
-    if device.type == 'cuda': torch.cuda.synchronize(device)
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
     begin = CLOCKS[clock]()
-    for _ in range(calls): work()
-    if device.type == 'cuda': torch.cuda.synchronize(device)
+    for _ in range(calls):
+        work()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
     return (CLOCKS[clock]() - begin) / calls
 
 # %% ../../nbs/lab/22_speed.ipynb #64220fc9
 def race(
-    updates: Sequence[Contestant], # the first is the reference
-    rounds: int = 9, # that count
-    warm_up: int = 2, # that do not: compilation, caches, memory
-    clock: str = 'wall', # see `stopwatch`
-) -> dict[str, dict[str, float]]: # by way: median seconds, and median of the rounds' speed over the reference
+    updates: Sequence[Contestant],  # the first is the reference
+    rounds: int = 9,  # that count
+    warm_up: int = 2,  # that do not: compilation, caches, memory
+    clock: str = 'wall',  # see `stopwatch`
+) -> dict[
+    str, dict[str, float]
+]:  # by way: median seconds, and median of the rounds' speed over the reference
     "One update of each way in turn, round after round."
     device = updates[0].device
     for _ in range(warm_up):
-        for update in updates: update()
-    times = [[stopwatch(update, device, clock) for update in updates] for _ in range(rounds)]
-    return {update.way: {'seconds': middle.median(row[i] for row in times), 'speed': middle.median(row[0] / row[i] for row in times)} for i, update in enumerate(updates)}
+        for update in updates:
+            update()
+    times = [
+        [stopwatch(update, device, clock) for update in updates] for _ in range(rounds)
+    ]
+    return {
+        update.way: {
+            'seconds': middle.median(row[i] for row in times),
+            'speed': middle.median(row[0] / row[i] for row in times),
+        }
+        for i, update in enumerate(updates)
+    }
 
 # %% ../../nbs/lab/22_speed.ipynb #b4826a38
 def most_held(
-    device: torch.device, # whose memory
-) -> int: # bytes
+    device: torch.device,  # whose memory
+) -> int:  # bytes
     "The most memory that this process has held so far."
-    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device)
-    status = Path('/proc/self/status') # what getrusage says includes the process that started this one
-    if status.is_file(): return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0])
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    # what getrusage says includes the process that started this one
+    status = Path('/proc/self/status')
+    if status.is_file():
+        return 1024 * int(status.read_text().split('VmHWM:')[1].split()[0])
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == 'darwin' else 1024
+    )
+
 
 def peak_memory(
-    model: str, # a name of `build_model`
-    batch: int, # images
-    device: str = 'cpu', # where
-) -> int: # bytes
+    model: str,  # a name of `build_model`
+    batch: int,  # images
+    device: str = 'cpu',  # where
+) -> int:  # bytes
     "The most that a process holds which makes two updates the fast way."
-    script = ('import sys, torch; from dfkd_nb.lab.speed import Update, fresh_teacher, most_held; t = fresh_teacher(sys.argv[1]).to(sys.argv[3]); n = int(sys.argv[2]); '
-              'x = torch.randn(n, *t.domain.shape, device=t.device); u = Update("folded", t, x, torch.zeros(n, dtype=torch.long, device=t.device)); u(); u(); print(most_held(t.device))')
-    done = subprocess.run([sys.executable, '-c', script, model, str(batch), device], capture_output=True, text=True)
-    if done.returncode: raise DFKDError(f'memory of {batch} images could not be measured ({(done.stderr.splitlines() or ["the process was killed"])[-1][:100]}): try a smaller batch')
+    script = (
+        'import sys, torch; from dfkd_nb.lab.speed import Update, fresh_teacher, most_held;'
+        ' t = fresh_teacher(sys.argv[1]).to(sys.argv[3]); n = int(sys.argv[2]); x ='
+        ' torch.randn(n, *t.domain.shape, device=t.device); u = Update("folded", t, x,'
+        ' torch.zeros(n, dtype=torch.long, device=t.device)); u(); u();'
+        ' print(most_held(t.device))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', script, model, str(batch), device],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise DFKDError(
+            f'memory of {batch} images could not be measured'
+            f' ({(done.stderr.splitlines() or ["the process was killed"])[-1][:100]}): try'
+            ' a smaller batch'
+        )
     return int(done.stdout)
 
+
 def measure_memory(
-    model: str, # a name of `build_model`
-    batch: int, # images
-    device: str = 'cpu', # where
-) -> dict[str, int]: # bytes: 'peak', 'idle' (a process with hardly a batch), and 'kept' for the way back, as counted
+    model: str,  # a name of `build_model`
+    batch: int,  # images
+    device: str = 'cpu',  # where
+) -> dict[
+    str,
+    int,
+    # bytes: 'peak', 'idle' (a process with hardly a batch), and 'kept' for the way back, as
+    # counted
+]:
     "Memory of an update, measured and counted."
     maker = DeepInversion(fresh_teacher(model), steps=1, device='cpu')
     kept = [kept_bytes(maker, n) for n in (1, 2)]
-    return {'peak': peak_memory(model, batch, device), 'idle': peak_memory(model, 2, device) - kept[1], 'kept': kept[0] + (batch - 1) * (kept[1] - kept[0])}
+    return {
+        'peak': peak_memory(model, batch, device),
+        'idle': peak_memory(model, 2, device) - kept[1],
+        'kept': kept[0] + (batch - 1) * (kept[1] - kept[0]),
+    }
 
 # %% ../../nbs/lab/22_speed.ipynb #77d1d3c8
 def contest(
-    contestants: Sequence[Contestant], # the first is the reference
-    operations: int, # that nobody can leave out
-    rounds: int, # see `race`
-    clock: str = 'wall', # see `stopwatch`
-    **about: Any, # further conditions, for the record
-) -> dict[str, Any]: # plain containers, ready for JSON
+    contestants: Sequence[Contestant],  # the first is the reference
+    operations: int,  # that nobody can leave out
+    rounds: int,  # see `race`
+    clock: str = 'wall',  # see `stopwatch`
+    **about: Any,  # further conditions, for the record
+) -> dict[str, Any]:  # plain containers, ready for JSON
     "Errors, times, ratios, the floor, the machine."
     device = contestants[0].device
     load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
-    errors, times, peak = compare(contestants), race(contestants, rounds, clock=clock), measure_peak(device, clock=clock)
-    return about | {'rounds': rounds, 'clock': clock, 'ways': {c.way: times[c.way] | errors[c.way] for c in contestants},
-            'operations': operations, 'peak': peak, 'floor_seconds': operations / peak,
-            'machine': {'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, 'processor': platform.processor() or platform.machine(),
-                        'cores': os.cpu_count(), 'threads': torch.get_num_threads(), 'torch': torch.__version__, 'load_before': round(load, 2)}}
+    errors = compare(contestants)
+    times = race(contestants, rounds, clock=clock)
+    peak = measure_peak(device, clock=clock)
+    return about | {
+        'rounds': rounds,
+        'clock': clock,
+        'ways': {c.way: times[c.way] | errors[c.way] for c in contestants},
+        'operations': operations,
+        'peak': peak,
+        'floor_seconds': operations / peak,
+        'machine': {
+            'device': torch.cuda.get_device_name(device)
+            if device.type == 'cuda'
+            else device.type,
+            'processor': platform.processor() or platform.machine(),
+            'cores': os.cpu_count(),
+            'threads': torch.get_num_threads(),
+            'torch': torch.__version__,
+            'load_before': round(load, 2),
+        },
+    }
 
 # %% ../../nbs/lab/22_speed.ipynb #849ab25f
 def benchmark(
-    model: str = 'resnet20', # a name of `build_model`
-    batch: int = 64, # images
-    ways: Sequence[str] = ('plain', 'frozen', 'one pass', 'folded'), # the first is the reference
-    rounds: int = 9, # see `race`
-    seed: int = 0, # of weights and pixels
-    device: str | torch.device = 'cpu', # where
-    clock: str = 'wall', # see `stopwatch`
-) -> dict[str, Any]: # see `contest`
+    model: str = 'resnet20',  # a name of `build_model`
+    batch: int = 64,  # images
+    # the first is the reference
+    ways: Sequence[str] = ('plain', 'frozen', 'one pass', 'folded'),
+    rounds: int = 9,  # see `race`
+    seed: int = 0,  # of weights and pixels
+    device: str | torch.device = 'cpu',  # where
+    clock: str = 'wall',  # see `stopwatch`
+) -> dict[str, Any]:  # see `contest`
     "Everything about DeepInversion's update for one network and batch size."
     device = torch.device(device)
     teacher = fresh_teacher(model, seed).to(device)
-    images = torch.randn(batch, *teacher.domain.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    images = torch.randn(
+        batch, *teacher.domain.shape, generator=torch.Generator().manual_seed(seed)
+    ).to(device)
     targets = torch.arange(batch, device=device) % teacher.domain.num_classes
-    return contest([Update(way, teacher, images, targets) for way in ways], count_operations(teacher, batch), rounds, clock, what='inversion', model=model, batch=batch, seed=seed)
+    return contest(
+        [Update(way, teacher, images, targets) for way in ways],
+        count_operations(teacher, batch),
+        rounds,
+        clock,
+        what='inversion',
+        model=model,
+        batch=batch,
+        seed=seed,
+    )
 
 # %% ../../nbs/lab/22_speed.ipynb #eaa6b045
 def describe(
-    found: dict[str, Any], # what `benchmark` returned
-) -> str: # lines of text
+    found: dict[str, Any],  # what `benchmark` returned
+) -> str:  # lines of text
     "A benchmark as a small table."
     machine = found['machine']
-    what = {'synthesis': 'synthesis, {steps} updates of a generator of width {width}, student {student}, teacher ', 'distillation': 'distillation, student {student}, teacher '}.get(found.get('what', ''), '').format_map(found)
-    lines = [f"{what}{found['model']}, batch {found['batch']}, {found['rounds']} rounds on {machine['device']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}, torch {machine['torch']}",
-             f"{'way':<14}{'ms':>9}{'speed':>8}{'of floor':>10}{'loss error':>12}{'gradient error':>16}"]
+    what = {
+        'synthesis': (
+            'synthesis, {steps} updates of a generator of width {width}, student'
+            ' {student}, teacher '
+        ),
+        'distillation': 'distillation, student {student}, teacher ',
+    }.get(found.get('what', ''), '').format_map(found)
+    lines = [
+        (
+            f'{what}{found["model"]}, batch {found["batch"]}, {found["rounds"]} rounds on'
+            f' {machine["device"]}, {machine["threads"]}'
+            f' thread{"" if machine["threads"] == 1 else "s"}, torch {machine["torch"]}'
+        ),
+        (
+            f'{"way":<14}{"ms":>9}{"speed":>8}{"of floor":>10}{"loss error":>12}{"gradient error":>16}'
+        ),
+    ]
     for way, row in found['ways'].items():
         share = found['floor_seconds'] / row['seconds']
-        lines.append(f"{way:<14}{1000 * row['seconds']:9.1f}{row['speed']:7.2f}x{share:10.0%}{row['loss_error']:12.0e}{row['gradient_error']:16.0e}")
-    lines.append(f"floor: {found['operations'] / 1e9:.2f} billion operations at {found['peak'] / 1e9:.0f} billion a second, {1000 * found['floor_seconds']:.1f} ms")
-    if 'memory' in found: lines.append('memory: ' + ', '.join(f'{name} {size / 1e9:.2f} GB' for name, size in found['memory'].items()))
-    if machine['load_before'] > 0.5: lines.append(f"note: the load was {machine['load_before']} before the start; on a busy machine only the ratios mean something" + (" (times are the processor's, not the wall's)" if found.get('clock') == 'processor' else ''))
+        lines.append(
+            f'{way:<14}{1000 * row["seconds"]:9.1f}{row["speed"]:7.2f}x{share:10.0%}{row["loss_error"]:12.0e}{row["gradient_error"]:16.0e}'
+        )
+    lines.append(
+        f'floor: {found["operations"] / 1e9:.2f} billion operations at'
+        f' {found["peak"] / 1e9:.0f} billion a second,'
+        f' {1000 * found["floor_seconds"]:.1f} ms'
+    )
+    if 'memory' in found:
+        lines.append(
+            'memory: '
+            + ', '.join(
+                f'{name} {size / 1e9:.2f} GB' for name, size in found['memory'].items()
+            )
+        )
+    if machine['load_before'] > 0.5:
+        lines.append(
+            f'note: the load was {machine["load_before"]} before the start; on a busy'
+            ' machine only the ratios mean something'
+            + (
+                " (times are the processor's, not the wall's)"
+                if found.get('clock') == 'processor'
+                else ''
+            )
+        )
     return '\n'.join(lines)
 
 # %% ../../nbs/lab/22_speed.ipynb #81a6dd26
 def doubling_kernel(
-    weight: Tensor, # of a 3 x 3 convolution, `(outputs, inputs, 3, 3)`
-) -> Tensor: # of a transposed one, `(inputs, outputs, 4, 4)`
+    weight: Tensor,  # of a 3 x 3 convolution, `(outputs, inputs, 3, 3)`
+) -> Tensor:  # of a transposed one, `(inputs, outputs, 4, 4)`
     "The kernel that doubles a map and convolves it at once."
-    turned = weight.flip(2, 3).flatten(0, 1) # flat, so that the gradient lies in memory as the weight does
+    # flat, so that the gradient lies in memory as the weight does
+    turned = weight.flip(2, 3).flatten(0, 1)
     kernel: Any = sum(F.pad(turned, (a, 1 - a, b, 1 - b)) for a in (0, 1) for b in (0, 1))
     return kernel.unflatten(0, weight.shape[:2]).transpose(0, 1)
 
+
 def convolve_doubled(
-    x: Tensor, # a map, `(N, inputs, H, W)`
-    weight: Tensor, # of a 3 x 3 convolution with padding 1
-) -> Tensor: # `(N, outputs, 2 H, 2 W)`
-    "What the convolution gives on the map of twice the size (nearest neighbour), which is never made."
+    x: Tensor,  # a map, `(N, inputs, H, W)`
+    weight: Tensor,  # of a 3 x 3 convolution with padding 1
+) -> Tensor:  # `(N, outputs, 2 H, 2 W)`
+    """What the convolution gives on the map of twice the size (nearest neighbour), which is
+    never made.
+    """
     return F.conv_transpose2d(x, doubling_kernel(weight), stride=2, padding=1)
 
 # %% ../../nbs/lab/22_speed.ipynb #d159d110
 class Doubling(Generator):
     "Chapter 10's generator, with its doublings done in the one way or the other."
-    transposed = False # whether a doubling and its convolution are one transposed convolution
 
-    def forward(self, z: Tensor) -> Tensor: # codes `(N, latent_size)` to intensities in [0, 1]
+    # whether a doubling and its convolution are one transposed convolution
+    transposed = False
+
+    def forward(
+        self, z: Tensor
+    ) -> Tensor:  # codes `(N, latent_size)` to intensities in [0, 1]
         x = self.norm(self.linear(z).view(len(z), -1, *self.begin))
         block: Any
         for block in self.blocks:
             convolution, norm, bend = block
-            x = convolve_doubled(x, convolution.weight) if self.transposed else convolution(F.interpolate(x, scale_factor=2, mode='nearest'))
+            x = (
+                convolve_doubled(x, convolution.weight)
+                if self.transposed
+                else convolution(F.interpolate(x, scale_factor=2, mode='nearest'))
+            )
             x = bend(norm(x))
-        if x.shape[2:] != self.shape[1:]: x = F.interpolate(x, self.shape[1:], mode='bilinear', antialias=False)
+        if x.shape[2:] != self.shape[1:]:
+            x = F.interpolate(x, self.shape[1:], mode='bilinear', antialias=False)
         return self.last(x).sigmoid()
 
 # %% ../../nbs/lab/22_speed.ipynb #4c8150f4
@@ -341,194 +544,314 @@ class PlainRound:
 
     def __init__(
         self,
-        way: str, # 'plain' or 'frozen'
-        maker: GenerativeSynthesizer, # whose teacher, student, objective and settings to take
-        codes: Tensor, # first codes, `(N, latent_size)`
+        way: str,  # 'plain' or 'frozen'
+        # whose teacher, student, objective and settings to take
+        maker: GenerativeSynthesizer,
+        codes: Tensor,  # first codes, `(N, latent_size)`
     ) -> None:
         self.way, self.maker, self.first, self.device = way, maker, codes, codes.device
         self.look = PlainLook(maker.teacher, trainable=way == 'plain')
-        self.student = copy.deepcopy(maker.student).eval().requires_grad_(way == 'plain') # type: ignore[union-attr]
+        self.student = copy.deepcopy(maker.student).eval().requires_grad_(way == 'plain')  # type: ignore[union-attr]
 
     def begin(self) -> None:
         "A fresh copy of the generator, fresh codes, fresh optimisers."
-        self.network, self.codes = copy.deepcopy(self.maker.network).train(), self.first.clone().requires_grad_()
-        self.optimizers = [torch.optim.Adam(leaves, rate, (0.5, 0.999)) for leaves, rate in ((self.network.parameters(), self.maker.learning_rate), ([self.codes], self.maker.latent_learning_rate))]
+        self.network = copy.deepcopy(self.maker.network).train()
+        self.codes = self.first.clone().requires_grad_()
+        self.optimizers = [
+            torch.optim.Adam(leaves, rate, (0.5, 0.999))
+            for leaves, rate in (
+                (self.network.parameters(), self.maker.learning_rate),
+                ([self.codes], self.maker.latent_learning_rate),
+            )
+        ]
 
-    def price(self) -> tuple[Tensor, Tensor, Tensor]: # total with its graph; the total and each term without; images
+    def price(
+        self,
+    ) -> tuple[
+        Tensor, Tensor, Tensor
+    ]:  # total with its graph; the total and each term without; images
         "What the batch in hand costs."
         images = self.network(self.codes)
         x = self.maker.domain.normalize(images)
         logits, features = self.look(x)
-        total, values = self.maker.objective(View(x, logits, logits.detach().argmax(1), features, self.student(x)))
-        return total, torch.stack([v.detach() for v in (total, *values.values())]), images.detach()
+        total, values = self.maker.objective(
+            View(x, logits, logits.detach().argmax(1), features, self.student(x))
+        )
+        return (
+            total,
+            torch.stack([v.detach() for v in (total, *values.values())]),
+            images.detach(),
+        )
 
-    def __call__(self) -> Tensor: # the best batch, uint8
+    def __call__(self) -> Tensor:  # the best batch, uint8
         "All updates of a round."
         self.begin()
         best: tuple[float, Tensor] | None = None
         for _ in range(self.maker.steps):
             total, losses, images = self.price()
-            for network in (self.network, self.look, self.student): network.zero_grad()
+            for network in (self.network, self.look, self.student):
+                network.zero_grad()
             self.codes.grad = None
             total.backward()
-            if best is None or float(losses[0]) < best[0]: best = float(losses[0]), (images * 255).round().byte()
-            for optimizer in self.optimizers: optimizer.step()
+            if best is None or float(losses[0]) < best[0]:
+                best = float(losses[0]), (images * 255).round().byte()
+            for optimizer in self.optimizers:
+                optimizer.step()
         assert best is not None
         return best[1]
 
-    def total(self) -> Tensor: # with its graph
+    def total(self) -> Tensor:  # with its graph
         "What the first batch costs."
         self.begin()
         return self.price()[0]
 
-    def gradient(self) -> tuple[Tensor, Tensor]: # losses; the gradient of weights and codes in a row
+    def gradient(
+        self,
+    ) -> tuple[Tensor, Tensor]:  # losses; the gradient of weights and codes in a row
         "What this way computes before the first update."
         self.begin()
         total, losses, _ = self.price()
-        return losses, _in_a_row(torch.autograd.grad(total, [*self.network.parameters(), self.codes]))
+        return losses, _in_a_row(
+            torch.autograd.grad(total, [*self.network.parameters(), self.codes])
+        )
 
 # %% ../../nbs/lab/22_speed.ipynb #9adda7aa
-def _in_a_row(gradients: Sequence[Tensor]) -> Tensor: return torch.cat([g.reshape(-1).float() for g in gradients])
+def _in_a_row(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.reshape(-1).float() for g in gradients])
+
 
 class QuickRound:
-    "The same round by the package's synthesizer, which has no modules of its own but named weights."
+    """The same round by the package's synthesizer, which has no modules of its own but
+    named weights.
+    """
 
     def __init__(
         self,
-        way: str, # 'folded', 'transposed', 'channels last' or 'bfloat16'
-        maker: GenerativeSynthesizer, # with a `Doubling` generator
-        codes: Tensor, # first codes, `(N, latent_size)`
+        way: str,  # 'folded', 'transposed', 'channels last' or 'bfloat16'
+        maker: GenerativeSynthesizer,  # with a `Doubling` generator
+        codes: Tensor,  # first codes, `(N, latent_size)`
     ) -> None:
         self.way, self.maker, self.first, self.device = way, maker, codes, codes.device
-        maker.network.transposed = way in ('transposed', 'channels last') # type: ignore[assignment]
+        maker.network.transposed = way in ('transposed', 'channels last')  # type: ignore[assignment]
         if way == 'channels last':
-            for network in (maker.network, maker.student, maker.look.network): network.to(memory_format=torch.channels_last) # type: ignore[union-attr, call-overload]
+            for network in (maker.network, maker.student, maker.look.network):
+                network.to(memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
 
     def begin(self) -> None:
         "The first weights and codes, and fresh optimisers."
-        self.maker._set(dict(self.maker.network.named_parameters()), dict(self.maker.network.named_buffers()))
+        self.maker._set(
+            dict(self.maker.network.named_parameters()),
+            dict(self.maker.network.named_buffers()),
+        )
         self.maker.start()
-        with torch.no_grad(): self.maker.codes.copy_(self.first)
+        with torch.no_grad():
+            self.maker.codes.copy_(self.first)
 
-    def __call__(self) -> Tensor: # the best batch, uint8
+    def __call__(self) -> Tensor:  # the best batch, uint8
         "All updates of a round."
         self.begin()
-        while self.maker.left: self.maker.step()
+        while self.maker.left:
+            self.maker.step()
         return self.maker.finish().images
 
-    def total(self) -> Tensor: # with its graph
+    def total(self) -> Tensor:  # with its graph
         "What the first batch costs."
         self.begin()
         return self.maker.judge(self.maker.paint(self.maker.codes), None)[0]
 
-    def gradient(self) -> tuple[Tensor, Tensor]: # losses; the gradient of weights and codes in a row
+    def gradient(
+        self,
+    ) -> tuple[Tensor, Tensor]:  # losses; the gradient of weights and codes in a row
         "What this way computes before the first update."
         self.begin()
         total, values, _ = self.maker.judge(self.maker.paint(self.maker.codes), None)
-        return torch.stack([v.detach() for v in (total, *values.values())]), _in_a_row(torch.autograd.grad(total, [*self.maker.weights.values(), self.maker.codes]))
+        return torch.stack([v.detach() for v in (total, *values.values())]), _in_a_row(
+            torch.autograd.grad(total, [*self.maker.weights.values(), self.maker.codes])
+        )
 
 # %% ../../nbs/lab/22_speed.ipynb #dd7d1ad5
 SYNTHESIS_WAYS = ('plain', 'frozen', 'folded', 'transposed', 'channels last', 'bfloat16')
 
+
 def make_round(
-    way: str, # one of `SYNTHESIS_WAYS`
-    teacher: Teacher, # who is asked
-    student: nn.Module, # with whom to compete; copied
-    generator: Doubling, # first weights; copied
-    codes: Tensor, # first codes, `(N, latent_size)`
-    steps: int = 5, # updates
+    way: str,  # one of `SYNTHESIS_WAYS`
+    teacher: Teacher,  # who is asked
+    student: nn.Module,  # with whom to compete; copied
+    generator: Doubling,  # first weights; copied
+    codes: Tensor,  # first codes, `(N, latent_size)`
+    steps: int = 5,  # updates
 ) -> PlainRound | QuickRound:
-    "One round of synthesis, done one way or another: class loss, features and competition, as FastDFKD has them."
-    if way not in SYNTHESIS_WAYS: raise DFKDError(f"unknown way '{way}': use {', '.join(SYNTHESIS_WAYS)}")
-    maker = GenerativeSynthesizer(teacher, generator=copy.deepcopy(generator), steps=steps, batch_size=len(codes), learning_rate=3e-3, latent_learning_rate=0.01, class_weight=1., feature_weight=1.,
-                                  adversarial_weight=1., student=copy.deepcopy(student).requires_grad_(False), precision='bfloat16' if way == 'bfloat16' else 'float32', device=codes.device)
+    """One round of synthesis, done one way or another.
+
+    Class loss, features and competition, as FastDFKD has them.
+    """
+    if way not in SYNTHESIS_WAYS:
+        raise DFKDError(f"unknown way '{way}': use {', '.join(SYNTHESIS_WAYS)}")
+    maker = GenerativeSynthesizer(
+        teacher,
+        generator=copy.deepcopy(generator),
+        steps=steps,
+        batch_size=len(codes),
+        learning_rate=3e-3,
+        latent_learning_rate=0.01,
+        class_weight=1.0,
+        feature_weight=1.0,
+        adversarial_weight=1.0,
+        student=copy.deepcopy(student).requires_grad_(False),
+        precision='bfloat16' if way == 'bfloat16' else 'float32',
+        device=codes.device,
+    )
     return (PlainRound if way in ('plain', 'frozen') else QuickRound)(way, maker, codes)
 
 # %% ../../nbs/lab/22_speed.ipynb #4d2cc3b6
 def count_work(
-    look: Callable[[], Tensor], # gives a scalar with its graph
-) -> int: # floating-point operations
+    look: Callable[[], Tensor],  # gives a scalar with its graph
+) -> int:  # floating-point operations
     "Arithmetic of the products and convolutions of one look and the way back."
     from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter: look().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        look().backward()
     return counter.get_total_flops()
 
 # %% ../../nbs/lab/22_speed.ipynb #9f8b40e9
 def benchmark_synthesis(
-    model: str = 'resnet20', # the teacher: a name of `build_model`
-    batch: int = 64, # images
-    ways: Sequence[str] = SYNTHESIS_WAYS[:5], # the first is the reference
-    rounds: int = 9, # see `race`
-    seed: int = 0, # of weights and codes
-    device: str | torch.device = 'cpu', # where
-    clock: str = 'wall', # see `stopwatch`
-    student: str = 'resnet14', # a name of `build_model`
-    width: int = 16, # of the generator
-    steps: int = 5, # updates in a round
-) -> dict[str, Any]: # see `contest`
+    model: str = 'resnet20',  # the teacher: a name of `build_model`
+    batch: int = 64,  # images
+    ways: Sequence[str] = SYNTHESIS_WAYS[:5],  # the first is the reference
+    rounds: int = 9,  # see `race`
+    seed: int = 0,  # of weights and codes
+    device: str | torch.device = 'cpu',  # where
+    clock: str = 'wall',  # see `stopwatch`
+    student: str = 'resnet14',  # a name of `build_model`
+    width: int = 16,  # of the generator
+    steps: int = 5,  # updates in a round
+) -> dict[str, Any]:  # see `contest`
     "Everything about one round of synthesis with a generator."
     device = torch.device(device)
     teacher = fresh_teacher(model, seed).to(device)
-    with seeded(seed + 1): # not the teacher's own numbers
+    with seeded(seed + 1):  # not the teacher's own numbers
         learner = build_model(student, teacher.domain.num_classes).to(device)
-        generator = Doubling(teacher.domain.shape, 256, width).to(device) # type: ignore[arg-type]
-    codes = torch.randn(batch, 256, generator=torch.Generator().manual_seed(seed)).to(device)
+        generator = Doubling(teacher.domain.shape, 256, width).to(device)  # type: ignore[arg-type]
+    codes = torch.randn(batch, 256, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
     made = [make_round(way, teacher, learner, generator, codes, steps) for way in ways]
-    operations = steps * count_work(make_round('transposed', teacher, learner, generator, codes, steps).total)
-    return contest(made, operations, rounds, clock, what='synthesis', model=model, batch=batch, seed=seed, student=student, width=width, steps=steps)
+    operations = steps * count_work(
+        make_round('transposed', teacher, learner, generator, codes, steps).total
+    )
+    return contest(
+        made,
+        operations,
+        rounds,
+        clock,
+        what='synthesis',
+        model=model,
+        batch=batch,
+        seed=seed,
+        student=student,
+        width=width,
+        steps=steps,
+    )
 
 # %% ../../nbs/lab/22_speed.ipynb #3340da12
 def fold_batchnorm(
-    teacher: Teacher, # not changed
-) -> Teacher: # gives the same answers; has no statistics that one could read
-    "A teacher for distillation only: BatchNorm layers that follow a convolution become part of it. Networks that cannot be traced are a `DFKDError`."
+    teacher: Teacher,  # not changed
+) -> Teacher:  # gives the same answers; has no statistics that one could read
+    """A teacher for distillation only.
+
+    BatchNorm layers that follow a convolution become part of it. Networks that cannot be
+    traced are a `DFKDError`.
+    """
     from torch.fx.experimental.optimization import fuse
-    try: folded = fuse(teacher.model)
-    except Exception as error: # tracing gives up in many ways
-        raise DFKDError(f"the network '{teacher.name}' cannot be traced ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): use it as it is") from None
+
+    try:
+        folded = fuse(teacher.model)
+    except Exception as error:  # tracing gives up in many ways
+        raise DFKDError(
+            f"the network '{teacher.name}' cannot be traced"
+            f' ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): use it as'
+            ' it is'
+        ) from None
     found = Teacher(folded, teacher.domain, teacher.name)
     usual, answers = (_trial(who, teacher.domain) for who in (teacher, found))
     if not torch.allclose(answers, usual, rtol=1e-3, atol=1e-3 * float(usual.abs().max())):
-        raise DFKDError(f"BatchNorm of the network '{teacher.name}' cannot be folded, its answers would change "
-                        '(a convolution that is called twice, or hooks): use it as it is')
+        raise DFKDError(
+            f"BatchNorm of the network '{teacher.name}' cannot be folded, its answers would"
+            ' change (a convolution that is called twice, or hooks): use it as it is'
+        )
     return found
 
 # %% ../../nbs/lab/22_speed.ipynb #065014bb
-LESSON_WAYS = ('plain', 'no graph', 'channels last', 'folded', 'cached', 'compiled', 'bfloat16')
+LESSON_WAYS = (
+    'plain',
+    'no graph',
+    'channels last',
+    'folded',
+    'cached',
+    'compiled',
+    'bfloat16',
+)
+
 
 class Lesson:
     "One way to make a student's update on images that are there."
 
     def __init__(
         self,
-        way: str, # one of `LESSON_WAYS`
-        teacher: Teacher, # who answers
-        student: nn.Module, # first weights; copied
-        images: Tensor, # uint8, `(N, C, H, W)`
+        way: str,  # one of `LESSON_WAYS`
+        teacher: Teacher,  # who answers
+        student: nn.Module,  # first weights; copied
+        images: Tensor,  # uint8, `(N, C, H, W)`
     ) -> None:
-        if way not in LESSON_WAYS: raise DFKDError(f"unknown way '{way}': use {', '.join(LESSON_WAYS)}")
-        self.way, self.images, self.device, self.by_hand = way, images, images.device, way in ('plain', 'no graph')
-        who = fold_batchnorm(teacher).to(memory_format=torch.channels_last) if way not in ('plain', 'no graph', 'channels last') else copy.deepcopy(teacher) # type: ignore[call-overload]
-        if way == 'plain': who.requires_grad_(True)
-        self.distiller = Distiller(who, copy.deepcopy(student), ImageSet(images, None, teacher.domain), steps=10**6, batch_size=len(images), learning_rate=1e-3,
-                                   precision='bfloat16' if way == 'bfloat16' else 'float32', device=images.device)
-        if self.by_hand: self.distiller.student.to(memory_format=torch.contiguous_format) # type: ignore[call-overload]
-        if way == 'cached': self.answers = who(teacher.domain.normalize(images))
-        self.loss: Callable[[], Tensor] = torch.compile(self.price, dynamic=False) if way == 'compiled' else self.price
+        if way not in LESSON_WAYS:
+            raise DFKDError(f"unknown way '{way}': use {', '.join(LESSON_WAYS)}")
+        self.way = way
+        self.images = images
+        self.device = images.device
+        self.by_hand = way in ('plain', 'no graph')
+        if way in ('plain', 'no graph', 'channels last'):
+            who = copy.deepcopy(teacher)
+        else:
+            who = fold_batchnorm(teacher)
+            who.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if way == 'plain':
+            who.requires_grad_(True)
+        self.distiller = Distiller(
+            who,
+            copy.deepcopy(student),
+            ImageSet(images, None, teacher.domain),
+            steps=10**6,
+            batch_size=len(images),
+            learning_rate=1e-3,
+            precision='bfloat16' if way == 'bfloat16' else 'float32',
+            device=images.device,
+        )
+        if self.by_hand:
+            self.distiller.student.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        if way == 'cached':
+            self.answers = who(teacher.domain.normalize(images))
+        self.loss: Callable[[], Tensor] = (
+            torch.compile(self.price, dynamic=False) if way == 'compiled' else self.price
+        )
 
-    def price(self) -> Tensor: # scalar, with its graph
+    def price(self) -> Tensor:  # scalar, with its graph
         "The distillation loss of the batch."
         teacher, distiller = self.distiller.teacher, self.distiller
         assert teacher is not None
-        if not self.by_hand and self.way != 'cached': return distiller.loss(self.images, None)[0]
+        if not self.by_hand and self.way != 'cached':
+            return distiller.loss(self.images, None)[0]
         x = distiller.domain.normalize(self.images)
-        if self.way == 'plain': known = teacher(x).detach()
-        elif self.way == 'cached': known = self.answers
+        if self.way == 'plain':
+            known = teacher(x).detach()
+        elif self.way == 'cached':
+            known = self.answers
         else:
-            with torch.no_grad(): known = teacher(x)
+            with torch.no_grad():
+                known = teacher(x)
         return distillation_loss(distiller.student(x), known, distiller.temperature)
 
-    def __call__(self) -> Tensor: # the loss before the update
+    def __call__(self) -> Tensor:  # the loss before the update
         "One update of the student."
         self.distiller.student.train()
         total = self.loss()
@@ -537,75 +860,208 @@ class Lesson:
         self.distiller.optimizer.step()
         return total.detach()
 
-    def gradient(self) -> tuple[Tensor, Tensor]: # the loss; the gradient of the student's weights in a row
+    def gradient(
+        self,
+    ) -> tuple[Tensor, Tensor]:  # the loss; the gradient of the student's weights in a row
         "What this way computes for the student as it stands."
         self.distiller.student.train()
         total = self.loss()
-        return total.detach()[None], _in_a_row(torch.autograd.grad(total, list(self.distiller.student.parameters())))
+        return total.detach()[None], _in_a_row(
+            torch.autograd.grad(total, list(self.distiller.student.parameters()))
+        )
 
 # %% ../../nbs/lab/22_speed.ipynb #48285c5d
 def benchmark_distillation(
-    model: str = 'resnet20', # the teacher: a name of `build_model`
-    batch: int = 64, # images
-    ways: Sequence[str] = LESSON_WAYS[:4], # the first is the reference
-    rounds: int = 9, # see `race`
-    seed: int = 0, # of weights and images
-    device: str | torch.device = 'cpu', # where
-    clock: str = 'wall', # see `stopwatch`
-    student: str = 'resnet14', # a name of `build_model`
-) -> dict[str, Any]: # see `contest`
+    model: str = 'resnet20',  # the teacher: a name of `build_model`
+    batch: int = 64,  # images
+    ways: Sequence[str] = LESSON_WAYS[:4],  # the first is the reference
+    rounds: int = 9,  # see `race`
+    seed: int = 0,  # of weights and images
+    device: str | torch.device = 'cpu',  # where
+    clock: str = 'wall',  # see `stopwatch`
+    student: str = 'resnet14',  # a name of `build_model`
+) -> dict[str, Any]:  # see `contest`
     "Everything about one update of a student."
     device = torch.device(device)
     teacher = fresh_teacher(model, seed).to(device)
-    with seeded(seed + 1): learner = build_model(student, teacher.domain.num_classes).to(device)
-    images = torch.randint(256, (batch, *teacher.domain.shape), generator=torch.Generator().manual_seed(seed)).to(torch.uint8).to(device)
+    with seeded(seed + 1):
+        learner = build_model(student, teacher.domain.num_classes).to(device)
+    images = (
+        torch.randint(
+            256,
+            (batch, *teacher.domain.shape),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        .to(torch.uint8)
+        .to(device)
+    )
     lessons = [Lesson(way, teacher, learner, images) for way in ways]
-    return contest(lessons, count_work(Lesson('folded', teacher, learner, images).price), rounds, clock, what='distillation', model=model, batch=batch, seed=seed, student=student)
+    return contest(
+        lessons,
+        count_work(Lesson('folded', teacher, learner, images).price),
+        rounds,
+        clock,
+        what='distillation',
+        model=model,
+        batch=batch,
+        seed=seed,
+        student=student,
+    )
 
 # %% ../../nbs/lab/22_speed.ipynb #c0af8365
-BENCHMARKS: dict[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = { # to function, ways, further ways, and what else it takes
-    'inversion': (benchmark, ('plain', 'frozen', 'one pass', 'folded'), ('channels last', 'compiled', 'bfloat16'), ()),
-    'synthesis': (benchmark_synthesis, ('plain', 'frozen', 'folded', 'transposed', 'channels last'), ('bfloat16',), ('student', 'width', 'steps')),
-    'distillation': (benchmark_distillation, ('plain', 'no graph', 'channels last', 'folded'), ('compiled', 'bfloat16'), ('student',)),
+# to function, ways, further ways, and what else it takes
+BENCHMARKS: dict[
+    str,
+    tuple[Callable[..., dict[str, Any]], tuple[str, ...], tuple[str, ...], tuple[str, ...]],
+] = {
+    'inversion': (
+        benchmark,
+        ('plain', 'frozen', 'one pass', 'folded'),
+        ('channels last', 'compiled', 'bfloat16'),
+        (),
+    ),
+    'synthesis': (
+        benchmark_synthesis,
+        ('plain', 'frozen', 'folded', 'transposed', 'channels last'),
+        ('bfloat16',),
+        ('student', 'width', 'steps'),
+    ),
+    'distillation': (
+        benchmark_distillation,
+        ('plain', 'no graph', 'channels last', 'folded'),
+        ('compiled', 'bfloat16'),
+        ('student',),
+    ),
 }
 
 # %% ../../nbs/lab/22_speed.ipynb #4adb1a20
 def bench(
-    arguments: list[str], # as on the command line, without `dfkd bench`
-    parser_type: type[argparse.ArgumentParser] = argparse.ArgumentParser, # reports what cannot be understood
-) -> int: # exit code
-    "`dfkd bench`: time DeepInversion's update, a round of synthesis or a step of distillation against the plainest correct version."
-    parser = parser_type(prog='dfkd bench', description='Time the plainest correct version and faster ones in turns, at equal losses.')
-    parser.add_argument('--what', default='inversion', choices=list(BENCHMARKS), help="DeepInversion's update (default), a generator's round, or a student's step")
-    parser.add_argument('--student', default='resnet14', help='of synthesis and distillation: a name of build_model (default: resnet14)')
-    parser.add_argument('--width', type=int, default=16, help="of synthesis: the generator's (default: 16; papers: 64)")
-    parser.add_argument('--steps', type=int, default=5, help='of synthesis: updates in a round (default: 5)')
-    parser.add_argument('--clock', default='wall', choices=list(CLOCKS), help="'processor' counts only this process's computing, for busy machines")
-    parser.add_argument('--model', default='resnet20', help='a name of build_model (default: resnet20)')
-    parser.add_argument('--batch', type=int, nargs='+', default=[64], help='images in a batch; several are done one after the other')
-    parser.add_argument('--rounds', type=int, default=9, help='updates of each way that count (default: 9)')
-    parser.add_argument('--compile', action='store_true', help='also with torch.compile (takes a minute to compile)')
+    arguments: list[str],  # as on the command line, without `dfkd bench`
+    # reports what cannot be understood
+    parser_type: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> int:  # exit code
+    """`dfkd bench`: time DeepInversion's update, a round of synthesis or a step of
+    distillation against the plainest correct version.
+    """
+    parser = parser_type(
+        prog='dfkd bench',
+        description=(
+            'Time the plainest correct version and faster ones in turns, at equal losses.'
+        ),
+    )
+    parser.add_argument(
+        '--what',
+        default='inversion',
+        choices=list(BENCHMARKS),
+        help="DeepInversion's update (default), a generator's round, or a student's step",
+    )
+    parser.add_argument(
+        '--student',
+        default='resnet14',
+        help='of synthesis and distillation: a name of build_model (default: resnet14)',
+    )
+    parser.add_argument(
+        '--width',
+        type=int,
+        default=16,
+        help="of synthesis: the generator's (default: 16; papers: 64)",
+    )
+    parser.add_argument(
+        '--steps', type=int, default=5, help='of synthesis: updates in a round (default: 5)'
+    )
+    parser.add_argument(
+        '--clock',
+        default='wall',
+        choices=list(CLOCKS),
+        help="'processor' counts only this process's computing, for busy machines",
+    )
+    parser.add_argument(
+        '--model', default='resnet20', help='a name of build_model (default: resnet20)'
+    )
+    parser.add_argument(
+        '--batch',
+        type=int,
+        nargs='+',
+        default=[64],
+        help='images in a batch; several are done one after the other',
+    )
+    parser.add_argument(
+        '--rounds', type=int, default=9, help='updates of each way that count (default: 9)'
+    )
+    parser.add_argument(
+        '--compile',
+        action='store_true',
+        help='also with torch.compile (takes a minute to compile)',
+    )
     parser.add_argument('--bfloat16', action='store_true', help='also in mixed precision')
-    parser.add_argument('--channels-last', action='store_true', help='also with channels last in memory')
-    parser.add_argument('--memory', action='store_true', help='also the memory that an update takes')
-    parser.add_argument('--threads', type=int, default=0, help='CPU threads (default: as PyTorch chooses)')
+    parser.add_argument(
+        '--channels-last', action='store_true', help='also with channels last in memory'
+    )
+    parser.add_argument(
+        '--memory', action='store_true', help='also the memory that an update takes'
+    )
+    parser.add_argument(
+        '--threads', type=int, default=0, help='CPU threads (default: as PyTorch chooses)'
+    )
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--out', type=Path, help='folder for one JSON file a batch size')
     asked = parser.parse_args(arguments)
     if min(*asked.batch, asked.rounds, asked.steps, asked.width) < 1:
-        raise DFKDError(f'batch {asked.batch}, {asked.rounds} rounds, {asked.steps} steps, width {asked.width}: give 1 or more')
-    if asked.threads < 0: raise DFKDError(f'{asked.threads} threads: give 1 or more, or 0 for as many as PyTorch chooses')
+        raise DFKDError(
+            f'batch {asked.batch}, {asked.rounds} rounds, {asked.steps} steps, width'
+            f' {asked.width}: give 1 or more'
+        )
+    if asked.threads < 0:
+        raise DFKDError(
+            f'{asked.threads} threads: give 1 or more, or 0 for as many as PyTorch chooses'
+        )
     run, ways, extras, more = BENCHMARKS[asked.what]
-    if asked.memory and asked.what != 'inversion': raise DFKDError(f'the memory of {asked.what} is not measured: leave out --memory, or use --what inversion')
-    chosen = [way for way in ('channels last', 'compiled', 'bfloat16') if getattr(asked, {'compiled': 'compile'}.get(way, way.replace(' ', '_')))]
-    if odd := next((way for way in chosen if way not in (*ways, *extras)), None): raise DFKDError(f"there is no way '{odd}' of {asked.what}: use {', '.join((*ways, *extras))}")
-    if asked.threads: torch.set_num_threads(asked.threads)
+    if asked.memory and asked.what != 'inversion':
+        raise DFKDError(
+            f'the memory of {asked.what} is not measured: leave out --memory, or use --what'
+            ' inversion'
+        )
+    chosen = [
+        way
+        for way in ('channels last', 'compiled', 'bfloat16')
+        if getattr(asked, {'compiled': 'compile'}.get(way, way.replace(' ', '_')))
+    ]
+    if odd := next((way for way in chosen if way not in (*ways, *extras)), None):
+        raise DFKDError(
+            f"there is no way '{odd}' of {asked.what}: use {', '.join((*ways, *extras))}"
+        )
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
     for batch in asked.batch:
-        found = run(asked.model, batch, list(dict.fromkeys([*ways, *chosen])), asked.rounds, device=asked.device, clock=asked.clock, **{name: getattr(asked, name) for name in more})
-        if asked.memory: found['memory'] = measure_memory(asked.model, batch, asked.device)
+        found = run(
+            asked.model,
+            batch,
+            list(dict.fromkeys([*ways, *chosen])),
+            asked.rounds,
+            device=asked.device,
+            clock=asked.clock,
+            **{name: getattr(asked, name) for name in more},
+        )
+        if asked.memory:
+            found['memory'] = measure_memory(asked.model, batch, asked.device)
         print(describe(found), flush=True)
         if asked.out is not None:
-            path = asked.out / ('-'.join([asked.what] * (asked.what != 'inversion') + [asked.model.replace(':', '-'), *(f'{name}{getattr(asked, name)}' for name in more if name == 'width'), str(batch)]) + '.json')
-            with atomic_path(path) as temporary: temporary.write_text(json.dumps(found, indent=1) + '\n')
+            path = asked.out / (
+                '-'.join(
+                    [asked.what] * (asked.what != 'inversion')
+                    + [
+                        asked.model.replace(':', '-'),
+                        *(
+                            f'{name}{getattr(asked, name)}'
+                            for name in more
+                            if name == 'width'
+                        ),
+                        str(batch),
+                    ]
+                )
+                + '.json'
+            )
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + '\n')
             print(f'kept in {path}')
     return 0

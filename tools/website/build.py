@@ -1,4 +1,6 @@
-"The whole site: processed notebooks, then Quarto or smalldocs, then everything from the network replaced by what lies here."
+"""The whole site: processed notebooks, then Quarto or smalldocs, then everything from the
+network replaced by what lies here.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,19 @@ from .notebook import exported, markdown, process, read, url
 from .symbols import Index
 from .text import joined, source
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent / 'assets'
 KATEX = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']+/dist/?")
-NOT_COPIED = {".ipynb_checkpoints", "_quarto.yml", "nbdev.yml", "runs", ".data"}
+NOT_COPIED = {'.ipynb_checkpoints', '_quarto.yml', 'nbdev.yml', 'runs', '.data'}
 
 
 def notebooks(nbs: Path) -> list[PurePosixPath]:
     "The book's notebooks, as paths under nbs."
-    found = (path.relative_to(nbs) for path in nbs.rglob("*.ipynb"))
-    return sorted(PurePosixPath(path.as_posix()) for path in found if not any(part[0] in "._" for part in path.parts))
+    found = (path.relative_to(nbs) for path in nbs.rglob('*.ipynb'))
+    return sorted(
+        PurePosixPath(path.as_posix())
+        for path in found
+        if not any(part[0] in '._' for part in path.parts)
+    )
 
 
 def sidebar(config: dict[str, Any]) -> list[PurePosixPath]:
@@ -42,31 +48,39 @@ def sidebar(config: dict[str, Any]) -> list[PurePosixPath]:
             for one in entry:
                 visit(one)
         elif isinstance(entry, dict):
-            if "href" in entry:
-                found.append(PurePosixPath(entry["href"]))
-            visit(entry.get("contents", []))
+            if 'href' in entry:
+                found.append(PurePosixPath(entry['href']))
+            visit(entry.get('contents', []))
 
-    visit(config["website"]["sidebar"]["contents"])
+    visit(config['website']['sidebar']['contents'])
     return found
 
 
 def check_sidebar(config: dict[str, Any], nbs: Path) -> None:
     "The sidebar lists every notebook once and nothing else."
     listed, present = sidebar(config), notebooks(nbs)
-    wrong = [f"{name} is not in the sidebar" for name in present if name not in listed]
-    wrong += [f"{name} is in the sidebar and not under nbs" for name in listed if name not in present]
-    wrong += [f"{name} is in the sidebar twice" for name in set(listed) if listed.count(name) > 1]
+    wrong = [f'{name} is not in the sidebar' for name in present if name not in listed]
+    wrong += [
+        f'{name} is in the sidebar and not under nbs'
+        for name in listed
+        if name not in present
+    ]
+    wrong += [
+        f'{name} is in the sidebar twice' for name in set(listed) if listed.count(name) > 1
+    ]
     if wrong:
-        raise SiteError("_quarto.yml: " + "; ".join(sorted(wrong)))
+        raise SiteError('_quarto.yml: ' + '; '.join(sorted(wrong)))
 
 
 def prepare(nbs: Path, target: Path) -> dict[PurePosixPath, dict[str, Any]]:
-    "Fill `target` with what the notebooks need beside them, and return the notebooks as readers see them."
+    """Fill `target` with what the notebooks need beside them, and return the notebooks as
+    readers see them.
+    """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    for path in sorted(nbs.rglob("*")):
+    for path in sorted(nbs.rglob('*')):
         name = path.relative_to(nbs)
-        if path.is_file() and path.suffix != ".ipynb" and not NOT_COPIED & set(name.parts):
+        if path.is_file() and path.suffix != '.ipynb' and not NOT_COPIED & set(name.parts):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target / name)
     contents = {name: read(nbs / name) for name in notebooks(nbs)}
@@ -80,49 +94,76 @@ def write(pages: dict[PurePosixPath, dict[str, Any]], target: Path) -> None:
     "Write notebooks below `target`."
     for name, notebook in pages.items():
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+        (target / name).write_text(
+            json.dumps(notebook, ensure_ascii=False), encoding='utf-8'
+        )
 
 
 def add_references(cells: list[dict[str, Any]], citations: Citations) -> None:
-    "Put the list of references where the page has its `::: {#refs}`, else under its heading References, else at the end."
+    """Put the list of references where the page has its `::.
+
+    {#refs}`, else under its heading References, else at the end.
+    """
     listing = citations.listing()
     if not listing:
         return
     for cell in cells:
-        if cell["cell_type"] == "markdown" and re.search(r"^:::+\s*\{#refs[^}]*\}", source(cell), re.M):
-            cell["source"] = re.sub(r"^:::+\s*\{#refs[^}]*\}\s*\n+:::+", lambda _: listing, source(cell), flags=re.M)
-            return
-    for cell in reversed(cells):
-        heading = cell["cell_type"] == "markdown" and re.search(r"^##\s+References[^\n]*\n?", source(cell), re.M)
-        if heading:
-            cell["source"] = (
-                source(cell)[: heading.end()].rstrip() + "\n\n" + listing + "\n\n" + source(cell)[heading.end() :]
+        if cell['cell_type'] == 'markdown' and re.search(
+            r'^:::+\s*\{#refs[^}]*\}', source(cell), re.M
+        ):
+            cell['source'] = re.sub(
+                r'^:::+\s*\{#refs[^}]*\}\s*\n+:::+',
+                lambda _: listing,
+                source(cell),
+                flags=re.M,
             )
             return
-    cells.append(markdown("## References {.unnumbered}\n\n" + listing))
+    for cell in reversed(cells):
+        heading = cell['cell_type'] == 'markdown' and re.search(
+            r'^##\s+References[^\n]*\n?', source(cell), re.M
+        )
+        if heading:
+            cell['source'] = (
+                source(cell)[: heading.end()].rstrip()
+                + '\n\n'
+                + listing
+                + '\n\n'
+                + source(cell)[heading.end() :]
+            )
+            return
+    cells.append(markdown('## References {.unnumbered}\n\n' + listing))
 
 
-def adapt(notebook: dict[str, Any], page: str, bibliography: dict[str, Reference]) -> dict[str, Any]:
-    "What Quarto does and smalldocs does not: numbers, references, citations, labelled figures."
+def adapt(
+    notebook: dict[str, Any], page: str, bibliography: dict[str, Reference]
+) -> dict[str, Any]:
+    """What Quarto does and smalldocs does not.
+
+    Numbers, references, citations, labelled figures.
+    """
     labels, citations = Labels(page), Citations(bibliography, page)
-    labels.collect(notebook["cells"])
+    labels.collect(notebook['cells'])
     cells = [
-        made for cell in notebook["cells"] for made in (lift(cell, labels) if cell["cell_type"] == "code" else [cell])
+        made
+        for cell in notebook['cells']
+        for made in (lift(cell, labels) if cell['cell_type'] == 'code' else [cell])
     ]
 
     def resolve(text: str) -> str:
         return citations.resolve(labels.resolve(text))
 
     for cell in cells:
-        if cell["cell_type"] == "markdown":
-            cell["source"] = resolve(source(cell))
-        for output in cell.get("outputs", []):
-            if "text/markdown" in output.get("data", {}):
-                output["data"]["text/markdown"] = resolve(joined(output["data"]["text/markdown"]))
+        if cell['cell_type'] == 'markdown':
+            cell['source'] = resolve(source(cell))
+        for output in cell.get('outputs', []):
+            if 'text/markdown' in output.get('data', {}):
+                output['data']['text/markdown'] = resolve(
+                    joined(output['data']['text/markdown'])
+                )
     add_references(cells, citations)
     for number, cell in enumerate(cells):
-        cell["id"] = f"cell-{number}"
-    return {**notebook, "cells": cells}
+        cell['id'] = f'cell-{number}'
+    return {**notebook, 'cells': cells}
 
 
 def with_smalldocs(work: Path) -> tuple[Path, list[str]]:
@@ -135,68 +176,94 @@ def with_smalldocs(work: Path) -> tuple[Path, list[str]]:
 
         def read(self, src: PurePosixPath) -> Page:
             page = super().read(src)
-            page.out = page.out.with_name(str(page.front.get("output-file", page.out.name)))
+            page.out = page.out.with_name(str(page.front.get('output-file', page.out.name)))
             return page
 
     site = BookSite(load(work), quiet=True)
     site.build()
-    expected = ("bibliography", "output-file", "html-math-method", "lightbox")
-    return site.out, [warning for warning in site.warnings if not any(name in warning for name in expected)]
+    expected = ('bibliography', 'output-file', 'html-math-method', 'lightbox')
+    return site.out, [
+        warning
+        for warning in site.warnings
+        if not any(name in warning for name in expected)
+    ]
 
 
 def with_quarto(work: Path, quarto: str) -> Path:
     "Render with Quarto, which runs nothing: the notebooks carry their outputs."
-    subprocess.run([quarto, "render", str(work), "--no-execute"], check=True)
-    config = yaml.safe_load((work / "_quarto.yml").read_text(encoding="utf-8"))
-    return work / config["project"]["output-dir"]
+    subprocess.run([quarto, 'render', str(work), '--no-execute'], check=True)
+    config = yaml.safe_load((work / '_quarto.yml').read_text(encoding='utf-8'))
+    return work / config['project']['output-dir']
 
 
 def localise(site: Path) -> None:
-    "Put KaTeX beside the pages and point them to it, so that nothing comes from the network; refine the pages."
-    shutil.copytree(ASSETS / "katex", site / "site_libs/katex", dirs_exist_ok=True)
-    for path in site.rglob("*.html"):
-        up = "../" * (len(path.relative_to(site).parts) - 1)
-        page = path.read_text(encoding="utf-8")
-        page = KATEX.sub(f"{up}site_libs/katex/", page).replace("site_libs/katex//", "site_libs/katex/")
-        path.write_text(refine(page), encoding="utf-8")
+    """Put KaTeX beside the pages and point them to it, so that nothing comes from the
+    network; refine the pages.
+    """
+    shutil.copytree(ASSETS / 'katex', site / 'site_libs/katex', dirs_exist_ok=True)
+    for path in site.rglob('*.html'):
+        up = '../' * (len(path.relative_to(site).parts) - 1)
+        page = path.read_text(encoding='utf-8')
+        page = KATEX.sub(f'{up}site_libs/katex/', page).replace(
+            'site_libs/katex//', 'site_libs/katex/'
+        )
+        path.write_text(refine(page), encoding='utf-8')
 
 
 def refine(page: str) -> str:
-    "Mark what the style sheet cannot tell by itself: inline commands, and printed text that is set in columns."
+    """Mark what the style sheet cannot tell by itself.
+
+    Inline commands, and printed text that is set in columns.
+    """
 
     def columns(found: re.Match[str]) -> str:
-        aligned = sum(bool(re.search(r"\S {2,}\S", line)) for line in found[2].splitlines())
+        aligned = sum(bool(re.search(r'\S {2,}\S', line)) for line in found[2].splitlines())
         return f'{found[1]}<pre class="columns">{found[2]}' if aligned > 2 else found[0]
 
-    page = re.sub(r"(<div class=\"cell-output cell-output-stdout\">\s*)<pre>(.*?</pre>)", columns, page, flags=re.S)
-    return page.replace("<code>dfkd ", '<code class="command">dfkd ')
+    page = re.sub(
+        r'(<div class=\"cell-output cell-output-stdout\">\s*)<pre>(.*?</pre>)',
+        columns,
+        page,
+        flags=re.S,
+    )
+    return page.replace('<code>dfkd ', '<code class="command">dfkd ')
 
 
-def build(root: Path, out: Path, builder: str = "auto", work: Path | None = None) -> str:
-    "Build the site of the repository `root` into `out`, by way of the folder `work`; returns the builder's name."
-    config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
-    check_sidebar(config, root / "nbs")
-    quarto = shutil.which("quarto")
-    if builder == "auto":
-        builder = "quarto" if quarto else "smalldocs"
-    work = work or root / "_proc"
-    pages = prepare(root / "nbs", work)
-    shutil.copy(root / "_quarto.yml", work / "_quarto.yml")
-    if builder == "quarto":
+def build(root: Path, out: Path, builder: str = 'auto', work: Path | None = None) -> str:
+    """Build the site of the repository `root` into `out`, by way of the folder `work`;
+    returns the builder's name.
+    """
+    config = yaml.safe_load((root / '_quarto.yml').read_text(encoding='utf-8'))
+    check_sidebar(config, root / 'nbs')
+    quarto = shutil.which('quarto')
+    if builder == 'auto':
+        builder = 'quarto' if quarto else 'smalldocs'
+    work = work or root / '_proc'
+    pages = prepare(root / 'nbs', work)
+    shutil.copy(root / '_quarto.yml', work / '_quarto.yml')
+    if builder == 'quarto':
         if not quarto:
-            raise SiteError("Quarto is not on the PATH: install it, or use --builder smalldocs")
+            raise SiteError(
+                'Quarto is not on the PATH: install it, or use --builder smalldocs'
+            )
         write(pages, work)
         made = with_quarto(work, quarto)
     else:
-        bibliography = read_bibliography(work / config["bibliography"])
-        write({name: adapt(notebook, str(name), bibliography) for name, notebook in pages.items()}, work)
+        bibliography = read_bibliography(work / config['bibliography'])
+        write(
+            {
+                name: adapt(notebook, str(name), bibliography)
+                for name, notebook in pages.items()
+            },
+            work,
+        )
         made, complaints = with_smalldocs(work)
         if complaints:
-            raise SiteError("\n".join(complaints))
+            raise SiteError('\n'.join(complaints))
     localise(made)
     for name in pages:
         if not (made / url(name)).exists():
-            raise SiteError(f"{builder} made no page of {name}")
+            raise SiteError(f'{builder} made no page of {name}')
     shutil.rmtree(out, ignore_errors=True)
     os.makedirs(out.parent, exist_ok=True)
     shutil.move(made, out)

@@ -1,4 +1,6 @@
-"Markdown in pieces: which parts are prose, and which are code, mathematics, links or HTML that must stay as they are."
+"""Markdown in pieces: which parts are prose, and which are code, mathematics, links or HTML
+that must stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +8,19 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-FENCE = r"^(?P<fence>[ ]{0,3}(?:`{3,}|~{3,}))[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$"
+FENCE = r'^(?P<fence>[ ]{0,3}(?:`{3,}|~{3,}))[^\n]*\n.*?^(?P=fence)[`~]*[ \t]*$'
 PARTS = (
     FENCE,
-    r"<!--.*?-->",
-    r"\$\$.*?\$\$",
-    r"(?P<tick>`+)(?!`).*?(?<!`)(?P=tick)(?!`)",
-    r"(?<![\\$\w])\$(?![\s$])[^$\n]*?(?<![\s\\])\$(?!\d)",
-    r"\]\([^()\s]*(?:\([^()]*\)[^()\s]*)*(?:\s+\"[^\"]*\")?\)",
-    r"<(?:https?:|mailto:)[^>\s]*>|https?://[^\s)>\]]+",
-    r"</?[A-Za-z][^<>]*>",
-    r"\{[#.][^{}\n]*\}",
+    r'<!--.*?-->',
+    r'\$\$.*?\$\$',
+    r'(?P<tick>`+)(?!`).*?(?<!`)(?P=tick)(?!`)',
+    r'(?<![\\$\w])\$(?![\s$])[^$\n]*?(?<![\s\\])\$(?!\d)',
+    r'\]\([^()\s]*(?:\([^()]*\)[^()\s]*)*(?:\s+\"[^\"]*\")?\)',
+    r'<(?:https?:|mailto:)[^>\s]*>|https?://[^\s)>\]]+',
+    r'</?[A-Za-z][^<>]*>',
+    r'\{[#.][^{}\n]*\}',
 )
-NOT_PROSE = re.compile("|".join(PARTS), re.S | re.M)
+NOT_PROSE = re.compile('|'.join(PARTS), re.S | re.M)
 CODE = re.compile(FENCE, re.S | re.M)
 
 
@@ -34,9 +36,13 @@ def pieces(text: str, pattern: re.Pattern[str] = NOT_PROSE) -> Iterator[tuple[bo
         yield True, text[end:]
 
 
-def in_prose(text: str, change: Callable[[str], str], pattern: re.Pattern[str] = NOT_PROSE) -> str:
+def in_prose(
+    text: str, change: Callable[[str], str], pattern: re.Pattern[str] = NOT_PROSE
+) -> str:
     "Apply `change` to the prose and leave the rest."
-    return "".join(change(piece) if prose else piece for prose, piece in pieces(text, pattern))
+    return ''.join(
+        change(piece) if prose else piece for prose, piece in pieces(text, pattern)
+    )
 
 
 def outside_code(text: str, change: Callable[[str], str]) -> str:
@@ -46,9 +52,9 @@ def outside_code(text: str, change: Callable[[str], str]) -> str:
 
 def source(cell: dict[str, Any]) -> str:
     "A cell's source as one string."
-    return "".join(cell["source"])
+    return ''.join(cell['source'])
 
 
 def joined(value: str | list[str]) -> str:
     "An output's text, which a notebook may store as a list of lines."
-    return value if isinstance(value, str) else "".join(value)
+    return value if isinstance(value, str) else ''.join(value)
