@@ -21,10 +21,10 @@ from dfkd_nb.foundations.models import (
     check_network,
     classifier_layer,
     count_parameters,
-    inherit,
+    copy_blocks_from_teacher,
     load_weights,
     save_weights,
-    tap,
+    capture_input,
     unwrap,
     why_no_hooks,
 )
@@ -370,7 +370,7 @@ def test_weights_and_blocks_pass_through_wrappers(tmp_path: Path) -> None:
     for wrap in (torch.compile, nn.DataParallel):
         for fill in (
             lambda model: load_weights(path, model),
-            lambda model: inherit(model, torch.compile(net)),
+            lambda model: copy_blocks_from_teacher(model, torch.compile(net)),
         ):
             other = plain(1)
             fill(wrap(other))
@@ -378,7 +378,7 @@ def test_weights_and_blocks_pass_through_wrappers(tmp_path: Path) -> None:
                 v.equal(net.state_dict()[name]) for name, v in other.state_dict().items()
             )
             assert other[0].weight.data_ptr() != net[0].weight.data_ptr()
-    assert inherit(plain(1).double(), net) == 1.0 and count_parameters(net) > 0
+    assert copy_blocks_from_teacher(plain(1).double(), net) == 1.0 and count_parameters(net) > 0
 
 
 # --- the right layer ----------------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_the_classifier_is_the_layer_that_answers() -> None:
     )
     seen = {name: teacher.embed(IMAGES, name) for name in ('classifier', 'fc', 'se.fc')}
     assert seen['classifier'].equal(seen['fc']) and not seen['se.fc'].equal(seen['fc'])
-    with tap(teacher) as taken:
+    with capture_input(teacher) as taken:
         teacher(OWN.normalize(IMAGES))
     assert taken[0].equal(teacher.embed(IMAGES))
     one_line(
@@ -483,7 +483,7 @@ def test_a_layer_of_two_names_that_is_called_twice() -> None:
     )  # what enters the second call
     for name in ('first', 'again'):
         torch.testing.assert_close(teacher.embed(IMAGES, name, batch_size=2), second)
-    with tap(teacher.model, 'again') as taken:
+    with capture_input(teacher.model, 'again') as taken:
         for batch in x.split(2):
             teacher(batch)
     assert [len(rows) for rows in taken] == [2, 2, 1], 'one entry each pass'

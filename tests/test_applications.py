@@ -13,7 +13,7 @@ import torch
 from dfkd_nb.foundations.core import DFKDError, load_tensors
 from dfkd_nb.foundations.data import DOMAINS, ImageSet, load_data
 from dfkd_nb.foundations.models import load_teacher
-from dfkd_nb.lab.applications import supply
+from dfkd_nb.lab.applications import application_images
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped, read_history
 from cases import each
 
@@ -103,7 +103,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def some_run(root: Path, seed: int = 0) -> SimpleNamespace:
-    "What `supply` asks of a run."
+    "What `application_images` asks of a run."
     return SimpleNamespace(
         root=root,
         scale='quick',
@@ -114,7 +114,7 @@ def some_run(root: Path, seed: int = 0) -> SimpleNamespace:
 
 def test_supply_by_run_by_name_and_static(root: Path) -> None:
     teacher = load_teacher('cifar10-resnet20')
-    of_run = supply(some_run(root), teacher, 'run:digits-transfer-deepinversion', 8)
+    of_run = application_images(some_run(root), teacher, 'run:digits-transfer-deepinversion', 8)
     assert of_run.images.shape == (8, 3, 32, 32) and of_run.images.dtype == torch.uint8, (
         'grey 8 x 8 becomes what the teacher takes'
     )
@@ -122,7 +122,7 @@ def test_supply_by_run_by_name_and_static(root: Path) -> None:
         'foreign classes: the teacher says what it sees'
     )
     static, again, other = (
-        supply(some_run(root, seed), teacher, 'noise', 8) for seed in (0, 0, 1)
+        application_images(some_run(root, seed), teacher, 'noise', 8) for seed in (0, 0, 1)
     )
     assert torch.equal(static.images, again.images) and not torch.equal(
         static.images, other.images
@@ -132,7 +132,7 @@ def test_supply_by_run_by_name_and_static(root: Path) -> None:
 
 def test_supply_keeps_the_labels_of_its_own_classes(root: Path) -> None:
     made = SimpleNamespace(domain=DOMAINS['digits'])  # nobody is asked for labels
-    found = supply(some_run(root), made, 'digits', 12)
+    found = application_images(some_run(root), made, 'digits', 12)
     digits = load_data('digits', 'train', limit=12)
     assert torch.equal(found.labels, digits.labels) and torch.equal(
         found.images, digits.images
@@ -156,7 +156,7 @@ def test_supply_says_what_is_missing(
     root: Path, source: str, count: int, message: str
 ) -> None:
     with pytest.raises(DFKDError, match=message):
-        supply(some_run(root), SimpleNamespace(domain=DOMAINS['digits']), source, count)
+        application_images(some_run(root), SimpleNamespace(domain=DOMAINS['digits']), source, count)
 
 
 def untimed(numbers: object) -> object:

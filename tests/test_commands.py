@@ -322,13 +322,13 @@ def test_invert_makes_what_the_library_makes(own):
     from dfkd_nb.foundations.data import Domain, load_data
     from dfkd_nb.foundations.models import Teacher
     from dfkd_nb.lab.commands import usual_settings
-    from dfkd_nb.lab.runs import Synthesis, synthesizer
+    from dfkd_nb.lab.runs import SynthesisSettings, build_inversion
 
     domain = Domain('own', (1, 8, 8), (0.3,), (0.4,), tuple('0123456789'))
-    settings = Synthesis(
+    settings = SynthesisSettings(
         **usual_settings(8) | {'synthesis_steps': 5, 'synthesis_batch_size': 2, 'images': 6}
     )
-    maker = synthesizer(settings, Teacher(network(), domain), torch.device('cpu'), 0)
+    maker = build_inversion(settings, Teacher(network(), domain), torch.device('cpu'), 0)
     assert isinstance(maker, DeepInversion)
     expected = maker.synthesize(6, ['7', 2, '9'])
     for kind in ('png', 'parquet'):

@@ -16,21 +16,21 @@ from dfkd_nb.dreams.competition import (
     CompetitionToy,
     GrowingPool,
     ToyExplorer,
-    answer,
+    predict_logits,
     competition_loss,
     competition_term,
     coverage,
     density,
     draw_toy,
     jensen_shannon,
-    nearest,
-    nearest_distances,
+    k_nearest,
+    neighbour_distances,
     precision_recall,
     principal_plane,
-    spread,
+    enclosed_area,
 )
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import ImageSet
 from dfkd_nb.foundations.distillation import Distiller
@@ -74,9 +74,9 @@ def forgetful(model):
     return torch.nn.Sequential(*model[:-1], torch.nn.Dropout(0.4), model[-1])
 
 
-def noise_term(view):
+def noise_term(inputs):
     "A term that draws from PyTorch's global streams, as careless code does."
-    return (view.x * torch.rand_like(view.x)).mean()
+    return (inputs.x * torch.rand_like(inputs.x)).mean()
 
 
 def weights(model):
@@ -144,17 +144,17 @@ def test_it_keeps_its_bits_in_half_precision():
 
 
 def test_the_term_prices_agreement_and_needs_a_student():
-    view = View(torch.zeros(3, 1, 8, 8), torch.randn(3, 10), torch.arange(3))
+    inputs = LossInputs(torch.zeros(3, 1, 8, 8), torch.randn(3, 10), torch.arange(3))
     with pytest.raises(DFKDError, match='nobody to compete with'):
-        competition_term()(view)
-    view.student_logits = torch.randn(3, 10)
-    assert competition_term(3.0)(view) == competition_loss(
-        view.logits, view.student_logits, 3.0
+        competition_term()(inputs)
+    inputs.student_logits = torch.randn(3, 10)
+    assert competition_term(3.0)(inputs) == competition_loss(
+        inputs.logits, inputs.student_logits, 3.0
     )
     assert (
         1 - math.log(2)
-        <= competition_term()(view)
-        < competition_loss(view.logits, view.logits)
+        <= competition_term()(inputs)
+        < competition_loss(inputs.logits, inputs.logits)
     )
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(DFKDError, match='temperature'):
@@ -288,7 +288,7 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
     assert contest.finished and contest.done == 14 and len(contest.pool) == 18
     assert torch.bincount(contest.pool.labels, minlength=10).tolist() == [2] * 8 + [1, 1]
     fresh = ImageSet(contest.pool.images[:6], contest.pool.labels[:6], DIGITS)
-    known = float((answer(teacher, fresh, DIGITS).argmax(1) == fresh.labels).float().mean())
+    known = float((predict_logits(teacher, fresh, DIGITS).argmax(1) == fresh.labels).float().mean())
     assert contest.history[0]['teacher_fresh'] == known
 
 
@@ -367,9 +367,9 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
     """
     other, seen = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,)), []
 
-    def remember(view):
-        seen.append([view.x.detach().clone(), view.logits, view.student_logits])
-        return view.x.mean()
+    def remember(inputs):
+        seen.append([inputs.x.detach().clone(), inputs.logits, inputs.student_logits])
+        return inputs.x.mean()
 
     terms = {'competition': (10.0, competition_term(3.0)), 'remember': (1.0, remember)}
     shared = {'steps': 5, 'batch_size': 4, 'jitter': 0, 'flip': False, 'device': 'cpu'}
@@ -449,7 +449,7 @@ def test_what_cannot_be_a_competition_is_refused(teacher):
             every=1,
         )
     with pytest.raises(DFKDError, match='no images to ask about'):
-        answer(teacher, GrowingPool(DIGITS), DIGITS)
+        predict_logits(teacher, GrowingPool(DIGITS), DIGITS)
     with pytest.raises(DFKDError, match='every is 0'):
         compete(teacher).run(every=0)
     contest = compete(teacher).run()
@@ -522,17 +522,17 @@ def test_measures_by_hand():
 def test_distances_match_the_plain_ones_and_skip_oneself():
     a, b = torch.randn(1203, 3), torch.randn(40, 3)
     plain = (a[:, None] - b[None]).double().norm(dim=2).sort(1)
-    assert torch.allclose(nearest_distances(a, b, 4), plain.values[:, :4], atol=1e-6)
-    assert torch.equal(nearest(a, b, 4)[1], plain.indices[:, :4])
+    assert torch.allclose(neighbour_distances(a, b, 4), plain.values[:, :4], atol=1e-6)
+    assert torch.equal(k_nearest(a, b, 4)[1], plain.indices[:, :4])
     own = (
         torch.cdist(a.double(), a.double(), compute_mode='donot_use_mm_for_euclid_dist')
         .fill_diagonal_(math.inf)
         .sort(1)
         .values[:, :2]
     )
-    assert torch.equal(nearest_distances(a, neighbours=2), own)
+    assert torch.equal(neighbour_distances(a, neighbours=2), own)
     twins = torch.cat([b, b])
-    assert (nearest_distances(twins)[:, 0] == 0).all()  # a copy is a neighbour
+    assert (neighbour_distances(twins)[:, 0] == 0).all()  # a copy is a neighbour
 
 
 def test_a_pool_that_misses_half_the_world_covers_less():
@@ -542,7 +542,7 @@ def test_a_pool_that_misses_half_the_world_covers_less():
     assert coverage(a, half) < coverage(a, same) - 0.1
     assert precision_recall(a, half)[1] < precision_recall(a, same)[1]
     plane = principal_plane(a)
-    assert spread(half, plane) < spread(b, plane)
+    assert enclosed_area(half, plane) < enclosed_area(b, plane)
 
 
 def test_the_plane_is_that_of_the_real_points():
@@ -550,8 +550,8 @@ def test_the_plane_is_that_of_the_real_points():
     plane = principal_plane(real)
     spots = plane(torch.eye(5)) - plane(torch.zeros(1, 5))
     assert spots[0, 0].abs() > 0.95 and spots[2, 1].abs() > 0.95
-    assert spread(line(0, 1, 2)) == 0.0
-    assert abs(spread(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])) - 2) < 1e-9
+    assert enclosed_area(line(0, 1, 2)) == 0.0
+    assert abs(enclosed_area(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]])) - 2) < 1e-9
 
 
 @each(

@@ -13,28 +13,28 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfkd_nb.applications.continual import (
-    LESSONS,
+    CONTINUAL_LOSSES,
     ContinualDistiller,
-    Lesson,
-    Sets,
+    ContinualLoss,
+    TaskAccuracies,
     add_classes,
-    answering_layer,
+    classifier_to_extend,
     balanced,
     binary_trainer,
     conditional_loss,
-    extend,
-    fifths,
-    first_class,
+    extend_classifier,
+    step_schedule,
+    first_class_of,
     forgetting,
-    joined,
-    log_share,
+    concatenate,
+    log_class_mass,
     lwf_mc_loss,
-    measure_sets,
+    task_accuracies,
     memory_loss,
     old_images,
     only_classes,
-    painted,
-    renumber,
+    generated_images,
+    renumber_labels,
     replay_generator,
     wider_domain,
 )
@@ -91,8 +91,8 @@ def teacher():
 def test_any_network_grows_and_keeps_its_old_rows(name):
     domain = replace(DOMAINS['cifar10'], shape=(3, 64, 64) if ':' in name else (3, 32, 32))
     model = build_model(name, 10).eval()
-    layer = answering_layer(model, domain)
-    grown, wider = extend(model, ('x', 'y'), domain, seed=3)
+    layer = classifier_to_extend(model, domain)
+    grown, wider = extend_classifier(model, ('x', 'y'), domain, seed=3)
     before, after = model.get_submodule(layer), grown.get_submodule(layer)
     assert (
         after.weight.shape[0] == 12
@@ -112,7 +112,7 @@ def test_new_rows_are_the_seeds_and_leave_the_random_stream_alone(teacher):
     expected = torch.rand(3)
     torch.manual_seed(0)
     one, other, third = (
-        extend(teacher, NEW.classes, seed=s)[0][-1].weight for s in (1, 1, 2)
+        extend_classifier(teacher, NEW.classes, seed=s)[0][-1].weight for s in (1, 1, 2)
     )
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(one, other) and not torch.equal(one, third)
@@ -196,7 +196,7 @@ def headless():
 )
 def test_what_cannot_be_widened_says_so(build, words):
     with pytest.raises(DFKDError, match=words) as caught:
-        extend(build(), NEW.classes, OLD)
+        extend_classifier(build(), NEW.classes, OLD)
     assert '\n' not in str(caught.value)
 
 
@@ -211,20 +211,20 @@ def test_what_cannot_be_widened_says_so(build, words):
 )
 def test_new_names_have_to_be_new(classes, words, teacher):
     with pytest.raises(DFKDError, match=words):
-        extend(teacher, classes)
+        extend_classifier(teacher, classes)
 
 
 def test_a_layer_can_be_named(teacher):
-    assert extend(teacher, ('d',), layer='5')[0][-1].out_features == 4
+    assert extend_classifier(teacher, ('d',), layer='5')[0][-1].out_features == 4
     for layer, words in (
         ('6', "no layer '6'"),
         ('0', 'only a linear layer'),
         ('2', 'only a linear layer'),
     ):
         with pytest.raises(DFKDError, match=words):
-            extend(teacher, ('d',), layer=layer)
+            extend_classifier(teacher, ('d',), layer=layer)
     with pytest.raises(DFKDError, match='give a domain'):
-        extend(network(), ('d',))
+        extend_classifier(network(), ('d',))
 
 
 def test_wider_domains_keep_their_numbers():
@@ -274,7 +274,7 @@ def test_losses_hold_at_extremes_and_refuse_networks_that_did_not_grow():
     far = torch.tensor([[900.0, 0.0, -900.0]], requires_grad=True)
     for value in (
         memory_loss(far, torch.tensor([[-900.0, 900.0]])),
-        -log_share(far, 2).mean(),
+        -log_class_mass(far, 2).mean(),
     ):
         assert (
             value.isfinite()
@@ -298,7 +298,7 @@ def test_binary_loss_is_the_sum_over_classes():
 
 
 def test_the_schedule_falls_four_times():
-    factors = [fifths(i, 600) for i in range(600)]
+    factors = [step_schedule(i, 600) for i in range(600)]
     assert sorted({round(f, 9) for f in factors}, reverse=True) == [
         1.0,
         0.2,
@@ -319,7 +319,7 @@ def test_the_schedule_falls_four_times():
 
 
 def learner(teacher, method='deepinversion', seed=0, **settings):
-    old = pictures(OLD, 30, 1) if LESSONS[method].on_old else None
+    old = pictures(OLD, 30, 1) if CONTINUAL_LOSSES[method].on_old else None
     return add_classes(
         teacher,
         pictures(NEW),
@@ -330,7 +330,7 @@ def learner(teacher, method='deepinversion', seed=0, **settings):
     )
 
 
-@pytest.mark.parametrize('method', LESSONS)
+@pytest.mark.parametrize('method', CONTINUAL_LOSSES)
 def test_every_method_resumes_to_the_same_bits(method, teacher, tmp_path):
     whole = learner(teacher, method, augment=Augment(1, False)).run(every=5)
     half = learner(teacher, method, augment=Augment(1, False)).run(until=7, every=5)
@@ -373,7 +373,7 @@ def test_a_student_with_dropout_resumes_to_the_same_bits(teacher, tmp_path):
         return ContinualDistiller(
             teacher,
             student,
-            renumber(new, domain),
+            renumber_labels(new, domain),
             pictures(OLD, 30, 1),
             domain=domain,
             **usual,
@@ -406,7 +406,7 @@ def test_student_and_teacher_see_one_image_each_on_its_own_scale(teacher):
 
     wider, made = replace(OLD, classes=OLD.classes + NEW.classes), []
     for known in (teacher, Teacher(Rescaled(), other, 'rescaled')):
-        student, _ = extend(teacher, NEW.classes, seed=0)
+        student, _ = extend_classifier(teacher, NEW.classes, seed=0)
         usual = {
             'steps': 3,
             'batch_size': 8,
@@ -418,12 +418,12 @@ def test_student_and_teacher_see_one_image_each_on_its_own_scale(teacher):
             ContinualDistiller(
                 known,
                 student,
-                renumber(pictures(NEW), wider),
+                renumber_labels(pictures(NEW), wider),
                 pictures(OLD, 30, 1),
                 **usual,
             )
         )
-        made[-1].fit_rows('5')
+        made[-1].init_new_classes('5')
         made[-1].run()
     for one, again in zip(
         made[0].student.parameters(), made[1].student.parameters(), strict=True
@@ -451,8 +451,8 @@ def test_what_holds_no_images_says_how_to_make_a_set(teacher):
     )
     acts = [
         lambda images: add_classes(teacher, images, 'lwf', steps=1),
-        lambda images: renumber(images, OLD),
-        lambda images: measure_sets(teacher, OLD, {'new': images}),
+        lambda images: renumber_labels(images, OLD),
+        lambda images: task_accuracies(teacher, OLD, {'new': images}),
         lambda images: balanced(images, 2),
         lambda images: only_classes(images, [0]),
         lambda images: add_classes(teacher, new, 'deepinversion', images, steps=1),
@@ -497,7 +497,7 @@ def test_gradients_are_clipped_and_the_step_size_falls(teacher):
     done.run(every=1)
     assert max(seen) <= 0.01 + 1e-6
     assert [row['learning_rate'] for row in done.history] == pytest.approx(
-        [0.3 * fifths(i, 6) for i in range(6)]
+        [0.3 * step_schedule(i, 6) for i in range(6)]
     )
     assert [
         row['learning_rate']
@@ -573,7 +573,7 @@ def test_what_a_step_needs_is_told(teacher):
                 pictures(OLD),
                 None,
                 domain=OLD,
-                lesson=Lesson('dreams'),
+                lesson=ContinualLoss('dreams'),
                 steps=2,
             ),
             'unknown words',
@@ -641,23 +641,23 @@ def test_binary_training_teaches_yes_and_no(teacher):
 def test_sets_are_found_by_the_names_of_their_classes():
     all_of_them = wider_domain(OLD, NEW.classes)
     assert (
-        first_class(('a', 'b'), all_of_them),
-        first_class(NEW.classes, all_of_them),
+        first_class_of(('a', 'b'), all_of_them),
+        first_class_of(NEW.classes, all_of_them),
     ) == (0, 3)
-    assert renumber(pictures(NEW, 4), all_of_them).labels.tolist() == [3, 4, 3, 4]
-    assert joined([pictures(OLD, 3), pictures(NEW, 2)], all_of_them).labels.tolist() == [
+    assert renumber_labels(pictures(NEW, 4), all_of_them).labels.tolist() == [3, 4, 3, 4]
+    assert concatenate([pictures(OLD, 3), pictures(NEW, 2)], all_of_them).labels.tolist() == [
         0,
         1,
         2,
         3,
         4,
     ]
-    assert renumber(
+    assert renumber_labels(
         ImageFiles([b'', b''], torch.tensor([0, 1]), NEW), all_of_them
     ).labels.tolist() == [3, 4]
     for classes in (('b', 'a'), ('a', 'x'), ('c', 'd', 'e', 'f')):
         with pytest.raises(DFKDError, match='are not among'):
-            first_class(classes, all_of_them)
+            first_class_of(classes, all_of_them)
 
 
 def test_parts_of_a_set_are_numbered_from_zero():
@@ -726,8 +726,8 @@ def test_what_stands_for_old_images_is_what_the_method_says(teacher):
 
 def test_a_generator_paints_the_same_from_the_same_seed(teacher):
     maker = replay_generator(teacher, latent_size=8, width=4, batch_size=8, device='cpu')
-    assert torch.equal(painted(maker, 7, 3).images, painted(maker, 7, 3).images)
-    assert not torch.equal(painted(maker, 7, 3).images, painted(maker, 7, 4).images)
+    assert torch.equal(generated_images(maker, 7, 3).images, generated_images(maker, 7, 3).images)
+    assert not torch.equal(generated_images(maker, 7, 3).images, generated_images(maker, 7, 4).images)
 
 
 class Table(nn.Module):
@@ -748,21 +748,21 @@ def test_measures_by_hand():
         'old': marked(OLD, [0, 1, 3, 4], [0, 1, 2, 0]),
         'new': marked(NEW, [3, 3, 0, 4], [0, 1, 0, 1]),
     }
-    found = measure_sets(Table(), wider_domain(OLD, NEW.classes), tests)
+    found = task_accuracies(Table(), wider_domain(OLD, NEW.classes), tests)
     assert found.accuracy == (0.5, 0.5) and found.combined == 0.5
     assert found.crossed == ((0.5, 0.5), (0.25, 0.75))
     # told that it is new, the third image's even zeros name the first class
     assert found.within[1] == 0.75
-    only_old = measure_sets(Table(), wider_domain(OLD, NEW.classes), {'old': tests['old']})
+    only_old = task_accuracies(Table(), wider_domain(OLD, NEW.classes), {'old': tests['old']})
     # what is put elsewhere belongs to no set that is looked at
     assert only_old.crossed == ((0.5,),)
     with pytest.raises(DFKDError, match='are not among'):
-        measure_sets(Table(), OLD, tests)
+        task_accuracies(Table(), OLD, tests)
 
 
 def test_forgetting_is_the_fall_from_the_best():
     def step(**accuracy):
-        return Sets(tuple(accuracy), tuple(accuracy.values()), tuple(accuracy.values()), ())
+        return TaskAccuracies(tuple(accuracy), tuple(accuracy.values()), tuple(accuracy.values()), ())
 
     lost = forgetting([step(a=0.9), step(a=0.95, b=0.8), step(a=0.7, b=0.85, c=0.6)])
     assert lost == pytest.approx({'a': 0.25, 'b': -0.05})
@@ -783,7 +783,7 @@ def test_two_steps_end_with_all_classes(teacher):
         device='cpu',
     ).run()
     assert second.domain.classes == ('a', 'b', 'c', 'd', 'e', 'f')
-    sets = measure_sets(
+    sets = task_accuracies(
         second.student,
         second.domain,
         {'one': pictures(OLD), 'two': pictures(NEW), 'three': pictures(last)},

@@ -22,9 +22,9 @@ from dfkd_nb.generators.contrastive import (
     ContrastiveSynthesizer,
     LocalView,
     MemoryBank,
-    Summary,
+    PooledFeatures,
     info_nce,
-    preset,
+    cmi_preset,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
 from cases import each
@@ -168,7 +168,7 @@ def test_a_part_has_the_area_that_was_asked_for():
 def test_a_view_is_the_resampling_of_an_affine_grid(size):
     "The same images and gradients as by PyTorch's resampling, which has no order on a GPU."
     x = torch.rand(30, 2, *size, dtype=torch.float64).requires_grad_()
-    part, asked, view = (
+    part, asked, inputs = (
         LocalView()(x, torch.Generator().manual_seed(4)),
         torch.Generator().manual_seed(4),
         LocalView(),
@@ -177,7 +177,7 @@ def test_a_view_is_the_resampling_of_an_affine_grid(size):
     def uniform(low, high):
         return low + (high - low) * torch.rand(30, generator=asked)
 
-    area, ratio = uniform(*view.scale), uniform(*map(math.log, view.ratio)).exp()
+    area, ratio = uniform(*inputs.scale), uniform(*map(math.log, inputs.ratio)).exp()
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     width, zero = torch.where(uniform(0, 1) < 0.5, -width, width), torch.zeros(30)
@@ -222,7 +222,7 @@ def test_views_differ_between_images_repeat_with_the_seed_and_pass_gradients():
 
 def test_summaries_are_means_of_what_enters_and_hooks_are_removed():
     model, x = network(), torch.randn(4, 1, 8, 8)
-    with Summary(model, ['1', '4', '7']) as summary:
+    with PooledFeatures(model, ['1', '4', '7']) as summary:
         model(x)
         found = summary.vectors()
         with pytest.raises(DFKDError, match="did not use layer '1'"):
@@ -317,7 +317,7 @@ def test_a_sequence_is_averaged_over_its_places_on_either_path():
         fuse_statistics(teacher.model),
         fuse_statistics(teacher),
     ):
-        with Summary(network, ['2']) as summary:
+        with PooledFeatures(network, ['2']) as summary:
             network(x)
             torch.testing.assert_close(summary.vectors(), teacher.model[:2](x).mean(2))
 
@@ -384,7 +384,7 @@ def test_the_head_learns_and_keys_stand_still(teacher):
     before = [p.clone() for p in maker.head.parameters()]
     maker.step()
     assert all((a != b).any() for a, b in zip(maker.head.parameters(), before, strict=True))
-    images = maker.paint(maker.codes).detach().requires_grad_()
+    images = maker.paint(maker.latents).detach().requires_grad_()
     maker.local = lambda images, generator: images.detach()
     _, values, _ = maker.judge(images, maker.targets)
     assert torch.autograd.grad(values['contrast'], images, allow_unused=True)[0] is None
@@ -395,7 +395,7 @@ def test_the_head_learns_from_anchors_alone(teacher):
     maker = maker_of(teacher)
     maker.synthesize()
     maker.step()
-    images, seen = maker.paint(maker.codes), {}
+    images, seen = maker.paint(maker.latents), {}
     maker.local = lambda images, generator: seen.setdefault('part', images.flip(3))
     maker.bank.draw = lambda n, generator: seen.setdefault('old', maker.bank.kept[:4])
     maker.augment = None
@@ -417,11 +417,11 @@ def test_the_head_learns_from_anchors_alone(teacher):
 
 
 def test_some_steps_lower_the_contrast_of_a_batch(teacher):
-    def price(maker, codes):
+    def price(maker, latents):
         with torch.no_grad():
             return sum(
                 float(
-                    maker.judge(maker.paint(codes), torch.zeros(32, dtype=torch.long))[1][
+                    maker.judge(maker.paint(latents), torch.zeros(32, dtype=torch.long))[1][
                         'contrast'
                     ]
                 )
@@ -431,11 +431,11 @@ def test_some_steps_lower_the_contrast_of_a_batch(teacher):
     alone = {'class_weight': 0.0, 'feature_weight': 0.0, 'contrastive_weight': 1.0}
     maker = maker_of(teacher, **alone, steps=30, batch_size=32, initialisation='default')
     maker.start()
-    maker.bank.added, codes = 0, maker.codes.detach().clone()
-    before = price(maker, codes)
+    maker.bank.added, latents = 0, maker.latents.detach().clone()
+    before = price(maker, latents)
     for _ in range(29):
         maker.step()
-    assert price(maker, maker.codes.detach()) < before
+    assert price(maker, maker.latents.detach()) < before
 
 
 def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty(teacher):
@@ -534,7 +534,7 @@ def test_a_state_of_other_settings_is_refused(teacher):
 
 def test_presets_are_settings(teacher):
     for name in PRESETS:
-        chosen = preset(name) | {'steps': 1, 'batch_size': 4, 'student': network(1)}
+        chosen = cmi_preset(name) | {'steps': 1, 'batch_size': 4, 'student': network(1)}
         assert (
             len(
                 ContrastiveSynthesizer(
@@ -544,7 +544,7 @@ def test_presets_are_settings(teacher):
             == 4
         )
     with pytest.raises(DFKDError, match='use cmi'):
-        preset('best')
+        cmi_preset('best')
 
 
 def test_a_foreign_network_without_batchnorm_is_summarised_before_its_classifier():

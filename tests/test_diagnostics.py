@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from dfkd_nb.foundations.core import DFKDError, import_torchvision
-from dfkd_nb.foundations.data import Domain, ImageFiles, ImageSet, ImageSource, fit
+from dfkd_nb.foundations.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
 from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.foundations.models import Teacher, build_model, save_weights
 from dfkd_nb.lab import diagnostics as d
@@ -100,10 +100,10 @@ def test_a_witness_may_have_its_own_size_channels_and_normalisation():
     other = Domain('other', (3, 12, 12), (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), DIGITS.classes)
     judge, images = Teacher(network(3), other, 'other'), pictures(5)
     seen = d.observe(images, judge)
-    wanted = judge(other.normalize(fit(images.images, other)))
+    wanted = judge(other.normalize(resize_images(images.images, other)))
     assert torch.allclose(seen.logits, wanted, atol=1e-5)
-    assert fit(images.images, other).shape == (5, 3, 12, 12)
-    assert 0 <= fit(images.images, other).min() and fit(images.images, other).max() <= 1
+    assert resize_images(images.images, other).shape == (5, 3, 12, 12)
+    assert 0 <= resize_images(images.images, other).min() and resize_images(images.images, other).max() <= 1
 
 
 def test_what_was_seen_is_not_looked_at_twice(teacher):
@@ -212,9 +212,9 @@ def test_the_distance_of_clouds_is_that_of_torchmetrics(n, m, size):
     metric.update(x, real=True)
     metric.update(y, real=False)
     # its eigenvalues are the less exact ones
-    assert sum(d.frechet(x, y)) == pytest.approx(metric.compute().item(), rel=1e-3)
-    assert sum(d.frechet(x, y)) == pytest.approx(sum(d.frechet(y, x)), rel=1e-9)
-    assert sum(d.frechet(x, x)) == pytest.approx(0, abs=1e-9)
+    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(metric.compute().item(), rel=1e-3)
+    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(sum(d.frechet_distance_squared(y, x)), rel=1e-9)
+    assert sum(d.frechet_distance_squared(x, x)) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_distance_comes_with_what_real_images_get(teacher):
@@ -297,7 +297,7 @@ def test_real_images_cover_themselves(teacher):
 
 
 def test_everything_is_measured_where_everything_is_given(teacher):
-    report = d.inspect(
+    report = d.inspect_images(
         pictures(20),
         teacher,
         pictures(60, seed=1),
@@ -307,12 +307,12 @@ def test_everything_is_measured_where_everything_is_given(teacher):
     assert not report.missing and len(report.findings) == 8
     # the witness judges, not the one that dreamed
     assert report.findings['inception_score'].network == 'b'
-    assert json.dumps(d.plain(report.numbers), allow_nan=False)
+    assert json.dumps(d.json_numbers(report.numbers), allow_nan=False)
 
 
 def test_what_cannot_be_measured_is_listed_with_its_reason():
     silent = Teacher(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), DIGITS, 'silent')
-    report = d.inspect(pictures(5, labels=False), silent, pictures(30))
+    report = d.inspect_images(pictures(5, labels=False), silent, pictures(30))
     assert set(report.findings) == {'inception_score', 'classes', 'difficulty'}
     for name, word in {
         'verification': 'no labels',
@@ -327,7 +327,7 @@ def test_what_cannot_be_measured_is_listed_with_its_reason():
 def test_hardly_any_images_make_a_page_all_the_same(teacher, count, real):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        report = d.inspect(pictures(count), teacher, pictures(real, seed=1))
+        report = d.inspect_images(pictures(count), teacher, pictures(real, seed=1))
     assert set(report.findings) | set(report.missing) == {
         'verification',
         'inception_score',
@@ -342,7 +342,7 @@ def test_hardly_any_images_make_a_page_all_the_same(teacher, count, real):
 
 
 def test_a_page_stands_alone(tmp_path, teacher):
-    report = d.inspect(
+    report = d.inspect_images(
         pictures(6, labels=False), teacher, title='<script>alert(1)</script>'
     )
     page = report.save(tmp_path / 'page').read_text()
@@ -532,7 +532,7 @@ def test_one_class_is_enough_for_every_instrument():
     real = pictures(20, one, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        report = d.inspect(
+        report = d.inspect_images(
             dreams,
             teacher,
             real,

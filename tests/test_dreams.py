@@ -12,10 +12,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dfkd_nb.dreams.inversion import preset
+from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.dreams.priors import (
     Objective,
-    View,
+    LossInputs,
     class_loss,
     clip_to_domain,
     jitter,
@@ -146,7 +146,7 @@ def test_per_image_weight_reproduces_one_norm_over_equal_images(size):
         (lambda: jitter(torch.zeros(1, 3, 8, 8), -1), 'use 0 or more'),
         (lambda: per_image_weight(1.0, 0), 'give 1 or more'),
         (
-            lambda: View(torch.zeros(2, 3, 8, 8), torch.zeros(3, 10), torch.zeros(2)),
+            lambda: LossInputs(torch.zeros(2, 3, 8, 8), torch.zeros(3, 10), torch.zeros(2)),
             'give one of each',
         ),
         (lambda: Objective({}), 'no term has a weight'),
@@ -184,7 +184,7 @@ def test_jitter_reaches_every_offset():
 def test_the_class_loss_is_the_cross_entropy():
     logits, targets = 3 * noise((4, 5)).double(), torch.tensor([0, 4, 2, 2])
     expected = -logits.log_softmax(1)[range(4), targets].mean()
-    assert torch.allclose(class_loss(View(noise((4, 1, 2, 2)), logits, targets)), expected)
+    assert torch.allclose(class_loss(LossInputs(noise((4, 1, 2, 2)), logits, targets)), expected)
 
 
 def test_clipping_is_in_place_leaves_the_graph_alone_and_is_the_nearest_point():
@@ -199,7 +199,7 @@ def test_clipping_is_in_place_leaves_the_graph_alone_and_is_the_nearest_point():
 
 
 def test_objective_weighs_and_names_and_skips():
-    def never(view):
+    def never(inputs):
         raise AssertionError('a term of weight 0 was computed')
 
     objective = Objective(
@@ -212,7 +212,7 @@ def test_objective_weighs_and_names_and_skips():
     )
     x = noise((3, 1, 4, 4)).requires_grad_()
     total, values = objective(
-        View(x, x.mean((1, 2, 3))[:, None].expand(3, 5), torch.arange(3))
+        LossInputs(x, x.mean((1, 2, 3))[:, None].expand(3, 5), torch.arange(3))
     )
     torch.testing.assert_close(
         total, 2 * values['class'] + 0.5 * values['tv'] - values['l2']
@@ -422,9 +422,9 @@ def test_statistics_of_another_network_are_refused():
         statistics.distance(watch.moments)
     with pytest.raises(DFKDError, match='belong to another network'):
         statistics.distance({name: (torch.zeros(9), torch.zeros(9)) for name in statistics})
-    view = View(noise((2, 3, 8, 8)), torch.zeros(2, 10), torch.zeros(2, dtype=torch.long))
+    inputs = LossInputs(noise((2, 3, 8, 8)), torch.zeros(2, 10), torch.zeros(2, dtype=torch.long))
     with pytest.raises(DFKDError, match='no features'):
-        feature_term(statistics)(view)
+        feature_term(statistics)(inputs)
 
 
 def test_an_untrained_network_is_pointed_out():
@@ -489,7 +489,7 @@ def test_a_few_steps_improve_any_objective(norm):
 
         def price(x, objective=objective):
             logits, features = fast(x)
-            return objective(View(x, logits, torch.arange(4), features))[0]
+            return objective(LossInputs(x, logits, torch.arange(4), features))[0]
 
         before = price(x)
         for _ in range(3):
@@ -791,7 +791,7 @@ def test_bytes_need_somebody_who_knows_the_scale():
 
 
 def test_the_papers_weights_pull_like_norms_over_its_whole_batch():
-    weights = preset('deepinversion', 'paper')
+    weights = deepinversion_preset('deepinversion', 'paper')
     one = noise((1, 3, 8, 8))
     # 256 images of equal norms in every direction
     x = torch.cat([one, -one]).repeat(128, 1, 1, 1).requires_grad_()

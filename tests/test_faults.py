@@ -36,7 +36,7 @@ from dfkd_nb.foundations.models import (
     save_weights,
 )
 from dfkd_nb.lab.commands import main
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, locked
+from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, run_lock
 from tiny import stirred
 from cases import each
 
@@ -331,7 +331,7 @@ def test_a_changed_recipe_is_not_resumed(fails, unfinished):
 
 
 def test_a_run_in_use_is_left_alone(fails, unfinished):
-    with locked(FOLDER):
+    with run_lock(FOLDER):
         fails(RESUMED, 'in use', '--out')
 
 
@@ -872,7 +872,7 @@ def test_invert_with_damaged_files(fails, stopped):
 
 
 def test_invert_in_use(fails, stopped):
-    with locked(Path('dreams')):
+    with run_lock(Path('dreams')):
         fails([*stopped, '--resume'], 'in use')
 
 

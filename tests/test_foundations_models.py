@@ -46,7 +46,7 @@ from dfkd_nb.foundations.models import (
     build_model,
     count_parameters,
     in_eval_mode,
-    inherit,
+    copy_blocks_from_teacher,
     load_teacher,
     load_weights,
     save_weights,
@@ -704,7 +704,7 @@ def test_a_student_takes_over_blocks_in_order(student: str, teacher: str) -> Non
     with torch.no_grad():
         for number, value in enumerate(large.state_dict().values()):
             value.fill_(number)  # every tensor can be told by its number
-    assert inherit(small, large) == 1.0
+    assert copy_blocks_from_teacher(small, large) == 1.0
     first = [float(v.flatten()[0]) for v in small.state_dict().values()]
     # each from another place, in the teacher's order
     assert first == sorted(first) and len(set(first)) == len(first)
@@ -718,10 +718,10 @@ def test_a_student_takes_over_blocks_in_order(student: str, teacher: str) -> Non
 def test_inheriting_leaves_what_has_no_partner() -> None:
     small, large = build_model('resnet14', 7), build_model('resnet20', 10)
     before = small.get_parameter('fc.weight').clone()
-    share = inherit(small, Teacher(large, DOMAINS['cifar10']))
+    share = copy_blocks_from_teacher(small, Teacher(large, DOMAINS['cifar10']))
     assert 0.99 < share < 1 and small.get_parameter('fc.weight').equal(before)
     with pytest.raises(DFKDError, match='no part of .* begin from random weights'):
-        inherit(build_model('digits-net', 10, 1), build_model('mobilenetv2'))
+        copy_blocks_from_teacher(build_model('digits-net', 10, 1), build_model('mobilenetv2'))
 
 
 def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:

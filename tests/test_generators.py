@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.core import (
     DFKDError,
     import_torchvision,
@@ -29,7 +29,7 @@ from dfkd_nb.generators.generators import (
     DISTANCES,
     METHODS,
     Alternation,
-    GenerativeSynthesizer,
+    GeneratorSynthesizer,
     Generator,
     Pixels,
     activation_term,
@@ -50,7 +50,7 @@ def teacher():
 def maker_of(teacher, weights=METHODS['dafl'], **settings):
     generator = settings.pop('generator', None) or Generator(teacher.domain.shape, 8, 4)
     defaults = {'steps': 3, 'batch_size': 6, 'device': 'cpu'}
-    return GenerativeSynthesizer(
+    return GeneratorSynthesizer(
         teacher, generator=generator, **defaults | weights | settings
     )
 
@@ -96,7 +96,7 @@ def bits(race):
         *race.student.state_dict().values(),
         *maker.weights.values(),
         *maker.buffers.values(),
-        maker.codes.detach(),
+        maker.latents.detach(),
     ]
 
 
@@ -105,7 +105,7 @@ def same(one, other):
 
 
 def view_of(logits, student=None):
-    return View(
+    return LossInputs(
         torch.zeros(len(logits), 1, 8, 8), logits, logits.argmax(1), student_logits=student
     )
 
@@ -244,19 +244,19 @@ def test_every_method_lowers_its_own_price(teacher, method):
         {'student': network(1)} if 'adversarial_weight' in METHODS[method] else {}
     )
     maker = maker_of(teacher, weights, batch_size=32, learning_rate=3e-3)
-    codes = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-    before = float(maker.judge(maker.paint(codes), None)[0].detach())
+    latents = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    before = float(maker.judge(maker.paint(latents), None)[0].detach())
     for _ in range(15):
         maker.step()
         if not maker.left:
             maker.finish()
-    assert float(maker.judge(maker.paint(codes), None)[0].detach()) < before
+    assert float(maker.judge(maker.paint(latents), None)[0].detach()) < before
 
 
 def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
     maker = maker_of(teacher, latent_learning_rate=0.1, steps=4)
     maker.start()
-    leaves = [*maker.weights.values(), maker.codes]
+    leaves = [*maker.weights.values(), maker.latents]
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     adams = [
         torch.optim.Adam(copies[:-1], maker.learning_rate, betas=(0.5, 0.999)),
@@ -275,11 +275,11 @@ def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
 def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
     maker, prices, pictures = maker_of(teacher, steps=6, learning_rate=0.5), [], []
     for _ in range(6):
-        codes = maker.codes if maker.left else None
+        latents = maker.latents if maker.left else None
         maker.step()
         prices.append(maker.best['cost'])
         pictures.append(maker.best['images'].clone())
-        assert codes is None or torch.equal(codes, maker.codes)
+        assert latents is None or torch.equal(latents, maker.latents)
     assert prices == sorted(prices, reverse=True)
     assert torch.equal(maker.finish().images, pictures[-1])
     with pytest.raises(DFKDError, match='not finished'):
@@ -330,9 +330,9 @@ def test_wishes_are_drawn_and_answers_are_taken(teacher):
 def test_augmentation_and_further_terms_take_part(teacher):
     seen = []
 
-    def remember(view):
-        seen.append(view.x.shape)
-        return view.x.square().mean()
+    def remember(inputs):
+        seen.append(inputs.x.shape)
+        return inputs.x.square().mean()
 
     maker = maker_of(
         teacher, {}, terms={'size': (1.0, remember)}, augment=Augment(2, False)
@@ -426,7 +426,7 @@ def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
     with pytest.raises(DFKDError, match='no gradient reaches the generator'):
         maker_of(teacher, generator=Stubborn()).step()
     with pytest.raises(DFKDError, match="'burst' is not finite"):
-        maker_of(teacher, terms={'burst': (1.0, lambda view: view.x.mean() / 0)}).step()
+        maker_of(teacher, terms={'burst': (1.0, lambda inputs: inputs.x.mean() / 0)}).step()
     with pytest.raises(DFKDError, match='give 1 or more'):
         maker_of(teacher).synthesize(0)
 
@@ -434,8 +434,8 @@ def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
 # --- what is handed in ---
 
 KINDS = {
-    'continue': (GenerativeSynthesizer, {}),
-    'restart': (GenerativeSynthesizer, {'reuse': 'restart'}),
+    'continue': (GeneratorSynthesizer, {}),
+    'restart': (GeneratorSynthesizer, {'reuse': 'restart'}),
     'meta': (
         MetaSynthesizer,
         {'reset_first_layer_at': 2, 'latent_learning_rate': 0.1, 'latent_life': 2},
@@ -494,12 +494,12 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     )
     maker.synthesize(2)
     assert all(unchanged(m, b) for m, b in zip(handed_in, before, strict=True))
-    trained, codes = (
+    trained, latents = (
         maker.generator,
         torch.randn(3, 8, generator=torch.Generator().manual_seed(2)),
     )
     assert not any(m.training for m in trained.modules())
-    assert torch.equal(trained(codes), maker.draw(3, torch.Generator().manual_seed(2)))
+    assert torch.equal(trained(latents), maker.draw(3, torch.Generator().manual_seed(2)))
     assert all(
         (p != q).any()
         for p, q in zip(trained.parameters(), generator.parameters(), strict=True)
@@ -507,7 +507,7 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     kept = [v.clone() for v in trained.state_dict().values()]
     maker.synthesize(1)
     assert same(trained.state_dict().values(), kept), 'later updates do not reach it'
-    assert not torch.equal(maker.generator(codes), trained(codes))
+    assert not torch.equal(maker.generator(latents), trained(latents))
 
 
 class Elsewhere(Teacher):
@@ -588,7 +588,7 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
     maker = maker_of(
         teacher, METHODS['dfq'], student=student, student_domain=OTHER, augment=augment
     )
-    _, values, view = maker.judge(images, None)
+    _, values, inputs = maker.judge(images, None)
     shown = images if augment is None else augment(images, torch.Generator().manual_seed(0))
     with torch.no_grad():
         known, said, wrong = (
@@ -596,8 +596,8 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
             student.eval()(OTHER.normalize(shown)),
             student(DIGITS.normalize(shown)),
         )
-    torch.testing.assert_close(view.student_logits.detach(), said, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(view.logits.detach(), known, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs.student_logits.detach(), said, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(inputs.logits.detach(), known, rtol=1e-4, atol=1e-5)
     assert (said - wrong).abs().max() > 0.1
     torch.testing.assert_close(
         values['adversarial'],
@@ -605,7 +605,7 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
         rtol=1e-3,
         atol=1e-5,
     )
-    torch.testing.assert_close(view.x, (shown - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs.x, (shown - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
     maker_of(
         teacher, METHODS['zskt'], student=network(), student_domain=OTHER
     )  # the same weights, but another network
@@ -899,7 +899,7 @@ def test_gradients_in_another_order_of_memory_reach_their_own_weights() -> None:
             'feature_weight': 1.0,
             'device': 'cpu',
         }
-        maker = GenerativeSynthesizer(
+        maker = GeneratorSynthesizer(
             teacher, generator=ChannelsLast((3, 32, 32), 8, 4), **settings
         )
         if not fused:

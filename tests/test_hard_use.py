@@ -17,7 +17,7 @@ import torch
 from dfkd_nb.applications import continual, segmentation
 from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
 from dfkd_nb.applications.transfer import fidelity
-from dfkd_nb.dreams.competition import GrowingPool, answer
+from dfkd_nb.dreams.competition import GrowingPool, predict_logits
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
 from dfkd_nb.foundations.core import DFKDError, DFKDWarning
@@ -25,7 +25,7 @@ from dfkd_nb.foundations.data import Augment, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller, evaluate
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
-from dfkd_nb.generators.generators import GenerativeSynthesizer
+from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
@@ -135,15 +135,15 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
     model = network(5)
     assert evaluate(double(model), data) == evaluate(model, data)
     torch.testing.assert_close(
-        answer(double(model), data, DIGITS).float(), answer(model, data, DIGITS)
+        predict_logits(double(model), data, DIGITS).float(), predict_logits(model, data, DIGITS)
     )
     assert (
         fidelity(teacher, double(model), data)['agreement']
         == fidelity(teacher, model, data)['agreement']
     )
-    assert continual.measure_sets(
+    assert continual.task_accuracies(
         double(model), DIGITS, {'old': data}
-    ) == continual.measure_sets(model, DIGITS, {'old': data})
+    ) == continual.task_accuracies(model, DIGITS, {'old': data})
     long = copy.deepcopy(teacher).double()
     torch.testing.assert_close(observe(data, long).logits, observe(data, teacher).logits)
     for who in (teacher, long):
@@ -172,7 +172,7 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
     )
     paints = Teacher(Segmenter(), scenes.domain)
     for label_weight in (0.0, 1.0):
-        race = segmentation.SceneDistiller(
+        race = segmentation.SegmentationDistiller(
             paints, double(Segmenter()), scenes, label_weight=label_weight, **QUICK
         )
         assert race.run().done == 3
@@ -286,15 +286,15 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
     )
     scenes = segmentation.draw_scenes(4, (16, 16))
     more = dataclasses.replace(scenes.domain, name='more', classes=tuple('abcdefghij'))
-    foreign = segmentation.SceneSet(scenes.images, scenes.masks + 4, more)
+    foreign = segmentation.SegmentationSet(scenes.images, scenes.masks + 4, more)
     one_line(
         lambda: segmentation.mean_iou(Segmenter(), foreign, domain=scenes.domain),
         'label 9',
         '6 classes',
     )
-    lesson = continual.lesson_of('oracle-classify')
-    student, domain = continual.extend(teacher, ['new'])
-    new = continual.renumber(
+    lesson = continual.continual_loss('oracle-classify')
+    student, domain = continual.extend_classifier(teacher, ['new'])
+    new = continual.renumber_labels(
         pictures(20, dataclasses.replace(DIGITS, name='n', classes=('new',))), domain
     )
     one_line(
@@ -394,7 +394,7 @@ def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
         one_line(lambda kept=kept: remove_filters(wide, filters, {'0': kept}), '4 booleans')
 
 
-class Painter(nn.Module):
+class GeneratorSettings(nn.Module):
     def __init__(self, latent_shape: Any = (8,), pair: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -406,10 +406,10 @@ class Painter(nn.Module):
 
 
 @pytest.mark.parametrize(
-    'kind', [GenerativeSynthesizer, MetaSynthesizer, ContrastiveSynthesizer]
+    'kind', [GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer]
 )
 def test_a_generator_of_any_precision_paints(
-    teacher: Teacher, kind: type[GenerativeSynthesizer]
+    teacher: Teacher, kind: type[GeneratorSynthesizer]
 ) -> None:
     def made(generator: nn.Module) -> Tensor:
         return (
@@ -418,13 +418,13 @@ def test_a_generator_of_any_precision_paints(
             .images
         )
 
-    usual, given = made(Painter()), Painter().double()
+    usual, given = made(GeneratorSettings()), GeneratorSettings().double()
     # float64 from float32: the same weights
     assert made(given).equal(usual) and given.linear.weight.dtype == torch.float64
     for precision in (torch.float16, torch.bfloat16):
-        assert made(Painter().to(precision)).shape == usual.shape
-    one_line(lambda: made(Painter(8)), 'latent_shape 8', '(8,)')
-    one_line(lambda: made(Painter(pair=True)), 'returns a tuple')
+        assert made(GeneratorSettings().to(precision)).shape == usual.shape
+    one_line(lambda: made(GeneratorSettings(8)), 'latent_shape 8', '(8,)')
+    one_line(lambda: made(GeneratorSettings(pair=True)), 'returns a tuple')
 
 
 CHANGED: dict[str, Any] = {
@@ -472,10 +472,10 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
         pool.add(pictures().images, pictures().labels)  # type: ignore[arg-type]
         return pool
 
-    def painter(kind: type[GenerativeSynthesizer]) -> GenerativeSynthesizer:
+    def painter(kind: type[GeneratorSynthesizer]) -> GeneratorSynthesizer:
         return kind(
             teacher,
-            generator=Painter(),
+            generator=GeneratorSettings(),
             class_weight=1.0,
             batch_size=4,
             device='cpu',
@@ -485,7 +485,7 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
     half = learner(network(5)).run(until=2).state_dict()
     untouched(learner(), {}, 'not saved by a Distiller')
     untouched(
-        learner(), painter(GenerativeSynthesizer).state_dict(), 'not saved by a Distiller'
+        learner(), painter(GeneratorSynthesizer).state_dict(), 'not saved by a Distiller'
     )
     untouched(
         learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), half, 'another student'
@@ -499,12 +499,12 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
         .state_dict()
     )
     untouched(learner(), drawn, 'ImageSet')
-    for kind in (GenerativeSynthesizer, MetaSynthesizer, ContrastiveSynthesizer):
+    for kind in (GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer):
         untouched(painter(kind), half, 'not saved by')
         untouched(painter(kind), {}, 'not saved by')
     untouched(
         painter(ContrastiveSynthesizer),
-        painter(GenerativeSynthesizer).state_dict(),
+        painter(GeneratorSynthesizer).state_dict(),
         'ContrastiveSynthesizer',
     )
 

@@ -19,13 +19,13 @@ from dfkd_nb.dreams import inversion
 from dfkd_nb.dreams.inversion import (
     DeepInversion,
     Explorer,
-    Film,
-    Look,
-    intended_classes,
-    preset,
-    read_stages,
+    FilmStrip,
+    FeatureExtractor,
+    target_classes,
+    deepinversion_preset,
+    resolution_stages,
 )
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
 from dfkd_nb.foundations.core import same_device
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
@@ -147,13 +147,13 @@ def test_the_rate_follows_its_schedule_in_every_stage(teacher):
 
 def test_presets_differ_in_weights_alone(teacher):
     a, b, c = (
-        make(teacher, **preset(m)).settings for m in ('noise', 'deepdream', 'deepinversion')
+        make(teacher, **deepinversion_preset(m)).settings for m in ('noise', 'deepdream', 'deepinversion')
     )
     assert all(
         k.startswith('weight of ') for k in a if a[k] != c.get(k) or b.get(k) != c.get(k)
     )
-    assert make(teacher, **preset('noise')).names == ['total', 'class']
-    assert make(teacher, **preset('deepdream')).names == ['total', 'class', 'tv_l2', 'l2']
+    assert make(teacher, **deepinversion_preset('noise')).names == ['total', 'class']
+    assert make(teacher, **deepinversion_preset('deepdream')).names == ['total', 'class', 'tv_l2', 'l2']
 
 
 def test_the_teacher_is_not_changed(teacher):
@@ -213,7 +213,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(
     'settings',
-    [{}, {'stages': [(4, 5), (8, 7)]}, {'schedule': 'cosine', **preset('noise')}],
+    [{}, {'stages': [(4, 5), (8, 7)]}, {'schedule': 'cosine', **deepinversion_preset('noise')}],
     ids=['plain', 'stages', 'noise'],
 )
 def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, settings):
@@ -327,8 +327,8 @@ def test_damaged_and_foreign_checkpoints_are_refused_and_kept(teacher, tmp_path,
 
 
 def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
-    def poison(view: View):
-        return view.x.mean() * (float('nan') if now['batch'] else 1.0)
+    def poison(inputs: LossInputs):
+        return inputs.x.mean() * (float('nan') if now['batch'] else 1.0)
 
     now = {'batch': 0}
     maker = make(teacher, terms={'poison': (1.0, poison)})
@@ -400,7 +400,7 @@ def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
     plain = Teacher(network(norm=False), DIGITS)
     with pytest.raises(DFKDError, match='no BatchNorm'):
         make(plain)
-    assert len(make(plain, **preset('deepdream')).synthesize(4)) == 4
+    assert len(make(plain, **deepinversion_preset('deepdream')).synthesize(4)) == 4
     measured = Statistics.measure(
         plain, 0.2 * torch.randn(64, 1, 8, 8), layers=['model.0', 'model.3'], at='output'
     )
@@ -413,8 +413,8 @@ def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
 def test_hooks_and_fused_layers_agree(teacher):
     x = torch.randn(6, 1, 8, 8)
     statistics = Statistics.from_batchnorm(teacher)
-    fused = Look(teacher, statistics)
-    hooked = Look(teacher, statistics)
+    fused = FeatureExtractor(teacher, statistics)
+    hooked = FeatureExtractor(teacher, statistics)
     hooked.fused, hooked.network = False, teacher
     (a, m, _), (b, k, _) = fused(x), hooked(x)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -453,7 +453,7 @@ BAD = {
     'last stage': ({'stages': [(4, 10)]}, 'the last stage'),
     'empty stage': ({'stages': [(4, 0), (8, 1)]}, '0 updates'),
     'tiny stage': ({'stages': [(1, 1), (8, 1)]}, '1 x 1'),
-    'nothing to want': (preset('noise') | {'class_weight': 0.0}, 'no term'),
+    'nothing to want': (deepinversion_preset('noise') | {'class_weight': 0.0}, 'no term'),
 }
 
 
@@ -496,10 +496,10 @@ def test_a_stage_too_small_for_the_network():
 
 
 def test_stages_and_wishes_by_hand():
-    assert read_stages(None, 7, (8, 8)) == [((8, 8), 7)]
-    assert read_stages([(4, 1), ((8, 8), 2)], 7, (8, 8)) == [((4, 4), 1), ((8, 8), 2)]
-    assert intended_classes(4, '7', DIGITS).tolist() == [7, 7, 7, 7]
-    assert intended_classes(3, torch.tensor([2, 1]), DIGITS).tolist() == [2, 1, 2]
+    assert resolution_stages(None, 7, (8, 8)) == [((8, 8), 7)]
+    assert resolution_stages([(4, 1), ((8, 8), 2)], 7, (8, 8)) == [((4, 4), 1), ((8, 8), 2)]
+    assert target_classes(4, '7', DIGITS).tolist() == [7, 7, 7, 7]
+    assert target_classes(3, torch.tensor([2, 1]), DIGITS).tolist() == [2, 1, 2]
 
 
 def test_nothing_started_says_so(teacher):
@@ -509,48 +509,48 @@ def test_nothing_started_says_so(teacher):
 
 def test_film_is_small_and_needs_nothing():
     frames = [torch.randint(0, 256, (10, 3, 32, 32), dtype=torch.uint8) for _ in range(16)]
-    page = Film(frames, range(16), titles=list('abcdefghij'))._repr_html_()
+    page = FilmStrip(frames, range(16), titles=list('abcdefghij'))._repr_html_()
     assert len(page) < 600_000 and 'http' not in page and page.count('<span') == 10
     with pytest.raises(DFKDError):
-        Film(frames, [1])
+        FilmStrip(frames, [1])
 
 
 def test_explorer_without_a_browser(teacher):
     ipywidgets = pytest.importorskip('ipywidgets')
-    view = Explorer(teacher, images=4, steps=40, every=2, device='cpu', jitter=0)
-    assert isinstance(view.widget, ipywidgets.Widget) and not view.running
-    view.classes.value = (3, 7)
-    view.sliders['features'].value = 1.0
-    view.go.click()  # start
+    inputs = Explorer(teacher, images=4, steps=40, every=2, device='cpu', jitter=0)
+    assert isinstance(inputs.widget, ipywidgets.Widget) and not inputs.running
+    inputs.classes.value = (3, 7)
+    inputs.sliders['features'].value = 1.0
+    inputs.go.click()  # start
     for _ in range(600):
-        if view.dreamer.history:
+        if inputs.dreamer.history:
             break
         time.sleep(0.05)
-    view.sliders['tv_l2'].value = 0.1  # while it runs
-    view.go.click()  # stop
-    view.wait()
-    assert view.error is None and not view.running and view.go.description == 'start'
-    stopped = view.dreamer.done
-    assert 0 < stopped <= 40 and view.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
-    assert view.dreamer.targets.tolist() == [3, 7, 3, 7]
-    view.go.click()  # on to the end
-    view.wait()
-    assert view.dreamer.finished and '40 of 40' in view.status.value
-    assert view.dreamer.objective.weights['features'] == 1.0
-    view.sliders['features'].value = 0.0
-    view.again.click()  # from noise, without the feature term
-    view.wait()
-    assert view.dreamer.finished and 'features' not in view.dreamer.history[0]
+    inputs.sliders['tv_l2'].value = 0.1  # while it runs
+    inputs.go.click()  # stop
+    inputs.wait()
+    assert inputs.error is None and not inputs.running and inputs.go.description == 'start'
+    stopped = inputs.dreamer.done
+    assert 0 < stopped <= 40 and inputs.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
+    assert inputs.dreamer.targets.tolist() == [3, 7, 3, 7]
+    inputs.go.click()  # on to the end
+    inputs.wait()
+    assert inputs.dreamer.finished and '40 of 40' in inputs.status.value
+    assert inputs.dreamer.objective.weights['features'] == 1.0
+    inputs.sliders['features'].value = 0.0
+    inputs.again.click()  # from noise, without the feature term
+    inputs.wait()
+    assert inputs.dreamer.finished and 'features' not in inputs.dreamer.history[0]
 
 
 def test_explorer_shows_an_error_instead_of_dying(teacher):
     pytest.importorskip('ipywidgets')
-    view = Explorer(teacher, steps=2, device='cpu')
-    for slider in view.sliders.values():
+    inputs = Explorer(teacher, steps=2, device='cpu')
+    for slider in inputs.sliders.values():
         slider.value = 0.0
-    view.go.click()
-    view.wait()
-    assert isinstance(view.error, DFKDError) and 'no term' in view.status.value
+    inputs.go.click()
+    inputs.wait()
+    assert isinstance(inputs.error, DFKDError) and 'no term' in inputs.status.value
 
 
 def test_explorer_without_ipywidgets(teacher, monkeypatch):
@@ -591,7 +591,7 @@ class Scaled(nn.Module):
     'settings',
     [
         {},
-        preset('deepdream'),
+        deepinversion_preset('deepdream'),
         {'stages': [(4, 4), (8, 4)], 'schedule': 'cosine', 'clip': False},
     ],
 )
@@ -614,9 +614,9 @@ def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
 def test_terms_see_pixel_units(teacher):
     views = []
 
-    def look(view):
-        views.append(view.x.detach().clone())
-        return view.x.sum()
+    def look(inputs):
+        views.append(inputs.x.detach().clone())
+        return inputs.x.sum()
 
     make(teacher, steps=3, learning_rate=5.0, terms={'look': (1e-9, look)}).synthesize(4)
     assert views[-1].min() == -2 and views[-1].max() == 2  # clipped at black and at white
@@ -735,7 +735,7 @@ def test_a_compiled_update_is_the_update(teacher, monkeypatch):
         'batch_size': 6,
         'student': build_model('digits-net', 10, 1),
     }
-    quick |= {'terms': {'rival': (0.1, lambda view: view.student_logits.square().mean())}}
+    quick |= {'terms': {'rival': (0.1, lambda inputs: inputs.student_logits.square().mean())}}
     compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
     for maker in (compiled, eager):
         maker.synthesize(6, every=1)
@@ -791,7 +791,7 @@ def test_the_layer_is_found_by_its_exact_name_on_every_path(path, embedding, lay
         'hooked': lambda: Statistics.measure(named, x, where, at='output'),
         'plain': lambda: None,
     }[path.split(',')[0]]()
-    look = Look(teacher, statistics, embedding=embedding)
+    look = FeatureExtractor(teacher, statistics, embedding=embedding)
     assert look.fused == path.startswith('fused')
     entered = []
     hook = teacher.model.get_submodule(layer).register_forward_pre_hook(
@@ -830,7 +830,7 @@ def test_a_teacher_elsewhere_is_copied_not_moved(teacher, monkeypatch):
 
 
 def test_a_term_that_fails_says_so_itself(teacher):
-    def broken(view):
+    def broken(inputs):
         raise ValueError('my own mistake')
 
     with pytest.raises(ValueError, match='^my own mistake$') as caught:
@@ -861,9 +861,9 @@ def test_a_batch_too_small_for_the_network_is_said():
 def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
     "Its numbers come from PyTorch's, NumPy's and Python's own streams."
 
-    def noisy(view):
+    def noisy(inputs):
         return (
-            view.x * (torch.rand_like(view.x) + random.random() + float(np.random.rand()))
+            inputs.x * (torch.rand_like(inputs.x) + random.random() + float(np.random.rand()))
         ).mean()
 
     def maker():

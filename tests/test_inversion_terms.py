@@ -12,12 +12,12 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import (
     DeepInversion,
-    images_that_fit,
-    kept_bytes,
-    preset,
+    max_batch_size,
+    activation_bytes,
+    deepinversion_preset,
     relative_feature_term,
 )
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, Watch, feature_term
 from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.models import Teacher, build_model
@@ -37,9 +37,9 @@ def seen(teacher, **settings):
     "The views that a term was given in two updates."
     views = []
 
-    def term(view):
-        views.append(view)
-        return view.x.square().mean()
+    def term(inputs):
+        views.append(inputs)
+        return inputs.x.square().mean()
 
     maker = make(teacher, steps=2, terms={'look': (1.0, term)}, **settings)
     return maker, views
@@ -113,16 +113,16 @@ def test_a_checkpoint_knows_its_student(teacher, tmp_path):
 def test_the_embedding_is_what_enters_the_classifier(teacher, settings):
     maker, views = seen(teacher, embedding='classifier', jitter=0, flip=False, **settings)
     maker.synthesize(4)
-    for view in views:
-        assert view.embedding.shape == (4, 8) and view.embedding.requires_grad
-        torch.testing.assert_close(teacher.model[-1](view.embedding), view.logits)
+    for inputs in views:
+        assert inputs.embedding.shape == (4, 8) and inputs.embedding.requires_grad
+        torch.testing.assert_close(teacher.model[-1](inputs.embedding), inputs.logits)
 
 
 def test_goals_reach_their_images_batch_by_batch(teacher):
-    goals = torch.arange(10.0)[:, None].expand(10, 8)
+    target_embeddings = torch.arange(10.0)[:, None].expand(10, 8)
     maker, views = seen(teacher, embedding='classifier', batch_size=4)
-    maker.synthesize(10, goals=goals)
-    assert [view.goals[:, 0].tolist() for view in views[::2]] == [
+    maker.synthesize(10, target_embeddings=target_embeddings)
+    assert [inputs.target_embeddings[:, 0].tolist() for inputs in views[::2]] == [
         [0, 1, 2, 3],
         [4, 5, 6],
         [7, 8, 9],
@@ -133,10 +133,10 @@ def test_goals_pull(teacher):
     images = torch.randint(
         0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     )
-    goals = teacher.embed(images)
+    target_embeddings = teacher.embed(images)
 
-    def distance(view):
-        return (view.embedding - view.goals).square().sum(1).mean()
+    def distance(inputs):
+        return (inputs.embedding - inputs.target_embeddings).square().sum(1).mean()
 
     settings = dict(
         class_weight=0.0,
@@ -150,31 +150,31 @@ def test_goals_pull(teacher):
     maker = make(
         teacher, embedding='classifier', terms={'goal': (1.0, distance)}, **settings
     )
-    found = maker.synthesize(6, goals=goals)
+    found = maker.synthesize(6, target_embeddings=target_embeddings)
     assert maker.history[-1]['goal'] < 0.2 * maker.history[0]['goal']
     near, far = (
         (teacher.embed(found.images) - g).norm(dim=1).mean()
-        for g in (goals, goals.roll(1, 0))
+        for g in (target_embeddings, target_embeddings.roll(1, 0))
     )
     assert near < far
 
 
 @pytest.mark.parametrize('goals', [torch.zeros(3, 8), torch.zeros(4)])
-def test_goals_of_the_wrong_shape_are_refused(teacher, goals):
+def test_goals_of_the_wrong_shape_are_refused(teacher, target_embeddings):
     with pytest.raises(DFKDError, match='one vector an image'):
-        make(teacher, embedding='classifier').synthesize(4, goals=goals)
+        make(teacher, embedding='classifier').synthesize(4, target_embeddings=target_embeddings)
 
 
 def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
     path = tmp_path / 'dream.pt'
     quick = dict(embedding='classifier', batch_size=4)
     make(teacher, **quick).synthesize(
-        8, goals=torch.zeros(8, 8), checkpoint=path, callback=lambda now: True, every=3
+        8, target_embeddings=torch.zeros(8, 8), checkpoint=path, callback=lambda now: True, every=3
     )
     with pytest.raises(DFKDError, match='goals'):
-        make(teacher, **quick).synthesize(8, goals=torch.ones(8, 8), checkpoint=path)
-    whole = make(teacher, **quick).synthesize(8, goals=torch.zeros(8, 8))
-    rest = make(teacher, **quick).synthesize(8, goals=torch.zeros(8, 8), checkpoint=path)
+        make(teacher, **quick).synthesize(8, target_embeddings=torch.ones(8, 8), checkpoint=path)
+    whole = make(teacher, **quick).synthesize(8, target_embeddings=torch.zeros(8, 8))
+    rest = make(teacher, **quick).synthesize(8, target_embeddings=torch.zeros(8, 8), checkpoint=path)
     assert torch.equal(whole.images, rest.images)
 
 
@@ -190,8 +190,8 @@ def priced(model, x):
     statistics = Statistics.from_batchnorm(model)
     with torch.no_grad(), Watch(model) as watch:
         logits = model(x)
-    view = View(x, logits, torch.zeros(len(x)), watch.moments)
-    return logits, feature_term(statistics)(view), relative_feature_term(statistics)(view)
+    inputs = LossInputs(x, logits, torch.zeros(len(x)), watch.moments)
+    return logits, feature_term(statistics)(inputs), relative_feature_term(statistics)(inputs)
 
 
 def test_changed_units_change_the_absolute_distance_and_not_the_relative_one():
@@ -220,7 +220,7 @@ def test_the_relative_distance_by_hand_and_its_gradient():
 
     def value(mean, var):
         features = {'a': (mean, var), 'b': (torch.tensor([2.0]), torch.ones(1))}
-        return term(View(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1), features))
+        return term(LossInputs(torch.zeros(1), torch.zeros(1, 2), torch.zeros(1), features))
 
     # layer a: z-scores 1 and 2, ratios 2 and 1; layer b: z-score 2
     wanted = 3 * ((5 / 2) ** 0.5 + (1 / 2) ** 0.5) + 2
@@ -236,13 +236,13 @@ def test_the_relative_distance_by_hand_and_its_gradient():
 
 def test_a_dead_channel_does_not_rule_a_layer():
     statistics = Statistics({'a': (torch.zeros(10), torch.tensor([1e-30] + [1.0] * 9))})
-    view = View(
+    inputs = LossInputs(
         torch.zeros(1),
         torch.zeros(1, 2),
         torch.zeros(1),
         {'a': (torch.zeros(10), torch.tensor([1e-3] + [1.0] * 9))},
     )
-    assert float(relative_feature_term(statistics)(view)) < 1
+    assert float(relative_feature_term(statistics)(inputs)) < 1
 
 
 def test_the_scale_is_a_setting(teacher):
@@ -250,7 +250,7 @@ def test_the_scale_is_a_setting(teacher):
     assert not torch.equal(a.synthesize(4).images, b.synthesize(4).images)
     with pytest.raises(DFKDError, match='absolute or relative'):
         make(teacher, feature_scale='metric')
-    maker = make(teacher, **preset('deepinversion', 'imagenet'))
+    maker = make(teacher, **deepinversion_preset('deepinversion', 'imagenet'))
     assert (
         maker.settings['feature_scale'] == 'relative'
         and maker.settings['first_layer_weight'] == 3.0
@@ -276,7 +276,7 @@ def test_memory_is_counted_by_hand():
     maker = DeepInversion(
         Teacher(model, DIGITS), steps=1, feature_weight=0.0, tv_l2=0.0, l2=0.0, device='cpu'
     )
-    each = kept_bytes(maker, 3) - kept_bytes(maker, 2)
+    each = activation_bytes(maker, 3) - activation_bytes(maker, 2)
     relu = 4 * 8 * 8 * 4  # channels, height, width, bytes
     assert relu <= each <= relu + 1024  # the pixels and some logits besides
 
@@ -284,14 +284,14 @@ def test_memory_is_counted_by_hand():
 def test_what_fits_fits(teacher):
     maker = make(teacher)
     for gigabytes in (0.001, 0.01):
-        count = images_that_fit(maker, gigabytes)
+        count = max_batch_size(maker, gigabytes)
         assert (
-            1.35 * kept_bytes(maker, count)
+            1.35 * activation_bytes(maker, count)
             <= gigabytes * 1e9
-            < 1.35 * kept_bytes(maker, count + 2)
+            < 1.35 * activation_bytes(maker, count + 2)
         )
     with pytest.raises(DFKDError, match='give more memory'):
-        images_that_fit(maker, 1e-6)
+        max_batch_size(maker, 1e-6)
     maker.synthesize(4)  # counting has changed nothing
     assert len(maker.images) == 4
 

@@ -54,7 +54,7 @@ BITS = SMALL | {
     'bits': '4',
 }
 BITS |= {'updates': 40, 'latency_batch': 0}
-SCENES = (
+SEGMENTATION_DOMAINS = (
     SMALL
     | GENERATOR
     | {
@@ -65,7 +65,7 @@ SCENES = (
         'batch_size': 8,
     }
 )
-SCENES |= {
+SEGMENTATION_DOMAINS |= {
     'picture': 2,
     'rounds': 5,
     'warmup_rounds': 1,
@@ -95,7 +95,7 @@ CLASSES |= {
 KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'transfer': ('digits-transfer-deepinversion', STUDENT),
     # two students draw from one set
-    'scenes': ('scenes-segmentation', SCENES | {'arms': 'labels, real'}),
+    'scenes': ('scenes-segmentation', SEGMENTATION_DOMAINS | {'arms': 'labels, real'}),
     'dropout': (
         'digits-vanilla',
         SMALL
@@ -119,7 +119,7 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'cmi': ('digits-cmi', PAINTED),
     'fast': ('digits-fast-5', PAINTED),
     'ssd-kd': ('digits-ssd-kd-10', PAINTED | {'pool_size': 60}),
-    'scenes painted': ('scenes-segmentation', SCENES | {'arms': 'noise, dreams, replay'}),
+    'scenes painted': ('scenes-segmentation', SEGMENTATION_DOMAINS | {'arms': 'noise, dreams, replay'}),
     'pruning': (
         'digits-pruning',
         PRUNED | {'shares': '0.3', 'sources': 'static=noise, real=digits'},

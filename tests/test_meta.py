@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.core import (
     DFKDError,
@@ -24,11 +24,11 @@ from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
 from dfkd_nb.generators.generators import (
     Alternation,
-    GenerativeSynthesizer,
+    GeneratorSynthesizer,
     Generator,
     Pixels,
 )
-from dfkd_nb.generators.meta import META, MetaSynthesizer, adapt, meta_gradients, preset
+from dfkd_nb.generators.meta import META, MetaSynthesizer, adapt, meta_gradients, fast_preset
 from cases import each
 from tiny import DIGITS, used
 
@@ -131,7 +131,7 @@ def test_one_step_reptile_is_the_gradient_times_the_rate():
 
 
 def test_one_step_sum_is_the_plain_generator(teacher):
-    one, other = maker(teacher, steps=1), maker(teacher, GenerativeSynthesizer, steps=1)
+    one, other = maker(teacher, steps=1), maker(teacher, GeneratorSynthesizer, steps=1)
     assert torch.equal(one.synthesize(4).images, other.synthesize(4).images)
     assert all(
         torch.equal(one.meta_weights[name], weight)
@@ -167,7 +167,7 @@ def test_the_last_is_taken_at_the_adapted_weights(teacher):
     "Eq. 9: not the gradient of the last inner step, which was taken before that step."
     m = maker(teacher, meta='last')
     _, used, ended = inner_gradients(m)
-    images = m.paint(m.codes)
+    images = m.paint(m.latents)
     total, _, _ = m.judge(images, m.targets)
     expected = dict(zip(m.weights, torch.autograd.grad(total, list(m.weights.values()))))
     for name, weight in m.meta_weights.items():
@@ -239,8 +239,8 @@ def test_codes_that_live(teacher):
     seen = []
     for _ in range(5):
         m.start()
-        seen.append(m.codes.detach().clone())
-        assert torch.equal(m.codes, m.meta_codes)
+        seen.append(m.latents.detach().clone())
+        assert torch.equal(m.latents, m.meta_codes)
         while m.left:
             m.step()
         m.finish()
@@ -270,14 +270,14 @@ def test_momentum_weighs_the_new_batch(teacher):
     best = {name: (mean + 1.0, var + 1.0) for name, (mean, var) in old.items()}
     name = next(iter(old))
     leaf = best[name][0].clone().requires_grad_()
-    view = View(
+    inputs = LossInputs(
         torch.zeros(1, 1, 8, 8),
         torch.zeros(1, 10),
         torch.zeros(1, dtype=torch.long),
         best | {name: (leaf, best[name][1])},
     )
     term = m.objective.terms['features'][1]
-    pull = torch.autograd.grad(term(view), leaf)[0].norm()
+    pull = torch.autograd.grad(term(inputs), leaf)[0].norm()
     assert float(pull) == pytest.approx(0.1, rel=1e-4)
     m._finished({'moments': best})
     torch.testing.assert_close(m.running.moments[name][0], old[name][0] + 0.1)
@@ -331,11 +331,11 @@ def test_buffers_go_on_and_painting_in_eval_mode_uses_them(teacher):
     m.synthesize(2)
     assert int(m.buffers['norm.num_batches_tracked']) == 6
     before = {name: buffer.clone() for name, buffer in m.buffers.items()}
-    codes = torch.randn(4, 5)
-    images = m.paint(codes, train=False)
+    latents = torch.randn(4, 5)
+    images = m.paint(latents, train=False)
     assert all(torch.equal(before[name], buffer) for name, buffer in m.buffers.items())
     # each image by itself
-    torch.testing.assert_close(images[:2], m.paint(codes[:2], train=False))
+    torch.testing.assert_close(images[:2], m.paint(latents[:2], train=False))
     # the module lends its form only
     assert not any(
         buffer.any() for name, buffer in m.network.named_buffers() if 'tracked' in name
@@ -393,7 +393,7 @@ def test_a_live_state_is_not_shared(teacher):
         assert torch.equal(weight, kept['meta_weights'][name])
     second.step()
     assert torch.equal(first.meta_codes, kept['meta_codes']) and torch.equal(
-        first.codes, kept['codes']
+        first.latents, kept['codes']
     )
     for name, gradient in first.gathered.items():
         assert torch.equal(gradient, kept['gathered'][name])
@@ -412,7 +412,7 @@ def test_states_of_others_are_refused(teacher):
             maker(teacher, **changes).load_state_dict(state)
     with pytest.raises(DFKDError, match='not saved by a MetaSynthesizer'):
         maker(teacher).load_state_dict(
-            maker(teacher, GenerativeSynthesizer, reuse='continue').state_dict()
+            maker(teacher, GeneratorSynthesizer, reuse='continue').state_dict()
         )
 
 
@@ -445,11 +445,11 @@ def test_what_cannot_work_is_told(teacher, changes, words):
 
 
 def test_presets():
-    assert [preset(f'fast-{k}')['steps'] for k in (2, 5, 10)] == [2, 5, 10]
-    assert preset('fast-5', 'resnet34')['adversarial_weight'] == 1.33
+    assert [fast_preset(f'fast-{k}')['steps'] for k in (2, 5, 10)] == [2, 5, 10]
+    assert fast_preset('fast-5', 'resnet34')['adversarial_weight'] == 1.33
     for bad in (('fast-3',), ('fast-5', 'vgg19')):
         with pytest.raises(DFKDError, match='unknown'):
-            preset(*bad)
+            fast_preset(*bad)
 
 
 def test_a_race_with_a_preset(teacher):
@@ -462,7 +462,7 @@ def test_a_race_with_a_preset(teacher):
         teacher,
         generator=Generator(SHAPE, 5, 3),
         student=student,
-        **preset('fast-2') | small,
+        **fast_preset('fast-2') | small,
     )
     distiller = Distiller(
         teacher,

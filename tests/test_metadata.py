@@ -9,25 +9,25 @@ import torch
 from torch import nn
 
 from dfkd_nb.dreams.metadata import (
-    Browser,
-    GoalSeeker,
+    ClusterBrowser,
+    ActivationMatching,
     Metadata,
-    WalkFilm,
+    TraversalStrip,
     cluster_vectors,
     dream_distillation,
-    goal_distance,
-    goal_preset,
-    goal_term,
+    embedding_distance,
+    activation_matching_preset,
+    embedding_term,
     membership_auc,
-    memorisation,
+    nearest_distance_ratio,
     merge_small,
-    nearest,
+    nearest_points,
     principal_components,
-    privacy,
-    suspicion,
-    walk,
+    membership_report,
+    membership_score,
+    traverse_component,
 )
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, data_root, load_data
 from dfkd_nb.foundations.distillation import Distiller
@@ -162,16 +162,16 @@ def test_any_network_with_a_linear_head(name, domain, width):
     )
     found = Metadata.measure(teacher, images, clusters=1, components=2)
     assert found.centroids.shape == (2, width)
-    goals, labels, _ = found.sample(4)
+    target_embeddings, labels, _ = found.sample(4)
     assert labels.tolist() == [0, 1, 0, 1]
-    made = GoalSeeker(teacher, found, steps=2, **CPU).seek(goals, labels)
+    made = ActivationMatching(teacher, found, steps=2, **CPU).seek(target_embeddings, labels)
     assert made.images.shape == (4, *domain.shape) and torch.equal(made.labels, labels)
 
 
 def test_centroids_without_components(teacher, digits):
     found = Metadata.measure(teacher, digits, clusters=2, components=0)
-    goals, _, clusters = found.sample(20)
-    assert torch.equal(goals, found.centroids[clusters])
+    target_embeddings, _, clusters = found.sample(20)
+    assert torch.equal(target_embeddings, found.centroids[clusters])
     assert found.explained.max() == 0
 
 
@@ -274,7 +274,7 @@ def test_another_teacher_is_told(metadata):
         metadata.check(Teacher(network(width=12), DIGITS, 'wider'))
     cifar = Teacher(network(domain=DOMAINS['cifar10']), DOMAINS['cifar10'], 'colour')
     with pytest.raises(DFKDError, match="does not fit 'colour'"):
-        GoalSeeker(cifar, metadata, **CPU)
+        ActivationMatching(cifar, metadata, **CPU)
 
 
 def test_weights_rounded_to_half_precision_are_the_same_teacher(metadata):
@@ -285,9 +285,9 @@ def test_weights_rounded_to_half_precision_are_the_same_teacher(metadata):
 
 
 def test_goals_have_the_moments_of_their_clusters(metadata):
-    goals, _, clusters = metadata.sample(60_000)
+    target_embeddings, _, clusters = metadata.sample(60_000)
     for k in (0, 7):
-        mine = goals[clusters == k]
+        mine = target_embeddings[clusters == k]
         lines, wanted = metadata.components[k], metadata.variances[k]
         inside = (mine - metadata.centroids[k]) @ lines.T
         torch.testing.assert_close(
@@ -358,38 +358,38 @@ def test_a_line_goes_through_the_centroid(metadata):
 
 def test_the_goal_s_gradient_is_exact():
     generator = torch.Generator().manual_seed(0)
-    embedding, goals = (
+    embedding, target_embeddings = (
         torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2)
     )
     x = torch.zeros(3, 1, 2, 2)
 
     def price(e):
-        return goal_term(
-            View(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, goals=goals)
+        return embedding_term(
+            LossInputs(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, target_embeddings=target_embeddings)
         )
 
     assert torch.autograd.gradcheck(price, embedding.requires_grad_())
     # summed over the numbers, averaged over the images
-    assert price(goals) == 0 and price(goals + 1) == 5
+    assert price(target_embeddings) == 0 and price(target_embeddings + 1) == 5
 
 
 def test_a_goal_that_nobody_gave():
     x, logits, labels = torch.zeros(2, 1, 8, 8), torch.zeros(2, 10), torch.zeros(2).long()
     with pytest.raises(DFKDError, match="embedding='classifier'"):
-        goal_term(View(x, logits, labels, embedding=torch.zeros(2, 3)))
+        embedding_term(LossInputs(x, logits, labels, embedding=torch.zeros(2, 3)))
     with pytest.raises(DFKDError, match='same layer'):
-        goal_term(
-            View(x, logits, labels, embedding=torch.zeros(2, 3), goals=torch.zeros(2, 4))
+        embedding_term(
+            LossInputs(x, logits, labels, embedding=torch.zeros(2, 3), target_embeddings=torch.zeros(2, 4))
         )
 
 
 def test_goals_are_reached(teacher, metadata):
-    goals, labels, _ = metadata.sample(12)
+    target_embeddings, labels, _ = metadata.sample(12)
     near = [
-        goal_distance(
+        embedding_distance(
             teacher,
-            GoalSeeker(teacher, metadata, steps=steps, **CPU).seek(goals, labels).images,
-            goals,
+            ActivationMatching(teacher, metadata, steps=steps, **CPU).seek(target_embeddings, labels).images,
+            target_embeddings,
         ).mean()
         for steps in (1, 60)
     ]
@@ -397,49 +397,49 @@ def test_goals_are_reached(teacher, metadata):
 
 
 def test_batches_keep_goals_and_labels_together(teacher, metadata):
-    goals, labels, _ = metadata.sample(10)
-    made = GoalSeeker(teacher, metadata, steps=60, batch_size=4, **CPU).seek(goals, labels)
+    target_embeddings, labels, _ = metadata.sample(10)
+    made = ActivationMatching(teacher, metadata, steps=60, batch_size=4, **CPU).seek(target_embeddings, labels)
     assert torch.equal(made.labels, labels)
-    own = goal_distance(teacher, made.images, goals)
-    swapped = goal_distance(teacher, made.images, goals.roll(1, 0))
+    own = embedding_distance(teacher, made.images, target_embeddings)
+    swapped = embedding_distance(teacher, made.images, target_embeddings.roll(1, 0))
     assert (own < swapped).float().mean() >= 0.9
 
 
 def test_images_can_start_elsewhere(teacher, metadata, digits):
     first = digits.images[:10]
-    goals, labels = metadata.sample(10)[:2]
-    made = GoalSeeker(
+    target_embeddings, labels = metadata.sample(10)[:2]
+    made = ActivationMatching(
         teacher, metadata, steps=1, batch_size=4, learning_rate=0.01, **CPU
-    ).seek(goals, labels, first)
+    ).seek(target_embeddings, labels, first)
     # a step of 0.01 * 0.25 * 255
     assert (made.images.int() - first.int()).abs().max() <= 1
     with pytest.raises(DFKDError, match='3 images to start from'):
-        GoalSeeker(teacher, metadata, steps=1, **CPU).seek(goals, labels, first[:3])
+        ActivationMatching(teacher, metadata, steps=1, **CPU).seek(target_embeddings, labels, first[:3])
     with pytest.raises(DFKDError, match='use one stage'):
-        GoalSeeker(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
-            goals, labels, first
+        ActivationMatching(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
+            target_embeddings, labels, first
         )
 
 
 def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
-    seeker = GoalSeeker(teacher, metadata, steps=1, **CPU)
+    seeker = ActivationMatching(teacher, metadata, steps=1, **CPU)
     for mistake, message in (
-        (lambda: nearest(torch.zeros(2, 8), torch.zeros(3, 7)), 'of the same layer'),
-        (lambda: nearest(torch.zeros(8), torch.zeros(3, 8)), 'of the same layer'),
+        (lambda: nearest_points(torch.zeros(2, 8), torch.zeros(3, 7)), 'of the same layer'),
+        (lambda: nearest_points(torch.zeros(8), torch.zeros(3, 8)), 'of the same layer'),
         (
-            lambda: suspicion(metadata, torch.zeros(2, 7), torch.zeros(2).long()),
+            lambda: membership_score(metadata, torch.zeros(2, 7), torch.zeros(2).long()),
             r'give \(N, 8\)',
         ),
         (
-            lambda: suspicion(metadata, torch.zeros(2, 8), torch.zeros(3).long()),
+            lambda: membership_score(metadata, torch.zeros(2, 8), torch.zeros(3).long()),
             'one label each',
         ),
         (
-            lambda: goal_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
+            lambda: embedding_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
             'one goal an image',
         ),
-        (lambda: walk(seeker, metadata, []), 'give one or more of 0 to'),
-        (lambda: walk(seeker, metadata, [len(metadata)]), 'give one or more of 0 to'),
+        (lambda: traverse_component(seeker, metadata, []), 'give one or more of 0 to'),
+        (lambda: traverse_component(seeker, metadata, [len(metadata)]), 'give one or more of 0 to'),
     ):
         with pytest.raises(DFKDError, match=message) as error:
             mistake()
@@ -447,23 +447,23 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
 
 
 def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):
-    goals, labels, _ = metadata.sample(8)
+    target_embeddings, labels, _ = metadata.sample(8)
     def make():
-        return GoalSeeker(teacher, metadata, 'book', steps=6, batch_size=4, jitter=1, **CPU)
+        return ActivationMatching(teacher, metadata, 'book', steps=6, batch_size=4, jitter=1, **CPU)
 
-    whole = make().synthesize(8, labels, goals=goals)
+    whole = make().synthesize(8, labels, target_embeddings=target_embeddings)
     make().synthesize(
         8,
         labels,
-        goals=goals,
+        target_embeddings=target_embeddings,
         checkpoint=tmp_path / 'c.pt',
         callback=lambda now: (now.batch, now.step) == (1, 3),
         every=3,
     )
-    rest = make().synthesize(8, labels, goals=goals, checkpoint=tmp_path / 'c.pt')
+    rest = make().synthesize(8, labels, target_embeddings=target_embeddings, checkpoint=tmp_path / 'c.pt')
     assert torch.equal(whole.images, rest.images)
     with pytest.raises(DFKDError, match='goals'):
-        make().synthesize(8, labels, goals=goals + 1, checkpoint=tmp_path / 'c.pt')
+        make().synthesize(8, labels, target_embeddings=target_embeddings + 1, checkpoint=tmp_path / 'c.pt')
 
 
 def test_the_front_door(teacher, metadata):
@@ -479,28 +479,28 @@ def test_the_front_door(teacher, metadata):
 
 
 def test_the_paper_asks_for_the_goal_alone(teacher, metadata):
-    seeker = GoalSeeker(teacher, metadata, **CPU)
+    seeker = ActivationMatching(teacher, metadata, **CPU)
     assert {name for name, weight in seeker.objective.weights.items() if weight} == {'goal'}
     assert (
         seeker.steps,
         seeker.pixel_settings['learning_rate'],
         seeker.pixel_settings['jitter'],
     ) == (500, 0.05, 0)
-    assert goal_preset('book')['feature_weight'] > 0
+    assert activation_matching_preset('book')['feature_weight'] > 0
 
 
 def test_further_terms_join(teacher, metadata):
-    seeker = GoalSeeker(
-        teacher, metadata, steps=2, terms={'dark': (1.0, lambda view: view.x.mean())}, **CPU
+    seeker = ActivationMatching(
+        teacher, metadata, steps=2, terms={'dark': (1.0, lambda inputs: inputs.x.mean())}, **CPU
     )
-    goals, labels, _ = metadata.sample(2)
-    seeker.seek(goals, labels)
+    target_embeddings, labels, _ = metadata.sample(2)
+    seeker.seek(target_embeddings, labels)
     assert {'goal', 'dark'} <= seeker.history[-1].keys()
 
 
 def test_a_walk_passes_the_centroid(teacher, metadata):
-    frames = walk(
-        GoalSeeker(teacher, metadata, steps=40, **CPU),
+    frames = traverse_component(
+        ActivationMatching(teacher, metadata, steps=40, **CPU),
         metadata,
         [0, 4, 9],
         0,
@@ -516,20 +516,20 @@ def test_a_walk_passes_the_centroid(teacher, metadata):
 
 def test_a_film_of_a_walk_speaks_of_places():
     frames = [torch.zeros(2, 1, 8, 8, dtype=torch.uint8)] * 3
-    page = WalkFilm(frames, [-1.0, 0.0, 1.0])._repr_html_()
+    page = TraversalStrip(frames, [-1.0, 0.0, 1.0])._repr_html_()
     assert 'update' not in page and '1.0 sd</output>' in page
 
 
 def test_the_browser_moves(teacher, metadata):
     pytest.importorskip('ipywidgets')
-    view = Browser(teacher, metadata, steps=5, first_steps=10, jitter=1, **CPU)
-    seen = [view.picture.value]
-    view.cluster.value = 3
-    seen.append(view.picture.value)
-    view.position.value = 2.0
-    seen.append(view.picture.value)
-    assert len(set(seen)) == 3 and set(view.centres) == {0, 3}
-    assert 'squared distance' in view.status.value
+    inputs = ClusterBrowser(teacher, metadata, steps=5, first_steps=10, jitter=1, **CPU)
+    seen = [inputs.picture.value]
+    inputs.cluster.value = 3
+    seen.append(inputs.picture.value)
+    inputs.position.value = 2.0
+    seen.append(inputs.picture.value)
+    assert len(set(seen)) == 3 and set(inputs.centres) == {0, 3}
+    assert 'squared distance' in inputs.status.value
 
 
 # ---- what is given away
@@ -537,17 +537,17 @@ def test_the_browser_moves(teacher, metadata):
 
 def test_nearest_is_the_nearest():
     points = torch.randn(2500, 3, generator=torch.Generator().manual_seed(0))
-    distances, which = nearest(points + 1e-3, points)
+    distances, which = nearest_points(points + 1e-3, points)
     assert torch.equal(which, torch.arange(2500)) and distances.max() < 3e-3
     with pytest.raises(DFKDError, match='at least one'):
-        nearest(points, points[:0])
+        nearest_points(points, points[:0])
 
 
 def test_copies_are_memories_and_strangers_are_not():
     generator = torch.Generator().manual_seed(0)
     members, strangers, new = (torch.randn(400, 6, generator=generator) for _ in range(3))
-    assert memorisation(members[:50], members, strangers) < 1e-2
-    assert 0.85 < memorisation(new, members, strangers) < 1.15
+    assert nearest_distance_ratio(members[:50], members, strangers) < 1e-2
+    assert 0.85 < nearest_distance_ratio(new, members, strangers) < 1.15
 
 
 def test_clusters_of_one_image_name_their_members(teacher, digits):
@@ -555,7 +555,7 @@ def test_clusters_of_one_image_name_their_members(teacher, digits):
     loose = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=1)
     safe = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=6)
     told = [
-        privacy(teacher, found, inside, outside)['auc_centroid'] for found in (loose, safe)
+        membership_report(teacher, found, inside, outside)['auc_centroid'] for found in (loose, safe)
     ]
     assert loose.counts.min() < 6 <= safe.counts.min()
     assert told[0] > told[1]
@@ -564,7 +564,7 @@ def test_clusters_of_one_image_name_their_members(teacher, digits):
 def test_components_name_their_members(teacher, digits):
     inside, outside = digits.subset(200), digits.subset(torch.arange(200, 400))
     told = [
-        privacy(
+        membership_report(
             teacher,
             Metadata.measure(teacher, inside, clusters=1, components=m),
             inside,
@@ -577,18 +577,18 @@ def test_components_name_their_members(teacher, digits):
 
 def test_nobody_is_suspect_among_equals(teacher, digits, metadata):
     images = digits.subset(300)
-    assert abs(privacy(teacher, metadata, images, images)['auc_rest'] - 0.5) < 1e-6
+    assert abs(membership_report(teacher, metadata, images, images)['auc_rest'] - 0.5) < 1e-6
 
 
 def test_suspicion_stays_within_the_class(metadata):
     vector = metadata.centroids[:1]
     own, other = (
-        suspicion(metadata, vector, torch.tensor([label]))[0]
+        membership_score(metadata, vector, torch.tensor([label]))[0]
         for label in (int(metadata.labels[0]), 9)
     )
     assert own == 0 and other < 0
     with pytest.raises(DFKDError, match='unknown suspicion'):
-        suspicion(metadata, vector, torch.tensor([0]), 'smell')
+        membership_score(metadata, vector, torch.tensor([0]), 'smell')
 
 
 def test_an_image_of_a_class_without_clusters_is_not_suspect(teacher, digits):

@@ -219,21 +219,21 @@ def test_stopped_and_resumed_and_still_the_same_bits(
         )
 
 
-SCENES: dict[str, object] = {
+SEGMENTATION_DOMAINS: dict[str, object] = {
     'limit': 20,
     'test_limit': 4,
     'teacher_updates': 2,
     'updates': 4,
     'arms': 'labels, real, dreams',
 }
-SCENES |= {
+SEGMENTATION_DOMAINS |= {
     'rounds': 3,
     'warmup_rounds': 1,
     'synthesis_steps': 2,
     'synthesis_batch_size': 4,
     'generator_width': 4,
 }
-SCENES |= {'latent_size': 8, 'batch_size': 8, 'evaluations': 1, 'picture': 2}
+SEGMENTATION_DOMAINS |= {'latent_size': 8, 'batch_size': 8, 'evaluations': 1, 'picture': 2}
 
 
 @pytest.mark.parametrize('name', ['dafl', 'cmi', 'ssd-kd-10', 'scenes'])
@@ -245,7 +245,7 @@ def test_stopped_after_every_phase_and_still_the_same_bytes(
     All that comes later has only files.
     """
     recipe, changes = (
-        ('scenes-segmentation', SCENES)
+        ('scenes-segmentation', SEGMENTATION_DOMAINS)
         if name == 'scenes'
         else (f'digits-{name}', tiny(name))
     )

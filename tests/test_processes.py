@@ -76,14 +76,14 @@ def workers(
             from torch.distributed import distributed_c10d
 
             from dfkd_nb.dreams.inversion import Batches
-            from dfkd_nb.lab.commands import Dreaming, main
+            from dfkd_nb.lab.commands import DreamWorker, main
 
             if rank == killed:
                 Batches.step = dying_after(9, Batches.step)
             if late is not None:
                 distributed_c10d.default_pg_timeout = timedelta(seconds=1)
             if rank == late:
-                Dreaming.work = slow(2.5, Dreaming.work)
+                DreamWorker.work = slow(2.5, DreamWorker.work)
             code = main([*COMMAND, '--checkpoint', str(root / 'own.safetensors'), *words])
         finally:
             os._exit(code)
@@ -104,25 +104,25 @@ def main(root: Path) -> None:
     torch.manual_seed(0)
     model = stirred(build_model('digits-net', 10, 1))
     save_weights(root / 'own.safetensors', model, half=False)
-    codes = {
+    latents = {
         'one': workers(root, 1, '--out', str(root / 'one')),
         'two': workers(root, 2, '--out', str(root / 'two')),
         'parquet': workers(root, 2, '--out', str(root / 'parquet'), '--format', 'parquet'),
     }
     for rank in range(2):
-        codes[f'late-{rank}'] = workers(
+        latents[f'late-{rank}'] = workers(
             root, 2, '--out', str(root / f'late-{rank}'), late=rank
         )
     for rank in range(2):
         folder, begun = str(root / f'killed-{rank}'), time.monotonic()
-        codes[f'killed-{rank}'] = workers(root, 2, '--out', folder, killed=rank)
-        codes[f'seconds-{rank}'] = time.monotonic() - begun
+        latents[f'killed-{rank}'] = workers(root, 2, '--out', folder, killed=rank)
+        latents[f'seconds-{rank}'] = time.monotonic() - begun
         (root / f'left-{rank}.json').write_text(
             json.dumps(sorted(p.name for p in Path(folder).iterdir()))
         )
-        codes[f'resumed-{rank}'] = workers(root, 2 - rank, '--out', folder, '--resume')
-    codes['refused'] = workers(root, 2, '--out', str(root / 'two'))
-    print(json.dumps(codes))
+        latents[f'resumed-{rank}'] = workers(root, 2 - rank, '--out', folder, '--resume')
+    latents['refused'] = workers(root, 2, '--out', str(root / 'two'))
+    print(json.dumps(latents))
 
 
 def images(folder: Path) -> dict[str, bytes]:
@@ -154,8 +154,8 @@ def made(tmp_path_factory):
 
 
 def test_two_processes_make_the_images_of_one(made):
-    root, codes, _ = made
-    assert codes['one'] == [0] and codes['two'] == [0, 0]
+    root, latents, _ = made
+    assert latents['one'] == [0] and latents['two'] == [0, 0]
     assert len(images(root / 'one')) == 10
     assert images(root / 'two') == images(root / 'one') and lines(root / 'two') == lines(
         root / 'one'
@@ -168,8 +168,8 @@ def test_two_processes_make_the_images_of_one(made):
 def test_and_the_table_of_one(made):
     from dfkd_nb.foundations.data import read_parquet
 
-    root, codes, _ = made
-    assert codes['parquet'] == [0, 0]
+    root, latents, _ = made
+    assert latents['parquet'] == [0, 0]
     encoded, labels = read_parquet([root / 'parquet/images.parquet'])
     expected = lines(root / 'one')
     assert encoded == [(root / 'one' / line['file']).read_bytes() for line in expected]
@@ -178,19 +178,19 @@ def test_and_the_table_of_one(made):
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_the_first_that_is_ready_waits_as_long_as_it_takes(made, rank):
-    root, codes, _ = made
-    assert codes[f'late-{rank}'] == [0, 0]
+    root, latents, _ = made
+    assert latents[f'late-{rank}'] == [0, 0]
     assert images(root / f'late-{rank}') == images(root / 'one')
 
 
 @pytest.mark.parametrize('rank', [0, 1])
 def test_one_is_killed_and_all_are_resumed(made, rank):
     "The other one finishes its share and stops, soon; two, or one alone, make the rest."
-    root, codes, done = made
-    assert codes[f'seconds-{rank}'] < 20
+    root, latents, done = made
+    assert latents[f'seconds-{rank}'] < 20
     assert (
-        codes[f'killed-{rank}'][rank] == -signal.SIGKILL
-        and codes[f'killed-{rank}'][1 - rank] == 3
+        latents[f'killed-{rank}'][rank] == -signal.SIGKILL
+        and latents[f'killed-{rank}'][1 - rank] == 3
     )
     assert 'another process is gone' in done.stderr
     left = json.loads((root / f'left-{rank}.json').read_text())
@@ -201,14 +201,14 @@ def test_one_is_killed_and_all_are_resumed(made, rank):
         len(finished) == (3 if rank == 0 else 4)
         and sum(name.endswith('.pt') for name in left) == 1
     ), left
-    assert set(codes[f'resumed-{rank}']) == {0}
+    assert set(latents[f'resumed-{rank}']) == {0}
     assert images(root / f'killed-{rank}') == images(root / 'one')
     assert lines(root / f'killed-{rank}') == lines(root / 'one')
 
 
 def test_what_one_refuses_all_refuse(made):
-    _, codes, done = made
-    assert codes['refused'] == [2, 2] and done.stderr.count('is not empty') == 1
+    _, latents, done = made
+    assert latents['refused'] == [2, 2] and done.stderr.count('is not empty') == 1
 
 
 def test_torchrun(made, tmp_path):

@@ -20,7 +20,7 @@ from dfkd_nb.applications import pruning
 from dfkd_nb.applications.pruning import (
     ConvKey,
     Filters,
-    Gates,
+    FilterGates,
     LatencyTable,
     Plan,
     PruningDistiller,
@@ -41,9 +41,9 @@ from dfkd_nb.applications.pruning import (
     remove_filters,
     removed_filters,
     save_pruned,
-    share_recovered,
+    fraction_recovered,
 )
-from dfkd_nb.applications.quantization import integers, quantize
+from dfkd_nb.applications.quantization import to_integers, quantize
 from dfkd_nb.foundations.core import DFKDError, DFKDWarning, load_tensors, save_tensors
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
@@ -112,7 +112,7 @@ def test_removal_is_what_closed_gates_compute(name):
     small = remove_filters(model, filters, kept)
     x = torch.randn(2, *domain.shape, dtype=torch.double)
     with torch.no_grad():
-        with Gates(
+        with FilterGates(
             model, filters.groups.values(), {k: v.double() for k, v in kept.items()}
         ):
             masked = model(x)
@@ -205,7 +205,7 @@ def test_any_choice_of_what_is_removable_can_be_removed(kind, seed):
     small = remove_filters(model, filters, kept)
     x = torch.randn(2, 3, 8, 8, dtype=torch.double, generator=rng)
     with torch.no_grad():
-        with Gates(
+        with FilterGates(
             model, filters.groups.values(), {k: v.double() for k, v in kept.items()}
         ):
             masked = model(x)
@@ -288,7 +288,7 @@ def test_what_is_refused_and_why():
     assert '\n' not in str(error.value)
     with (
         pytest.raises(DFKDError, match='another network'),
-        Gates(nn.Linear(2, 2), stand_in('grouped')[0].groups.values(), {}),
+        FilterGates(nn.Linear(2, 2), stand_in('grouped')[0].groups.values(), {}),
     ):
         pass
 
@@ -662,8 +662,8 @@ def test_a_line_and_a_share():
     assert linear_fit([1.0, 2.0, 3.0], [1.0, 3.0, 1.0])[2] == pytest.approx(0)
     with pytest.raises(DFKDError, match='three or more'):
         linear_fit([1.0, 2.0], [1.0, 2.0])
-    assert share_recovered(0.2, 0.5, 0.8) == pytest.approx(0.5) and math.isnan(
-        share_recovered(0.5, 0.6, 0.5)
+    assert fraction_recovered(0.2, 0.5, 0.8) == pytest.approx(0.5) and math.isnan(
+        fraction_recovered(0.5, 0.6, 0.5)
     )
 
 
@@ -847,7 +847,7 @@ def test_the_student_carries_no_hooks(digits, pool):
     with torch.no_grad():
         learner.student.eval()
         alone = learner.student(x)
-        with Gates(learner.student, TINY.groups.values(), kept):
+        with FilterGates(learner.student, TINY.groups.values(), kept):
             assert torch.equal(learner.student(x), alone), (
                 'the gates are closed already, in the weights'
             )
@@ -957,7 +957,7 @@ def test_what_cannot_be_exported_is_told_in_one_plain_line(tmp_path, digits, poo
         def forward(self, x):
             return self.net(x) if x.mean() > 0 else self.net(-x)
 
-    whole = integers(quantize(digits[0], pool, 8))
+    whole = to_integers(quantize(digits[0], pool, 8))
     for model, text in (
         (whole, 'IntegerNetwork cannot be exported .*save_integers'),
         (Branch(), 'without branches on pixels'),

@@ -14,19 +14,19 @@ from torch import nn
 from dfkd_nb.applications.quantization import (
     QuantizedNetwork,
     calibrate,
-    capture,
-    imagine,
+    capture_graph,
+    ranges_from_batchnorm,
     input_ranges,
-    integers,
+    to_integers,
     layer_inputs,
     load_integers,
-    lower,
-    mend,
-    pack,
+    compile_x86,
+    finetune_quantized,
+    pack_int4,
     quantize,
     save_integers,
     signal_to_noise,
-    unpack,
+    unpack_int4,
 )
 from dfkd_nb.applications import quantization
 from dfkd_nb.foundations.core import (
@@ -89,7 +89,7 @@ def four(teacher):
 
 
 def test_a_captured_network_answers_alike_for_any_batch(teacher):
-    graph = capture(teacher, DIGITS)
+    graph = capture_graph(teacher, DIGITS)
     for n in (1, 2, 7):
         x = DIGITS.normalize(pictures(n))
         torch.testing.assert_close(graph(x), teacher(x))
@@ -133,8 +133,8 @@ def test_residual_wide_and_inverted_networks(name):
         for k, value in entering.items():
             torch.testing.assert_close(value, hooked[k], rtol=1e-3, atol=1e-3)
         if name == 'resnet8':  # the others take long: BatchNorm in front, and many layers
-            torch.testing.assert_close(integers(dull)(x), dull(x), rtol=1e-3, atol=1e-3)
-            assert imagine(
+            torch.testing.assert_close(to_integers(dull)(x), dull(x), rtol=1e-3, atol=1e-3)
+            assert ranges_from_batchnorm(
                 QuantizedNetwork(model, DOMAINS['cifar10'], 8), draws=8
             ).calibrated
     convolutions = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
@@ -142,7 +142,7 @@ def test_residual_wide_and_inverted_networks(name):
 
 
 def test_weights_and_inputs_lie_on_the_marks_that_were_asked_for(teacher, four):
-    whole = integers(four)
+    whole = to_integers(four)
     widths = [
         v.max().item() - v.min().item() + 1
         for v in whole.state_dict().values()
@@ -179,7 +179,7 @@ def test_weights_of_a_channel_by_hand(teacher, four):
         * (bn.weight / (bn.running_var + bn.eps).sqrt())[:, None, None, None]
     )
     step = folded.abs().amax((1, 2, 3)) / 7.5
-    stored = [v for v in integers(four).state_dict().values() if v.dtype == torch.int8][1]
+    stored = [v for v in to_integers(four).state_dict().values() if v.dtype == torch.int8][1]
     expected = (folded / step[:, None, None, None]).round().clamp(-8, 7)
     # ties may fall either way
     assert (stored - expected).abs().max() <= 1 and (
@@ -203,7 +203,7 @@ def test_without_images_the_range_is_batchnorms(teacher):
     """
     bn = teacher.model[1]
     high = input_ranges(
-        imagine(QuantizedNetwork(teacher, DIGITS, 8, ranges='extremes'), draws=1024)
+        ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 8, ranges='extremes'), draws=1024)
     )['3'][1]
     assert (bn.bias + 2.5 * bn.weight).max() < high < (bn.bias + 6 * bn.weight).max()
 
@@ -230,10 +230,10 @@ def test_a_new_calibration_forgets_the_old_one(teacher, ranges):
     calibrate(twice, images)
     assert_same(twice, once)
     assert_same(
-        imagine(twice), imagine(QuantizedNetwork(teacher, DIGITS, 4, ranges=ranges))
+        ranges_from_batchnorm(twice), ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 4, ranges=ranges))
     )
     # its steps are learned from now on
-    mend(teacher, twice, images, steps=1, learning_rate=1e-9).run()
+    finetune_quantized(teacher, twice, images, steps=1, learning_rate=1e-9).run()
     assert input_ranges(calibrate(twice, images)).keys() == input_ranges(once).keys()
     for name, (low, high) in input_ranges(twice).items():
         assert (low, high) == pytest.approx(input_ranges(once)[name], rel=1e-5, abs=1e-6)
@@ -265,7 +265,7 @@ def test_other_calibration_images_make_another_file(teacher, tmp_path):
     steps = []
     for number, images in enumerate((pictures(64), pictures(64) // 3 + 50)):
         save_integers(
-            tmp_path / f'{number}.safetensors', integers(quantize(teacher, images, 8))
+            tmp_path / f'{number}.safetensors', to_integers(quantize(teacher, images, 8))
         )
         steps.append(load_tensors(tmp_path / f'{number}.safetensors')[0]['input_steps'])
     assert (steps[0] != steps[1]).all(), "every layer's step comes from the images"
@@ -315,9 +315,9 @@ def test_a_double_network_is_quantised_as_floats(teacher):
 @settings(max_examples=50, deadline=None)
 def test_packing_is_undone(values):
     whole = torch.tensor(values, dtype=torch.int8)
-    packed = pack(whole)
+    packed = pack_int4(whole)
     assert packed.dtype == torch.uint8 and len(packed) == (len(values) + 1) // 2
-    assert torch.equal(unpack(packed, tuple(whole.shape)), whole)
+    assert torch.equal(unpack_int4(packed, tuple(whole.shape)), whole)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_packing_is_undone(values):
     ],
 )
 def test_a_file_gives_the_same_bits_back(teacher, tmp_path, options):
-    whole = integers(quantize(teacher, pictures(64), **options))
+    whole = to_integers(quantize(teacher, pictures(64), **options))
     size = save_integers(tmp_path / 'a.safetensors', whole, {'model': 'tiny'})
     again = load_integers(tmp_path / 'a.safetensors', network(9), DIGITS)
     x = DIGITS.normalize(pictures(20, 4))
@@ -340,7 +340,7 @@ def test_a_file_gives_the_same_bits_back(teacher, tmp_path, options):
 def test_fewer_bits_are_fewer_bytes(tmp_path):
     big = Teacher(network(channels=64), DIGITS)
     sizes = {
-        bits: save_integers(tmp_path / f'{bits}', integers(quantize(big, None, bits)))
+        bits: save_integers(tmp_path / f'{bits}', to_integers(quantize(big, None, bits)))
         for bits in (8, 4)
     }
     weights = 64 * 64 * 9
@@ -348,7 +348,7 @@ def test_fewer_bits_are_fewer_bytes(tmp_path):
 
 
 def test_foreign_files(teacher, four, tmp_path):
-    save_integers(tmp_path / 'a.safetensors', integers(four))
+    save_integers(tmp_path / 'a.safetensors', to_integers(four))
     with pytest.raises(DFKDError, match='another architecture'):
         load_integers(tmp_path / 'a.safetensors', network(channels=7), DIGITS)
     from dfkd_nb.foundations.models import save_weights
@@ -360,12 +360,12 @@ def test_foreign_files(teacher, four, tmp_path):
 
 def test_mending_lowers_the_loss_and_keeps_the_marks(teacher):
     dull = quantize(teacher, pictures(64), 3)
-    distiller = mend(teacher, dull, pictures(64), steps=60, learning_rate=1e-3)
+    distiller = finetune_quantized(teacher, dull, pictures(64), steps=60, learning_rate=1e-3)
     distiller.run(every=20)
     assert distiller.history[-1]['loss'] < distiller.history[0]['loss']
     assert len(layer_inputs(dull, pictures(16), rounded=True)['3'].unique()) <= 8
     x = DIGITS.normalize(pictures(20, 4))
-    torch.testing.assert_close(integers(dull)(x), dull(x).detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(to_integers(dull)(x), dull(x).detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('learn_ranges', [True, False])
@@ -375,7 +375,7 @@ def test_mending_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
     def begin():
         dull = quantize(teacher, pictures(64), 4)
         images = ImageSet(pictures(64), None, DIGITS)
-        return mend(
+        return finetune_quantized(
             teacher,
             dull,
             images,
@@ -411,13 +411,13 @@ def test_mending_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
     reason='byte kernels of oneDNN are for x86',
 )
 def test_byte_kernels_answer_alike(teacher):
-    whole = integers(quantize(teacher, pictures(64), 8, activation_bits=7, end_bits=7))
-    fast, x = lower(whole, pictures(8, 6)), DIGITS.normalize(pictures(8, 6))
+    whole = to_integers(quantize(teacher, pictures(64), 8, activation_bits=7, end_bits=7))
+    fast, x = compile_x86(whole, pictures(8, 6)), DIGITS.normalize(pictures(8, 6))
     assert (fast(x) - whole(x)).norm() < 0.1 * whole(x).norm()
     with pytest.raises(DFKDError, match='lower it again'):
         fast(x[:3])
     with pytest.raises(DFKDError, match='overflows'):
-        lower(whole, pictures(8, 6), tolerance=-1.0)
+        compile_x86(whole, pictures(8, 6), tolerance=-1.0)
 
 
 @each('bits', [0, 1, 9, 16, 4.0, True, '4'])
@@ -482,12 +482,12 @@ def test_what_cannot_be_quantised(teacher, four):
             lambda: QuantizedNetwork(teacher, DIGITS)(torch.zeros(1, 1, 8, 8)),
             'does not know its ranges',
         ),
-        (lambda: integers(QuantizedNetwork(teacher, DIGITS)), 'does not know its ranges'),
+        (lambda: to_integers(QuantizedNetwork(teacher, DIGITS)), 'does not know its ranges'),
         (
-            lambda: mend(teacher, QuantizedNetwork(teacher, DIGITS), pictures(4)),
+            lambda: finetune_quantized(teacher, QuantizedNetwork(teacher, DIGITS), pictures(4)),
             'does not know its ranges',
         ),
-        (lambda: lower(integers(four), pictures(4)), 'no kernels for weights of 4 bits'),
+        (lambda: compile_x86(to_integers(four), pictures(4)), 'no kernels for weights of 4 bits'),
     ]
     for work, message in cases:
         with pytest.raises(DFKDError, match=message) as caught:
@@ -509,7 +509,7 @@ def test_an_assertion_without_text_says_where(teacher, monkeypatch):
 
 def test_the_teacher_stays_as_it_was(teacher):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    mend(teacher, quantize(teacher, pictures(64), 4), pictures(64), steps=3).run()
+    finetune_quantized(teacher, quantize(teacher, pictures(64), 4), pictures(64), steps=3).run()
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
 

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.foundations.data import Augment, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.models import Teacher
-from dfkd_nb.generators.generators import Alternation, Generator, GenerativeSynthesizer
+from dfkd_nb.generators.generators import Alternation, Generator, GeneratorSynthesizer
 from dfkd_nb.generators.replay import (
     ReplayPool,
     draw_buffer,
     importance_weights,
     modulated_class_term,
     modulation,
-    preset,
+    ssd_kd_preset,
     replay_explorer,
     sampling_probabilities,
     ssd_kd,
@@ -467,8 +467,8 @@ def test_a_loss_may_be_weighed(teacher):
 # -----------------------------------------------------------------------------------------------------
 
 
-def view(logits):
-    return View(
+def inputs(logits):
+    return LossInputs(
         torch.zeros(len(logits), 1, 8, 8),
         logits,
         torch.zeros(len(logits), dtype=torch.long),
@@ -480,7 +480,7 @@ def test_the_term_weighs_the_teachers_own_class():
     logits = (
         3 * torch.randn(7, 10, generator=torch.Generator().manual_seed(0)).double()
     ).requires_grad_()
-    value = modulated_class_term(pool, 2.0)(view(logits))
+    value = modulated_class_term(pool, 2.0)(inputs(logits))
     confidences, classes = logits.softmax(1).max(1)
     phi = torch.tensor(
         [
@@ -493,23 +493,23 @@ def test_the_term_weighs_the_teachers_own_class():
     (slope,) = torch.autograd.grad(value, logits)
     # phi is a number: no gradient passes it
     torch.testing.assert_close(slope, torch.autograd.grad(expected, logits)[0])
-    through = modulated_class_term(pool, 2.0, through=True)(view(logits))
+    through = modulated_class_term(pool, 2.0, through=True)(inputs(logits))
     torch.testing.assert_close(through, value)
     assert torch.autograd.grad(through, logits)[0].norm() > slope.norm(), (
         'raising the confidence pays twice'
     )
-    plain = modulated_class_term(pool, 2.0, difficulty=False, diversity=False)(view(logits))
+    plain = modulated_class_term(pool, 2.0, difficulty=False, diversity=False)(inputs(logits))
     torch.testing.assert_close(plain, F.cross_entropy(logits, classes))
 
 
 def test_the_term_counts_what_the_buffer_holds_now(teacher):
     pool = ReplayPool(DIGITS, 4, teacher)
     term, logits = modulated_class_term(pool, difficulty=False), torch.eye(10)[:1] * 2
-    empty = float(term(view(logits)))
+    empty = float(term(inputs(logits)))
     # nothing is frequent in an empty buffer
     assert empty == pytest.approx(float(F.cross_entropy(logits, torch.tensor([0]))))
     pool.insert(pictures(4), torch.tensor([0, 0, 0, 1]), torch.ones(4))
-    assert float(term(view(logits))) == pytest.approx(empty / 4)
+    assert float(term(inputs(logits))) == pytest.approx(empty / 4)
 
 
 # --- keeping
@@ -532,7 +532,7 @@ def race(teacher, size=20, seed=0, **options):
     terms = {'modulated': (1.0, modulated_class_term(pool))}
     generator = Generator((1, 8, 8), 4, 4)
     weights = {'feature_weight': 1.0, 'adversarial_weight': 1.0, 'terms': terms}
-    maker = GenerativeSynthesizer(
+    maker = GeneratorSynthesizer(
         teacher,
         generator=generator,
         steps=3,
@@ -777,16 +777,16 @@ def together(teacher, student, **changes):
 
 def test_the_settings_are_the_papers():
     assert (
-        preset() == preset('ssd-kd-5')
-        and preset()['steps'] == 5
-        and preset('ssd-kd-2')['steps'] == 2
+        ssd_kd_preset() == ssd_kd_preset('ssd-kd-5')
+        and ssd_kd_preset()['steps'] == 5
+        and ssd_kd_preset('ssd-kd-2')['steps'] == 2
     )
     assert (
-        preset()['labels'] == 'answers'
-        and preset('ssd-kd', 'resnet34')['adversarial_weight'] == 1.33
+        ssd_kd_preset()['labels'] == 'answers'
+        and ssd_kd_preset('ssd-kd', 'resnet34')['adversarial_weight'] == 1.33
     )
     with pytest.raises(DFKDError, match='unknown preset'):
-        preset('ssd-kd-3')
+        ssd_kd_preset('ssd-kd-3')
 
 
 @pytest.mark.parametrize('reuse', ['meta', 'continue', 'restart'])
@@ -909,7 +909,7 @@ def test_the_explorer_turns_what_runs(teacher):
     logits = torch.eye(10)[:2] * 3
     _, term = play.race.maker.objective.terms['modulated']
     torch.testing.assert_close(
-        term(view(logits)), modulated_class_term(play.race.pool, 4.0)(view(logits))
+        term(inputs(logits)), modulated_class_term(play.race.pool, 4.0)(inputs(logits))
     )
     for _ in range(4):
         play.step()

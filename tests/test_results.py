@@ -21,24 +21,24 @@ from dfkd_nb.lab.results import (
     draw_scatter,
     duration,
     markdown_table,
-    matrix,
-    missing,
+    accuracy_matrix,
+    missing_runs,
     other_rows,
     pair_title,
     paper_pairs,
-    papers,
-    place_of,
-    places,
+    paper_figures,
+    table_cell_of,
+    table_cells,
     published,
     results_command,
     results_text,
     row_of,
     sections,
-    spread,
+    sample_std,
     standard_error,
     teacher_recipe,
     text_table,
-    uncounted,
+    repeated_seeds,
 )
 from dfkd_nb.lab.runs import REVISION, SCALES, Result, recipe_names, results
 from cases import each
@@ -118,17 +118,17 @@ def left(tmp_path):
 
 
 def test_every_figure_stands_once_and_is_an_accuracy():
-    keys = [(f.paper, f.table, f.pair, f.method) for f in papers()]
+    keys = [(f.paper, f.table, f.pair, f.method) for f in paper_figures()]
     assert len(set(keys)) == len(keys) == 258
-    assert all(20 < f.accuracy < 96 and f.method in {*METHODS, 'teacher'} for f in papers())
+    assert all(20 < f.accuracy < 96 and f.method in {*METHODS, 'teacher'} for f in paper_figures())
     assert all(
         0 < hours < 310
-        for f in papers()
+        for f in paper_figures()
         for hours in (f.synthesis_hours, f.total_hours)
         if hours is not None
     )
     # no paper printed both
-    assert not any(f.synthesis_hours and f.total_hours for f in papers())
+    assert not any(f.synthesis_hours and f.total_hours for f in paper_figures())
 
 
 SPEED_UPS = {  # FastDFKD, Table 1, last column: not in our file
@@ -157,7 +157,7 @@ SPEED_UPS = {  # FastDFKD, Table 1, last column: not in our file
 def test_fastdfkds_hours_give_its_speed_ups(data):
     hours = {
         (f.pair, f.method): f.synthesis_hours
-        for f in papers()
+        for f in paper_figures()
         if f.paper == 'FastDFKD' and f.pair.startswith(data + '-')
     }
     for method, printed in SPEED_UPS[data].items():
@@ -174,7 +174,7 @@ def test_fastdfkds_hours_give_its_speed_ups(data):
 def test_ssd_kds_table_says_what_its_text_says():
     rows = {
         (f.pair, f.method): f
-        for f in papers()
+        for f in paper_figures()
         if (f.paper, f.table) == ('SSD-KD', 'Table 1')
     }
     pairs = [p for p in dict.fromkeys(p for p, _ in rows)]
@@ -195,17 +195,17 @@ def test_ssd_kds_table_says_what_its_text_says():
 
 
 def test_papers_quote_each_other_faithfully_but_once():
-    first = {(f.pair, f.method): f.accuracy for f in papers() if f.paper == 'FastDFKD'}
+    first = {(f.pair, f.method): f.accuracy for f in paper_figures() if f.paper == 'FastDFKD'}
     odd = [
         (f.pair, f.method)
-        for f in papers()
+        for f in paper_figures()
         if f.paper == 'SSD-KD' and first.get((f.pair, f.method), f.accuracy) != f.accuracy
     ]
     assert set(odd) == {('cifar10-vgg11-resnet18', 'scratch')}
 
 
 def test_unconfirmed_figures_are_never_compared_with():
-    doubtful = [f for f in papers() if not f.confirmed]
+    doubtful = [f for f in paper_figures() if not f.confirmed]
     assert doubtful and all(f.paper == 'DeepInversion' for f in doubtful)
     for f in doubtful:
         assert (
@@ -234,11 +234,11 @@ def test_ten_pairs_have_every_method():
 
 
 def test_nothing_gives_nothing():
-    assert comparison([]) == [] and uncounted([]) == [] and other_rows([]) == []
+    assert comparison([]) == [] and repeated_seeds([]) == [] and other_rows([]) == []
     assert markdown_table([]) == text_table([]) == ''
     cells = [
         text
-        for row in matrix([], 'cifar10')
+        for row in accuracy_matrix([], 'cifar10')
         for key, text in row.items()
         if key != 'method'
     ]
@@ -253,7 +253,7 @@ def test_seeds_are_averaged_whatever_their_order():
         assert (
             cell.seeds == [0, 1, 2]
             and cell.mean == pytest.approx(89.0)
-            and spread(cell.accuracies) == pytest.approx(1.0)
+            and sample_std(cell.accuracies) == pytest.approx(1.0)
         )
         assert standard_error(cell.accuracies) == pytest.approx(3**-0.5)
         assert (
@@ -264,7 +264,7 @@ def test_seeds_are_averaged_whatever_their_order():
 def test_one_seed_has_no_spread():
     (cell,) = comparison([made_up()])
     assert (
-        spread(cell.accuracies) is None
+        sample_std(cell.accuracies) is None
         and row_of(cell)['accuracy, %'] == '88.90'
         and '±' not in ' '.join(row_of(cell).values())
     )
@@ -289,13 +289,13 @@ def test_settings_are_never_mixed():
         'updates 10',
     )
     # the one with more seeds is shown
-    assert matrix([long, short], 'cifar10') == matrix([long], 'cifar10')
+    assert accuracy_matrix([long, short], 'cifar10') == accuracy_matrix([long], 'cifar10')
 
 
 def test_a_seed_counts_once_and_the_rest_is_told():
     runs = [made_up(0.88), made_up(0.90), made_up(0.89, seed=1)]
     (cell,) = comparison(runs)
-    assert cell.accuracies == [pytest.approx(88), pytest.approx(89)] and uncounted(
+    assert cell.accuracies == [pytest.approx(88), pytest.approx(89)] and repeated_seeds(
         runs
     ) == [runs[1]]
     assert '1 of the results repeat a seed' in results_text(runs)
@@ -324,17 +324,17 @@ def test_an_accuracy_that_is_none_names_the_recipe(value):
 def test_other_runs_stand_apart():
     plain = made_up(settings={'pair': '', 'method': ''})
     assert (
-        place_of(plain.settings) is None
+        table_cell_of(plain.settings) is None
         and comparison([plain]) == []
         and len(other_rows([plain])) == 1
     )
-    assert place_of({'teacher': 'x'}) is None
+    assert table_cell_of({'teacher': 'x'}) is None
 
 
 def test_methods_of_ones_own_have_a_place():
     runs = [made_up(method='mine', pair='digits'), made_up(method='dafl', pair='digits')]
     assert [c.method for c in comparison(runs)] == ['dafl', 'mine']
-    assert [row['method'] for row in matrix(comparison(runs), 'digits')] == ['DAFL', 'mine']
+    assert [row['method'] for row in accuracy_matrix(comparison(runs), 'digits')] == ['DAFL', 'mine']
     assert 'mine' in results_text(runs) and published('digits', 'mine') is None
 
 
@@ -344,9 +344,9 @@ def test_methods_of_ones_own_have_a_place():
 
 @pytest.mark.parametrize('scale', SCALES)
 def test_the_next_command_names_a_recipe(scale):
-    wanted = places(scale)
+    wanted = table_cells(scale)
     assert set(wanted.values()) <= set(recipe_names())
-    said = missing([], wanted, scale)
+    said = missing_runs([], wanted, scale)
     assert (
         str(len(wanted)) in said and f'--scale {scale}' in said
         if wanted
@@ -356,13 +356,13 @@ def test_the_next_command_names_a_recipe(scale):
 
 def test_missing_counts_places_and_seeds():
     wanted = {(PAIR, 'fast-5'): 'a', (PAIR, 'dafl'): 'b'}
-    assert '2 have no run yet and 0 fewer' in missing([], wanted, 'full')
-    assert '1 have no run yet and 1 fewer' in missing(
+    assert '2 have no run yet and 0 fewer' in missing_runs([], wanted, 'full')
+    assert '1 have no run yet and 1 fewer' in missing_runs(
         comparison([made_up()]), wanted, 'full'
     )
     runs = [made_up(seed=s, method=m) for s in range(3) for m in ('fast-5', 'dafl')]
-    assert missing(comparison(runs[2:]), wanted, 'full').count('--seed 2') == 1
-    assert missing(comparison(runs), wanted, 'full').startswith('All 2 places')
+    assert missing_runs(comparison(runs[2:]), wanted, 'full').count('--seed 2') == 1
+    assert missing_runs(comparison(runs), wanted, 'full').startswith('All 2 places')
 
 
 def test_details_answer_what_readers_ask():
@@ -463,7 +463,7 @@ def test_pictures_with_and_without_runs():
 
 
 def test_the_page_shows_every_run_of_the_comparison():
-    compared = {r.recipe for r in results(ROOT / 'results') if place_of(r.settings)}
+    compared = {r.recipe for r in results(ROOT / 'results') if table_cell_of(r.settings)}
     cells = json.loads((ROOT / 'nbs/lab/21_results.ipynb').read_text(encoding='utf-8'))[
         'cells'
     ]
@@ -515,7 +515,7 @@ def test_numbers_that_are_older_carry_a_sign_and_the_table_a_sentence():
             cells, table
         )
     assert 'older' not in sections(comparison([new]))
-    grid = {row['method']: row['WRN-40-2 → WRN-16-1'] for row in matrix(cells, 'cifar10')}
+    grid = {row['method']: row['WRN-40-2 → WRN-16-1'] for row in accuracy_matrix(cells, 'cifar10')}
     assert grid['Fast-5'] == '80.00† / *88.90*' and '†' not in grid['DAFL']
     assert (
         detail_of(old)['accuracy, %'] == '80.00†'

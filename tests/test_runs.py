@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_nb.dreams.inversion import preset
+from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.foundations.core import (
     DFKDError,
     load_checkpoint,
@@ -40,12 +40,12 @@ from dfkd_nb.lab.runs import (
     check_settings,
     compared,
     environment,
-    locked,
+    run_lock,
     open_teacher,
     parse_assignment,
     read_history,
     recipe_names,
-    repeatable,
+    deterministic,
     resolved_toml,
     results,
     setting,
@@ -155,8 +155,8 @@ def test_a_method_leaves_out_what_its_preset_leaves_out(data, method):
     recipe = Recipe.load(f'{data}-transfer-{method}')
     for scale in recipe.scales:
         settings = dataclasses.asdict(recipe.resolve(scale))
-        assert [settings[name] > 0 for name in preset(method)] == [
-            weight > 0 for weight in preset(method).values()
+        assert [settings[name] > 0 for name in deepinversion_preset(method)] == [
+            weight > 0 for weight in deepinversion_preset(method).values()
         ]
 
 
@@ -342,7 +342,7 @@ def draw(run):
     first = []
 
     def work(state, spent):
-        first.extend(state['drawn'] if state else [])
+        first.extend_classifier(state['drawn'] if state else [])
         while len(first) < run.settings.to:
             first.append(global_draws())
             run.journal.add('drawing', len(first), value=first[-1][0])
@@ -355,7 +355,7 @@ def draw(run):
     late = []
 
     def again(state, spent):
-        late.extend(state['drawn'] if state else [])
+        late.extend_classifier(state['drawn'] if state else [])
         while len(late) < 3:
             late.append(global_draws())
             run.tick('again', lambda: {'drawn': late})
@@ -498,7 +498,7 @@ def test_the_process_is_left_as_it_was(counting):
         )
 
     before = state()
-    with repeatable(1):
+    with deterministic(1):
         assert torch.are_deterministic_algorithms_enabled()
     counting().start()
     assert before == state()
@@ -590,7 +590,7 @@ def test_a_lock_ends_with_its_holder(tmp_path):
         subprocess.run([sys.executable, '-c', code], timeout=60).returncode
         == -signal.SIGKILL
     )
-    with locked(tmp_path):
+    with run_lock(tmp_path):
         pass
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dfkd_nb.applications import segmentation as seg
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_tensors
 from dfkd_nb.foundations.data import Augment, ImageSet, data_root
 from dfkd_nb.foundations.distillation import distillation_loss
@@ -41,7 +41,7 @@ def scenes():
 @pytest.fixture(scope='module')
 def teacher(scenes):
     net = network()
-    seg.SceneDistiller(
+    seg.SegmentationDistiller(
         None, net, scenes, steps=60, batch_size=8, learning_rate=0.1, device='cpu'
     ).run()
     return Teacher(net, scenes.domain)
@@ -90,12 +90,12 @@ def test_a_batch_brings_masks_and_labels_are_one_an_image(scenes):
 
 def test_scenes_survive_a_file(scenes, tmp_path):
     scenes.save(tmp_path / 'scenes.safetensors')
-    again = seg.SceneSet.load(tmp_path / 'scenes.safetensors')
+    again = seg.SegmentationSet.load(tmp_path / 'scenes.safetensors')
     assert torch.equal(again.masks, scenes.masks) and again.domain == scenes.domain
     assert torch.equal(ImageSet.load(tmp_path / 'scenes.safetensors').images, scenes.images)
     ImageSet(scenes.images, None, scenes.domain).save(tmp_path / 'images.safetensors')
     with pytest.raises(DFKDError, match='holds no scenes'):
-        seg.SceneSet.load(tmp_path / 'images.safetensors')
+        seg.SegmentationSet.load(tmp_path / 'images.safetensors')
 
 
 @each(
@@ -110,16 +110,16 @@ def test_scenes_survive_a_file(scenes, tmp_path):
 )
 def test_masks_that_do_not_fit_are_refused(scenes, masks, words):
     with pytest.raises(DFKDError, match=words):
-        seg.SceneSet(scenes.images, masks, scenes.domain)
+        seg.SegmentationSet(scenes.images, masks, scenes.domain)
 
 
 def test_bad_sizes_and_names_are_refused():
     for call, words in (
         (lambda: seg.draw_scenes(0), 'give 1 or more'),
         (lambda: seg.draw_scenes(1, (4, 32)), '8 x 8 or more'),
-        (lambda: seg.scene_domain('kitti'), 'unknown scenes'),
-        (lambda: seg.load_scenes('scenes', 'holdout'), 'unknown split'),
-        (lambda: seg.load_scenes('scenes', limit=0), 'leaves no scene'),
+        (lambda: seg.segmentation_domain('kitti'), 'unknown scenes'),
+        (lambda: seg.load_segmentation('scenes', 'holdout'), 'unknown split'),
+        (lambda: seg.load_segmentation('scenes', limit=0), 'leaves no scene'),
         (lambda: seg.build_segmenter('deeplab-huge', 6), 'unknown segmenter'),
         (
             lambda: seg.build_segmenter('deeplab-tiny', 6, True),
@@ -150,18 +150,18 @@ def test_folders_of_png_files(tmp_path):
         png(torch.zeros(30, 40, 3, dtype=torch.uint8))
     )
     with pytest.raises(DFKDError, match='has no mask: put 0001.png into'):
-        seg.load_scenes('nyuv2', root=tmp_path)
+        seg.load_segmentation('nyuv2', root=tmp_path)
     (tmp_path / 'nyuv2/seg13/test/0001.png').write_bytes(png(mask))
-    found = seg.load_scenes('nyuv2', size=(30, 40), root=tmp_path)
+    found = seg.load_segmentation('nyuv2', size=(30, 40), root=tmp_path)
     assert found.masks[0, 5, [0, 19, 20, 29, 30, 39]].tolist() == [255, 255, 0, 0, 12, 12]
     # 13 x 10, its middle cut out
-    small = seg.load_scenes('nyuv2', size=(10, 10), root=tmp_path)
+    small = seg.load_segmentation('nyuv2', size=(10, 10), root=tmp_path)
     assert set(small.masks.unique().tolist()) == {255, 0, 12}
     (tmp_path / 'nyuv2/seg13/test/0001.png').write_bytes(
         png(torch.zeros(30, 40, 3, dtype=torch.uint8))
     )
     with pytest.raises(DFKDError, match="mode 'RGB'"):
-        seg.load_scenes('nyuv2', root=tmp_path)
+        seg.load_segmentation('nyuv2', root=tmp_path)
 
 
 def test_parquet_files(tmp_path):
@@ -176,23 +176,23 @@ def test_parquet_files(tmp_path):
         pa.table({'image': [{'bytes': image}], 'mask': [png(mask)]}),
         folder / 'test.parquet',
     )
-    found = seg.load_scenes('camvid', size=(24, 32), root=tmp_path)
+    found = seg.load_segmentation('camvid', size=(24, 32), root=tmp_path)
     assert torch.equal(found.masks[0], mask.masked_fill(mask == 11, 255))  # void
     pq.write_table(pa.table({'image': [image]}), folder / 'test.parquet')
     with pytest.raises(DFKDError, match="needs 'image' and 'mask'"):
-        seg.load_scenes('camvid', root=tmp_path)
+        seg.load_segmentation('camvid', root=tmp_path)
     (folder / 'test.parquet').write_bytes(b'PAR1 not really')
     with pytest.raises(DFKDError, match='no Parquet file'):
-        seg.load_scenes('camvid', root=tmp_path)
+        seg.load_segmentation('camvid', root=tmp_path)
     with pytest.raises(DFKDError, match='put train.parquet'):
-        seg.load_scenes('camvid', 'train', root=tmp_path)
+        seg.load_segmentation('camvid', 'train', root=tmp_path)
 
 
 @pytest.mark.skipif(
     not (data_root() / 'camvid').is_dir(), reason='no CamVid under DFKD_DATA'
 )
 def test_camvid():
-    found = seg.load_scenes('camvid', 'val', (24, 32), limit=5)
+    found = seg.load_segmentation('camvid', 'val', (24, 32), limit=5)
     assert len(found) == 5 and found.domain.num_classes == 11
     road = (found.masks == 3).float().mean((0, 2))
     sky = (found.masks == 0).float().mean((0, 2))
@@ -221,7 +221,7 @@ def test_an_image_and_its_mask_move_alike(padding, flip, seed):
     masks[:, 4, 4] = seg.IGNORED
     # the picture is its own mask, padding 0
     images = (masks + 1).clamp_max(40).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-    moved, answer = seg.augment_scenes(
+    moved, answer = seg.augment_segmentation(
         images, masks, Augment(padding, flip), torch.Generator().manual_seed(seed)
     )
     expected = torch.where(
@@ -256,7 +256,7 @@ def lesson(source, teacher=None, **more):
         'device': 'cpu',
         'augment': Augment(2, True),
     }
-    return seg.SceneDistiller(teacher, network(1), source, **usual | more)
+    return seg.SegmentationDistiller(teacher, network(1), source, **usual | more)
 
 
 @pytest.mark.parametrize('label_weight', [0.0, 0.5])
@@ -352,13 +352,13 @@ class Says(torch.nn.Module):
 
 
 def test_intersection_over_union_by_hand():
-    domain = seg.scene_domain('scenes', (8, 8))
+    domain = seg.segmentation_domain('scenes', (8, 8))
     truth = torch.zeros(1, 8, 8, dtype=torch.long)
     answer = torch.zeros(1, 8, 8, dtype=torch.long)
     # 32 pixels of each class, 16 of the second taken for the first
     truth[:, :, 4:], answer[:, :, 6:] = 1, 1
     truth[:, 7], answer[:, 7] = seg.IGNORED, 5  # does not count, whatever is said there
-    scenes = seg.SceneSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), truth, domain)
+    scenes = seg.SegmentationSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), truth, domain)
     found = seg.intersection_over_union(seg.confusion(Says(answer), scenes))
     assert (
         found[:2].tolist() == pytest.approx([28 / 42, 14 / 28]) and found[2:].isnan().all()
@@ -373,10 +373,10 @@ def test_mean_iou_is_that_of_torchmetrics():
     # the sixth class never occurs
     truth, answer = torch.randint(5, (2, 4, 8, 8), generator=rng)
     truth[:, :2] = seg.IGNORED
-    scenes = seg.SceneSet(
+    scenes = seg.SegmentationSet(
         torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
         truth,
-        seg.scene_domain('scenes', (8, 8)),
+        seg.segmentation_domain('scenes', (8, 8)),
     )
     theirs = MulticlassJaccardIndex(6, average='macro', ignore_index=seg.IGNORED)(
         answer, truth
@@ -388,13 +388,13 @@ def test_mean_iou_is_that_of_torchmetrics():
 
 def test_borders_by_hand():
     masks = torch.tensor([[[0, 0, 0], [0, 0, 1], [0, 0, 0]]])
-    assert seg.borders(masks).int().tolist() == [[[0, 0, 1], [0, 1, 1], [0, 0, 1]]]
+    assert seg.mask_boundaries(masks).int().tolist() == [[[0, 0, 1], [0, 1, 1], [0, 0, 1]]]
 
 
 def test_pictures_of_masks():
-    colours = seg.palette(20)
+    colours = seg.class_colours(20)
     assert len({tuple(c) for c in colours.tolist()}) == 20 and torch.equal(
-        colours[:6], seg.palette(6)
+        colours[:6], seg.class_colours(6)
     )
     drawn = seg.colour_masks(torch.tensor([[[0, 5], [255, -1]]]), 6)
     assert drawn[0, :, 0, 0].tolist() == colours[0].tolist() and drawn[0, :, 1].sum() == 0
@@ -404,14 +404,14 @@ def test_pictures_of_masks():
 def test_balance_counts_pixels_as_a_classifiers_counts_images():
     logits = torch.randn(3, 6, 4, 5, generator=torch.Generator().manual_seed(0)).double()
 
-    def view(a):
-        return View(torch.zeros(len(a), 3, 4, 5), a, torch.zeros(len(a)))
+    def inputs(a):
+        return LossInputs(torch.zeros(len(a), 3, 4, 5), a, torch.zeros(len(a)))
 
     torch.testing.assert_close(
-        seg.scene_balance_term(view(logits)),
-        balance_term(view(logits.movedim(1, -1).reshape(-1, 6))),
+        seg.segmentation_balance_term(inputs(logits)),
+        balance_term(inputs(logits.movedim(1, -1).reshape(-1, 6))),
     )
-    assert float(seg.scene_balance_term(view(torch.zeros(2, 6, 4, 5)))) == pytest.approx(
+    assert float(seg.segmentation_balance_term(inputs(torch.zeros(2, 6, 4, 5)))) == pytest.approx(
         -math.log(6), abs=1e-6
     )
 
@@ -428,7 +428,7 @@ def race(teacher, replay=0, **maker):
         'maker': {'batch_size': 4, 'steps': 2} | maker,
         'distiller': {'batch_size': 4, 'learning_rate': 0.05},
     }
-    return seg.scene_race(
+    return seg.segmentation_ssd_kd(
         teacher, network(1), replay=replay, device='cpu', **sizes, **parts
     )
 
@@ -455,7 +455,7 @@ def test_a_race_goes_on_to_the_same_bits(teacher, replay):
     )
     assert (
         torch.equal(
-            whole.pool.labels, seg.dominant(teacher.predict(whole.pool.images).argmax(1), 6)
+            whole.pool.labels, seg.dominant_class(teacher.predict(whole.pool.images).argmax(1), 6)
         )
         or not replay
     )
@@ -470,7 +470,7 @@ def test_a_wish_for_an_image_is_refused(teacher):
 
 def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
     student = network(1).eval()
-    pool = seg.ScenePool(scenes.domain, 10, teacher, student)
+    pool = seg.SegmentationPool(scenes.domain, 10, teacher, student)
     pool.add(scenes.images[:8])
     with torch.no_grad():
         x = scenes.domain.normalize(scenes.images[:8])
@@ -484,18 +484,18 @@ def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
         )
     torch.testing.assert_close(pool.priorities, apart, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(pool.confidences, known.softmax(1).amax(1).mean((1, 2)))
-    assert torch.equal(pool.labels, seg.dominant(known.argmax(1), 6))
+    assert torch.equal(pool.labels, seg.dominant_class(known.argmax(1), 6))
     pool.sample(4, torch.Generator().manual_seed(0))
     pool.report(said[:4], known[:4])
     pool.add(scenes.images[8:12])
     assert len(pool) == 10 and pool.added == 12
     pool.save(tmp_path / 'pool.safetensors')
     assert torch.equal(
-        seg.ScenePool.load(tmp_path / 'pool.safetensors', teacher).priorities,
+        seg.SegmentationPool.load(tmp_path / 'pool.safetensors', teacher).priorities,
         pool.priorities,
     )
     with pytest.raises(DFKDError, match='nobody to ask'):
-        seg.ScenePool(scenes.domain, 4).add(scenes.images[:2])
+        seg.SegmentationPool(scenes.domain, 4).add(scenes.images[:2])
 
 
 def test_a_layout_is_dreamed(teacher, scenes):
@@ -505,14 +505,14 @@ def test_a_layout_is_dreamed(teacher, scenes):
         return float((teacher.predict(some.images).argmax(1) == masks).float().mean())
 
     first, last = (
-        seg.dream_layouts(teacher, masks, steps=steps, device='cpu') for steps in (1, 50)
+        seg.synthesize_from_masks(teacher, masks, steps=steps, device='cpu') for steps in (1, 50)
     )
     assert seen(last) > max(seen(first) + 0.1, 0.7) and torch.equal(last.masks, masks)
     with pytest.raises(DFKDError, match='give one number a pixel'):
-        seg.dream_layouts(teacher, masks[:, :8], device='cpu')
+        seg.synthesize_from_masks(teacher, masks[:, :8], device='cpu')
     with pytest.raises(DFKDError, match='nothing is drawn'):
-        seg.layout_term((16, 16))(
-            View(torch.zeros(1, 3, 16, 16), torch.zeros(1, 6, 16, 16), torch.zeros(1))
+        seg.mask_term((16, 16))(
+            LossInputs(torch.zeros(1, 3, 16, 16), torch.zeros(1, 6, 16, 16), torch.zeros(1))
         )
 
 

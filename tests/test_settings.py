@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.dreams.priors import View
+from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.models import Teacher
-from dfkd_nb.lab.methods import GenerativeSettings, painter, waiting
+from dfkd_nb.lab.methods import GenerativeSettings, build_synthesizer, build_pool
 from dfkd_nb.lab.runs import (
-    Learning,
-    Synthesis,
+    TrainingSettings,
+    SynthesisSettings,
     TransferSettings,
-    learning,
-    synthesizer,
-    wishes,
+    training_arguments,
+    build_inversion,
+    recipe_classes,
 )
 from tiny import DIGITS, network
 
@@ -73,9 +73,9 @@ def own(kind: type, *without: str) -> set[str]:
 
 def test_a_student_learns_as_the_recipe_says() -> None:
     # of the run, not of the student
-    names = own(Learning, 'evaluations', 'test_data', 'test_limit')
+    names = own(TrainingSettings, 'evaluations', 'test_data', 'test_limit')
     assert (
-        ignored(Learning, Learning(), names, lambda settings: repr(learning(settings, CPU)))
+        ignored(TrainingSettings, TrainingSettings(), names, lambda settings: repr(training_arguments(settings, CPU)))
         == []
     )
 
@@ -94,7 +94,7 @@ def test_dreams_are_made_as_the_recipe_says(
     monkeypatch.setattr(DeepInversion, '__init__', note)
 
     def made(settings: Any) -> tuple[str, str]:
-        maker = synthesizer(settings, teacher, CPU, 0)
+        maker = build_inversion(settings, teacher, CPU, 0)
         return repr(maker.settings), repr(asked['compile'])
 
     elsewhere = {
@@ -109,8 +109,8 @@ def test_dreams_are_made_as_the_recipe_says(
     }
     # real images; a size too small here
     elsewhere |= {'measured_images', 'measured_data', 'quarter_size_steps'}
-    elsewhere |= {name for name in own(Synthesis) if name.startswith(('metadata', 'goal'))}
-    assert ignored(Synthesis, TransferSettings(), own(Synthesis, *elsewhere), made) == []
+    elsewhere |= {name for name in own(SynthesisSettings) if name.startswith(('metadata', 'goal'))}
+    assert ignored(SynthesisSettings, TransferSettings(), own(SynthesisSettings, *elsewhere), made) == []
 
 
 def known_of(pool: Any) -> tuple[Any, ...]:
@@ -121,20 +121,20 @@ def known_of(pool: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize('kind', ['meta', 'contrastive'])
 def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> None:
     student, logits = network(1), 3 * torch.eye(10)[:4]
-    view = View(torch.zeros(4, 1, 8, 8), logits, logits.argmax(1), student_logits=-logits)
+    inputs = LossInputs(torch.zeros(4, 1, 8, 8), logits, logits.argmax(1), student_logits=-logits)
 
     def made(settings: GenerativeSettings) -> tuple[Any, ...]:
-        pool = waiting(settings, teacher, student, CPU)
+        pool = build_pool(settings, teacher, student, CPU)
         if hasattr(pool, 'insert'):
             pool.insert(
                 torch.zeros(6, 1, 8, 8, dtype=torch.uint8),
                 torch.arange(6) // 2,
                 torch.full((6,), 0.5),
             )
-        maker = painter(settings, teacher, student, pool, CPU)
+        maker = build_synthesizer(settings, teacher, student, pool, CPU)
         shapes = [tuple(v.shape) for v in maker.weights.values()]
         terms = {
-            name: float(maker.objective.terms[name][1](view))
+            name: float(maker.objective.terms[name][1](inputs))
             for name in ('task', 'adversarial')
         }
         extra = maker._made_with | {
@@ -166,7 +166,7 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
     )
     names = own(
         GenerativeSettings,
-        *(name for name in own(Learning) if name not in ('padding', 'flip', 'seed')),
+        *(name for name in own(TrainingSettings) if name not in ('padding', 'flip', 'seed')),
     )
     # of the run
     names -= {
@@ -190,8 +190,8 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
 
 def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
     few = {'images': 5, 'classes': 'spread'}
-    assert wishes(Synthesis(**few), 100).tolist() == [0, 20, 40, 60, 80]
-    assert wishes(Synthesis(**few | {'classes': 'in turn'}), 100).tolist() == [
+    assert recipe_classes(SynthesisSettings(**few), 100).tolist() == [0, 20, 40, 60, 80]
+    assert recipe_classes(SynthesisSettings(**few | {'classes': 'in turn'}), 100).tolist() == [
         0,
         1,
         2,
@@ -199,7 +199,7 @@ def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
         4,
     ]
     assert (
-        wishes(Synthesis(**few), 3).tolist()
-        == wishes(Synthesis(images=5), 3).tolist()
+        recipe_classes(SynthesisSettings(**few), 3).tolist()
+        == recipe_classes(SynthesisSettings(images=5), 3).tolist()
         == [0, 1, 2, 0, 1]
     )

@@ -19,19 +19,19 @@ from dfkd_nb.foundations.models import Teacher, build_model
 from dfkd_nb.generators.generators import Generator
 from dfkd_nb.lab import speed
 from dfkd_nb.lab.speed import (
-    LESSON_WAYS,
-    SYNTHESIS_WAYS,
-    Doubling,
-    Lesson,
+    DISTILLATION_VARIANTS,
+    SYNTHESIS_VARIANTS,
+    UpsamplingGenerator,
+    DistillationUpdate,
     bench,
-    compare,
-    convolve_doubled,
+    check_agreement,
+    convolve_upsampled,
     describe,
-    doubling_kernel,
+    upsampling_kernel,
     fold_batchnorm,
     fresh_teacher,
     make_round,
-    race,
+    interleaved_times,
     stopwatch,
 )
 
@@ -44,11 +44,11 @@ def teacher():
 @pytest.fixture(scope='module')
 def rounds(teacher):
     torch.manual_seed(0)
-    generator = Doubling((3, 32, 32), 32, 4)
+    generator = UpsamplingGenerator((3, 32, 32), 32, 4)
     student = build_model('resnet8')
-    codes = torch.randn(6, 32)
+    latents = torch.randn(6, 32)
     return [
-        make_round(way, teacher, student, generator, codes, 2) for way in SYNTHESIS_WAYS
+        make_round(way, teacher, student, generator, latents, 2) for way in SYNTHESIS_VARIANTS
     ]
 
 
@@ -58,7 +58,7 @@ def lessons(teacher):
     pictures = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
     student = build_model('resnet8')
     return [
-        Lesson(way, teacher, student, pictures) for way in LESSON_WAYS if way != 'compiled'
+        DistillationUpdate(way, teacher, student, pictures) for way in DISTILLATION_VARIANTS if way != 'compiled'
     ]
 
 
@@ -79,7 +79,7 @@ def test_a_doubled_map_need_not_be_made(height, width, inputs, outputs, seed):
         outputs, inputs, 3, 3, generator=rng, dtype=torch.float64, requires_grad=True
     )
     slow = F.conv2d(F.interpolate(x, scale_factor=2, mode='nearest'), weight, padding=1)
-    quick = convolve_doubled(x, weight)
+    quick = convolve_upsampled(x, weight)
     torch.testing.assert_close(quick, slow)
     push = torch.randn(slow.shape, generator=rng, dtype=torch.float64)
     pairs = [torch.autograd.grad((y * push).sum(), (x, weight)) for y in (slow, quick)]
@@ -88,7 +88,7 @@ def test_a_doubled_map_need_not_be_made(height, width, inputs, outputs, seed):
 
 def test_its_gradient_lies_in_memory_as_the_weight_does():
     weight = torch.randn(5, 3, 3, 3, requires_grad=True)
-    (gradient,) = torch.autograd.grad(doubling_kernel(weight).square().sum(), weight)
+    (gradient,) = torch.autograd.grad(upsampling_kernel(weight).square().sum(), weight)
     # a fused Adam on the CPU takes it for granted
     assert gradient.stride() == weight.stride()
 
@@ -96,15 +96,15 @@ def test_its_gradient_lies_in_memory_as_the_weight_does():
 @pytest.mark.parametrize('shape', [(3, 32, 32), (1, 8, 8), (3, 20, 28)])
 def test_both_generators_are_chapter_tens(shape):
     torch.manual_seed(1)
-    generator = Doubling(shape, 8, 3).double()
-    codes = torch.randn(4, 8, dtype=torch.float64)
-    wanted = Generator.forward(generator, codes)
+    generator = UpsamplingGenerator(shape, 8, 3).double()
+    latents = torch.randn(4, 8, dtype=torch.float64)
+    wanted = Generator.forward(generator, latents)
     for generator.transposed in (False, True):
-        torch.testing.assert_close(generator(codes), wanted)
+        torch.testing.assert_close(generator(latents), wanted)
 
 
 def test_rounds_begin_equal(rounds):
-    errors = compare(rounds)
+    errors = check_agreement(rounds)
     assert all(e['loss_error'] <= 1e-5 for way, e in errors.items() if way != 'bfloat16')
     assert all(e['gradient_error'] < 0.01 for way, e in errors.items() if way != 'bfloat16')
 
@@ -124,12 +124,12 @@ def test_a_round_that_forgets_a_term_is_caught(rounds):
     cheat = copy.deepcopy(rounds[2])
     cheat.maker.objective = cheat.maker.objective.reweigh(features=0.0)
     with pytest.raises(DFKDError, match='would mean nothing'):
-        compare([rounds[0], cheat])
+        check_agreement([rounds[0], cheat])
 
 
 def test_lessons_are_equal(lessons):
     before = lessons[0].gradient()[0]
-    compare(lessons, 2e-5)
+    check_agreement(lessons, 2e-5)
     # looking changes nothing that counts
     torch.testing.assert_close(lessons[0].gradient()[0], before)
 
@@ -215,7 +215,7 @@ def test_clocks():
         stopwatch(lambda: None, torch.device('cpu'), 'sun')
     with pytest.raises(DFKDError, match='does not see a GPU'):
         stopwatch(lambda: None, torch.device('cuda'), 'processor')
-    times = race([_Idle('a'), _Idle('b')], 2, 0, 'processor')
+    times = interleaved_times([_Idle('a'), _Idle('b')], 2, 0, 'processor')
     assert times['a']['speed'] == 1 and times['b']['seconds'] >= 0
 
 
@@ -223,7 +223,7 @@ def test_of_two_ways_the_one_that_takes_half_as_long_has_twice_the_speed(monkeyp
     monkeypatch.setattr(
         'dfkd_nb.lab.speed.stopwatch', lambda update, *_: {'a': 2.0, 'b': 1.0}[update.way]
     )
-    times = race([_Idle('a'), _Idle('b')], 3, 0)
+    times = interleaved_times([_Idle('a'), _Idle('b')], 3, 0)
     assert (times['a'], times['b']) == (
         {'seconds': 2.0, 'speed': 1.0},
         {'seconds': 1.0, 'speed': 2.0},
@@ -289,6 +289,6 @@ def test_bench_refuses_what_it_cannot_do():
             'guessed',
             fresh_teacher('resnet8'),
             build_model('resnet8'),
-            Doubling((3, 32, 32), 8, 2),
+            UpsamplingGenerator((3, 32, 32), 8, 2),
             torch.randn(2, 8),
         )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from dfkd_nb.dreams.priors import Objective, View
+from dfkd_nb.dreams.priors import Objective, LossInputs
 from dfkd_nb.dreams.statistics import (
     RunningStatistics,
     Statistics,
@@ -190,7 +190,7 @@ def test_the_gradient_at_the_pixels_is_that_of_finite_differences():
     def price(x):
         with Watch(net) as watch:
             logits = net(x)
-        return term(View(x, logits, torch.zeros(len(x), dtype=torch.long), watch.moments))
+        return term(LossInputs(x, logits, torch.zeros(len(x), dtype=torch.long), watch.moments))
 
     for seed in range(3):
         x = noise(2, 2, 6, 5, seed=seed).requires_grad_()
@@ -221,11 +221,11 @@ def test_momentum_1_is_the_plain_term():
     statistics, running, batch = Statistics(moments(5)), RunningStatistics(1.0), moments(6)
     running.update(moments(7))
     x = torch.zeros(2, 1, 2, 2)
-    view = View(x, torch.zeros(2, 5), torch.zeros(2), batch)
+    inputs = LossInputs(x, torch.zeros(2, 5), torch.zeros(2), batch)
     for weight in (1.0, 10.0):
         assert torch.equal(
-            running_feature_term(statistics, running, weight)(view),
-            feature_term(statistics, weight)(view),
+            running_feature_term(statistics, running, weight)(inputs),
+            feature_term(statistics, weight)(inputs),
         )
 
 
@@ -286,7 +286,7 @@ def begun():
         ),
         (
             lambda: running_feature_term(Statistics(moments()), begun())(
-                View(*map(torch.zeros, ((2, 1, 2, 2), (2, 5), (2,))))
+                LossInputs(*map(torch.zeros, ((2, 1, 2, 2), (2, 5), (2,))))
             ),
             'no features',
         ),
@@ -315,14 +315,14 @@ def test_a_term_among_others():
     net, running = network(), RunningStatistics(0.1)
     term = running_feature_term(Statistics.from_batchnorm(net), running)
     objective = Objective(
-        {'features': (10.0, term), 'mean': (1.0, lambda view: view.x.mean())}
+        {'features': (10.0, term), 'mean': (1.0, lambda inputs: inputs.x.mean())}
     )
     x = noise(4, 2, 6, 6).requires_grad_()
     prices = []
     for _ in range(5):
         with Watch(net) as watch:
             logits = net(x)
-        total, values = objective(View(x, logits, torch.zeros(4), watch.moments))
+        total, values = objective(LossInputs(x, logits, torch.zeros(4), watch.moments))
         prices.append(values['features'].item())
         (slope,) = torch.autograd.grad(total, x)
         x = (x - 0.05 * slope / slope.norm()).detach().requires_grad_()

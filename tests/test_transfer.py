@@ -18,7 +18,7 @@ from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.foundations.core import DFKDError
 from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, load_data
 from dfkd_nb.foundations.models import Teacher, build_model
-from dfkd_nb.lab.runs import Recipe, shares
+from dfkd_nb.lab.runs import Recipe, shards
 
 FAST = {
     'half_size_steps': 2,
@@ -76,8 +76,8 @@ def test_shares_of_a_recipe():
     settings = recipe.resolve(
         'quick', {'images': 300, 'synthesis_batch_size': 4096, 'single_share': 0.25}
     )
-    assert shares(settings) == [(slice(0, 225), False), (slice(225, 300), True)]
-    large = shares(recipe.resolve('quick', {'images': 10000, 'synthesis_batch_size': 4096}))
+    assert shards(settings) == [(slice(0, 225), False), (slice(225, 300), True)]
+    large = shards(recipe.resolve('quick', {'images': 10000, 'synthesis_batch_size': 4096}))
     sizes = [(place.stop - place.start, single) for place, single in large]
     assert sizes == [(4096, False), (904, False), (4096, True), (904, True)]
 

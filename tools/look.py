@@ -66,7 +66,7 @@ class Seen(NamedTuple):
     "What a page looked like in one view."
 
     page: str
-    view: str
+    inputs: str
     problems: list[str]
     screenshot: Path | None
     formulas: int
@@ -196,9 +196,9 @@ def complaints(events: list[dict[str, Any]], base: str) -> list[str]:
     return found
 
 
-def look_at(tab: Tab, base: str, page: str, view: str, out: Path | None) -> Seen:
+def look_at(tab: Tab, base: str, page: str, inputs: str, out: Path | None) -> Seen:
     "Open one page in one view."
-    width, scheme = VIEWS[view]
+    width, scheme = VIEWS[inputs]
     target = tab.call('Target.createTarget', url='about:blank')['targetId']
     session = tab.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
     tab.events.clear()
@@ -208,7 +208,7 @@ def look_at(tab: Tab, base: str, page: str, view: str, out: Path | None) -> Seen
         'width': width,
         'height': 900,
         'deviceScaleFactor': 1,
-        'mobile': view == 'phone',
+        'mobile': inputs == 'phone',
     }
     tab.call('Emulation.setDeviceMetricsOverride', session, **size)
     tab.call(
@@ -248,10 +248,10 @@ def look_at(tab: Tab, base: str, page: str, view: str, out: Path | None) -> Seen
             captureBeyondViewport=True,
             clip=clip,
         )
-        screenshot = out / f'{page.removesuffix(".html").replace("/", "-")}-{view}.png'
+        screenshot = out / f'{page.removesuffix(".html").replace("/", "-")}-{inputs}.png'
         screenshot.write_bytes(base64.b64decode(picture['data']))
     tab.call('Target.closeTarget', targetId=target)
-    return Seen(page, view, problems, screenshot, state['formulas'])
+    return Seen(page, inputs, problems, screenshot, state['formulas'])
 
 
 def look(
@@ -269,10 +269,10 @@ def look(
     pages = sorted(path.relative_to(site).as_posix() for path in site.rglob('*.html'))
     with serve(site) as base, chromium(program) as tab:
         return [
-            look_at(tab, base, page, view, out)
+            look_at(tab, base, page, inputs, out)
             for page in pages
             if only in page
-            for view in views
+            for inputs in views
         ]
 
 

@@ -18,8 +18,8 @@ from torch.func import functional_call, jvp
 from ..dreams.inversion import DeepInversion
 from ..foundations.core import DFKDError, seeded
 from ..foundations.data import Domain, ImageSet, ImageSource
-from ..foundations.distillation import Distiller, Images, _full, as_source, evaluate
-from ..foundations.models import Teacher, _logits, _seen, in_eval_mode
+from ..foundations.distillation import Distiller, Images, full_precision, as_source, evaluate
+from ..foundations.models import Teacher, logits_of, network_inputs, in_eval_mode
 
 # %% ../../nbs/applications/14_transfer.ipynb #49b3e6d4
 def two_schemes(
@@ -128,7 +128,7 @@ def fidelity(
     with in_eval_mode(student):
         for batch, _ in as_source(images, teacher.domain).batches(batch_size):
             told, answer = (
-                _full(_logits(network(_seen(network, batch, scale)))).log_softmax(1).cpu()
+                full_precision(logits_of(network(network_inputs(network, batch, scale)))).log_softmax(1).cpu()
                 for network, scale in (
                     (teacher, teacher.domain),
                     (student, domain or teacher.domain),
@@ -170,7 +170,7 @@ def teaching_values(
     def losses(
         values: dict[str, Tensor], x: Tensor, told: Tensor
     ) -> Tensor:  # one an image
-        answer = _full(_logits(functional_call(student, values, (x,))))
+        answer = full_precision(logits_of(functional_call(student, values, (x,))))
         return (
             F.kl_div(
                 (answer / temperature).log_softmax(1),
@@ -186,9 +186,9 @@ def teaching_values(
     def batches(source: Images) -> Iterable[tuple[Tensor, Tensor]]:
         for batch, _ in as_source(source, teacher.domain).batches(batch_size):
             with torch.no_grad():
-                told = _full(teacher(_seen(teacher, batch, teacher.domain)))
+                told = full_precision(teacher(network_inputs(teacher, batch, teacher.domain)))
             told = (told / temperature).log_softmax(1)
-            yield _seen(student, batch, domain or teacher.domain), told.to(like)
+            yield network_inputs(student, batch, domain or teacher.domain), told.to(like)
 
     with in_eval_mode(student):
         live = {name: w.clone().requires_grad_() for name, w in weights.items()}

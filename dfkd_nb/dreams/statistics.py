@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .priors import Term, View, _exact
+from .priors import Term, LossInputs, _exact
 from dfkd_nb.foundations.core import (
     DFKDError,
     DFKDWarning,
@@ -33,8 +33,8 @@ from dfkd_nb.foundations.core import (
 from ..foundations.data import Domain, ImageSource
 from dfkd_nb.foundations.models import (
     Teacher,
-    _logits,
-    _sealed,
+    logits_of,
+    is_sealed,
     in_eval_mode,
     unwrap,
     why_no_hooks,
@@ -195,7 +195,7 @@ def find_layers(
         parts = str(name).split('.')
         # the network, its parts
         for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)):
-            if part in modules and (reason := _sealed(modules[part])):
+            if part in modules and (reason := is_sealed(modules[part])):
                 raise DFKDError(_unreadable(model, reason))
         if name not in modules or not name:
             near = difflib.get_close_matches(str(name), modules, 3, 0.3)
@@ -714,13 +714,13 @@ def feature_term(
 ) -> Term:  # needs `features`
     "`feature_loss` as a term of an objective."
 
-    def term(view: View) -> Tensor:
-        if view.features is None:
+    def term(inputs: LossInputs) -> Tensor:
+        if inputs.features is None:
             raise DFKDError(
                 'this view has no features: run the teacher inside Watch(teacher) and give'
                 ' View its moments'
             )
-        return feature_loss(view.features, statistics, first_layer_weight)[0]
+        return feature_loss(inputs.features, statistics, first_layer_weight)[0]
 
     return term
 
@@ -825,13 +825,13 @@ def running_feature_term(
     Eq. 15).
     """
 
-    def term(view: View) -> Tensor:
-        if view.features is None:
+    def term(inputs: LossInputs) -> Tensor:
+        if inputs.features is None:
             raise DFKDError(
                 'this view has no features: run the teacher inside Watch(teacher) and give'
                 ' View its moments'
             )
-        return feature_loss(running.mix(view.features), statistics, first_layer_weight)[0]
+        return feature_loss(running.mix(inputs.features), statistics, first_layer_weight)[0]
 
     return term
 
@@ -979,7 +979,7 @@ class FusedTeacher(nn.Module):
         norms: dict[str, Any] = {n: self.model.get_submodule(n) for n in self.names}
         for norm in norms.values():
             norm.calls = ()  # of a pass that broke off
-        logits = _logits(self.model(x))
+        logits = logits_of(self.model(x))
         moments = {n: mean_moments(norm.calls) for n, norm in norms.items() if norm.calls}
         for norm in norms.values():
             norm.calls = ()  # keeps no graph alive

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MODELS', 'LITE', 'IMAGENET_TEACHERS', 'CifarBlock', 'CifarResNet', 'WideBlock', 'WideResNet', 'small_resnet',
            'small_vgg', 'small_mobilenet', 'digits_net', 'build_model', 'count_parameters', 'unwrap', 'save_weights',
-           'load_weights', 'why_no_hooks', 'classifier_layer', 'tap', 'in_eval_mode', 'check_network', 'Teacher',
-           'shipped_weights', 'imagenet_domain', 'load_teacher', 'inherit']
+           'load_weights', 'why_no_hooks', 'is_sealed', 'classifier_layer', 'capture_input', 'logits_of',
+           'in_eval_mode', 'weights_dtype', 'network_inputs', 'trial_logits', 'check_network', 'Teacher',
+           'shipped_weights', 'imagenet_domain', 'load_teacher', 'copy_blocks_from_teacher']
 
 # %% ../../nbs/foundations/03_models.ipynb #df0fac9f
 import copy
@@ -488,10 +489,10 @@ def why_no_hooks(
     model: nn.Module,  # any network, or one of its layers
 ) -> str:  # one clause for a message; '' where they can
     "Why what passes through layers inside `model` cannot be read."
-    return next((reason for module in model.modules() if (reason := _sealed(module))), '')
+    return next((reason for module in model.modules() if (reason := is_sealed(module))), '')
 
 
-def _sealed(
+def is_sealed(
     module: nn.Module,  # a network or a part of one
 ) -> str:  # as `why_no_hooks`, of the module itself
     if isinstance(module, torch.jit.ScriptModule):
@@ -542,7 +543,7 @@ def _called_linears(
 
     hooks = [layer.register_forward_hook(partial(note, n)) for n, layer in layers.items()]
     try:
-        logits = _trial(model, domain)
+        logits = trial_logits(model, domain)
     finally:
         for hook in hooks:
             hook.remove()
@@ -555,7 +556,7 @@ def _called_linears(
 
 # %% ../../nbs/foundations/03_models.ipynb #27d0153b
 @contextmanager
-def tap(
+def capture_input(
     model: nn.Module,  # any network, or a `Teacher`, whose network is meant
     layer: str = 'classifier',  # exact, of `named_modules()`; see `classifier_layer`
 ) -> Iterator[list[Tensor]]:  # what entered in each forward pass, `(N, D)`, with its graph
@@ -567,7 +568,7 @@ def tap(
     parts = name.split('.')
     around = ['.'.join(parts[:n]) for n in range(len(parts) + 1)]  # it is inside these
     for part in around:
-        if part in modules and (reason := _sealed(modules[part])):
+        if part in modules and (reason := is_sealed(modules[part])):
             who = type(network).__name__
             raise DFKDError(f"layer '{name}' of {who} cannot be read: {reason}")
     if module is None:
@@ -621,7 +622,7 @@ def _pooled(
     return x.flatten(2).mean(2)
 
 # %% ../../nbs/foundations/03_models.ipynb #c6a30462
-def _logits(
+def logits_of(
     output: Any,  # what some network returned
 ) -> Tensor:  # `(N, K)`, or `(N, K, H, W)` from a segmenter
     """Logits out of a tensor, a tuple that begins with one (Inception), a dict with
@@ -661,7 +662,7 @@ def in_eval_mode(
             module.training = training
 
 # %% ../../nbs/foundations/03_models.ipynb #e3e2a81a
-def _precision(
+def weights_dtype(
     network: nn.Module,  # any
 ) -> torch.dtype:  # of its weights; float32 where it has none
     return next(
@@ -669,17 +670,17 @@ def _precision(
     )
 
 
-def _seen(
+def network_inputs(
     network: nn.Module,  # any
     images: Tensor,  # uint8, or intensities in [0, 1]
     domain: Domain,  # what the network expects
 ) -> Tensor:  # normalised
     "Images as a network takes them: normalised, on its device, in its precision."
     device = next((p.device for p in network.parameters()), torch.device('cpu'))
-    return domain.normalize(images.to(device)).to(_precision(network))
+    return domain.normalize(images.to(device)).to(weights_dtype(network))
 
 
-def _trial(
+def trial_logits(
     model: nn.Module,  # any network
     domain: Domain,  # of the images it takes
     seed: int = 0,  # of the noise
@@ -689,7 +690,7 @@ def _trial(
     generator = torch.Generator().manual_seed(seed)
     images[1] = torch.randint(0, 256, domain.shape, generator=generator)
     with torch.no_grad(), in_eval_mode(model):
-        return _logits(model(_seen(model, images, domain)))
+        return logits_of(model(network_inputs(model, images, domain)))
 
 
 def _are_probabilities(
@@ -762,7 +763,7 @@ def check_network(
     name = name or type(model).__name__
     _check_weights(model, name)
     try:
-        logits = _trial(model, domain)
+        logits = trial_logits(model, domain)
     except DFKDError:
         raise
     except Exception as error:  # networks of other libraries complain in their own ways
@@ -787,7 +788,7 @@ def check_network(
     # most networks fail the first; the other noises make sure that it was no chance
     if all(
         _are_probabilities(found)
-        for found in chain([logits], (_trial(model, domain, seed) for seed in (1, 2)))
+        for found in chain([logits], (trial_logits(model, domain, seed) for seed in (1, 2)))
     ):
         warnings.warn(
             f"the network '{name}' answers with probabilities (its rows sum to one), not"
@@ -874,7 +875,7 @@ class Teacher(nn.Module):
         Exported in training mode, it changes itself.
         """
         before = {name: v.clone() for name, v in self.model.named_buffers()}
-        first, second = _trial(self.model, self.domain), _trial(self.model, self.domain)
+        first, second = trial_logits(self.model, self.domain), trial_logits(self.model, self.domain)
         moved = [n for n, v in self.model.named_buffers() if not v.equal(before[n])]
         if moved or not torch.allclose(first, second, rtol=1e-3, atol=1e-4):
             what = f"'{moved[0]}' changes" if moved else 'its answer changes'
@@ -891,7 +892,7 @@ class Teacher(nn.Module):
         """Logits `(N, K)` of normalised images `(N, C, H, W)`; gradients reach the images,
         not the weights.
         """
-        return _logits(self.model(x))
+        return logits_of(self.model(x))
 
     @property
     def device(self) -> torch.device:
@@ -913,7 +914,7 @@ class Teacher(nn.Module):
                 'give a tensor or an ImageSource, e.g. ImageSet.collect(images, domain)'
             )
         for part in parts:
-            yield _seen(self.model, part, self.domain)
+            yield network_inputs(self.model, part, self.domain)
 
     @torch.no_grad()
     def predict(self, images: Tensor | ImageSource, batch_size: int = 500) -> Tensor:
@@ -929,9 +930,9 @@ class Teacher(nn.Module):
         layer: str = 'classifier',
         batch_size: int = 500,
     ) -> Tensor:
-        "What enters a layer, `(N, D)`: its summary of each image. See `predict` and `tap`."
+        "What enters a layer, `(N, D)`: its summary of each image. See `predict` and `capture_input`."
         found: list[Tensor] = []
-        with tap(self, layer) as taken:
+        with capture_input(self, layer) as taken:
             for x in self._batches(images, batch_size):
                 taken.clear()
                 self.model(x)
@@ -1042,7 +1043,7 @@ def load_teacher(
     return teacher
 
 # %% ../../nbs/foundations/03_models.ipynb #121076b2
-def inherit(
+def copy_blocks_from_teacher(
     student: nn.Module,  # filled in place where the teacher has a part of the same shapes
     teacher: nn.Module,  # a `Teacher` or any network built from the same kind of blocks
 ) -> float:  # share of the student's parameters that were taken over

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'STARTS', 'SCALES', 'HEAD', 'TASKS', 'ELSEWHERE', 'NAMED',
-           'REVISION', 'OLDER', 'PART', 'problem', 'nearest', 'setting', 'Learning', 'TeacherSettings', 'Synthesis',
-           'DreamSettings', 'TransferSettings', 'check_settings', 'toml_value', 'Recipe', 'recipe_folder',
-           'recipe_names', 'tables', 'compared', 'compose', 'runs_at', 'parse_assignment', 'resolved_toml', 'Task',
-           'find_task', 'task', 'find_network', 'find_segmenter', 'find_teacher', 'find_data', 'find_precision',
-           'check_names', 'locked', 'Journal', 'RunStopped', 'RunFolder', 'repeatable', 'own_streams', 'SavedRun',
-           'Run', 'publish', 'environment', 'read_json', 'Result', 'read_history', 'results', 'marked', 'older_note',
-           'results_folder', 'open_teacher', 'real_images', 'learning', 'learn', 'synthesizer', 'measured',
-           'dream_part', 'wishes', 'shares', 'drawn_goals', 'dream', 'train_teacher', 'describe_images', 'covered',
-           'save_picture', 'run_images', 'pool', 'verified', 'dream_images', 'Rounds', 'fresh_student', 'graded',
+           'REVISION', 'OLDER', 'PART', 'DFKDError', 'closest_word', 'setting', 'TrainingSettings', 'TeacherSettings',
+           'SynthesisSettings', 'DreamSettings', 'TransferSettings', 'check_settings', 'toml_value', 'Recipe',
+           'recipe_folder', 'recipe_names', 'tables', 'compared', 'compose', 'runs_at', 'parse_assignment',
+           'resolved_toml', 'Task', 'find_task', 'task', 'find_network', 'find_segmenter', 'find_teacher', 'find_data',
+           'find_precision', 'check_names', 'run_lock', 'Journal', 'RunStopped', 'RunFolder', 'deterministic',
+           'own_streams', 'SavedRun', 'Run', 'publish', 'environment', 'read_json', 'Result', 'read_history', 'results',
+           'mark_outdated', 'outdated_note', 'results_folder', 'open_teacher', 'real_images', 'training_arguments',
+           'train_student', 'build_inversion', 'measured_statistics', 'synthesize_shard', 'recipe_classes', 'shards',
+           'drawn_goals', 'synthesize_images', 'train_teacher', 'describe_images', 'coverage_metrics', 'save_picture',
+           'run_images', 'training_images', 'verified', 'dream_images', 'Rounds', 'fresh_student', 'student_metrics',
            'check_transfer', 'transfer']
 
 # %% ../../nbs/lab/20_runs.ipynb #af343dca
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from dfkd_nb.foundations.models import Teacher
 
 # %% ../../nbs/lab/20_runs.ipynb #4abb34a6
-def problem(
+def DFKDError(
     message: str,  # what is wrong and what to do, in one line
 ) -> Exception:  # a `DFKDError` to raise
     """A `DFKDError`, fetched only now.
@@ -63,7 +64,7 @@ def problem(
     return DFKDError(message)
 
 # %% ../../nbs/lab/20_runs.ipynb #8f9d182f
-def nearest(
+def closest_word(
     word: str,  # what was written
     words: Sequence[str],  # what could have been meant
 ) -> str:  # ", did you mean 'x'?" or ''
@@ -114,7 +115,7 @@ STARTS = ('random weights', "teacher's blocks")
 
 # %% ../../nbs/lab/20_runs.ipynb #28425831
 @dataclass(frozen=True)
-class Learning:
+class TrainingSettings:
     "How a network learns: shared by teachers and students."
 
     batch_size: int = setting(128, 'images an update', low=2)
@@ -144,7 +145,7 @@ class Learning:
 
 # %% ../../nbs/lab/20_runs.ipynb #6284b451
 @dataclass(frozen=True)
-class TeacherSettings(Learning):
+class TeacherSettings(TrainingSettings):
     "A network trained on real images."
 
     data: str = setting(
@@ -156,7 +157,7 @@ class TeacherSettings(Learning):
 
 # %% ../../nbs/lab/20_runs.ipynb #18960c13
 @dataclass(frozen=True)
-class Synthesis:
+class SynthesisSettings:
     "How images are dreamed; defaults are DeepInversion's for CIFAR-10."
 
     teacher: str = setting(
@@ -237,7 +238,7 @@ class Synthesis:
 
 # %% ../../nbs/lab/20_runs.ipynb #155de6e1
 @dataclass(frozen=True)
-class DreamSettings(Synthesis):
+class DreamSettings(SynthesisSettings):
     "Images from a teacher."
 
     test_data: str = setting(
@@ -253,7 +254,7 @@ class DreamSettings(Synthesis):
 
 # %% ../../nbs/lab/20_runs.ipynb #c916617b
 @dataclass(frozen=True)
-class TransferSettings(Learning, Synthesis):
+class TransferSettings(TrainingSettings, SynthesisSettings):
     """A student that learns from a teacher's dreams, made at once or in rounds that answer
     to what it knows.
     """
@@ -273,7 +274,7 @@ class TransferSettings(Learning, Synthesis):
     )
     student: str = setting('resnet20', 'a name of `build_model`', names='model')
     student_start: str = setting(
-        'random weights', 'what the student begins from: see `inherit`', choices=STARTS
+        'random weights', 'what the student begins from: see `copy_blocks_from_teacher`', choices=STARTS
     )
     updates: int = setting(1000, 'of the student', low=1)
     temperature: float = setting(3.0, 'of distillation', low=0.01)
@@ -296,7 +297,7 @@ def check_settings(
     value: Any
     for key, value in values.items():
         if key not in fields:
-            raise problem(f"{where}: unknown key '{key}'{nearest(key, list(fields))}")
+            raise DFKDError(f"{where}: unknown key '{key}'{closest_word(key, list(fields))}")
         wanted = str(getattr(fields[key].type, '__name__', fields[key].type))
         rules = fields[key].metadata
         if wanted == 'float' and type(value) is int:
@@ -305,19 +306,19 @@ def check_settings(
         if wanted == 'str' and type(value) in (int, float):
             value = str(value)
         if type(value) is not types[wanted]:
-            raise problem(
+            raise DFKDError(
                 f"{where}: '{key}' is {toml_value(value)}: give {WORDS[wanted]}"
                 f' ({rules["help"]})'
             )
         if wanted == 'float' and not math.isfinite(value):
-            raise problem(f"{where}: '{key}' is {value}: give a finite number")
+            raise DFKDError(f"{where}: '{key}' is {value}: give a finite number")
         low, high, choices = rules['low'], rules['high'], rules['choices']
         if low is not None and value < low:
-            raise problem(f"{where}: '{key}' is {value}: give at least {low}")
+            raise DFKDError(f"{where}: '{key}' is {value}: give at least {low}")
         if high is not None and value > high:
-            raise problem(f"{where}: '{key}' is {value}: give at most {high}")
+            raise DFKDError(f"{where}: '{key}' is {value}: give at most {high}")
         if choices and value not in choices:
-            raise problem(f"{where}: '{key}' is '{value}'{nearest(value, choices)}")
+            raise DFKDError(f"{where}: '{key}' is '{value}'{closest_word(value, choices)}")
         checked[key] = value
     return kind(**checked)
 
@@ -372,7 +373,7 @@ class Recipe:
         try:
             document = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise problem(
+            raise DFKDError(
                 f"recipe '{name}' is not valid TOML ({error}): correct that line"
             ) from None
         return cls.check(document, name)
@@ -388,28 +389,28 @@ class Recipe:
         for key, value in document.items():
             if key in ('settings', *SCALES):
                 if not isinstance(value, dict):
-                    raise problem(
+                    raise DFKDError(
                         f"{where}: '{key}' is {toml_value(value)}: make it a table [{key}]"
                     )
             elif key not in HEAD:
-                raise problem(
+                raise DFKDError(
                     f'{where}: unknown key'
-                    f" '{key}'{nearest(key, [*HEAD, 'settings', *SCALES])}"
+                    f" '{key}'{closest_word(key, [*HEAD, 'settings', *SCALES])}"
                 )
             elif HEAD[key] is float and type(value) is int:
                 document[key] = float(value)
             elif type(value) is not HEAD[key]:
-                raise problem(
+                raise DFKDError(
                     f"{where}: '{key}' is {toml_value(value)}: give"
                     f' {WORDS[HEAD[key].__name__]}'
                 )
         for key in ('title', 'task'):
             if key not in document:
-                raise problem(f"{where} has no '{key}': add it")
+                raise DFKDError(f"{where} has no '{key}': add it")
         find_task(document['task'], where)
         scales = {s: document.pop(s) for s in SCALES if s in document}
         if not scales:
-            raise problem(f'{where} has no scale: add a table [quick] or [full]')
+            raise DFKDError(f'{where} has no scale: add a table [quick] or [full]')
         recipe = cls(
             name=name, settings=document.pop('settings', {}), scales=scales, **document
         )
@@ -428,14 +429,14 @@ class Recipe:
         path = Path(name) if name.endswith('.toml') else recipe_folder() / f'{name}.toml'
         if not path.is_file():
             if name.endswith('.toml'):
-                raise problem(f'no recipe file {path}: check the path')
+                raise DFKDError(f'no recipe file {path}: check the path')
             near = difflib.get_close_matches(name, recipe_names(), 1, 0.5)
             hint = f", did you mean '{near[0]}'?" if near else ''
-            raise problem(f"unknown recipe '{name}'{hint} (`dfkd list` shows all)")
+            raise DFKDError(f"unknown recipe '{name}'{hint} (`dfkd list` shows all)")
         try:
             text = path.read_text(encoding='utf-8')
         except (OSError, UnicodeDecodeError) as error:
-            raise problem(f'cannot read recipe {path} ({error}): check the file') from None
+            raise DFKDError(f'cannot read recipe {path} ({error}): check the file') from None
         return cls.parse(text, path.stem)
 
     def resolve(
@@ -447,9 +448,9 @@ class Recipe:
         line says.
         """
         if scale not in SCALES:
-            raise problem(f"unknown scale '{scale}'{nearest(scale, SCALES)}")
+            raise DFKDError(f"unknown scale '{scale}'{closest_word(scale, SCALES)}")
         if scale not in self.scales:
-            raise problem(
+            raise DFKDError(
                 f"recipe '{self.name}' has no {scale} scale: use --scale"
                 f' {next(iter(self.scales))}'
             )
@@ -572,7 +573,7 @@ def parse_assignment(
     key, equals, value = text.partition('=')
     key, value = key.strip(), value.strip()
     if not equals or not key or not value:
-        raise problem(f"--set '{text}' is not key=value: write e.g. --set seed=1")
+        raise DFKDError(f"--set '{text}' is not key=value: write e.g. --set seed=1")
     try:
         return key, tomllib.loads(f'x = {value}')['x']
     except tomllib.TOMLDecodeError:
@@ -620,8 +621,8 @@ def find_task(
     if name not in TASKS and name in ELSEWHERE:
         importlib.import_module(ELSEWHERE[name])
     if name not in TASKS:
-        raise problem(
-            f"{where}: unknown task '{name}'{nearest(name, [*TASKS, *ELSEWHERE])}"
+        raise DFKDError(
+            f"{where}: unknown task '{name}'{closest_word(name, [*TASKS, *ELSEWHERE])}"
         )
     return TASKS[name]
 
@@ -678,7 +679,7 @@ def find_data(name: str, channels: int, device: Any) -> None:
 
     known = ['cifar10-mini', *DOMAINS, 'imagenet-sample']
     if name not in known and not name.startswith('folder:'):
-        raise problem(f"unknown data set '{name}'{nearest(name, known)}, or folder:PATH")
+        raise DFKDError(f"unknown data set '{name}'{closest_word(name, known)}, or folder:PATH")
 
 
 def find_precision(name: str, channels: int, device: Any) -> None:
@@ -718,11 +719,11 @@ def check_names(
                 if name.strip():
                     find(name.strip(), channels, device)
             except ValueError as error:
-                raise problem(f"{where}: '{each.name}': {error}") from None
+                raise DFKDError(f"{where}: '{each.name}': {error}") from None
 
 # %% ../../nbs/lab/20_runs.ipynb #a4aa84e2
 @contextmanager
-def locked(
+def run_lock(
     folder: Path,  # of a run
 ) -> Iterator[None]:
     """Hold a run's folder; the operating system lets go when the process ends, however it
@@ -732,14 +733,14 @@ def locked(
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / 'lock', 'a+')
     except OSError as error:
-        raise problem(
+        raise DFKDError(
             f'cannot write to {folder} ({error.strerror}): choose another folder with --out'
         ) from None
     try:
         try:
             _lock(file)
         except OSError:
-            raise problem(
+            raise DFKDError(
                 f'{folder} is in use by another process: wait for it, or choose another'
                 ' folder with --out'
             ) from None
@@ -797,7 +798,7 @@ class Journal:
             with open(self.path, 'ab', buffering=0) as file:
                 file.write(b'\n' + json.dumps(row).encode())
         except OSError as error:
-            raise problem(
+            raise DFKDError(
                 f'cannot write {self.path} ({error.strerror}): free space there; the last'
                 ' good checkpoint is kept, go on with --resume'
             ) from None
@@ -904,7 +905,7 @@ class RunFolder:
                 (self.folder / 'recipe.toml').read_text(encoding='utf-8')
             )
         except (OSError, ValueError) as error:
-            raise problem(
+            raise DFKDError(
                 f'{self.folder}/recipe.toml cannot be read ({error}): start over with'
                 ' --fresh'
             ) from None
@@ -920,14 +921,14 @@ class RunFolder:
                 f"'{k}' was {toml_value(old.get(k, ''))}, now {toml_value(new.get(k, ''))}"
                 for k in changed
             )
-            raise problem(
+            raise DFKDError(
                 f'{self.folder} was started with other settings ({detail}): set them back,'
                 ' use --fresh or another --out'
             )
 
 # %% ../../nbs/lab/20_runs.ipynb #d94ba0e7
 @contextmanager
-def repeatable(
+def deterministic(
     threads: int | None = None,  # as the run began with; None keeps the present number
 ) -> Iterator[None]:
     """The same sums in the same order.
@@ -1015,14 +1016,14 @@ class SavedRun(RunFolder):
         self.environment = read_json(self.folder / 'environment.json')
         was = str(self.environment.get('device', ''))
         if not was:
-            raise problem(
+            raise DFKDError(
                 f'{self.folder / "environment.json"} names no device: start over with'
                 ' --fresh'
             )
         if self.device_name == 'auto':
             self.device = pick_device(was)
         if self.device.type != was:
-            raise problem(
+            raise DFKDError(
                 f"{self.folder} was started on '{was}': use --device {was}, or start over"
                 ' with --fresh'
             )
@@ -1031,7 +1032,7 @@ class SavedRun(RunFolder):
             return
         state = load_checkpoint(checkpoint)
         if not {'phases', 'current', 'seconds'} <= set(state):
-            raise problem(
+            raise DFKDError(
                 f'{checkpoint} is no checkpoint of a run: start over with --fresh'
             )
         self.state = {'streams': {}} | state
@@ -1070,13 +1071,13 @@ class Run(SavedRun):
         Raises `RunStopped` when time is up or a signal came, with everything saved.
         """
         if not max_minutes > 0:
-            raise problem(
+            raise DFKDError(
                 f'--max-minutes is {max_minutes:g}: give a positive number of minutes'
             )
         self.deadline = time.monotonic() + 60 * max_minutes
         if fresh or not self.finished:
             self.check()
-        with locked(self.folder):
+        with run_lock(self.folder):
             if fresh:
                 self.clear()
             if self.finished:
@@ -1084,7 +1085,7 @@ class Run(SavedRun):
                 self.say(f'{self.folder} is finished (--fresh runs it again)')
                 return Result.load(self.folder)
             if self.begun and not resume:
-                raise problem(
+                raise DFKDError(
                     f'{self.folder} holds an unfinished run: go on with --resume, or start'
                     ' over with --fresh'
                 )
@@ -1112,7 +1113,7 @@ class Run(SavedRun):
         try:
             self.open(command)
             with (
-                repeatable(self.environment.get('threads')),
+                deterministic(self.environment.get('threads')),
                 own_streams(getattr(self.settings, 'seed', 0)),
             ):
                 return self.finish(find_task(self.recipe.task, 'this run').function(self))
@@ -1359,14 +1360,14 @@ def read_json(
     try:
         value = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
-        raise problem(f'cannot read {path} ({error.strerror}): check the path') from None
+        raise DFKDError(f'cannot read {path} ({error.strerror}): check the path') from None
     except ValueError:
-        raise problem(
+        raise DFKDError(
             f'{path} is truncated or no JSON: put back a copy, or run the recipe again with'
             ' --fresh'
         ) from None
     if not isinstance(value, dict):
-        raise problem(f'{path} holds no JSON object: run the recipe again with --fresh')
+        raise DFKDError(f'{path} holds no JSON object: run the recipe again with --fresh')
     return value
 
 # %% ../../nbs/lab/20_runs.ipynb #c9aa4492
@@ -1420,18 +1421,18 @@ class Result:
         }
         for key, kind in shapes.items():
             if not isinstance(document.get(key), kind):
-                raise problem(
+                raise DFKDError(
                     f"{path}: '{key}' is missing or no {kind.__name__}: run the recipe"
                     ' again with --fresh'
                 )
         extra = sorted(set(document) - set(shapes))
         if extra:
-            raise problem(
+            raise DFKDError(
                 f"{path}: unknown key '{extra[0]}': written by another version; run the"
                 ' recipe again with --fresh'
             )
         if document['revision'] > REVISION:
-            raise problem(
+            raise DFKDError(
                 f'{path} was written by a newer version (revision {document["revision"]}):'
                 ' update the package'
             )
@@ -1463,7 +1464,7 @@ def read_history(
                 for row in csv.DictReader(file)
             ]
     except OSError as error:
-        raise problem(
+        raise DFKDError(
             f'cannot read {path} ({error.strerror}): run its recipe first'
         ) from None
 
@@ -1482,7 +1483,7 @@ def results(
 OLDER = '†'  # beside every number that is older than the present revision
 
 
-def marked(
+def mark_outdated(
     text: str,  # a number in a table
     *runs: Result,  # from which it was computed
 ) -> str:  # with the sign, where one of them is outdated
@@ -1490,7 +1491,7 @@ def marked(
     return text + OLDER if text and any(run.outdated for run in runs) else text
 
 
-def older_note(
+def outdated_note(
     found: Sequence[Result],  # all runs of a table
 ) -> str:  # one sentence; nothing where all are of the present revision
     "What the sign beside a number means."
@@ -1533,12 +1534,12 @@ def open_teacher(
     wanted = wanted or scale
     path = root / recipe / wanted / 'weights.safetensors'
     if not path.is_file():
-        raise problem(
+        raise DFKDError(
             f'no teacher at {path}: train it with `dfkd run {recipe} --scale {wanted}`'
         )
     metadata = load_tensors(path)[1]
     if not {'model', 'domain'} <= set(metadata):
-        raise problem(
+        raise DFKDError(
             f'{path} does not say which model it is: train it with `dfkd run {recipe}'
             f' --scale {wanted} --fresh`'
         )
@@ -1561,8 +1562,8 @@ def real_images(
     return images.to(device) if isinstance(images, ImageSet) else images  # type: ignore[return-value]
 
 # %% ../../nbs/lab/20_runs.ipynb #696b54f1
-def learning(
-    settings: Any,  # a `Learning`
+def training_arguments(
+    settings: Any,  # a `TrainingSettings`
     device: 'torch.device',  # where to train
 ) -> dict[str, Any]:  # keywords of `Distiller`
     "The part of a recipe that a `Distiller` is made with."
@@ -1587,7 +1588,7 @@ def learning(
     }
 
 # %% ../../nbs/lab/20_runs.ipynb #88c93a3c
-def learn(
+def train_student(
     run: Run,  # keeps the state and the history
     phase: str,  # name of this phase
     distiller: 'Distiller',  # ready to start
@@ -1675,8 +1676,8 @@ def learn(
     return run.phase(phase, work)
 
 # %% ../../nbs/lab/20_runs.ipynb #53db5f46
-def synthesizer(
-    settings: Any,  # a `Synthesis`
+def build_inversion(
+    settings: Any,  # a `SynthesisSettings`
     teacher: 'Teacher',  # whose dreams
     device: 'torch.device',  # where to compute
     seed: int,  # of the first batch
@@ -1714,7 +1715,7 @@ def synthesizer(
         teacher,
         stages=stages,
         learning_rate=settings.synthesis_learning_rate,
-        statistics=measured(settings, teacher),
+        statistics=measured_statistics(settings, teacher),
         batch_size=settings.synthesis_batch_size,
         flip=settings.synthesis_flip,
         schedule=settings.synthesis_schedule,
@@ -1726,8 +1727,8 @@ def synthesizer(
     )
 
 
-def measured(
-    settings: Any,  # a `Synthesis`
+def measured_statistics(
+    settings: Any,  # a `SynthesisSettings`
     teacher: 'Teacher',  # where to measure
 ) -> 'Statistics | None':  # None: BatchNorm's own are read
     "Feature statistics of some real training images, where the recipe says so."
@@ -1743,13 +1744,13 @@ def measured(
     )
 
 # %% ../../nbs/lab/20_runs.ipynb #124ed451
-def dream_part(
+def synthesize_shard(
     run: Run,  # keeps the history, saves, knows when to stop
     maker: 'DeepInversion',  # seeded for this part
     part: int,  # which part of the whole
     targets: 'torch.Tensor',  # int64 `(n,)`: what to show
     spent: Callable[[], float],  # seconds so far
-    goals: 'torch.Tensor | None' = None,  # wished activations, `(n, D)`
+    target_embeddings: 'torch.Tensor | None' = None,  # wished activations, `(n, D)`
 ) -> 'ImageSet':  # finished
     """Some batches of images; their losses go to the history.
 
@@ -1779,7 +1780,7 @@ def dream_part(
     return maker.synthesize(
         len(targets),
         targets,
-        goals=goals,
+        target_embeddings=target_embeddings,
         checkpoint=run.folder / 'parts' / f'{part:05}.pt',
         callback=callback,
         every=every,
@@ -1792,8 +1793,8 @@ def dream_part(
 PART = 4096
 
 
-def wishes(
-    settings: Any,  # a `Synthesis`
+def recipe_classes(
+    settings: Any,  # a `SynthesisSettings`
     classes: int,  # of the teacher
 ) -> 'torch.Tensor':  # int64 `(images,)`
     "What every image shall show."
@@ -1807,8 +1808,8 @@ def wishes(
     )
 
 
-def shares(
-    settings: Any,  # a `Synthesis`
+def shards(
+    settings: Any,  # a `SynthesisSettings`
 ) -> list[tuple[slice, bool]]:  # which images, and whether they are made at full size alone
     """The parts in which images are made.
 
@@ -1824,7 +1825,7 @@ def shares(
 
 
 def drawn_goals(
-    run: Run,  # with settings of `Synthesis`
+    run: Run,  # with settings of `SynthesisSettings`
     teacher: 'Teacher',  # whose activations
 ) -> tuple[
     'torch.Tensor', 'torch.Tensor', dict[str, Any]
@@ -1857,14 +1858,14 @@ def drawn_goals(
         }
 
     numbers = run.phase('metadata', measure)
-    goals, labels, _ = Metadata.load(path, teacher).sample(
+    target_embeddings, labels, _ = Metadata.load(path, teacher).sample(
         settings.images, torch.Generator().manual_seed(settings.seed)
     )
-    return goals, labels, numbers
+    return target_embeddings, labels, numbers
 
 
-def dream(
-    run: Run,  # with settings of `Synthesis`
+def synthesize_images(
+    run: Run,  # with settings of `SynthesisSettings`
     teacher: 'Teacher',  # whose dreams
 ) -> 'ImageSet':  # as many as the recipe says, kept in images.safetensors
     """Synthesize part after part; a part that is done is a file, one that is not is a
@@ -1875,33 +1876,33 @@ def dream(
     settings = run.settings
     path = run.folder / 'images.safetensors'
     folder = run.folder / 'parts'
-    targets, goals, more = wishes(settings, teacher.domain.num_classes), None, {}
+    targets, target_embeddings, more = recipe_classes(settings, teacher.domain.num_classes), None, {}
     if settings.goal_weight:
-        from dfkd_nb.dreams.metadata import goal_term
+        from dfkd_nb.dreams.metadata import embedding_term
 
-        goals, targets, _ = drawn_goals(run, teacher)
+        target_embeddings, targets, _ = drawn_goals(run, teacher)
         more = {
             'embedding': 'classifier',
-            'terms': {'goal': (settings.goal_weight, goal_term)},
+            'terms': {'goal': (settings.goal_weight, embedding_term)},
         }
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         import torch
 
-        for part, (place, single) in enumerate(shares(settings)):
+        for part, (place, single) in enumerate(shards(settings)):
             finished = folder / f'{part:05}.safetensors'
             if finished.is_file():
                 continue
-            maker = synthesizer(
+            maker = build_inversion(
                 settings, teacher, run.device, settings.seed + part, single, **more
             )
-            dream_part(
+            synthesize_shard(
                 run,
                 maker,
                 part,
                 targets[place],
                 spent,
-                None if goals is None else goals[place],
+                None if target_embeddings is None else target_embeddings[place],
             ).save(finished)
             finished.with_suffix('.pt').unlink()
         sets = [ImageSet.load(part) for part in sorted(folder.glob('*.safetensors'))]
@@ -1940,9 +1941,9 @@ def train_teacher(
     seed_everything(settings.seed)
     model = build_model(settings.model, train.domain.num_classes, train.domain.channels)
     steps = max(1, round(settings.epochs * len(train) / settings.batch_size))
-    distiller = Distiller(None, model, train, steps=steps, **learning(settings, run.device))
+    distiller = Distiller(None, model, train, steps=steps, **training_arguments(settings, run.device))
     about = {'model': settings.model, 'domain': train.domain.name}
-    numbers = learn(run, 'training', distiller, test, about)
+    numbers = train_student(run, 'training', distiller, test, about)
     return numbers | {
         'parameters': count_parameters(model),
         'training_images': len(train),
@@ -1980,7 +1981,7 @@ def describe_images(
     return numbers | {'r_feature': sum(distances) / len(distances)}
 
 # %% ../../nbs/lab/20_runs.ipynb #c68e89a5
-def covered(
+def coverage_metrics(
     images: 'ImageSet',  # a pool
     test: 'ImageSet',  # real images
     teacher: 'Teacher',  # in whose embedding to measure
@@ -1988,13 +1989,13 @@ def covered(
 ) -> dict[
     str, float
 ]:  # 'precision', 'recall', 'coverage' and 'area', by the real images' own
-    "What a pool covers of real images: see `precision_recall`, `coverage` and `spread`."
+    "What a pool covers of real images: see `precision_recall`, `coverage` and `enclosed_area`."
     import torch
     from dfkd_nb.dreams.competition import (
         coverage,
         precision_recall,
         principal_plane,
-        spread,
+        enclosed_area,
     )
 
     # a test set may be files
@@ -2008,7 +2009,7 @@ def covered(
         'precision': precision,
         'recall': recall,
         'coverage': coverage(real, made),
-        'area': spread(made, plane) / spread(real, plane),
+        'area': enclosed_area(made, plane) / enclosed_area(real, plane),
     }
 
 # %% ../../nbs/lab/20_runs.ipynb #b0258f44
@@ -2081,20 +2082,20 @@ def run_images(
     recipe, _, wanted = name.removeprefix('run:').partition('/')
     path = root / recipe / (wanted or scale) / 'images.safetensors'
     if not name.startswith('run:'):
-        raise problem(f"images_from is '{name}': write 'run:RECIPE'")
+        raise DFKDError(f"images_from is '{name}': write 'run:RECIPE'")
     if not path.is_file():
-        raise problem(
+        raise DFKDError(
             f'no images at {path}: make them with `dfkd run {recipe} --scale'
             f' {wanted or scale}`'
         )
     found = ImageSet.load(path)
     if len(found) < count:
-        raise problem(f'{path} holds {len(found)} images: set images to that or less')
+        raise DFKDError(f'{path} holds {len(found)} images: set images to that or less')
     return found.subset(count)
 
 # %% ../../nbs/lab/20_runs.ipynb #ccd22ee3
-def pool(
-    run: Run,  # with settings of `Synthesis`
+def training_images(
+    run: Run,  # with settings of `SynthesisSettings`
     teacher: 'Teacher',  # whose dreams, and who judges
 ) -> tuple['ImageSet', dict[str, Any]]:  # images, and what can be said of them
     "Dreams or real images, as the recipe says, with their picture."
@@ -2102,7 +2103,7 @@ def pool(
     if settings.source == 'real':
         images = real_images(settings.real_data, 'train', settings.images, run.device)
         if len(images) < settings.images:
-            raise problem(
+            raise DFKDError(
                 f"'{settings.real_data}' has {len(images)} training images: set images to"
                 ' that or less'
             )
@@ -2111,7 +2112,7 @@ def pool(
             run.device
         )
     else:
-        images = dream(run, teacher).to(run.device)
+        images = synthesize_images(run, teacher).to(run.device)
 
     def describe(
         state: dict[str, Any] | None, spent: Callable[[], float]
@@ -2119,13 +2120,13 @@ def pool(
         numbers = describe_images(images, teacher)
         if settings.source == 'real' or not settings.goal_weight:
             return numbers
-        from dfkd_nb.dreams.metadata import goal_distance
+        from dfkd_nb.dreams.metadata import embedding_distance
 
-        goals, _, about = drawn_goals(run, teacher)
+        target_embeddings, _, about = drawn_goals(run, teacher)
         return (
             numbers
             | about
-            | {'goal_distance': float(goal_distance(teacher, images.images, goals).mean())}
+            | {'goal_distance': float(embedding_distance(teacher, images.images, target_embeddings).mean())}
         )
 
     numbers = run.phase('inspection', describe)
@@ -2140,7 +2141,7 @@ def verified(
     """What other networks see in the images, each at its own size (the instrument is
     Chapter 19's `verify`, which also gives intervals).
     """
-    from dfkd_nb.foundations.data import fit
+    from dfkd_nb.foundations.data import resize_images
 
     found = {}
     for name in (name.strip() for name in run.settings.verifiers.split(',')):
@@ -2151,7 +2152,7 @@ def verified(
             assert labels is not None
             right += int(
                 (
-                    network.predict(fit(batch, network.domain), 100).argmax(1).cpu()
+                    network.predict(resize_images(batch, network.domain), 100).argmax(1).cpu()
                     == labels.cpu()
                 ).sum()
             )
@@ -2167,7 +2168,7 @@ def dream_images(
     from dfkd_nb.foundations.distillation import evaluate
 
     teacher = open_teacher(run.settings.teacher, run.root, run.scale).to(run.device)
-    images, numbers = pool(run, teacher)
+    images, numbers = training_images(run, teacher)
     if run.settings.verifiers:
         numbers = numbers | run.phase(
             'verification', lambda state, spent: verified(run, images)
@@ -2206,7 +2207,7 @@ class Rounds:
             if settings.competition_weight
             else None
         )
-        maker = synthesizer(settings, teacher, run.device, settings.seed, terms=term)
+        maker = build_inversion(settings, teacher, run.device, settings.seed, terms=term)
         self.per_round = settings.images // settings.rounds
         self.game = Competition(
             maker,
@@ -2297,18 +2298,18 @@ def fresh_student(
     teacher: 'Teacher',  # whose classes, and perhaps whose blocks
 ) -> 'torch.nn.Module':  # on the CPU
     "The student of a recipe, as it is before its first update."
-    from dfkd_nb.foundations.models import build_model, inherit
+    from dfkd_nb.foundations.models import build_model, copy_blocks_from_teacher
 
     student = build_model(
         settings.student, teacher.domain.num_classes, teacher.domain.channels
     )
     if settings.student_start == "teacher's blocks":
-        inherit(student, teacher)
+        copy_blocks_from_teacher(student, teacher)
     return student
 
 # %% ../../nbs/lab/20_runs.ipynb #2095dd19
-def graded(
-    learned: dict[str, Any],  # what `learn` says of the student
+def student_metrics(
+    learned: dict[str, Any],  # what `train_student` says of the student
     teacher: 'Teacher',  # who taught
     student: 'torch.nn.Module',  # at the end
     test: 'ImageSet',  # real images
@@ -2342,12 +2343,12 @@ def check_transfer(
     if settings.rounds > 1 and (
         settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'
     ):
-        raise problem(
+        raise DFKDError(
             'rounds answer to a student that learns from its teacher, by dreams without'
             ' metadata: set rounds to 1'
         )
     if settings.images % settings.rounds:
-        raise problem(
+        raise DFKDError(
             f'{settings.images} images in {settings.rounds} rounds: make images a multiple'
             ' of rounds'
         )
@@ -2372,7 +2373,7 @@ def transfer(
     images, numbers = (
         (GrowingPool(teacher.domain, device=run.device, saves_images=False), {})
         if in_rounds
-        else pool(run, teacher)
+        else training_images(run, teacher)
     )
     seed_everything(settings.seed)
     student = fresh_student(settings, teacher)
@@ -2387,10 +2388,10 @@ def transfer(
         images,
         steps=settings.updates,
         **lesson,
-        **learning(settings, run.device),
+        **training_arguments(settings, run.device),
     )
     turns = Rounds(run, teacher, distiller) if in_rounds else None
-    learned = learn(
+    learned = train_student(
         run,
         'distillation',
         distiller,
@@ -2409,6 +2410,6 @@ def transfer(
         )
 
     numbers = numbers | run.phase(
-        'coverage', lambda state, spent: covered(shown(), test, teacher)
+        'coverage', lambda state, spent: coverage_metrics(shown(), test, teacher)
     )
-    return numbers | graded(learned, teacher, student, test, settings.temperature)
+    return numbers | student_metrics(learned, teacher, student, test, settings.temperature)
