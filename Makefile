@@ -66,11 +66,11 @@ export: dev       ## notebooks -> package
 readme: dev       ## nbs/index.ipynb -> README.md
 	$(BIN)/python tools/readme.py
 
-run: dev          ## execute notebooks and store their outputs: make run NB=nbs/dreams/05_priors.ipynb (default: all)
+run: dev          ## execute notebooks and store their outputs: make run NB=nbs/dreams/03_priors.ipynb (default: all)
 	$(BIN)/python tools/run_nbs.py $(NB)
 
 results: dev      ## the chapters that show results, again, after a run has left a new one
-	$(BIN)/python tools/run_nbs.py nbs/lab/21_results.ipynb nbs/lab/24_methods.ipynb
+	$(BIN)/python tools/run_nbs.py nbs/lab/21_results.ipynb nbs/lab/22_methods.ipynb
 
 # --- publishing ---------------------------------------------------------------------------------------------------
 site: dev         ## the site in _site, with Quarto where it is installed, else in pure Python

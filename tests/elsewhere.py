@@ -12,8 +12,8 @@ import types
 from pathlib import Path
 
 import torch
-from dfkd_nb.foundations import core
-from dfkd_nb.foundations.data import load_data
+from dfkd_nb.toolbox import core
+from dfkd_nb.toolbox.data import load_data
 from dfkd_nb.lab.runs import Recipe, Run
 from test_applications import TASKS, timed_once
 from test_methods import DIFFERENT, tiny

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_nb.foundations.core import DFKDError, DFKDWarning, load_tensors
-from dfkd_nb.foundations.data import Domain, ImageSet
-from dfkd_nb.foundations.models import (
+from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors
+from dfkd_nb.toolbox.data import Domain, ImageSet
+from dfkd_nb.toolbox.models import (
     Teacher,
     check_network,
     classifier_layer,
@@ -378,7 +378,10 @@ def test_weights_and_blocks_pass_through_wrappers(tmp_path: Path) -> None:
                 v.equal(net.state_dict()[name]) for name, v in other.state_dict().items()
             )
             assert other[0].weight.data_ptr() != net[0].weight.data_ptr()
-    assert copy_blocks_from_teacher(plain(1).double(), net) == 1.0 and count_parameters(net) > 0
+    assert (
+        copy_blocks_from_teacher(plain(1).double(), net) == 1.0
+        and count_parameters(net) > 0
+    )
 
 
 # --- the right layer ----------------------------------------------------------------------

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dfkd_nb.foundations.core import DFKDError, load_tensors
-from dfkd_nb.foundations.data import DOMAINS, ImageSet, load_data
-from dfkd_nb.foundations.models import load_teacher
+from dfkd_nb.toolbox.core import DFKDError, load_tensors
+from dfkd_nb.toolbox.data import DOMAINS, ImageSet, load_data
+from dfkd_nb.toolbox.models import load_teacher
 from dfkd_nb.lab.applications import application_images
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped, read_history
 from cases import each
@@ -114,7 +114,9 @@ def some_run(root: Path, seed: int = 0) -> SimpleNamespace:
 
 def test_supply_by_run_by_name_and_static(root: Path) -> None:
     teacher = load_teacher('cifar10-resnet20')
-    of_run = application_images(some_run(root), teacher, 'run:digits-transfer-deepinversion', 8)
+    of_run = application_images(
+        some_run(root), teacher, 'run:digits-transfer-deepinversion', 8
+    )
     assert of_run.images.shape == (8, 3, 32, 32) and of_run.images.dtype == torch.uint8, (
         'grey 8 x 8 becomes what the teacher takes'
     )
@@ -156,7 +158,9 @@ def test_supply_says_what_is_missing(
     root: Path, source: str, count: int, message: str
 ) -> None:
     with pytest.raises(DFKDError, match=message):
-        application_images(some_run(root), SimpleNamespace(domain=DOMAINS['digits']), source, count)
+        application_images(
+            some_run(root), SimpleNamespace(domain=DOMAINS['digits']), source, count
+        )
 
 
 def untimed(numbers: object) -> object:

@@ -31,10 +31,10 @@ from dfkd_nb.dreams.competition import (
 )
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import ImageSet
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from cases import each
 from tiny import DIGITS, network
 
@@ -288,7 +288,9 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
     assert contest.finished and contest.done == 14 and len(contest.pool) == 18
     assert torch.bincount(contest.pool.labels, minlength=10).tolist() == [2] * 8 + [1, 1]
     fresh = ImageSet(contest.pool.images[:6], contest.pool.labels[:6], DIGITS)
-    known = float((predict_logits(teacher, fresh, DIGITS).argmax(1) == fresh.labels).float().mean())
+    known = float(
+        (predict_logits(teacher, fresh, DIGITS).argmax(1) == fresh.labels).float().mean()
+    )
     assert contest.history[0]['teacher_fresh'] == known
 
 

@@ -38,9 +38,9 @@ from dfkd_nb.applications.continual import (
     replay_generator,
     wider_domain,
 )
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import DOMAINS, Augment, ImageFiles, ImageSet
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import DOMAINS, Augment, ImageFiles, ImageSet
+from dfkd_nb.toolbox.models import Teacher, build_model
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped
 from cases import each
 
@@ -645,7 +645,9 @@ def test_sets_are_found_by_the_names_of_their_classes():
         first_class_of(NEW.classes, all_of_them),
     ) == (0, 3)
     assert renumber_labels(pictures(NEW, 4), all_of_them).labels.tolist() == [3, 4, 3, 4]
-    assert concatenate([pictures(OLD, 3), pictures(NEW, 2)], all_of_them).labels.tolist() == [
+    assert concatenate(
+        [pictures(OLD, 3), pictures(NEW, 2)], all_of_them
+    ).labels.tolist() == [
         0,
         1,
         2,
@@ -726,8 +728,12 @@ def test_what_stands_for_old_images_is_what_the_method_says(teacher):
 
 def test_a_generator_paints_the_same_from_the_same_seed(teacher):
     maker = replay_generator(teacher, latent_size=8, width=4, batch_size=8, device='cpu')
-    assert torch.equal(generated_images(maker, 7, 3).images, generated_images(maker, 7, 3).images)
-    assert not torch.equal(generated_images(maker, 7, 3).images, generated_images(maker, 7, 4).images)
+    assert torch.equal(
+        generated_images(maker, 7, 3).images, generated_images(maker, 7, 3).images
+    )
+    assert not torch.equal(
+        generated_images(maker, 7, 3).images, generated_images(maker, 7, 4).images
+    )
 
 
 class Table(nn.Module):
@@ -753,7 +759,9 @@ def test_measures_by_hand():
     assert found.crossed == ((0.5, 0.5), (0.25, 0.75))
     # told that it is new, the third image's even zeros name the first class
     assert found.within[1] == 0.75
-    only_old = task_accuracies(Table(), wider_domain(OLD, NEW.classes), {'old': tests['old']})
+    only_old = task_accuracies(
+        Table(), wider_domain(OLD, NEW.classes), {'old': tests['old']}
+    )
     # what is put elsewhere belongs to no set that is looked at
     assert only_old.crossed == ((0.5,),)
     with pytest.raises(DFKDError, match='are not among'):
@@ -762,7 +770,9 @@ def test_measures_by_hand():
 
 def test_forgetting_is_the_fall_from_the_best():
     def step(**accuracy):
-        return TaskAccuracies(tuple(accuracy), tuple(accuracy.values()), tuple(accuracy.values()), ())
+        return TaskAccuracies(
+            tuple(accuracy), tuple(accuracy.values()), tuple(accuracy.values()), ()
+        )
 
     lost = forgetting([step(a=0.9), step(a=0.95, b=0.8), step(a=0.7, b=0.85, c=0.6)])
     assert lost == pytest.approx({'a': 0.25, 'b': -0.05})

@@ -13,10 +13,10 @@ from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.statistics import fuse_statistics
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import Augment, Domain
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.contrastive import (
     PRESETS,
     ContrastiveSynthesizer,

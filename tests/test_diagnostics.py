@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfkd_nb.foundations.core import DFKDError, import_torchvision
-from dfkd_nb.foundations.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
+from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
 from dfkd_nb.foundations.distillation import wilson
-from dfkd_nb.foundations.models import Teacher, build_model, save_weights
+from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
 from dfkd_nb.lab import diagnostics as d
 from tiny import DIGITS, used
 
@@ -103,7 +103,10 @@ def test_a_witness_may_have_its_own_size_channels_and_normalisation():
     wanted = judge(other.normalize(resize_images(images.images, other)))
     assert torch.allclose(seen.logits, wanted, atol=1e-5)
     assert resize_images(images.images, other).shape == (5, 3, 12, 12)
-    assert 0 <= resize_images(images.images, other).min() and resize_images(images.images, other).max() <= 1
+    assert (
+        0 <= resize_images(images.images, other).min()
+        and resize_images(images.images, other).max() <= 1
+    )
 
 
 def test_what_was_seen_is_not_looked_at_twice(teacher):
@@ -212,8 +215,12 @@ def test_the_distance_of_clouds_is_that_of_torchmetrics(n, m, size):
     metric.update(x, real=True)
     metric.update(y, real=False)
     # its eigenvalues are the less exact ones
-    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(metric.compute().item(), rel=1e-3)
-    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(sum(d.frechet_distance_squared(y, x)), rel=1e-9)
+    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(
+        metric.compute().item(), rel=1e-3
+    )
+    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(
+        sum(d.frechet_distance_squared(y, x)), rel=1e-9
+    )
     assert sum(d.frechet_distance_squared(x, x)) == pytest.approx(0, abs=1e-9)
 
 

@@ -36,9 +36,9 @@ from dfkd_nb.dreams.statistics import (
     find_layers,
     fuse_statistics,
 )
-from dfkd_nb.foundations.core import DFKDError
-from dfkd_nb.foundations.data import DOMAINS, ImageSet
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.data import DOMAINS, ImageSet
+from dfkd_nb.toolbox.models import Teacher
 from cases import each
 
 quick = settings(max_examples=15, deadline=None)
@@ -184,7 +184,9 @@ def test_jitter_reaches_every_offset():
 def test_the_class_loss_is_the_cross_entropy():
     logits, targets = 3 * noise((4, 5)).double(), torch.tensor([0, 4, 2, 2])
     expected = -logits.log_softmax(1)[range(4), targets].mean()
-    assert torch.allclose(class_loss(LossInputs(noise((4, 1, 2, 2)), logits, targets)), expected)
+    assert torch.allclose(
+        class_loss(LossInputs(noise((4, 1, 2, 2)), logits, targets)), expected
+    )
 
 
 def test_clipping_is_in_place_leaves_the_graph_alone_and_is_the_nearest_point():
@@ -422,7 +424,9 @@ def test_statistics_of_another_network_are_refused():
         statistics.distance(watch.moments)
     with pytest.raises(DFKDError, match='belong to another network'):
         statistics.distance({name: (torch.zeros(9), torch.zeros(9)) for name in statistics})
-    inputs = LossInputs(noise((2, 3, 8, 8)), torch.zeros(2, 10), torch.zeros(2, dtype=torch.long))
+    inputs = LossInputs(
+        noise((2, 3, 8, 8)), torch.zeros(2, 10), torch.zeros(2, dtype=torch.long)
+    )
     with pytest.raises(DFKDError, match='no features'):
         feature_term(statistics)(inputs)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     autocast,
     load_checkpoint,
@@ -26,9 +26,9 @@ from dfkd_nb.foundations.core import (
     save_checkpoint,
     seed_everything,
 )
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, load_data, read_folder
+from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data, read_folder
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import (
+from dfkd_nb.toolbox.models import (
     Teacher,
     build_model,
     load_teacher,
@@ -437,7 +437,7 @@ def test_a_teacher_with_foreign_weights(fails):
 
 
 def test_missing_data(fails, monkeypatch):
-    from dfkd_nb.foundations.core import import_torchvision
+    from dfkd_nb.toolbox.core import import_torchvision
 
     def offline(*arguments, **keywords):
         raise OSError('Network is unreachable')

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dfkd_nb.foundations import core, data
-from dfkd_nb.foundations.core import DFKDError
-from dfkd_nb.foundations.data import DOMAINS, Augment, Domain, ImageFiles, ImageSet
+from dfkd_nb.toolbox import core, data
+from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, ImageFiles, ImageSet
 from cases import each
 
 CIFAR = DOMAINS['cifar10']
@@ -189,8 +189,8 @@ def test_everything_plain_comes_back(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from dfkd_nb.foundations import core
-from dfkd_nb.foundations.data import DOMAINS, ImageSet
+from dfkd_nb.toolbox import core
+from dfkd_nb.toolbox.data import DOMAINS, ImageSet
 folder = Path(sys.argv[1])
 writers = {
     'c.pt': lambda p, n: core.save_checkpoint(p, {'x': torch.zeros(n)}),
@@ -243,7 +243,7 @@ KILLED = """
 import itertools, os, signal, sys, time
 from pathlib import Path
 import torch
-from dfkd_nb.foundations.core import load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 path = Path(sys.argv[1])
 for number in range(6):
     path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     load_checkpoint,
     load_tensors,
@@ -25,7 +25,7 @@ from dfkd_nb.foundations.core import (
     save_tensors,
     seed_everything,
 )
-from dfkd_nb.foundations.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
+from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
 from dfkd_nb.foundations.distillation import (
     Distiller,
     as_source,
@@ -36,7 +36,7 @@ from dfkd_nb.foundations.distillation import (
     soften,
     train,
 )
-from dfkd_nb.foundations.models import (
+from dfkd_nb.toolbox.models import (
     MODELS,
     CifarBlock,
     CifarResNet,
@@ -721,7 +721,9 @@ def test_inheriting_leaves_what_has_no_partner() -> None:
     share = copy_blocks_from_teacher(small, Teacher(large, DOMAINS['cifar10']))
     assert 0.99 < share < 1 and small.get_parameter('fc.weight').equal(before)
     with pytest.raises(DFKDError, match='no part of .* begin from random weights'):
-        copy_blocks_from_teacher(build_model('digits-net', 10, 1), build_model('mobilenetv2'))
+        copy_blocks_from_teacher(
+            build_model('digits-net', 10, 1), build_model('mobilenetv2')
+        )
 
 
 def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:

@@ -15,15 +15,15 @@ from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     import_torchvision,
     load_checkpoint,
     save_checkpoint,
 )
-from dfkd_nb.foundations.data import Augment, Domain
+from dfkd_nb.toolbox.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller, DrawnImages
-from dfkd_nb.foundations.models import Teacher, count_parameters, load_teacher
+from dfkd_nb.toolbox.models import Teacher, count_parameters, load_teacher
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import (
     DISTANCES,

@@ -20,10 +20,10 @@ from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool, predict_logits
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
-from dfkd_nb.foundations.core import DFKDError, DFKDWarning
-from dfkd_nb.foundations.data import Augment, Domain, ImageSet
+from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
+from dfkd_nb.toolbox.data import Augment, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller, evaluate
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
@@ -135,7 +135,8 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
     model = network(5)
     assert evaluate(double(model), data) == evaluate(model, data)
     torch.testing.assert_close(
-        predict_logits(double(model), data, DIGITS).float(), predict_logits(model, data, DIGITS)
+        predict_logits(double(model), data, DIGITS).float(),
+        predict_logits(model, data, DIGITS),
     )
     assert (
         fidelity(teacher, double(model), data)['agreement']

@@ -27,11 +27,11 @@ from dfkd_nb.dreams.inversion import (
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
-from dfkd_nb.foundations.core import same_device
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import Domain, ImageSet
+from dfkd_nb.toolbox.core import same_device
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import Domain, ImageSet
 from dfkd_nb.foundations.distillation import learning_rate_at
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.models import Teacher, build_model
 from cases import each
 from tiny import DIGITS, used
 
@@ -147,13 +147,19 @@ def test_the_rate_follows_its_schedule_in_every_stage(teacher):
 
 def test_presets_differ_in_weights_alone(teacher):
     a, b, c = (
-        make(teacher, **deepinversion_preset(m)).settings for m in ('noise', 'deepdream', 'deepinversion')
+        make(teacher, **deepinversion_preset(m)).settings
+        for m in ('noise', 'deepdream', 'deepinversion')
     )
     assert all(
         k.startswith('weight of ') for k in a if a[k] != c.get(k) or b.get(k) != c.get(k)
     )
     assert make(teacher, **deepinversion_preset('noise')).names == ['total', 'class']
-    assert make(teacher, **deepinversion_preset('deepdream')).names == ['total', 'class', 'tv_l2', 'l2']
+    assert make(teacher, **deepinversion_preset('deepdream')).names == [
+        'total',
+        'class',
+        'tv_l2',
+        'l2',
+    ]
 
 
 def test_the_teacher_is_not_changed(teacher):
@@ -213,7 +219,11 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(
     'settings',
-    [{}, {'stages': [(4, 5), (8, 7)]}, {'schedule': 'cosine', **deepinversion_preset('noise')}],
+    [
+        {},
+        {'stages': [(4, 5), (8, 7)]},
+        {'schedule': 'cosine', **deepinversion_preset('noise')},
+    ],
     ids=['plain', 'stages', 'noise'],
 )
 def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, settings):
@@ -250,7 +260,7 @@ sys.path.insert(0, {os.path.dirname(__file__)!r})
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 from test_inversion import make, network, DIGITS
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 def callback(now):
     if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
 make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, every=1, save_every=0.)
@@ -735,7 +745,9 @@ def test_a_compiled_update_is_the_update(teacher, monkeypatch):
         'batch_size': 6,
         'student': build_model('digits-net', 10, 1),
     }
-    quick |= {'terms': {'rival': (0.1, lambda inputs: inputs.student_logits.square().mean())}}
+    quick |= {
+        'terms': {'rival': (0.1, lambda inputs: inputs.student_logits.square().mean())}
+    }
     compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
     for maker in (compiled, eager):
         maker.synthesize(6, every=1)
@@ -863,7 +875,8 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
 
     def noisy(inputs):
         return (
-            inputs.x * (torch.rand_like(inputs.x) + random.random() + float(np.random.rand()))
+            inputs.x
+            * (torch.rand_like(inputs.x) + random.random() + float(np.random.rand()))
         ).mean()
 
     def maker():

@@ -19,8 +19,8 @@ from dfkd_nb.dreams.inversion import (
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, Watch, feature_term
-from dfkd_nb.foundations.core import DFKDError
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.models import Teacher, build_model
 
 
 @pytest.fixture(scope='module')
@@ -162,19 +162,29 @@ def test_goals_pull(teacher):
 @pytest.mark.parametrize('goals', [torch.zeros(3, 8), torch.zeros(4)])
 def test_goals_of_the_wrong_shape_are_refused(teacher, target_embeddings):
     with pytest.raises(DFKDError, match='one vector an image'):
-        make(teacher, embedding='classifier').synthesize(4, target_embeddings=target_embeddings)
+        make(teacher, embedding='classifier').synthesize(
+            4, target_embeddings=target_embeddings
+        )
 
 
 def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
     path = tmp_path / 'dream.pt'
     quick = dict(embedding='classifier', batch_size=4)
     make(teacher, **quick).synthesize(
-        8, target_embeddings=torch.zeros(8, 8), checkpoint=path, callback=lambda now: True, every=3
+        8,
+        target_embeddings=torch.zeros(8, 8),
+        checkpoint=path,
+        callback=lambda now: True,
+        every=3,
     )
     with pytest.raises(DFKDError, match='goals'):
-        make(teacher, **quick).synthesize(8, target_embeddings=torch.ones(8, 8), checkpoint=path)
+        make(teacher, **quick).synthesize(
+            8, target_embeddings=torch.ones(8, 8), checkpoint=path
+        )
     whole = make(teacher, **quick).synthesize(8, target_embeddings=torch.zeros(8, 8))
-    rest = make(teacher, **quick).synthesize(8, target_embeddings=torch.zeros(8, 8), checkpoint=path)
+    rest = make(teacher, **quick).synthesize(
+        8, target_embeddings=torch.zeros(8, 8), checkpoint=path
+    )
     assert torch.equal(whole.images, rest.images)
 
 
@@ -191,7 +201,11 @@ def priced(model, x):
     with torch.no_grad(), Watch(model) as watch:
         logits = model(x)
     inputs = LossInputs(x, logits, torch.zeros(len(x)), watch.moments)
-    return logits, feature_term(statistics)(inputs), relative_feature_term(statistics)(inputs)
+    return (
+        logits,
+        feature_term(statistics)(inputs),
+        relative_feature_term(statistics)(inputs),
+    )
 
 
 def test_changed_units_change_the_absolute_distance_and_not_the_relative_one():

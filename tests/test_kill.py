@@ -119,7 +119,10 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'cmi': ('digits-cmi', PAINTED),
     'fast': ('digits-fast-5', PAINTED),
     'ssd-kd': ('digits-ssd-kd-10', PAINTED | {'pool_size': 60}),
-    'scenes painted': ('scenes-segmentation', SEGMENTATION_DOMAINS | {'arms': 'noise, dreams, replay'}),
+    'scenes painted': (
+        'scenes-segmentation',
+        SEGMENTATION_DOMAINS | {'arms': 'noise, dreams, replay'},
+    ),
     'pruning': (
         'digits-pruning',
         PRUNED | {'shares': '0.3', 'sources': 'static=noise, real=digits'},
@@ -182,7 +185,7 @@ def ended(child: int, seconds: float) -> int | None:
 
 def where(folder: Path) -> str:
     "What the killed process was doing, as far as its folder tells."
-    from dfkd_nb.foundations.core import load_checkpoint
+    from dfkd_nb.toolbox.core import load_checkpoint
 
     if list(folder.glob('**/.*.tmp')):
         return 'writing a file'
@@ -236,8 +239,8 @@ def prepare(root: Path) -> None:
     "What the runs take from others: a network that has seen something, and images."
     import torch
 
-    from dfkd_nb.foundations.data import load_data
-    from dfkd_nb.foundations.models import build_model, save_weights
+    from dfkd_nb.toolbox.data import load_data
+    from dfkd_nb.toolbox.models import build_model, save_weights
     from tiny import stirred
 
     torch.manual_seed(0)
@@ -320,7 +323,7 @@ def main(words: list[str]) -> int:
     import sklearn.datasets  # noqa: F401
     import torch
 
-    from dfkd_nb.foundations.core import import_torchvision
+    from dfkd_nb.toolbox.core import import_torchvision
     from dfkd_nb.lab import applications, methods  # noqa: F401
 
     import_torchvision()

@@ -13,22 +13,28 @@ from torch import nn
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     import_torchvision,
     load_checkpoint,
     save_checkpoint,
 )
-from dfkd_nb.foundations.data import Domain
+from dfkd_nb.toolbox.data import Domain
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.generators import (
     Alternation,
     GeneratorSynthesizer,
     Generator,
     Pixels,
 )
-from dfkd_nb.generators.meta import META, MetaSynthesizer, adapt, meta_gradients, fast_preset
+from dfkd_nb.generators.meta import (
+    META,
+    MetaSynthesizer,
+    adapt,
+    meta_gradients,
+    fast_preset,
+)
 from cases import each
 from tiny import DIGITS, used
 

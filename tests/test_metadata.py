@@ -28,10 +28,10 @@ from dfkd_nb.dreams.metadata import (
     traverse_component,
 )
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.core import DFKDError, load_tensors, save_tensors
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, data_root, load_data
+from dfkd_nb.toolbox.core import DFKDError, load_tensors, save_tensors
+from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, data_root, load_data
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.models import Teacher, build_model
 from cases import each
 from tiny import DIGITS, used
 
@@ -164,7 +164,9 @@ def test_any_network_with_a_linear_head(name, domain, width):
     assert found.centroids.shape == (2, width)
     target_embeddings, labels, _ = found.sample(4)
     assert labels.tolist() == [0, 1, 0, 1]
-    made = ActivationMatching(teacher, found, steps=2, **CPU).seek(target_embeddings, labels)
+    made = ActivationMatching(teacher, found, steps=2, **CPU).seek(
+        target_embeddings, labels
+    )
     assert made.images.shape == (4, *domain.shape) and torch.equal(made.labels, labels)
 
 
@@ -365,7 +367,13 @@ def test_the_goal_s_gradient_is_exact():
 
     def price(e):
         return embedding_term(
-            LossInputs(x, torch.zeros(3, 2), torch.zeros(3).long(), embedding=e, target_embeddings=target_embeddings)
+            LossInputs(
+                x,
+                torch.zeros(3, 2),
+                torch.zeros(3).long(),
+                embedding=e,
+                target_embeddings=target_embeddings,
+            )
         )
 
     assert torch.autograd.gradcheck(price, embedding.requires_grad_())
@@ -379,7 +387,13 @@ def test_a_goal_that_nobody_gave():
         embedding_term(LossInputs(x, logits, labels, embedding=torch.zeros(2, 3)))
     with pytest.raises(DFKDError, match='same layer'):
         embedding_term(
-            LossInputs(x, logits, labels, embedding=torch.zeros(2, 3), target_embeddings=torch.zeros(2, 4))
+            LossInputs(
+                x,
+                logits,
+                labels,
+                embedding=torch.zeros(2, 3),
+                target_embeddings=torch.zeros(2, 4),
+            )
         )
 
 
@@ -388,7 +402,9 @@ def test_goals_are_reached(teacher, metadata):
     near = [
         embedding_distance(
             teacher,
-            ActivationMatching(teacher, metadata, steps=steps, **CPU).seek(target_embeddings, labels).images,
+            ActivationMatching(teacher, metadata, steps=steps, **CPU)
+            .seek(target_embeddings, labels)
+            .images,
             target_embeddings,
         ).mean()
         for steps in (1, 60)
@@ -398,7 +414,9 @@ def test_goals_are_reached(teacher, metadata):
 
 def test_batches_keep_goals_and_labels_together(teacher, metadata):
     target_embeddings, labels, _ = metadata.sample(10)
-    made = ActivationMatching(teacher, metadata, steps=60, batch_size=4, **CPU).seek(target_embeddings, labels)
+    made = ActivationMatching(teacher, metadata, steps=60, batch_size=4, **CPU).seek(
+        target_embeddings, labels
+    )
     assert torch.equal(made.labels, labels)
     own = embedding_distance(teacher, made.images, target_embeddings)
     swapped = embedding_distance(teacher, made.images, target_embeddings.roll(1, 0))
@@ -414,7 +432,9 @@ def test_images_can_start_elsewhere(teacher, metadata, digits):
     # a step of 0.01 * 0.25 * 255
     assert (made.images.int() - first.int()).abs().max() <= 1
     with pytest.raises(DFKDError, match='3 images to start from'):
-        ActivationMatching(teacher, metadata, steps=1, **CPU).seek(target_embeddings, labels, first[:3])
+        ActivationMatching(teacher, metadata, steps=1, **CPU).seek(
+            target_embeddings, labels, first[:3]
+        )
     with pytest.raises(DFKDError, match='use one stage'):
         ActivationMatching(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
             target_embeddings, labels, first
@@ -439,7 +459,10 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
             'one goal an image',
         ),
         (lambda: traverse_component(seeker, metadata, []), 'give one or more of 0 to'),
-        (lambda: traverse_component(seeker, metadata, [len(metadata)]), 'give one or more of 0 to'),
+        (
+            lambda: traverse_component(seeker, metadata, [len(metadata)]),
+            'give one or more of 0 to',
+        ),
     ):
         with pytest.raises(DFKDError, match=message) as error:
             mistake()
@@ -448,8 +471,11 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
 
 def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):
     target_embeddings, labels, _ = metadata.sample(8)
+
     def make():
-        return ActivationMatching(teacher, metadata, 'book', steps=6, batch_size=4, jitter=1, **CPU)
+        return ActivationMatching(
+            teacher, metadata, 'book', steps=6, batch_size=4, jitter=1, **CPU
+        )
 
     whole = make().synthesize(8, labels, target_embeddings=target_embeddings)
     make().synthesize(
@@ -460,10 +486,14 @@ def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):
         callback=lambda now: (now.batch, now.step) == (1, 3),
         every=3,
     )
-    rest = make().synthesize(8, labels, target_embeddings=target_embeddings, checkpoint=tmp_path / 'c.pt')
+    rest = make().synthesize(
+        8, labels, target_embeddings=target_embeddings, checkpoint=tmp_path / 'c.pt'
+    )
     assert torch.equal(whole.images, rest.images)
     with pytest.raises(DFKDError, match='goals'):
-        make().synthesize(8, labels, target_embeddings=target_embeddings + 1, checkpoint=tmp_path / 'c.pt')
+        make().synthesize(
+            8, labels, target_embeddings=target_embeddings + 1, checkpoint=tmp_path / 'c.pt'
+        )
 
 
 def test_the_front_door(teacher, metadata):
@@ -491,7 +521,11 @@ def test_the_paper_asks_for_the_goal_alone(teacher, metadata):
 
 def test_further_terms_join(teacher, metadata):
     seeker = ActivationMatching(
-        teacher, metadata, steps=2, terms={'dark': (1.0, lambda inputs: inputs.x.mean())}, **CPU
+        teacher,
+        metadata,
+        steps=2,
+        terms={'dark': (1.0, lambda inputs: inputs.x.mean())},
+        **CPU,
     )
     target_embeddings, labels, _ = metadata.sample(2)
     seeker.seek(target_embeddings, labels)
@@ -555,7 +589,8 @@ def test_clusters_of_one_image_name_their_members(teacher, digits):
     loose = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=1)
     safe = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=6)
     told = [
-        membership_report(teacher, found, inside, outside)['auc_centroid'] for found in (loose, safe)
+        membership_report(teacher, found, inside, outside)['auc_centroid']
+        for found in (loose, safe)
     ]
     assert loose.counts.min() < 6 <= safe.counts.min()
     assert told[0] > told[1]
@@ -577,7 +612,9 @@ def test_components_name_their_members(teacher, digits):
 
 def test_nobody_is_suspect_among_equals(teacher, digits, metadata):
     images = digits.subset(300)
-    assert abs(membership_report(teacher, metadata, images, images)['auc_rest'] - 0.5) < 1e-6
+    assert (
+        abs(membership_report(teacher, metadata, images, images)['auc_rest'] - 0.5) < 1e-6
+    )
 
 
 def test_suspicion_stays_within_the_class(metadata):

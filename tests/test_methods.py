@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_nb.foundations.core import DFKDError, load_tensors
-from dfkd_nb.foundations.data import ImageSet
+from dfkd_nb.toolbox.core import DFKDError, load_tensors
+from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.lab.runs import (
     ELSEWHERE,
     Recipe,

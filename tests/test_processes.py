@@ -95,8 +95,8 @@ def main(root: Path) -> None:
     import torch
 
     from dfkd_nb.dreams import inversion  # noqa: F401
-    from dfkd_nb.foundations.core import import_torchvision
-    from dfkd_nb.foundations.models import build_model, save_weights
+    from dfkd_nb.toolbox.core import import_torchvision
+    from dfkd_nb.toolbox.models import build_model, save_weights
     from tiny import stirred
     from dfkd_nb.lab import commands  # noqa: F401
 
@@ -166,7 +166,7 @@ def test_two_processes_make_the_images_of_one(made):
 
 
 def test_and_the_table_of_one(made):
-    from dfkd_nb.foundations.data import read_parquet
+    from dfkd_nb.toolbox.data import read_parquet
 
     root, latents, _ = made
     assert latents['parquet'] == [0, 0]

@@ -44,10 +44,10 @@ from dfkd_nb.applications.pruning import (
     fraction_recovered,
 )
 from dfkd_nb.applications.quantization import to_integers, quantize
-from dfkd_nb.foundations.core import DFKDError, DFKDWarning, load_tensors, save_tensors
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors, save_tensors
+from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import Teacher, build_model, load_teacher
+from dfkd_nb.toolbox.models import Teacher, build_model, load_teacher
 from dfkd_nb.lab.runs import Recipe, Run
 from cases import each
 

@@ -29,7 +29,7 @@ from dfkd_nb.applications.quantization import (
     unpack_int4,
 )
 from dfkd_nb.applications import quantization
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
     import_torchvision,
@@ -37,9 +37,9 @@ from dfkd_nb.foundations.core import (
     load_tensors,
     save_checkpoint,
 )
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
 from dfkd_nb.foundations.distillation import evaluate
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.models import Teacher, build_model
 from cases import each
 
 pytest.importorskip('torchao')
@@ -179,7 +179,9 @@ def test_weights_of_a_channel_by_hand(teacher, four):
         * (bn.weight / (bn.running_var + bn.eps).sqrt())[:, None, None, None]
     )
     step = folded.abs().amax((1, 2, 3)) / 7.5
-    stored = [v for v in to_integers(four).state_dict().values() if v.dtype == torch.int8][1]
+    stored = [v for v in to_integers(four).state_dict().values() if v.dtype == torch.int8][
+        1
+    ]
     expected = (folded / step[:, None, None, None]).round().clamp(-8, 7)
     # ties may fall either way
     assert (stored - expected).abs().max() <= 1 and (
@@ -203,7 +205,9 @@ def test_without_images_the_range_is_batchnorms(teacher):
     """
     bn = teacher.model[1]
     high = input_ranges(
-        ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 8, ranges='extremes'), draws=1024)
+        ranges_from_batchnorm(
+            QuantizedNetwork(teacher, DIGITS, 8, ranges='extremes'), draws=1024
+        )
     )['3'][1]
     assert (bn.bias + 2.5 * bn.weight).max() < high < (bn.bias + 6 * bn.weight).max()
 
@@ -230,7 +234,8 @@ def test_a_new_calibration_forgets_the_old_one(teacher, ranges):
     calibrate(twice, images)
     assert_same(twice, once)
     assert_same(
-        ranges_from_batchnorm(twice), ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 4, ranges=ranges))
+        ranges_from_batchnorm(twice),
+        ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 4, ranges=ranges)),
     )
     # its steps are learned from now on
     finetune_quantized(teacher, twice, images, steps=1, learning_rate=1e-9).run()
@@ -351,7 +356,7 @@ def test_foreign_files(teacher, four, tmp_path):
     save_integers(tmp_path / 'a.safetensors', to_integers(four))
     with pytest.raises(DFKDError, match='another architecture'):
         load_integers(tmp_path / 'a.safetensors', network(channels=7), DIGITS)
-    from dfkd_nb.foundations.models import save_weights
+    from dfkd_nb.toolbox.models import save_weights
 
     save_weights(tmp_path / 'b.safetensors', network())
     with pytest.raises(DFKDError, match='holds no quantised network'):
@@ -360,7 +365,9 @@ def test_foreign_files(teacher, four, tmp_path):
 
 def test_mending_lowers_the_loss_and_keeps_the_marks(teacher):
     dull = quantize(teacher, pictures(64), 3)
-    distiller = finetune_quantized(teacher, dull, pictures(64), steps=60, learning_rate=1e-3)
+    distiller = finetune_quantized(
+        teacher, dull, pictures(64), steps=60, learning_rate=1e-3
+    )
     distiller.run(every=20)
     assert distiller.history[-1]['loss'] < distiller.history[0]['loss']
     assert len(layer_inputs(dull, pictures(16), rounded=True)['3'].unique()) <= 8
@@ -482,12 +489,20 @@ def test_what_cannot_be_quantised(teacher, four):
             lambda: QuantizedNetwork(teacher, DIGITS)(torch.zeros(1, 1, 8, 8)),
             'does not know its ranges',
         ),
-        (lambda: to_integers(QuantizedNetwork(teacher, DIGITS)), 'does not know its ranges'),
         (
-            lambda: finetune_quantized(teacher, QuantizedNetwork(teacher, DIGITS), pictures(4)),
+            lambda: to_integers(QuantizedNetwork(teacher, DIGITS)),
             'does not know its ranges',
         ),
-        (lambda: compile_x86(to_integers(four), pictures(4)), 'no kernels for weights of 4 bits'),
+        (
+            lambda: finetune_quantized(
+                teacher, QuantizedNetwork(teacher, DIGITS), pictures(4)
+            ),
+            'does not know its ranges',
+        ),
+        (
+            lambda: compile_x86(to_integers(four), pictures(4)),
+            'no kernels for weights of 4 bits',
+        ),
     ]
     for work, message in cases:
         with pytest.raises(DFKDError, match=message) as caught:
@@ -509,7 +524,9 @@ def test_an_assertion_without_text_says_where(teacher, monkeypatch):
 
 def test_the_teacher_stays_as_it_was(teacher):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    finetune_quantized(teacher, quantize(teacher, pictures(64), 4), pictures(64), steps=3).run()
+    finetune_quantized(
+        teacher, quantize(teacher, pictures(64), 4), pictures(64), steps=3
+    ).run()
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert not any(p.requires_grad for p in teacher.parameters())
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.foundations.data import Augment, ImageSet
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import Augment, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.generators import Alternation, Generator, GeneratorSynthesizer
 from dfkd_nb.generators.replay import (
     ReplayPool,
@@ -498,7 +498,9 @@ def test_the_term_weighs_the_teachers_own_class():
     assert torch.autograd.grad(through, logits)[0].norm() > slope.norm(), (
         'raising the confidence pays twice'
     )
-    plain = modulated_class_term(pool, 2.0, difficulty=False, diversity=False)(inputs(logits))
+    plain = modulated_class_term(pool, 2.0, difficulty=False, diversity=False)(
+        inputs(logits)
+    )
     torch.testing.assert_close(plain, F.cross_entropy(logits, classes))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from dfkd_nb.foundations.core import DFKDError
+from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.lab.results import (
     METHODS,
     best_cells,
@@ -120,7 +120,9 @@ def left(tmp_path):
 def test_every_figure_stands_once_and_is_an_accuracy():
     keys = [(f.paper, f.table, f.pair, f.method) for f in paper_figures()]
     assert len(set(keys)) == len(keys) == 258
-    assert all(20 < f.accuracy < 96 and f.method in {*METHODS, 'teacher'} for f in paper_figures())
+    assert all(
+        20 < f.accuracy < 96 and f.method in {*METHODS, 'teacher'} for f in paper_figures()
+    )
     assert all(
         0 < hours < 310
         for f in paper_figures()
@@ -195,7 +197,9 @@ def test_ssd_kds_table_says_what_its_text_says():
 
 
 def test_papers_quote_each_other_faithfully_but_once():
-    first = {(f.pair, f.method): f.accuracy for f in paper_figures() if f.paper == 'FastDFKD'}
+    first = {
+        (f.pair, f.method): f.accuracy for f in paper_figures() if f.paper == 'FastDFKD'
+    }
     odd = [
         (f.pair, f.method)
         for f in paper_figures()
@@ -334,7 +338,10 @@ def test_other_runs_stand_apart():
 def test_methods_of_ones_own_have_a_place():
     runs = [made_up(method='mine', pair='digits'), made_up(method='dafl', pair='digits')]
     assert [c.method for c in comparison(runs)] == ['dafl', 'mine']
-    assert [row['method'] for row in accuracy_matrix(comparison(runs), 'digits')] == ['DAFL', 'mine']
+    assert [row['method'] for row in accuracy_matrix(comparison(runs), 'digits')] == [
+        'DAFL',
+        'mine',
+    ]
     assert 'mine' in results_text(runs) and published('digits', 'mine') is None
 
 
@@ -515,7 +522,10 @@ def test_numbers_that_are_older_carry_a_sign_and_the_table_a_sentence():
             cells, table
         )
     assert 'older' not in sections(comparison([new]))
-    grid = {row['method']: row['WRN-40-2 → WRN-16-1'] for row in accuracy_matrix(cells, 'cifar10')}
+    grid = {
+        row['method']: row['WRN-40-2 → WRN-16-1']
+        for row in accuracy_matrix(cells, 'cifar10')
+    }
     assert grid['Fast-5'] == '80.00† / *88.90*' and '†' not in grid['DAFL']
     assert (
         detail_of(old)['accuracy, %'] == '80.00†'

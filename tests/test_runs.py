@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
 )
-from dfkd_nb.foundations import distillation, models
-from dfkd_nb.foundations.core import PRECISIONS as CORE_PRECISIONS
+from dfkd_nb.toolbox import distillation, models
+from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.lab import runs
 from dfkd_nb.lab.runs import (
     PRECISIONS,
@@ -751,7 +751,7 @@ def test_a_pool_is_measured_against_real_images(taught):
 
 
 def test_labels_of_another_order_are_refused(taught):
-    from dfkd_nb.foundations.data import DOMAINS, ImageSet
+    from dfkd_nb.toolbox.data import DOMAINS, ImageSet
 
     cifar = DOMAINS['cifar10']
     other = dataclasses.replace(cifar, name='other', classes=cifar.classes[::-1])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dfkd_nb.foundations.core import DFKDError, DFKDWarning, RandomStreams, same_device
-from dfkd_nb.foundations.data import DOMAINS, Domain, ImageSet, load_data
+from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, RandomStreams, same_device
+from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
 from dfkd_nb.foundations.distillation import (
     Distiller,
     as_source,
@@ -24,7 +24,7 @@ from dfkd_nb.foundations.distillation import (
     learning_rate_at,
     train,
 )
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.models import Teacher, build_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset

@@ -17,10 +17,10 @@ from PIL import Image
 
 from dfkd_nb.applications import segmentation as seg
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.core import DFKDError, import_torchvision, load_tensors
-from dfkd_nb.foundations.data import Augment, ImageSet, data_root
+from dfkd_nb.toolbox.core import DFKDError, import_torchvision, load_tensors
+from dfkd_nb.toolbox.data import Augment, ImageSet, data_root
 from dfkd_nb.foundations.distillation import distillation_loss
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.generators import balance_term
 from cases import each
 
@@ -411,9 +411,9 @@ def test_balance_counts_pixels_as_a_classifiers_counts_images():
         seg.segmentation_balance_term(inputs(logits)),
         balance_term(inputs(logits.movedim(1, -1).reshape(-1, 6))),
     )
-    assert float(seg.segmentation_balance_term(inputs(torch.zeros(2, 6, 4, 5)))) == pytest.approx(
-        -math.log(6), abs=1e-6
-    )
+    assert float(
+        seg.segmentation_balance_term(inputs(torch.zeros(2, 6, 4, 5)))
+    ) == pytest.approx(-math.log(6), abs=1e-6)
 
 
 def race(teacher, replay=0, **maker):
@@ -455,7 +455,8 @@ def test_a_race_goes_on_to_the_same_bits(teacher, replay):
     )
     assert (
         torch.equal(
-            whole.pool.labels, seg.dominant_class(teacher.predict(whole.pool.images).argmax(1), 6)
+            whole.pool.labels,
+            seg.dominant_class(teacher.predict(whole.pool.images).argmax(1), 6),
         )
         or not replay
     )
@@ -505,7 +506,8 @@ def test_a_layout_is_dreamed(teacher, scenes):
         return float((teacher.predict(some.images).argmax(1) == masks).float().mean())
 
     first, last = (
-        seg.synthesize_from_masks(teacher, masks, steps=steps, device='cpu') for steps in (1, 50)
+        seg.synthesize_from_masks(teacher, masks, steps=steps, device='cpu')
+        for steps in (1, 50)
     )
     assert seen(last) > max(seen(first) + 0.1, 0.7) and torch.equal(last.masks, masks)
     with pytest.raises(DFKDError, match='give one number a pixel'):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.models import Teacher
+from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.lab.methods import GenerativeSettings, build_synthesizer, build_pool
 from dfkd_nb.lab.runs import (
     TrainingSettings,
@@ -75,7 +75,12 @@ def test_a_student_learns_as_the_recipe_says() -> None:
     # of the run, not of the student
     names = own(TrainingSettings, 'evaluations', 'test_data', 'test_limit')
     assert (
-        ignored(TrainingSettings, TrainingSettings(), names, lambda settings: repr(training_arguments(settings, CPU)))
+        ignored(
+            TrainingSettings,
+            TrainingSettings(),
+            names,
+            lambda settings: repr(training_arguments(settings, CPU)),
+        )
         == []
     )
 
@@ -109,8 +114,15 @@ def test_dreams_are_made_as_the_recipe_says(
     }
     # real images; a size too small here
     elsewhere |= {'measured_images', 'measured_data', 'quarter_size_steps'}
-    elsewhere |= {name for name in own(SynthesisSettings) if name.startswith(('metadata', 'goal'))}
-    assert ignored(SynthesisSettings, TransferSettings(), own(SynthesisSettings, *elsewhere), made) == []
+    elsewhere |= {
+        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'goal'))
+    }
+    assert (
+        ignored(
+            SynthesisSettings, TransferSettings(), own(SynthesisSettings, *elsewhere), made
+        )
+        == []
+    )
 
 
 def known_of(pool: Any) -> tuple[Any, ...]:
@@ -121,7 +133,9 @@ def known_of(pool: Any) -> tuple[Any, ...]:
 @pytest.mark.parametrize('kind', ['meta', 'contrastive'])
 def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> None:
     student, logits = network(1), 3 * torch.eye(10)[:4]
-    inputs = LossInputs(torch.zeros(4, 1, 8, 8), logits, logits.argmax(1), student_logits=-logits)
+    inputs = LossInputs(
+        torch.zeros(4, 1, 8, 8), logits, logits.argmax(1), student_logits=-logits
+    )
 
     def made(settings: GenerativeSettings) -> tuple[Any, ...]:
         pool = build_pool(settings, teacher, student, CPU)
@@ -166,7 +180,11 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
     )
     names = own(
         GenerativeSettings,
-        *(name for name in own(TrainingSettings) if name not in ('padding', 'flip', 'seed')),
+        *(
+            name
+            for name in own(TrainingSettings)
+            if name not in ('padding', 'flip', 'seed')
+        ),
     )
     # of the run
     names -= {
@@ -191,7 +209,9 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
 def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
     few = {'images': 5, 'classes': 'spread'}
     assert recipe_classes(SynthesisSettings(**few), 100).tolist() == [0, 20, 40, 60, 80]
-    assert recipe_classes(SynthesisSettings(**few | {'classes': 'in turn'}), 100).tolist() == [
+    assert recipe_classes(
+        SynthesisSettings(**few | {'classes': 'in turn'}), 100
+    ).tolist() == [
         0,
         1,
         2,

@@ -331,7 +331,7 @@ def test_commands_and_printed_columns_are_marked() -> None:
 
 
 def test_pages_lose_the_number_of_their_notebook() -> None:
-    assert url(PurePosixPath('dreams/05_priors.ipynb')) == PurePosixPath(
+    assert url(PurePosixPath('dreams/03_priors.ipynb')) == PurePosixPath(
         'dreams/priors.html'
     )
     assert url(PurePosixPath('index.ipynb')) == PurePosixPath('index.html')

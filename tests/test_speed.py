@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfkd_nb.dreams.statistics import batchnorm_layers
-from dfkd_nb.foundations.core import DFKDError
-from dfkd_nb.foundations.data import DOMAINS
-from dfkd_nb.foundations.models import Teacher, build_model
+from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.data import DOMAINS
+from dfkd_nb.toolbox.models import Teacher, build_model
 from dfkd_nb.generators.generators import Generator
 from dfkd_nb.lab import speed
 from dfkd_nb.lab.speed import (
@@ -48,7 +48,8 @@ def rounds(teacher):
     student = build_model('resnet8')
     latents = torch.randn(6, 32)
     return [
-        make_round(way, teacher, student, generator, latents, 2) for way in SYNTHESIS_VARIANTS
+        make_round(way, teacher, student, generator, latents, 2)
+        for way in SYNTHESIS_VARIANTS
     ]
 
 
@@ -58,7 +59,9 @@ def lessons(teacher):
     pictures = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
     student = build_model('resnet8')
     return [
-        DistillationUpdate(way, teacher, student, pictures) for way in DISTILLATION_VARIANTS if way != 'compiled'
+        DistillationUpdate(way, teacher, student, pictures)
+        for way in DISTILLATION_VARIANTS
+        if way != 'compiled'
     ]
 
 

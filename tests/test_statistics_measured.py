@@ -18,7 +18,7 @@ from dfkd_nb.dreams.statistics import (
     feature_term,
     running_feature_term,
 )
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     DFKDError,
     load_checkpoint,
     save_checkpoint,
@@ -190,7 +190,9 @@ def test_the_gradient_at_the_pixels_is_that_of_finite_differences():
     def price(x):
         with Watch(net) as watch:
             logits = net(x)
-        return term(LossInputs(x, logits, torch.zeros(len(x), dtype=torch.long), watch.moments))
+        return term(
+            LossInputs(x, logits, torch.zeros(len(x), dtype=torch.long), watch.moments)
+        )
 
     for seed in range(3):
         x = noise(2, 2, 6, 5, seed=seed).requires_grad_()

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dfkd_nb.foundations.data import DOMAINS, Domain
+from dfkd_nb.toolbox.data import DOMAINS, Domain
 
 DIGITS = DOMAINS['digits']
 

@@ -1,6 +1,6 @@
 """Execute notebooks from top to bottom and store their outputs, without the noise a second run would change.
 
-    python tools/run_nbs.py nbs/dreams/05_priors.ipynb ...      # leaves `#| slow` and `#| gpu` cells as they are
+    python tools/run_nbs.py nbs/dreams/03_priors.ipynb ...      # leaves `#| slow` and `#| gpu` cells as they are
     python tools/run_nbs.py --run slow nbs/...                  # runs the slow ones too
 
 A notebook is written only after all of its cells have run. Cells marked `#| eval: false`, and those behind a flag that

@@ -39,7 +39,7 @@ from dfkd_nb.dreams.competition import (
     enclosed_area,
 )
 from ..dreams.statistics import Statistics, measure_moments
-from dfkd_nb.foundations.core import (
+from dfkd_nb.toolbox.core import (
     COLOURS,
     DFKDError,
     DFKDWarning,
@@ -49,7 +49,7 @@ from dfkd_nb.foundations.core import (
     progress,
     seeded,
 )
-from dfkd_nb.foundations.data import (
+from dfkd_nb.toolbox.data import (
     DOMAINS,
     Domain,
     ImageFiles,
@@ -61,7 +61,7 @@ from dfkd_nb.foundations.data import (
     read_parquet,
 )
 from ..foundations.distillation import wilson
-from ..foundations.models import Teacher, network_inputs, build_model, capture_input
+from ..toolbox.models import Teacher, network_inputs, build_model, capture_input
 from .runs import open_teacher
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #2f1f24ab
@@ -115,10 +115,12 @@ Images = ImageSource | Observations  # every instrument takes either
 
 @torch.no_grad()
 def observe(
-    images: Images,  # any set of images; what this network has seen already is handed back
+    # any set of images; what this network has seen already is handed back
+    images: Images,
     network: Teacher,  # who looks
     batch_size: int = 100,  # images in memory at once
-    layer: str = 'classifier',  # whose input is the embedding: see `capture_input`; '' for none
+    # whose input is the embedding: see `capture_input`; '' for none
+    layer: str = 'classifier',
 ) -> Observations:  # logits and embeddings
     "One pass over the images, batch by batch, at the network's own size and normalisation."
     if isinstance(images, Observations):
@@ -171,7 +173,11 @@ def named_groups(
     images: Images | Mapping[str, Images],  # one set, or several by name
 ) -> dict[str, Images]:  # by name
     "One set is a group called 'dreams'."
-    groups = {'dreams': images} if isinstance(images, (ImageSource, Observations)) else dict(images)
+    groups = (
+        {'dreams': images}
+        if isinstance(images, (ImageSource, Observations))
+        else dict(images)
+    )
     if not groups:
         raise DFKDError('there is no group of images: give at least one')
     return groups
@@ -686,7 +692,10 @@ def frechet_distance(
     most = min(len(b), len(a) // 2)
     sizes = sorted({max(2, round(most / 2**i)) for i in range(5)})
     curve = {
-        n: (sum(frechet_distance_squared(a, shuffled[:n])), sum(frechet_distance_squared(mixed[n:], mixed[:n])))
+        n: (
+            sum(frechet_distance_squared(a, shuffled[:n])),
+            sum(frechet_distance_squared(mixed[n:], mixed[:n])),
+        )
         for n in sizes
     }
     means, covariances = frechet_distance_squared(a, b)
@@ -1049,7 +1058,8 @@ class Difficulty(Finding):
     """
 
     network: str  # who is sure or not
-    values: dict[str, Tensor]  # by group: 1 - p of the class that is named, float64 `(N,)`
+    # by group: 1 - p of the class that is named, float64 `(N,)`
+    values: dict[str, Tensor]
     # by group: divergence of the student from the teacher in nats, `(N,)`; empty without a
     # student
     discrepancy: dict[str, Tensor]
@@ -1254,7 +1264,9 @@ def layer_distances(
         def batches(source: ImageSource = source) -> Iterator[Tensor]:
             for batch, _ in source.batches(batch_size):
                 yield network_inputs(
-                    network, resize_images(batch.to(network.device), network.domain), network.domain
+                    network,
+                    resize_images(batch.to(network.device), network.domain),
+                    network.domain,
                 )
 
         found[name], counts[name] = (
@@ -1411,7 +1423,9 @@ class Report:
         "Write report.json, report.png and report.html."
         files = {
             'report.json': (
-                (json.dumps(json_numbers(self.numbers), indent=1, allow_nan=False) + '\n').encode()
+                (
+                    json.dumps(json_numbers(self.numbers), indent=1, allow_nan=False) + '\n'
+                ).encode()
             ),
             'report.png': encode_figure(self.figure()),
             'report.html': self.html().encode(),

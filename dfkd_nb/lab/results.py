@@ -319,7 +319,9 @@ def published(
     method: str,  # a word of `METHODS`
 ) -> Published | None:  # None where nothing confirmed was printed
     "The papers' figures, each from the first table that has it."
-    rows = [f for f in paper_figures() if (f.pair, f.method) == (pair, method) and f.confirmed]
+    rows = [
+        f for f in paper_figures() if (f.pair, f.method) == (pair, method) and f.confirmed
+    ]
     if not rows:
         return None
 
@@ -571,12 +573,12 @@ def place_labels(
     "Words beside their points, each where the fewest others are."
     scale = ax.figure.dpi / 72
     # in points of the page
-    table_cells = [ax.transData.transform((x, y)) / scale for _, x, y, _ in labels]
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in table_cells]
+    places = [ax.transData.transform((x, y)) / scale for _, x, y, _ in labels]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
     low = ax.transAxes.transform((0, 0)) / scale
     high = ax.transAxes.transform((1, 1)) / scale
     # the last, which are ours, choose first
-    for (text, x, y, colour), (px, py) in reversed(list(zip(labels, table_cells))):
+    for (text, x, y, colour), (px, py) in reversed(list(zip(labels, places))):
         width, boxes = 0.58 * size * len(text) + 2, []
         for dx, dy in (
             (6, -size / 2),
@@ -635,7 +637,7 @@ def draw_points(
     lines.
     """
     import seaborn
-    from dfkd_nb.foundations.core import COLOURS
+    from dfkd_nb.toolbox.core import COLOURS
 
     labels = [
         (METHODS[m].replace('SSD-KD, 10 % data', 'SSD-KD 10 %'), x, y, COLOURS['noise'])
@@ -696,7 +698,7 @@ def draw_scatter(
     1).
     """
     import matplotlib.pyplot as plt
-    from dfkd_nb.foundations.core import book_style
+    from dfkd_nb.toolbox.core import book_style
 
     with book_style():
         figure, axes = plt.subplots(
