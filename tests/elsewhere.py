@@ -12,11 +12,12 @@ import types
 from pathlib import Path
 
 import torch
-from dfkd_nb.toolbox import core
-from dfkd_nb.toolbox.data import load_data
-from dfkd_nb.lab.runs import Recipe, Run
 from test_applications import TASKS, timed_once
 from test_methods import DIFFERENT, tiny
+
+from dfkd_nb.lab.runs import Recipe, Run
+from dfkd_nb.toolbox import core
+from dfkd_nb.toolbox.data import load_data
 
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
     f'digits-{name}': (f'digits-{name}', tiny(name)) for name in DIFFERENT

@@ -18,13 +18,13 @@ from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors
 from dfkd_nb.toolbox.data import Domain, ImageSet
 from dfkd_nb.toolbox.models import (
     Teacher,
+    capture_input,
     check_network,
     classifier_layer,
-    count_parameters,
     copy_blocks_from_teacher,
+    count_parameters,
     load_weights,
     save_weights,
-    capture_input,
     unwrap,
     why_no_hooks,
 )

@@ -8,35 +8,35 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DIGITS, network
 
 from dfkd_nb.dreams.competition import (
     Competition,
     CompetitionToy,
     GrowingPool,
     ToyExplorer,
-    predict_logits,
     competition_loss,
     competition_term,
     coverage,
     density,
     draw_toy,
+    enclosed_area,
     jensen_shannon,
     k_nearest,
     neighbour_distances,
     precision_recall,
+    predict_logits,
     principal_plane,
-    enclosed_area,
 )
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
-from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.models import Teacher
-from cases import each
-from tiny import DIGITS, network
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,31 +19,30 @@ from dfkd_nb.applications.continual import (
     ContinualLoss,
     TaskAccuracies,
     add_classes,
-    classifier_to_extend,
     balanced,
     binary_trainer,
+    classifier_to_extend,
+    concatenate,
     conditional_loss,
     extend_classifier,
-    step_schedule,
     first_class_of,
     forgetting,
-    concatenate,
+    generated_images,
     log_class_mass,
     lwf_mc_loss,
-    task_accuracies,
     memory_loss,
     old_images,
     only_classes,
-    generated_images,
     renumber_labels,
     replay_generator,
+    step_schedule,
+    task_accuracies,
     wider_domain,
 )
+from dfkd_nb.lab.runs import Recipe, Run, RunStopped
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import DOMAINS, Augment, ImageFiles, ImageSet
 from dfkd_nb.toolbox.models import Teacher, build_model
-from dfkd_nb.lab.runs import Recipe, Run, RunStopped
-from cases import each
 
 DIGITS = DOMAINS['digits']
 OLD = replace(DIGITS, classes=('a', 'b', 'c'))

@@ -7,28 +7,28 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.statistics import fuse_statistics
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.contrastive import (
     PRESETS,
     ContrastiveSynthesizer,
     LocalView,
     MemoryBank,
     PooledFeatures,
-    info_nce,
     cmi_preset,
+    info_nce,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
-from cases import each
-from tiny import DIGITS, used
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import Augment, Domain
+from dfkd_nb.toolbox.models import Teacher
 
 
 def network(seed=0, domain=DIGITS, norm=True):

@@ -13,14 +13,14 @@ import warnings
 import pytest
 import torch
 from PIL import Image
+from tiny import DIGITS, used
 from torch import nn
 
+from dfkd_nb.foundations.distillation import wilson
+from dfkd_nb.lab import diagnostics as d
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision
 from dfkd_nb.toolbox.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
-from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
-from dfkd_nb.lab import diagnostics as d
-from tiny import DIGITS, used
 
 
 def network(channels=1, classes=10, norm=True, seed=0):

@@ -8,21 +8,23 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from cases import each
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.dreams.priors import (
-    Objective,
     LossInputs,
+    Objective,
+    _neighbours,
     class_loss,
     clip_to_domain,
     jitter,
     l2_norm,
     l2_term,
     per_image_weight,
-    _neighbours,
     total_variation,
     tv_term,
 )
@@ -39,7 +41,6 @@ from dfkd_nb.dreams.statistics import (
 from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import DOMAINS, ImageSet
 from dfkd_nb.toolbox.models import Teacher
-from cases import each
 
 quick = settings(max_examples=15, deadline=None)
 shapes = st.tuples(

@@ -6,18 +6,23 @@ Every case runs in a folder of its own and compares the folder before and after.
 import json
 import os
 import pickle
-import subprocess
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cases import each
 from PIL import Image
+from tiny import stirred
 from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics
+from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, run_lock
 from dfkd_nb.toolbox.core import (
     DFKDError,
     autocast,
@@ -27,7 +32,6 @@ from dfkd_nb.toolbox.core import (
     seed_everything,
 )
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data, read_folder
-from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.models import (
     Teacher,
     build_model,
@@ -35,10 +39,6 @@ from dfkd_nb.toolbox.models import (
     load_weights,
     save_weights,
 )
-from dfkd_nb.lab.commands import main
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, run_lock
-from tiny import stirred
-from cases import each
 
 TINY = ['--set', 'epochs=1', '--set', 'evaluations=4']
 RUN = ['run', 'digits-teacher', *TINY]

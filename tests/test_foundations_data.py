@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,7 +24,6 @@ from PIL import Image
 from dfkd_nb.toolbox import core, data
 from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, ImageFiles, ImageSet
-from cases import each
 
 CIFAR = DOMAINS['cifar10']
 posix = pytest.mark.skipif(os.name != 'posix', reason='uses POSIX limits and signals')

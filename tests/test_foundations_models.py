@@ -13,19 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    load_checkpoint,
-    load_tensors,
-    save_checkpoint,
-    save_tensors,
-    seed_everything,
-)
-from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
 from dfkd_nb.foundations.distillation import (
     Distiller,
     as_source,
@@ -36,6 +28,15 @@ from dfkd_nb.foundations.distillation import (
     soften,
     train,
 )
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    load_checkpoint,
+    load_tensors,
+    save_checkpoint,
+    save_tensors,
+    seed_everything,
+)
+from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
 from dfkd_nb.toolbox.models import (
     MODELS,
     CifarBlock,
@@ -44,15 +45,14 @@ from dfkd_nb.toolbox.models import (
     WideBlock,
     WideResNet,
     build_model,
+    copy_blocks_from_teacher,
     count_parameters,
     in_eval_mode,
-    copy_blocks_from_teacher,
     load_teacher,
     load_weights,
     save_weights,
     shipped_weights,
 )
-from cases import each
 
 TOY = Domain('toy', (1, 8, 8), (0.5,), (0.5,), ('a', 'b', 'c'))
 

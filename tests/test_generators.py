@@ -9,28 +9,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DIGITS, network
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    import_torchvision,
-    load_checkpoint,
-    save_checkpoint,
-)
-from dfkd_nb.toolbox.data import Augment, Domain
 from dfkd_nb.foundations.distillation import Distiller, DrawnImages
-from dfkd_nb.toolbox.models import Teacher, count_parameters, load_teacher
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import (
     DISTANCES,
     METHODS,
     Alternation,
-    GeneratorSynthesizer,
     Generator,
+    GeneratorSynthesizer,
     Pixels,
     activation_term,
     adversarial_term,
@@ -38,8 +32,14 @@ from dfkd_nb.generators.generators import (
 )
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.replay import ReplayPool
-from cases import each
-from tiny import DIGITS, network
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    import_torchvision,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dfkd_nb.toolbox.data import Augment, Domain
+from dfkd_nb.toolbox.models import Teacher, count_parameters, load_teacher
 
 
 @pytest.fixture(scope='module')

@@ -14,24 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import DIGITS, network, stirred
+from torch import Tensor, nn
+
 from dfkd_nb.applications import continual, segmentation
 from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool, predict_logits
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
-from dfkd_nb.toolbox.data import Augment, Domain, ImageSet
 from dfkd_nb.foundations.distillation import Distiller, evaluate
-from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
 from dfkd_nb.lab.speed import fold_batchnorm
-from tiny import DIGITS, network, stirred
-from torch import Tensor, nn
+from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
+from dfkd_nb.toolbox.data import Augment, Domain, ImageSet
+from dfkd_nb.toolbox.models import Teacher
 
 QUICK: dict[str, Any] = {
     'steps': 3,

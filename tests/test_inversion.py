@@ -13,27 +13,26 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from cases import each
+from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.dreams import inversion
 from dfkd_nb.dreams.inversion import (
     DeepInversion,
     Explorer,
-    FilmStrip,
     FeatureExtractor,
-    target_classes,
+    FilmStrip,
     deepinversion_preset,
     resolution_stages,
+    target_classes,
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
-from dfkd_nb.toolbox.core import same_device
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import Domain, ImageSet
 from dfkd_nb.foundations.distillation import learning_rate_at
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, same_device, save_checkpoint
+from dfkd_nb.toolbox.data import Domain, ImageSet
 from dfkd_nb.toolbox.models import Teacher, build_model
-from cases import each
-from tiny import DIGITS, used
 
 
 def network(channels=1, classes=10, norm=True):

@@ -12,9 +12,9 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import (
     DeepInversion,
-    max_batch_size,
     activation_bytes,
     deepinversion_preset,
+    max_batch_size,
     relative_feature_term,
 )
 from dfkd_nb.dreams.priors import LossInputs
@@ -159,7 +159,7 @@ def test_goals_pull(teacher):
     assert near < far
 
 
-@pytest.mark.parametrize('goals', [torch.zeros(3, 8), torch.zeros(4)])
+@pytest.mark.parametrize('target_embeddings', [torch.zeros(3, 8), torch.zeros(4)])
 def test_goals_of_the_wrong_shape_are_refused(teacher, target_embeddings):
     with pytest.raises(DFKDError, match='one vector an image'):
         make(teacher, embedding='classifier').synthesize(
@@ -177,7 +177,7 @@ def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
         callback=lambda now: True,
         every=3,
     )
-    with pytest.raises(DFKDError, match='goals'):
+    with pytest.raises(DFKDError, match='target_embeddings'):
         make(teacher, **quick).synthesize(
             8, target_embeddings=torch.ones(8, 8), checkpoint=path
         )

@@ -54,7 +54,7 @@ BITS = SMALL | {
     'bits': '4',
 }
 BITS |= {'updates': 40, 'latency_batch': 0}
-SEGMENTATION_DOMAINS = (
+SCENES = (
     SMALL
     | GENERATOR
     | {
@@ -65,7 +65,7 @@ SEGMENTATION_DOMAINS = (
         'batch_size': 8,
     }
 )
-SEGMENTATION_DOMAINS |= {
+SCENES |= {
     'picture': 2,
     'rounds': 5,
     'warmup_rounds': 1,
@@ -95,7 +95,7 @@ CLASSES |= {
 KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'transfer': ('digits-transfer-deepinversion', STUDENT),
     # two students draw from one set
-    'scenes': ('scenes-segmentation', SEGMENTATION_DOMAINS | {'arms': 'labels, real'}),
+    'scenes': ('scenes-segmentation', SCENES | {'arms': 'labels, real'}),
     'dropout': (
         'digits-vanilla',
         SMALL
@@ -121,7 +121,7 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'ssd-kd': ('digits-ssd-kd-10', PAINTED | {'pool_size': 60}),
     'scenes painted': (
         'scenes-segmentation',
-        SEGMENTATION_DOMAINS | {'arms': 'noise, dreams, replay'},
+        SCENES | {'arms': 'noise, dreams, replay'},
     ),
     'pruning': (
         'digits-pruning',
@@ -238,10 +238,10 @@ def differences(one: dict[str, object], other: dict[str, object]) -> list[str]:
 def prepare(root: Path) -> None:
     "What the runs take from others: a network that has seen something, and images."
     import torch
+    from tiny import stirred
 
     from dfkd_nb.toolbox.data import load_data
     from dfkd_nb.toolbox.models import build_model, save_weights
-    from tiny import stirred
 
     torch.manual_seed(0)
     model, about = (
@@ -323,8 +323,8 @@ def main(words: list[str]) -> int:
     import sklearn.datasets  # noqa: F401
     import torch
 
-    from dfkd_nb.toolbox.core import import_torchvision
     from dfkd_nb.lab import applications, methods  # noqa: F401
+    from dfkd_nb.toolbox.core import import_torchvision
 
     import_torchvision()
     import torchmetrics.classification  # noqa: F401

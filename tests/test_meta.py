@@ -6,13 +6,29 @@ import copy
 
 import pytest
 import torch
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics
+from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.generators.generators import (
+    Alternation,
+    Generator,
+    GeneratorSynthesizer,
+    Pixels,
+)
+from dfkd_nb.generators.meta import (
+    META,
+    MetaSynthesizer,
+    adapt,
+    fast_preset,
+    meta_gradients,
+)
 from dfkd_nb.toolbox.core import (
     DFKDError,
     import_torchvision,
@@ -20,23 +36,7 @@ from dfkd_nb.toolbox.core import (
     save_checkpoint,
 )
 from dfkd_nb.toolbox.data import Domain
-from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.models import Teacher
-from dfkd_nb.generators.generators import (
-    Alternation,
-    GeneratorSynthesizer,
-    Generator,
-    Pixels,
-)
-from dfkd_nb.generators.meta import (
-    META,
-    MetaSynthesizer,
-    adapt,
-    meta_gradients,
-    fast_preset,
-)
-from cases import each
-from tiny import DIGITS, used
 
 SHAPE = (1, 8, 8)
 

@@ -6,34 +6,34 @@ import dataclasses
 
 import pytest
 import torch
+from cases import each
+from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.dreams.metadata import (
-    ClusterBrowser,
     ActivationMatching,
+    ClusterBrowser,
     Metadata,
     TraversalStrip,
+    activation_matching_preset,
     cluster_vectors,
     dream_distillation,
     embedding_distance,
-    activation_matching_preset,
     embedding_term,
     membership_auc,
-    nearest_distance_ratio,
-    merge_small,
-    nearest_points,
-    principal_components,
     membership_report,
     membership_score,
+    merge_small,
+    nearest_distance_ratio,
+    nearest_points,
+    principal_components,
     traverse_component,
 )
 from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, data_root, load_data
-from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.models import Teacher, build_model
-from cases import each
-from tiny import DIGITS, used
 
 CPU = {'device': 'cpu'}
 
@@ -490,7 +490,7 @@ def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):
         8, labels, target_embeddings=target_embeddings, checkpoint=tmp_path / 'c.pt'
     )
     assert torch.equal(whole.images, rest.images)
-    with pytest.raises(DFKDError, match='goals'):
+    with pytest.raises(DFKDError, match='target_embeddings'):
         make().synthesize(
             8, labels, target_embeddings=target_embeddings + 1, checkpoint=tmp_path / 'c.pt'
         )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from dfkd_nb.toolbox.core import DFKDError, load_tensors
-from dfkd_nb.toolbox.data import ImageSet
+from cases import each
+
 from dfkd_nb.lab.runs import (
     ELSEWHERE,
     Recipe,
@@ -24,7 +24,8 @@ from dfkd_nb.lab.runs import (
     recipe_names,
     tables,
 )
-from cases import each
+from dfkd_nb.toolbox.core import DFKDError, load_tensors
+from dfkd_nb.toolbox.data import ImageSet
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(
@@ -219,21 +220,21 @@ def test_stopped_and_resumed_and_still_the_same_bits(
         )
 
 
-SEGMENTATION_DOMAINS: dict[str, object] = {
+SCENES: dict[str, object] = {
     'limit': 20,
     'test_limit': 4,
     'teacher_updates': 2,
     'updates': 4,
     'arms': 'labels, real, dreams',
 }
-SEGMENTATION_DOMAINS |= {
+SCENES |= {
     'rounds': 3,
     'warmup_rounds': 1,
     'synthesis_steps': 2,
     'synthesis_batch_size': 4,
     'generator_width': 4,
 }
-SEGMENTATION_DOMAINS |= {'latent_size': 8, 'batch_size': 8, 'evaluations': 1, 'picture': 2}
+SCENES |= {'latent_size': 8, 'batch_size': 8, 'evaluations': 1, 'picture': 2}
 
 
 @pytest.mark.parametrize('name', ['dafl', 'cmi', 'ssd-kd-10', 'scenes'])
@@ -245,7 +246,7 @@ def test_stopped_after_every_phase_and_still_the_same_bytes(
     All that comes later has only files.
     """
     recipe, changes = (
-        ('scenes-segmentation', SEGMENTATION_DOMAINS)
+        ('scenes-segmentation', SCENES)
         if name == 'scenes'
         else (f'digits-{name}', tiny(name))
     )

@@ -4,6 +4,7 @@ do.
 
 import pytest
 import torch
+from cases import each
 from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
@@ -11,7 +12,6 @@ from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision
 from dfkd_nb.toolbox.data import Domain
 from dfkd_nb.toolbox.models import Teacher
-from cases import each
 
 torchvision = import_torchvision()
 

@@ -93,12 +93,12 @@ def workers(
 def main(root: Path) -> None:
     "Every way to the same images; prints exit codes as JSON."
     import torch
+    from tiny import stirred
 
     from dfkd_nb.dreams import inversion  # noqa: F401
+    from dfkd_nb.lab import commands  # noqa: F401
     from dfkd_nb.toolbox.core import import_torchvision
     from dfkd_nb.toolbox.models import build_model, save_weights
-    from tiny import stirred
-    from dfkd_nb.lab import commands  # noqa: F401
 
     import_torchvision()
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,8 +20,8 @@ from torch import nn
 from dfkd_nb.applications import pruning
 from dfkd_nb.applications.pruning import (
     ConvKey,
-    Filters,
     FilterGates,
+    Filters,
     LatencyTable,
     Plan,
     PruningDistiller,
@@ -30,6 +31,7 @@ from dfkd_nb.applications.pruning import (
     export_network,
     filter_importance,
     find_filters,
+    fraction_recovered,
     gate_gradients,
     latencies_in_turn,
     linear_fit,
@@ -41,15 +43,13 @@ from dfkd_nb.applications.pruning import (
     remove_filters,
     removed_filters,
     save_pruned,
-    fraction_recovered,
 )
-from dfkd_nb.applications.quantization import to_integers, quantize
+from dfkd_nb.applications.quantization import quantize, to_integers
+from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.lab.runs import Recipe, Run
 from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors, save_tensors
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.toolbox.models import Teacher, build_model, load_teacher
-from dfkd_nb.lab.runs import Recipe, Run
-from cases import each
 
 DIGITS, CIFAR = DOMAINS['digits'], DOMAINS['cifar10']
 

@@ -7,28 +7,30 @@ import warnings
 
 import pytest
 import torch
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dfkd_nb.applications import quantization
 from dfkd_nb.applications.quantization import (
     QuantizedNetwork,
     calibrate,
     capture_graph,
-    ranges_from_batchnorm,
-    input_ranges,
-    to_integers,
-    layer_inputs,
-    load_integers,
     compile_x86,
     finetune_quantized,
+    input_ranges,
+    layer_inputs,
+    load_integers,
     pack_int4,
     quantize,
+    ranges_from_batchnorm,
     save_integers,
     signal_to_noise,
+    to_integers,
     unpack_int4,
 )
-from dfkd_nb.applications import quantization
+from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -38,9 +40,7 @@ from dfkd_nb.toolbox.core import (
     save_checkpoint,
 )
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.toolbox.models import Teacher, build_model
-from cases import each
 
 pytest.importorskip('torchao')
 DIGITS = DOMAINS['digits']

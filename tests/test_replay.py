@@ -7,16 +7,16 @@ import dataclasses
 import math
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DIGITS
 
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import Augment, ImageSet
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.toolbox.models import Teacher
 from dfkd_nb.generators.generators import Alternation, Generator, GeneratorSynthesizer
 from dfkd_nb.generators.replay import (
     ReplayPool,
@@ -24,14 +24,14 @@ from dfkd_nb.generators.replay import (
     importance_weights,
     modulated_class_term,
     modulation,
-    ssd_kd_preset,
     replay_explorer,
     sampling_probabilities,
     ssd_kd,
+    ssd_kd_preset,
 )
-import tiny
-from cases import each
-from tiny import DIGITS
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import Augment, ImageSet
+from dfkd_nb.toolbox.models import Teacher
 
 
 def network(seed=0):

@@ -11,37 +11,37 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from cases import each
 
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.lab.results import (
     METHODS,
+    accuracy_matrix,
     best_cells,
     comparison,
     detail_of,
     draw_scatter,
     duration,
     markdown_table,
-    accuracy_matrix,
     missing_runs,
     other_rows,
     pair_title,
-    paper_pairs,
     paper_figures,
-    table_cell_of,
-    table_cells,
+    paper_pairs,
     published,
+    repeated_seeds,
     results_command,
     results_text,
     row_of,
-    sections,
     sample_std,
+    sections,
     standard_error,
+    table_cell_of,
+    table_cells,
     teacher_recipe,
     text_table,
-    repeated_seeds,
 )
 from dfkd_nb.lab.runs import REVISION, SCALES, Result, recipe_names, results
-from cases import each
+from dfkd_nb.toolbox.core import DFKDError
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,17 +14,10 @@ import types
 import numpy
 import pytest
 import torch
+from cases import each
 from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    load_checkpoint,
-    load_tensors,
-    save_checkpoint,
-)
-from dfkd_nb.toolbox import distillation, models
-from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.lab import runs
 from dfkd_nb.lab.runs import (
     PRECISIONS,
@@ -39,18 +32,21 @@ from dfkd_nb.lab.runs import (
     TeacherSettings,
     check_settings,
     compared,
+    deterministic,
     environment,
-    run_lock,
     open_teacher,
     parse_assignment,
     read_history,
     recipe_names,
-    deterministic,
     resolved_toml,
     results,
+    run_lock,
     setting,
 )
-from cases import each
+from dfkd_nb.foundations import distillation
+from dfkd_nb.toolbox import models
+from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
 
 TINY = {'epochs': 1.0, 'evaluations': 2}
 

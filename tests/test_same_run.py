@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, RandomStreams, same_device
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
 from dfkd_nb.foundations.distillation import (
     Distiller,
     as_source,
@@ -24,10 +26,9 @@ from dfkd_nb.foundations.distillation import (
     learning_rate_at,
     train,
 )
+from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, RandomStreams, same_device
+from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
 from dfkd_nb.toolbox.models import Teacher, build_model
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 TOY = Domain('toy', (3, 8, 8), (0.5,) * 3, (0.25,) * 3, ('a', 'b', 'c'))
 SHORT: dict[str, Any] = {

@@ -11,18 +11,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from dfkd_nb.applications import segmentation as seg
 from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.foundations.distillation import distillation_loss
+from dfkd_nb.generators.generators import balance_term
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision, load_tensors
 from dfkd_nb.toolbox.data import Augment, ImageSet, data_root
-from dfkd_nb.foundations.distillation import distillation_loss
 from dfkd_nb.toolbox.models import Teacher
-from dfkd_nb.generators.generators import balance_term
-from cases import each
 
 import_torchvision()
 torch.set_num_threads(1)

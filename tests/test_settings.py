@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import DIGITS, network
+
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.toolbox.models import Teacher
-from dfkd_nb.lab.methods import GenerativeSettings, build_synthesizer, build_pool
+from dfkd_nb.lab.methods import GenerativeSettings, build_pool, build_synthesizer
 from dfkd_nb.lab.runs import (
-    TrainingSettings,
     SynthesisSettings,
+    TrainingSettings,
     TransferSettings,
-    training_arguments,
     build_inversion,
     recipe_classes,
+    training_arguments,
 )
-from tiny import DIGITS, network
+from dfkd_nb.toolbox.models import Teacher
 
 CPU = torch.device('cpu')
 

@@ -13,27 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dfkd_nb.dreams.statistics import batchnorm_layers
-from dfkd_nb.toolbox.core import DFKDError
-from dfkd_nb.toolbox.data import DOMAINS
-from dfkd_nb.toolbox.models import Teacher, build_model
 from dfkd_nb.generators.generators import Generator
 from dfkd_nb.lab import speed
 from dfkd_nb.lab.speed import (
     DISTILLATION_VARIANTS,
     SYNTHESIS_VARIANTS,
-    UpsamplingGenerator,
     DistillationUpdate,
+    UpsamplingGenerator,
     bench,
     check_agreement,
     convolve_upsampled,
     describe,
-    upsampling_kernel,
     fold_batchnorm,
     fresh_teacher,
-    make_round,
     interleaved_times,
+    make_round,
     stopwatch,
+    upsampling_kernel,
 )
+from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.data import DOMAINS
+from dfkd_nb.toolbox.models import Teacher, build_model
 
 
 @pytest.fixture(scope='module')

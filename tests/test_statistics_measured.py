@@ -5,10 +5,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from cases import each
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from dfkd_nb.dreams.priors import Objective, LossInputs
+from dfkd_nb.dreams.priors import LossInputs, Objective
 from dfkd_nb.dreams.statistics import (
     RunningStatistics,
     Statistics,
@@ -18,13 +20,7 @@ from dfkd_nb.dreams.statistics import (
     feature_term,
     running_feature_term,
 )
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    load_checkpoint,
-    save_checkpoint,
-    save_tensors,
-)
-from cases import each
+from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint, save_tensors
 
 quick = settings(max_examples=15, deadline=None)
 

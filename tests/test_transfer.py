@@ -15,10 +15,10 @@ from dfkd_nb.applications.transfer import (
     two_schemes,
 )
 from dfkd_nb.dreams.inversion import DeepInversion
+from dfkd_nb.lab.runs import Recipe, shards
 from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
 from dfkd_nb.toolbox.models import Teacher, build_model
-from dfkd_nb.lab.runs import Recipe, shards
 
 FAST = {
     'half_size_steps': 2,

@@ -21,25 +21,25 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.inversion import DeepInversion, deepinversion_preset
-from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
-from ..toolbox.data import Domain, ImageFiles, ImageSet, ImageSource
 from dfkd_nb.foundations.distillation import (
     Distiller,
     Images,
-    full_precision,
     as_source,
     distillation_loss,
-)
-from dfkd_nb.toolbox.models import (
-    Teacher,
-    logits_of,
-    network_inputs,
-    check_network,
-    in_eval_mode,
-    capture_input,
+    full_precision,
 )
 from ..generators.generators import METHODS as GENERATIVE
-from ..generators.generators import GeneratorSynthesizer, Generator
+from ..generators.generators import Generator, GeneratorSynthesizer
+from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
+from ..toolbox.data import Domain, ImageFiles, ImageSet, ImageSource
+from dfkd_nb.toolbox.models import (
+    Teacher,
+    capture_input,
+    check_network,
+    in_eval_mode,
+    logits_of,
+    network_inputs,
+)
 
 # %% ../../nbs/applications/14_continual.ipynb #00310238
 def classifier_to_extend(

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -41,16 +41,15 @@ from dfkd_nb.toolbox.core import (
     load_tensors,
 )
 from ..toolbox.data import DOMAINS, Domain, ImageSource
-from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
 from dfkd_nb.toolbox.models import (
     Teacher,
-    logits_of,
-    weights_dtype,
     build_model,
     count_parameters,
     in_eval_mode,
     load_weights,
+    logits_of,
     save_weights,
+    weights_dtype,
 )
 
 # %% ../../nbs/applications/13_pruning.ipynb #38ee441d

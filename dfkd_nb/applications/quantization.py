@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..foundations.distillation import Distiller, as_source
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -33,8 +34,7 @@ from dfkd_nb.toolbox.core import (
     save_tensors,
 )
 from ..toolbox.data import Domain, ImageSource
-from ..foundations.distillation import Distiller, as_source
-from ..toolbox.models import Teacher, logits_of, in_eval_mode
+from ..toolbox.models import Teacher, in_eval_mode, logits_of
 
 # %% ../../nbs/applications/15_quantization.ipynb #467e9c76
 @contextmanager

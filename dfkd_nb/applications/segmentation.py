@@ -26,7 +26,11 @@ from torch import Tensor, nn
 
 from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
-from ..dreams.priors import Term, LossInputs
+from ..dreams.priors import LossInputs, Term
+from ..foundations.distillation import Distiller, full_precision
+from ..generators import meta
+from ..generators.generators import Alternation, Generator
+from ..generators.replay import ReplayPool
 from dfkd_nb.toolbox.core import (
     DFKDError,
     import_torchvision,
@@ -37,18 +41,14 @@ from dfkd_nb.toolbox.core import (
     seeded,
 )
 from ..toolbox.data import Augment, Domain, ImageSource, _decode, data_root
-from ..foundations.distillation import Distiller, full_precision
 from dfkd_nb.toolbox.models import (
     CifarBlock,
     Teacher,
-    logits_of,
-    network_inputs,
     build_model,
     in_eval_mode,
+    logits_of,
+    network_inputs,
 )
-from ..generators import meta
-from ..generators.generators import Alternation, Generator
-from ..generators.replay import ReplayPool
 
 # %% ../../nbs/applications/16_segmentation.ipynb #a7460c5a
 IGNORED = 255  # in a mask: no class, counts nowhere

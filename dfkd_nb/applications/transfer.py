@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from ..dreams.inversion import DeepInversion
-from ..toolbox.core import DFKDError, seeded
-from ..toolbox.data import Domain, ImageSet, ImageSource
 from dfkd_nb.foundations.distillation import (
     Distiller,
     Images,
-    full_precision,
     as_source,
     evaluate,
+    full_precision,
 )
-from ..toolbox.models import Teacher, logits_of, network_inputs, in_eval_mode
+from ..toolbox.core import DFKDError, seeded
+from ..toolbox.data import Domain, ImageSet, ImageSource
+from ..toolbox.models import Teacher, in_eval_mode, logits_of, network_inputs
 
 # %% ../../nbs/applications/12_transfer.ipynb #49b3e6d4
 def two_schemes(

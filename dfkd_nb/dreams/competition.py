@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .inversion import DeepInversion
-from .priors import Term, LossInputs
+from .priors import LossInputs, Term
+from dfkd_nb.foundations.distillation import (
+    Distiller,
+    distillation_loss,
+    evaluate,
+    full_precision,
+)
 from dfkd_nb.toolbox.core import (
     COLOURS,
     DFKDError,
@@ -38,13 +44,7 @@ from dfkd_nb.toolbox.data import (
     Sampler,
     check_labels_for,
 )
-from dfkd_nb.foundations.distillation import (
-    Distiller,
-    full_precision,
-    distillation_loss,
-    evaluate,
-)
-from ..toolbox.models import logits_of, network_inputs, in_eval_mode
+from ..toolbox.models import in_eval_mode, logits_of, network_inputs
 
 # %% ../../nbs/dreams/06_competition.ipynb #a686eb51
 def jensen_shannon(

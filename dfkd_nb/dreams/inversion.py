@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dfkd_nb.dreams.priors import (
+    LossInputs,
     Objective,
     Term,
-    LossInputs,
     class_loss,
     l2_term,
     per_image_weight,
@@ -44,6 +44,7 @@ from dfkd_nb.dreams.statistics import (
     feature_term,
     fuse_statistics,
 )
+from ..foundations.distillation import learning_rate_at
 from dfkd_nb.toolbox.core import (
     DFKDError,
     RandomStreams,
@@ -55,13 +56,12 @@ from dfkd_nb.toolbox.core import (
     save_checkpoint,
 )
 from ..toolbox.data import Domain, ImageSet
-from ..foundations.distillation import learning_rate_at
 from dfkd_nb.toolbox.models import (
     Teacher,
+    capture_input,
+    classifier_layer,
     logits_of,
     weights_dtype,
-    classifier_layer,
-    capture_input,
 )
 
 # %% ../../nbs/dreams/05_inversion.ipynb #603bd6f0

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .inversion import DeepInversion, ImageBatch, FilmStrip, tile
+from .inversion import DeepInversion, FilmStrip, ImageBatch, tile
 from .priors import LossInputs
 from ..toolbox.core import DFKDError, load_tensors, save_tensors
 from ..toolbox.data import ImageSet, ImageSource, check_labels_for

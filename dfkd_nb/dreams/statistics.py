@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .priors import Term, LossInputs, _exact
+from .priors import LossInputs, Term, _exact
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -33,9 +33,9 @@ from dfkd_nb.toolbox.core import (
 from ..toolbox.data import Domain, ImageSource
 from dfkd_nb.toolbox.models import (
     Teacher,
-    logits_of,
-    is_sealed,
     in_eval_mode,
+    is_sealed,
+    logits_of,
     unwrap,
     why_no_hooks,
 )

@@ -32,11 +32,11 @@ from dfkd_nb.toolbox.core import (
 from ..toolbox.data import Augment, Domain, ImageSet, ImageSource, Sampler, mixup
 from dfkd_nb.toolbox.models import (
     Teacher,
-    logits_of,
-    weights_dtype,
-    network_inputs,
     check_network,
     in_eval_mode,
+    logits_of,
+    network_inputs,
+    weights_dtype,
 )
 
 # %% ../../nbs/foundations/01_distillation.ipynb #14dee959

@@ -23,11 +23,11 @@ from dfkd_nb.dreams.statistics import (
     _Observed,
     batchnorm_layers,
 )
+from ..foundations.distillation import full_precision
+from .generators import GeneratorSynthesizer
 from ..toolbox.core import DFKDError, seeded
 from ..toolbox.data import Augment
-from ..foundations.distillation import full_precision
 from ..toolbox.models import Teacher, _pooled, classifier_layer
-from .generators import GeneratorSynthesizer
 
 # %% ../../nbs/generators/09_contrastive.ipynb #0132337c
 def info_nce(

@@ -19,8 +19,9 @@ from torch.func import functional_call
 
 from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, FeatureExtractor
-from ..dreams.priors import Objective, Term, LossInputs, class_loss, tv_term
+from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
+from ..foundations.distillation import Distiller, full_precision
 from dfkd_nb.toolbox.core import (
     DFKDError,
     RandomStreams,
@@ -30,8 +31,7 @@ from dfkd_nb.toolbox.core import (
     seeded,
 )
 from ..toolbox.data import Augment, Domain, ImageSet
-from ..foundations.distillation import Distiller, full_precision
-from ..toolbox.models import Teacher, logits_of, in_eval_mode
+from ..toolbox.models import Teacher, in_eval_mode, logits_of
 
 # %% ../../nbs/generators/08_generators.ipynb #dd5aa5e4
 class Generator(nn.Module):

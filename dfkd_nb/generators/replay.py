@@ -18,14 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dreams.priors import Term, LossInputs
-from dfkd_nb.toolbox.core import (
-    COLOURS,
-    DFKDError,
-    load_tensors,
-    pick_device,
-    save_tensors,
-)
+from ..dreams.priors import LossInputs, Term
+from ..foundations.distillation import Distiller, full_precision
+from . import meta
+from .generators import DISTANCES, Alternation, student_logits_of
+from ..toolbox.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
 from dfkd_nb.toolbox.data import (
     Domain,
     EpochSampler,
@@ -34,10 +31,7 @@ from dfkd_nb.toolbox.data import (
     Sampler,
     check_labels_for,
 )
-from ..foundations.distillation import Distiller, full_precision
 from ..toolbox.models import Teacher, in_eval_mode
-from . import meta
-from .generators import DISTANCES, Alternation, student_logits_of
 
 # %% ../../nbs/generators/11_replay.ipynb #7f45f39c
 def modulation(

@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfkd_nb.lab.runs import (
-    TrainingSettings,
-    Run,
-    find_data,
-    train_student,
-    training_arguments,
-    open_teacher,
     DFKDError,
+    Run,
+    TrainingSettings,
+    find_data,
+    open_teacher,
     real_images,
     run_images,
     save_picture,
     setting,
     task,
+    train_student,
+    training_arguments,
 )
 
 if TYPE_CHECKING:
     import torch
+
     from dfkd_nb.toolbox.data import Domain, ImageSet
     from dfkd_nb.toolbox.models import Teacher
 
@@ -87,6 +88,7 @@ def application_images(
     Too few, or a run that left none, are a `DFKDError`.
     """
     import torch
+
     from dfkd_nb.toolbox.data import ImageSet
 
     if images_from.startswith('run:'):
@@ -206,6 +208,7 @@ def pruned_start(
 ) -> Path:  # of the smaller network
     "Remove filters, once in the life of a run; the smaller network is kept."
     import copy
+
     from dfkd_nb.applications.pruning import (
         PruningDistiller,
         filter_importance,
@@ -349,14 +352,14 @@ def pruning(
         compare_latencies,
         filter_importance,
         find_filters,
+        fraction_recovered,
         linear_fit,
         load_pruned,
         network_cost,
         rank_agreement,
-        fraction_recovered,
     )
-    from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller, evaluate
+    from dfkd_nb.toolbox.core import seed_everything
 
     settings: PruningSettings = run.settings
     shares, sources, rankings = pruning_words(settings)
@@ -539,9 +542,9 @@ from pathlib import Path
 from dfkd_nb.lab.runs import (
     SCHEDULES,
     SynthesisSettings,
-    synthesize_shard,
     build_inversion,
     recipe_classes,
+    synthesize_shard,
 )
 
 # %% ../../nbs/lab/applications.ipynb #84d51231
@@ -625,8 +628,9 @@ def class_set(
 ) -> 'ImageSet':  # in memory, labels from 0, classes by their names
     "The images of one step."
     import torch
+
     from dfkd_nb.applications.continual import only_classes
-    from dfkd_nb.toolbox.data import ImageSet, data_root, resize_images, load_data
+    from dfkd_nb.toolbox.data import ImageSet, data_root, load_data, resize_images
 
     part = re.fullmatch(r'(.+):(\d+)-(\d+)', name)
     name = part[1] if part else name
@@ -673,9 +677,9 @@ def old_network(
 
     One that is there, or one that is trained first.
     """
+    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.data import DOMAINS
-    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.toolbox.models import Teacher, build_model, load_weights
 
     settings: ContinualSettings = run.settings
@@ -796,6 +800,7 @@ def continual_method(
 ) -> list[dict[str, Any]]:  # one a step, the first of them before any class came
     "One method through all steps."
     import torch
+
     from dfkd_nb.applications.continual import add_classes, concatenate, task_accuracies
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import load_weights
@@ -1031,9 +1036,10 @@ def quantization_source(
 ) -> dict[str, Any]:  # accuracies, and decibels and ranges of the layers
     "One source at one width: calibrated, looked at, mended."
     import torch
+
     from dfkd_nb.applications.quantization import (
-        input_ranges,
         finetune_quantized,
+        input_ranges,
         quantize,
         signal_to_noise,
     )
@@ -1114,16 +1120,18 @@ def quantization_cost(
     """
     from functools import partial
     from tempfile import TemporaryDirectory
+
     import torch
+
     from dfkd_nb.applications.quantization import (
-        to_integers,
         compile_x86,
         quantize,
         save_integers,
+        to_integers,
     )
+    from dfkd_nb.lab.speed import fold_batchnorm, stopwatch
     from dfkd_nb.toolbox.core import DFKDError
     from dfkd_nb.toolbox.models import save_weights
-    from dfkd_nb.lab.speed import fold_batchnorm, stopwatch
 
     settings: QuantizationSettings = run.settings
     about = {
@@ -1198,8 +1206,8 @@ def quantization(
     """A teacher in few bits: calibrated on each source of images, looked at layer by layer,
     mended by distillation; its size and its latency.
     """
-    from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.toolbox.core import seed_everything
 
     settings: QuantizationSettings = run.settings
     widths, sources = quantization_words(settings)
@@ -1326,6 +1334,7 @@ def source_of_scenes(
 ) -> Any:  # images for a student
     "What an arm without a generator learns from."
     import torch
+
     from dfkd_nb.applications.segmentation import (
         SegmentationSet,
         draw_scenes,
@@ -1387,9 +1396,9 @@ def segmentation_arm(
         SegmentationDistiller,
         SegmentationSet,
         build_segmenter,
-        segmentation_statistics,
         mean_iou,
         segmentation_ssd_kd,
+        segmentation_statistics,
     )
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import load_weights
@@ -1501,6 +1510,7 @@ def segmentation_picture(
     images and what the teacher sees in them.
     """
     import matplotlib.pyplot as plt
+
     from dfkd_nb.applications.segmentation import SegmentationSet, colour_masks, show_rows
     from dfkd_nb.toolbox.core import atomic_path
     from dfkd_nb.toolbox.models import Teacher
@@ -1571,10 +1581,10 @@ def segmentation(
         SegmentationDistiller,
         build_segmenter,
         confusion,
-        segmentation_statistics,
         intersection_over_union,
         load_segmentation,
         mean_iou,
+        segmentation_statistics,
     )
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import Teacher, count_parameters, load_weights

@@ -38,26 +38,26 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from dfkd_nb.lab.runs import (
     SCALES,
+    DFKDError,
     Recipe,
     Result,
     Run,
     RunStopped,
     SynthesisSettings,
+    build_inversion,
     check_settings,
     compared,
-    environment,
-    run_lock,
-    mark_outdated,
-    outdated_note,
-    open_teacher,
-    parse_assignment,
-    DFKDError,
-    recipe_names,
     deterministic,
+    environment,
+    mark_outdated,
+    open_teacher,
+    outdated_note,
+    parse_assignment,
+    recipe_classes,
+    recipe_names,
     resolved_toml,
     results,
-    build_inversion,
-    recipe_classes,
+    run_lock,
 )
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
@@ -251,6 +251,7 @@ def print_result(result: Result) -> None:
 # %% ../../nbs/lab/24_commands.ipynb #bf0fab40
 if TYPE_CHECKING:
     import torch
+
     from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.toolbox.data import Domain, ImageSet
     from dfkd_nb.toolbox.models import Teacher
@@ -261,6 +262,7 @@ def read_network(
 ) -> dict[str, 'torch.Tensor']:  # names and weights
     "The weights of a checkpoint, without running any code that is in it."
     import torch
+
     from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors
 
     if str(checkpoint).endswith('.safetensors'):
@@ -721,6 +723,7 @@ def encode_png(
 ) -> bytes:  # a file's content
     "An image as a PNG file."
     import io
+
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -771,6 +774,7 @@ def finish_folder(
     is removed.
     """
     import torch
+
     from dfkd_nb.toolbox.core import atomic_path
     from dfkd_nb.toolbox.data import ImageFiles, read_parquet
 
@@ -819,6 +823,7 @@ def draw_grid(
     are large.
     """
     import matplotlib.pyplot as plt
+
     from dfkd_nb.toolbox.core import atomic_path, show_images
 
     assert images.labels is not None
@@ -1075,6 +1080,7 @@ def request_of(
 ) -> dict[str, Any]:  # plain values
     "All that decides the images' bits, but for the number of threads."
     import hashlib
+
     from dfkd_nb.dreams.inversion import max_batch_size
 
     domain, settings = teacher.domain, inversion_settings(arguments, teacher.domain.size[0])
@@ -1165,6 +1171,7 @@ def fill_folder(
 ) -> int:  # exit code
     "Open the folder, make what is missing, finish it."
     import torch
+
     from dfkd_nb.dreams.inversion import rank_and_world_size
 
     whole, threads, missing = on_first_process(

@@ -33,12 +33,14 @@ from torch import Tensor, nn
 from dfkd_nb.dreams.competition import (
     coverage,
     density,
+    enclosed_area,
     k_nearest,
     precision_recall,
     principal_plane,
-    enclosed_area,
 )
 from ..dreams.statistics import Statistics, measure_moments
+from ..foundations.distillation import wilson
+from .runs import open_teacher
 from dfkd_nb.toolbox.core import (
     COLOURS,
     DFKDError,
@@ -55,14 +57,12 @@ from dfkd_nb.toolbox.data import (
     ImageFiles,
     ImageSet,
     ImageSource,
-    resize_images,
     load_data,
     read_folder,
     read_parquet,
+    resize_images,
 )
-from ..foundations.distillation import wilson
-from ..toolbox.models import Teacher, network_inputs, build_model, capture_input
-from .runs import open_teacher
+from ..toolbox.models import Teacher, build_model, capture_input, network_inputs
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #2f1f24ab
 @dataclass(frozen=True, eq=False)

@@ -13,27 +13,28 @@ from typing import TYPE_CHECKING, Any
 from dfkd_nb.lab.runs import (
     PRECISIONS,
     STARTS,
-    TrainingSettings,
+    DFKDError,
     Run,
+    TrainingSettings,
     coverage_metrics,
     describe_images,
     fresh_student,
-    student_metrics,
-    train_student,
-    training_arguments,
     open_teacher,
-    DFKDError,
     real_images,
     save_picture,
     setting,
+    student_metrics,
     task,
+    train_student,
+    training_arguments,
 )
 
 if TYPE_CHECKING:
     import torch
+
+    from dfkd_nb.generators.generators import GeneratorSynthesizer
     from dfkd_nb.toolbox.data import ImageSource
     from dfkd_nb.toolbox.models import Teacher
-    from dfkd_nb.generators.generators import GeneratorSynthesizer
 
 # %% ../../nbs/lab/22_methods.ipynb #9e6ec449
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ def build_synthesizer(
     device: 'torch.device',  # where to paint
 ) -> 'GeneratorSynthesizer':  # of chapter 8, 9 or 10
     "The part of a recipe that a synthesizer is made with."
+    from dfkd_nb.generators.generators import Generator, GeneratorSynthesizer, Pixels
+    from dfkd_nb.generators.replay import ReplayPool, modulated_class_term
     from dfkd_nb.toolbox.core import seeded
     from dfkd_nb.toolbox.data import Augment
-    from dfkd_nb.generators.generators import GeneratorSynthesizer, Generator, Pixels
-    from dfkd_nb.generators.replay import ReplayPool, modulated_class_term
 
     same = (
         'reuse',
@@ -273,10 +274,11 @@ def generative(
 ) -> dict[str, Any]:  # accuracies of teacher and student on real test images
     "A student learns while a generator paints for it, and is tested on real images."
     import torch
-    from dfkd_nb.toolbox.core import seed_everything
-    from dfkd_nb.toolbox.data import ImageSet
+
     from dfkd_nb.foundations.distillation import Distiller, DrawnImages
     from dfkd_nb.generators.generators import Alternation
+    from dfkd_nb.toolbox.core import seed_everything
+    from dfkd_nb.toolbox.data import ImageSet
 
     settings: GenerativeSettings = run.settings
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
@@ -345,6 +347,7 @@ def save_generated_images(
     as labels.
     """
     import torch
+
     from dfkd_nb.toolbox.data import ImageSet
 
     teacher, settings = race.maker.teacher, run.settings

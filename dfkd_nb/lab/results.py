@@ -25,12 +25,12 @@ from typing import Any
 
 from dfkd_nb.lab.runs import (
     SCALES,
+    DFKDError,
     Recipe,
     Result,
     find_task,
     mark_outdated,
     outdated_note,
-    DFKDError,
     recipe_names,
     results,
     results_folder,
@@ -637,6 +637,7 @@ def draw_points(
     lines.
     """
     import seaborn
+
     from dfkd_nb.toolbox.core import COLOURS
 
     labels = [
@@ -698,6 +699,7 @@ def draw_scatter(
     1).
     """
     import matplotlib.pyplot as plt
+
     from dfkd_nb.toolbox.core import book_style
 
     with book_style():

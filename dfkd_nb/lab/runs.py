@@ -45,10 +45,11 @@ from .cards import write_card
 
 if TYPE_CHECKING:
     import torch
+
     from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.dreams.statistics import Statistics
-    from dfkd_nb.toolbox.data import ImageSet
     from dfkd_nb.foundations.distillation import Distiller
+    from dfkd_nb.toolbox.data import ImageSet
     from dfkd_nb.toolbox.models import Teacher
 
 # %% ../../nbs/lab/18_runs.ipynb #4abb34a6
@@ -653,6 +654,7 @@ def task(
 def find_network(name: str, channels: int, device: Any) -> None:
     "Build a network without its numbers; an unknown one is a `DFKDError`."
     import torch
+
     from dfkd_nb.toolbox.models import build_model
 
     with torch.device('meta'):
@@ -662,6 +664,7 @@ def find_network(name: str, channels: int, device: Any) -> None:
 def find_segmenter(name: str, channels: int, device: Any) -> None:
     "Likewise for one that answers each pixel."
     import torch
+
     from dfkd_nb.applications.segmentation import build_segmenter
 
     with torch.device('meta'):
@@ -1307,6 +1310,7 @@ def environment(
 ) -> dict[str, Any]:  # plain values
     "What else decides a run's numbers and its time."
     import torch
+
     from dfkd_nb import __version__
     from dfkd_nb.toolbox.core import import_torchvision
 
@@ -1844,6 +1848,7 @@ def drawn_goals(
     and goals drawn from it (Chapter 7).
     """
     import torch
+
     from dfkd_nb.dreams.metadata import Metadata
 
     settings, path = run.settings, run.folder / 'metadata.safetensors'
@@ -1943,8 +1948,8 @@ def train_teacher(
     run: Run,  # with `TeacherSettings`
 ) -> dict[str, Any]:  # accuracies and sizes
     "Train a network on real images and keep its weights in half precision."
-    from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.foundations.distillation import Distiller
+    from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import build_model, count_parameters
 
     settings: TeacherSettings = run.settings
@@ -1975,6 +1980,7 @@ def describe_images(
 ]:
     "What can be said of images without any real one."
     import torch
+
     from dfkd_nb.dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
 
     assert images.labels is not None
@@ -2008,11 +2014,12 @@ def coverage_metrics(
     See `precision_recall`, `coverage` and `enclosed_area`.
     """
     import torch
+
     from dfkd_nb.dreams.competition import (
         coverage,
+        enclosed_area,
         precision_recall,
         principal_plane,
-        enclosed_area,
     )
 
     # a test set may be files
@@ -2038,6 +2045,7 @@ def save_picture(
     "The first images as a grid: images.png, or images.jpg where they are large."
     import matplotlib.pyplot as plt
     from PIL import Image
+
     from dfkd_nb.toolbox.core import atomic_path, show_images
 
     first = images.subset(count)
@@ -2065,6 +2073,7 @@ def _save_large(path: Path, images: 'torch.Tensor') -> None:
     """
     import torch.nn.functional as F
     from PIL import Image
+
     from dfkd_nb.dreams.inversion import tile
     from dfkd_nb.toolbox.core import atomic_path
 
@@ -2294,6 +2303,7 @@ class Rounds:
     def finish(self) -> dict[str, Any]:  # what can be said of the images
         "All images in one file and one picture."
         import torch
+
         from dfkd_nb.toolbox.data import ImageSet
 
         path = self.owner.folder / 'images.safetensors'
@@ -2385,9 +2395,9 @@ def transfer(
     is tested on real images.
     """
     from dfkd_nb.dreams.competition import GrowingPool
+    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.data import ImageSet
-    from dfkd_nb.foundations.distillation import Distiller
 
     settings: TransferSettings = run.settings
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)

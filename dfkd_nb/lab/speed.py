@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from ..dreams.inversion import DeepInversion, activation_bytes, deepinversion_preset
 from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
+from ..foundations.distillation import Distiller, distillation_loss
+from ..generators.generators import Generator, GeneratorSynthesizer
 from ..toolbox.core import DFKDError, atomic_path, seeded
 from ..toolbox.data import DOMAINS, ImageSet
-from ..foundations.distillation import Distiller, distillation_loss
-from ..toolbox.models import Teacher, trial_logits, build_model
-from ..generators.generators import GeneratorSynthesizer, Generator
+from ..toolbox.models import Teacher, build_model, trial_logits
 
 # %% ../../nbs/lab/23_speed.ipynb #9d69de1b
 def two_pass_moments(
