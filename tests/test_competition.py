@@ -15,14 +15,10 @@ from tiny import DIGITS, network
 
 from dfkd_nb.dreams.competition import (
     Competition,
-    CompetitionToy,
-    GrowingPool,
-    ToyExplorer,
     competition_loss,
     competition_term,
     coverage,
     density,
-    draw_toy,
     enclosed_area,
     jensen_shannon,
     k_nearest,
@@ -31,9 +27,11 @@ from dfkd_nb.dreams.competition import (
     predict_logits,
     principal_plane,
 )
+from dfkd_nb.dreams.competition_toy import CompetitionToy, ToyExplorer, draw_toy
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.models import Teacher

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tiny import DIGITS, network
 from torch import nn
 
-from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller, DrawnImages
+from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import (
     DISTANCES,

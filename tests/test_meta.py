@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.generators.generators import (
     Alternation,
     Generator,

@@ -305,7 +305,7 @@ class Distiller:
                 'the student has no weight that may change: switch requires_grad on'
             )
         self.sampler = self.source.sampler()
-        if mixup_alpha and self.sampler.wants_report:
+        if mixup_alpha and self.sampler.wants_update:
             raise DFKDError(
                 f'mixup_alpha is {mixup_alpha}, but a {type(self.sampler).__name__} learns'
                 ' from the answers to its own images: set it to 0'
@@ -471,7 +471,7 @@ class Distiller:
             total = answer.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
                 known = self.teacher_logits(x)
-                self.sampler.report(answer.detach(), known)
+                self.sampler.update(answer.detach(), known)
                 parts['distillation'] = distillation_loss(
                     answer, known, self.temperature, self.sampler.loss_weights
                 )

@@ -232,7 +232,7 @@ def build_pool(
     device: 'torch.device',  # where the images are kept
 ) -> Any:  # a pool, or None where the student draws from the generator
     "The pool of a recipe."
-    from dfkd_nb.dreams.competition import GrowingPool
+    from dfkd_nb.foundations.loop import GrowingPool
     from dfkd_nb.generators.replay import ReplayPool
 
     if settings.pool == 'none':

@@ -2394,8 +2394,8 @@ def transfer(
     """A fresh student learns from a teacher's dreams (or from real images, to compare), and
     is tested on real images.
     """
-    from dfkd_nb.dreams.competition import GrowingPool
     from dfkd_nb.foundations.distillation import Distiller
+    from dfkd_nb.foundations.loop import GrowingPool
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.data import ImageSet
 
