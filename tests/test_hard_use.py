@@ -26,8 +26,8 @@ from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
 from dfkd_nb.foundations.distillation import Distiller, evaluate
 from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
-from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
+from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
 from dfkd_nb.lab.speed import fold_batchnorm

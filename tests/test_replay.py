@@ -17,18 +17,13 @@ from tiny import DIGITS
 
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.generators.generators import Alternation, Generator, GeneratorSynthesizer
-from dfkd_nb.generators.replay import (
-    ReplayPool,
-    draw_buffer,
-    importance_weights,
-    modulated_class_term,
-    modulation,
-    replay_explorer,
-    sampling_probabilities,
-    ssd_kd,
-    ssd_kd_preset,
-)
+from dfkd_nb.foundations.loop import AlternatingTrainer
+from dfkd_nb.generators.generators import Generator
+from dfkd_nb.generators.methods import ssd_kd
+from dfkd_nb.generators.replay import ReplayPool, importance_weights, sampling_probabilities
+from dfkd_nb.generators.replay_explorer import draw_buffer, replay_explorer
+from dfkd_nb.generators.ssd_kd import modulated_class_term, modulation, ssd_kd_preset
+from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import Augment, ImageSet
 from dfkd_nb.toolbox.models import Teacher
@@ -518,7 +513,7 @@ def test_the_term_counts_what_the_buffer_holds_now(teacher):
 # ------------------------------------------------------------------------------------------------------
 
 
-def race(teacher, size=20, seed=0, **options):
+def trainer(teacher, size=20, seed=0, **options):
     student = forgetful(network(seed + 1))
     pool = ReplayPool(DIGITS, size, teacher, student, **options)
     shared = {'batch_size': 8, 'device': 'cpu', 'seed': seed}
@@ -534,7 +529,7 @@ def race(teacher, size=20, seed=0, **options):
     terms = {'modulated': (1.0, modulated_class_term(pool))}
     generator = Generator((1, 8, 8), 4, 4)
     weights = {'feature_weight': 1.0, 'adversarial_weight': 1.0, 'terms': terms}
-    maker = GeneratorSynthesizer(
+    synthesizer = GeneratorSynthesizer(
         teacher,
         generator=generator,
         steps=3,
@@ -543,7 +538,7 @@ def race(teacher, size=20, seed=0, **options):
         **weights,
         **shared,
     )
-    return Alternation(maker, distiller, rounds=6, updates_per_round=4)
+    return AlternatingTrainer(synthesizer, distiller, rounds=6, steps_per_round=4)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +546,7 @@ def race(teacher, size=20, seed=0, **options):
 )
 def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
     torch.manual_seed(0)
-    whole = race(teacher, **options)
+    whole = trainer(teacher, **options)
     for turn in range(42):
         if turn in (13, 26):
             save_checkpoint(tmp_path / f'{turn}.pt', whole.state_dict())
@@ -559,7 +554,7 @@ def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
     assert whole.finished
     for turn in (13, 26):
         torch.manual_seed(99)
-        second = race(teacher, **options)
+        second = trainer(teacher, **options)
         second.load_state_dict(load_checkpoint(tmp_path / f'{turn}.pt'))
         for _ in range(42 - turn):
             second.step()
@@ -609,7 +604,7 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
 
 
 def test_one_file_holds_the_buffer(teacher, tmp_path):
-    pool = race(teacher, size=9, alpha=0.3, normalised=True).run(until=12).pool
+    pool = trainer(teacher, size=9, alpha=0.3, normalised=True).run(until=12).pool
     pool.save(tmp_path / 'pool.safetensors')
     again = ReplayPool.load(tmp_path / 'pool.safetensors', teacher)
     for name in (
@@ -765,13 +760,15 @@ SMALL = {
 
 
 def together(teacher, student, **changes):
-    maker = SMALL | {'generator': Generator((1, 8, 8), 4, 4)} | changes.pop('maker', {})
+    synthesizer = (
+        SMALL | {'generator': Generator((1, 8, 8), 4, 4)} | changes.pop('synthesizer', {})
+    )
     settings = {
         'size': 12,
         'rounds': 4,
-        'updates_per_round': 2,
+        'steps_per_round': 2,
         'device': 'cpu',
-        'maker': maker,
+        'synthesizer': synthesizer,
         'distiller': {'batch_size': 8},
     }
     return ssd_kd(teacher, student, **settings | changes)
@@ -784,24 +781,24 @@ def test_the_settings_are_the_papers():
         and ssd_kd_preset('ssd-kd-2')['steps'] == 2
     )
     assert (
-        ssd_kd_preset()['labels'] == 'answers'
+        ssd_kd_preset()['labels'] == 'teacher'
         and ssd_kd_preset('ssd-kd', 'resnet34')['adversarial_weight'] == 1.33
     )
     with pytest.raises(DFKDError, match='unknown preset'):
         ssd_kd_preset('ssd-kd-3')
 
 
-@pytest.mark.parametrize('reuse', ['meta', 'continue', 'restart'])
-def test_parts_come_together(teacher, reuse):
-    race = together(
+@pytest.mark.parametrize('init', ['meta', 'sequential', 'scratch'])
+def test_parts_come_together(teacher, init):
+    trainer = together(
         teacher,
         network(1),
-        maker={'reuse': reuse},
+        synthesizer={'init': init},
         warmup_rounds=1,
         gamma=2.0,
         pool={'alpha': 0.3},
     )
-    weights = race.maker.objective.weights
+    weights = trainer.synthesizer.objective.weights
     assert (
         weights['modulated'] == 0.4
         and weights['class'] == 0
@@ -809,18 +806,19 @@ def test_parts_come_together(teacher, reuse):
         and weights['features'] == 10
     )
     assert (
-        race.maker.student is race.student is race.pool.student and race.pool.alpha == 0.3
+        trainer.synthesizer.student is trainer.student is trainer.pool.student
+        and trainer.pool.alpha == 0.3
     )
-    race.run()
+    trainer.run()
     assert (
-        race.finished
-        and race.pool.added == 32
-        and len(race.pool) == 12
-        and race.pool.draws.sum() > 0
+        trainer.finished
+        and trainer.pool.added == 32
+        and len(trainer.pool) == 12
+        and trainer.pool.draws.sum() > 0
     )
     assert (
-        race.maker.history[-1]['modulated'] >= 0
-        and race.maker.history[-1]['adversarial'] <= 0
+        trainer.synthesizer.history[-1]['modulated'] >= 0
+        and trainer.synthesizer.history[-1]['adversarial'] <= 0
     )
 
 
@@ -828,8 +826,8 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
     "With all that a meta-generator remembers, and a student with dropout on its own scale."
     domain = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
 
-    def race():
-        maker = {
+    def trainer():
+        synthesizer = {
             'momentum': 0.1,
             'reset_first_layer_at': 2,
             'augment': Augment(1, False),
@@ -842,35 +840,35 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
             student,
             size=12,
             rounds=4,
-            updates_per_round=2,
+            steps_per_round=2,
             device='cpu',
             **shared,
             distiller={'batch_size': 8, 'domain': domain},
-            maker=SMALL | maker | {'generator': copy.deepcopy(GENERATOR)},
+            synthesizer=SMALL | synthesizer | {'generator': copy.deepcopy(GENERATOR)},
         )
         assert (
-            built.maker.seed == 3
-            and built.maker.student_domain is built.pool.student_domain is domain
+            built.synthesizer.seed == 3
+            and built.synthesizer.student_domain is built.pool.student_domain is domain
         )
         return built
 
-    whole = race().run()
+    whole = trainer().run()
     for turns in (1, 3, 5, 7, 10, 13):
-        part, resumed = race(), race()
+        part, resumed = trainer(), trainer()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
+        save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
         for name in ('images', 'priorities', 'draws'):
             assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
                 turns,
                 name,
             )
-        states = (race.student.state_dict().values() for race in (resumed, whole))
+        states = (trainer.student.state_dict().values() for trainer in (resumed, whole))
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
-        assert resumed.maker.history == whole.maker.history
+        assert resumed.synthesizer.history == whole.synthesizer.history
 
 
 def test_a_picture_of_the_buffer(teacher):
@@ -889,32 +887,32 @@ def test_the_explorer_turns_what_runs(teacher):
     settings = {
         'size': 12,
         'rounds': 3,
-        'updates_per_round': 2,
+        'steps_per_round': 2,
         'device': 'cpu',
         'distiller': {'batch_size': 8},
     }
     play = replay_explorer(
         teacher,
         lambda: network(1),
-        maker=SMALL | {'generator': Generator((1, 8, 8), 4, 4)},
+        synthesizer=SMALL | {'generator': Generator((1, 8, 8), 4, 4)},
         **settings,
     )
-    assert play.race.round == 1 and bytes(play.picture.value).startswith(b'\x89PNG')
-    before, even = bytes(play.picture.value), play.race.pool.probabilities.max()
+    assert play.trainer.round == 1 and bytes(play.picture.value).startswith(b'\x89PNG')
+    before, even = bytes(play.picture.value), play.trainer.pool.probabilities.max()
     play.alpha.value = 2.0
     assert (
-        play.race.pool.alpha == 2.0
+        play.trainer.pool.alpha == 2.0
         and bytes(play.picture.value) != before
-        and play.race.pool.probabilities.max() > even
+        and play.trainer.pool.probabilities.max() > even
     )
     play.gamma.value, play.beta.value = 4.0, 0.0
     logits = torch.eye(10)[:2] * 3
-    _, term = play.race.maker.objective.terms['modulated']
+    _, term = play.trainer.synthesizer.objective.terms['modulated']
     torch.testing.assert_close(
-        term(inputs(logits)), modulated_class_term(play.race.pool, 4.0)(inputs(logits))
+        term(inputs(logits)), modulated_class_term(play.trainer.pool, 4.0)(inputs(logits))
     )
     for _ in range(4):
         play.step()
-    assert play.race.finished and 'round 3 of 3' in play.status.value
+    assert play.trainer.finished and 'round 3 of 3' in play.status.value
     play.again.click()
-    assert play.race.round == 1 and play.race.pool.alpha == 2.0
+    assert play.trainer.round == 1 and play.trainer.pool.alpha == 2.0

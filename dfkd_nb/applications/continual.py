@@ -29,7 +29,8 @@ from dfkd_nb.foundations.distillation import (
     full_precision,
 )
 from ..generators.generators import METHODS as GENERATIVE
-from ..generators.generators import Generator, GeneratorSynthesizer
+from ..generators.generators import Generator
+from ..generators.synthesizer import GeneratorSynthesizer
 from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
 from ..toolbox.data import Domain, ImageFiles, ImageSet, ImageSource
 from dfkd_nb.toolbox.models import (

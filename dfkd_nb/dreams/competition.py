@@ -18,26 +18,15 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import LossInputs, Term
-from dfkd_nb.foundations.distillation import (
-    Distiller,
-    evaluate,
-    full_precision,
-)
+from ..foundations.distillation import evaluate, full_precision
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
     SyntheticBatch,
     share_student_domain,
 )
-from dfkd_nb.toolbox.core import (
-    COLOURS,
-    DFKDError,
-)
-from dfkd_nb.toolbox.data import (
-    Domain,
-    ImageSet,
-    ImageSource,
-)
-from ..toolbox.models import in_eval_mode, logits_of, network_inputs
+from ..toolbox.core import DFKDError
+from ..toolbox.data import Domain, ImageSet, ImageSource
+from ..toolbox.models import Teacher, in_eval_mode, logits_of, network_inputs
 
 # %% ../../nbs/dreams/06_competition.ipynb #a686eb51
 def jensen_shannon(

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from .competition import competition_loss, jensen_shannon
 from ..foundations.distillation import distillation_loss
-from ..lab.runs import DFKDError
-from ..toolbox.core import COLOURS, seeded
+from ..toolbox.core import COLOURS, DFKDError, seeded
 
 # %% ../../nbs/dreams/competition_toy.ipynb #3d7ee56d
 NUM_SPIRALS = 3

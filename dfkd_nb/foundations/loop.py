@@ -4,16 +4,13 @@
 
 # %% auto #0
 __all__ = ['SyntheticBatch', 'Synthesizer', 'synthesize_batches', 'NoiseSynthesizer', 'Pool', 'check_new_images', 'GrowingPool',
-           'AlternatingTrainer', 'join_batches', 'share_student_domain', 'method_tables', 'method_settings']
+           'AlternatingTrainer', 'join_batches', 'share_student_domain']
 
 # %% ../../nbs/foundations/02_loop.ipynb #ed6049b6
 import time
-import tomllib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
-from importlib import resources
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -56,7 +53,8 @@ class Synthesizer(Protocol):
         index: int,  # of the round, from 0
         competing: bool,  # False in warm-up rounds, whose images no student sees
     ) -> None:
-        "Called before the first batch of every round."
+        "Called before the first batch of every round; does nothing by default."
+        return None
 
     @abstractmethod
     def step(self) -> None:
@@ -379,7 +377,8 @@ class AlternatingTrainer:
             Callable[['AlternatingTrainer', SyntheticBatch], Mapping[str, float]] | None
         ) = None,
     ) -> None:
-        self.synthesizer, self.distiller = synthesizer, distiller
+        self.synthesizer: Any = synthesizer
+        self.distiller = distiller
         self.rounds = rounds
         self.steps_per_round = steps_per_round
         self.batches_per_round = batches_per_round
@@ -623,40 +622,3 @@ def share_student_domain(
             ' student_domain and the domain of the Distiller agree'
         )
     part.student_domain = own
-
-# %% ../../nbs/foundations/02_loop.ipynb #ee8c0506
-@cache
-def method_tables() -> tuple[
-    dict[str, Any], dict[str, Any]
-]:  # pairs of teacher and student; methods, with what some of them share
-    "The two tables of the comparison, `pairs.toml` and `methods.toml`."
-    folder = resources.files('dfkd_nb') / 'recipes' / 'compare'
-    pairs, methods = (
-        tomllib.loads((folder / f'{name}.toml').read_text(encoding='utf-8'))
-        for name in ('pairs', 'methods')
-    )
-    return pairs, methods
-
-
-def method_settings(
-    name: str,  # a method, such as 'fast-5'
-    # 'full' as in the papers' public code, 'quick' for two CPU cores
-    scale: str = 'full',
-) -> dict[str, Any]:  # settings by name, a copy
-    """The settings of one method, without those of a pair of networks.
-
-    Raises: `DFKDError` for an unknown name, which lists the known ones.
-    """
-    methods = method_tables()[1]
-    known = [key for key in methods if 'task' in methods[key]]
-    if name not in known:
-        raise DFKDError(f"unknown method '{name}': use {', '.join(known)}")
-    row = methods[name]
-    parts = [methods[f'common-{row["task"]}']]
-    if 'base' in row:
-        parts.append(methods[f'common-{row["base"]}'])
-    found: dict[str, Any] = {}
-    for section in ('settings', scale):
-        for part in (*parts, row):
-            found |= part.get(section, {})
-    return found

@@ -32,7 +32,7 @@ from dfkd_nb.lab.runs import (
 if TYPE_CHECKING:
     import torch
 
-    from dfkd_nb.generators.generators import GeneratorSynthesizer
+    from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
     from dfkd_nb.toolbox.data import ImageSource
     from dfkd_nb.toolbox.models import Teacher
 
@@ -155,8 +155,10 @@ def build_synthesizer(
     device: 'torch.device',  # where to paint
 ) -> 'GeneratorSynthesizer':  # of chapter 8, 9 or 10
     "The part of a recipe that a synthesizer is made with."
-    from dfkd_nb.generators.generators import Generator, GeneratorSynthesizer, Pixels
-    from dfkd_nb.generators.replay import ReplayPool, modulated_class_term
+    from dfkd_nb.generators.generators import Generator, Pixels
+    from dfkd_nb.generators.replay import ReplayPool
+    from dfkd_nb.generators.ssd_kd import modulated_class_term
+    from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
     from dfkd_nb.toolbox.core import seeded
     from dfkd_nb.toolbox.data import Augment
 

@@ -33,7 +33,8 @@ from ..dreams.inversion import DeepInversion, activation_bytes, deepinversion_pr
 from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.distillation import Distiller, distillation_loss
-from ..generators.generators import Generator, GeneratorSynthesizer
+from ..generators.generators import Generator
+from ..generators.synthesizer import GeneratorSynthesizer
 from ..toolbox.core import DFKDError, atomic_path, seeded
 from ..toolbox.data import DOMAINS, ImageSet
 from ..toolbox.models import Teacher, build_model, trial_logits
