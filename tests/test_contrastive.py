@@ -17,7 +17,7 @@ from dfkd_nb.dreams.statistics import fuse_statistics
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
 from dfkd_nb.generators.contrastive import (
-    PRESETS,
+    CMI_PRESETS,
     ContrastiveSynthesizer,
     LocalView,
     MemoryBank,
@@ -365,7 +365,7 @@ def test_a_bank_that_does_not_fit_is_refused():
 
 def test_batches_fill_the_bank_and_each_begins_anew(teacher):
     synthesizer = maker_of(teacher)
-    images = synthesizer.synthesize(4)
+    images = synthesizer.synthesize(24)
     assert (
         len(images) == 24 and len(synthesizer.bank) == 16 and synthesizer.bank.added == 24
     )
@@ -388,7 +388,7 @@ def test_batches_fill_the_bank_and_each_begins_anew(teacher):
 
 def test_the_head_learns_and_keys_stand_still(teacher):
     synthesizer = maker_of(teacher)
-    synthesizer.synthesize()
+    synthesizer.synthesize(6)
     synthesizer.step()
     before = [p.clone() for p in synthesizer.head.parameters()]
     synthesizer.step()
@@ -404,7 +404,7 @@ def test_the_head_learns_and_keys_stand_still(teacher):
 def test_the_head_learns_from_anchors_alone(teacher):
     "The gradient of the head is that of InfoNCE with keys that are numbers."
     synthesizer = maker_of(teacher)
-    synthesizer.synthesize()
+    synthesizer.synthesize(6)
     synthesizer.step()
     images, seen = synthesizer.generate(synthesizer.latents), {}
     synthesizer.local = lambda images, generator: seen.setdefault('part', images.flip(3))
@@ -453,11 +453,11 @@ def test_some_steps_lower_the_contrast_of_a_batch(teacher):
 
 def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty(teacher):
     synthesizer = maker_of(teacher, contrastive_weight=0.0)
-    synthesizer.synthesize(2)
+    synthesizer.synthesize(64)
     assert not len(synthesizer.bank) and 'contrast' not in synthesizer.history[0]
 
 
-@pytest.mark.parametrize('steps_left', [0, 1, 2])
+@pytest.mark.parametrize('left', [0, 1, 2])
 @pytest.mark.parametrize('init', ['scratch', 'sequential'])
 def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
     teacher, tmp_path, init, left
@@ -465,8 +465,8 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
     whole = maker_of(teacher, init=init)
     part = maker_of(teacher, init=init)
     resumed = maker_of(teacher, init=init, weights=9)
-    wanted = whole.synthesize(4)
-    part.synthesize(1)
+    wanted = whole.synthesize(24)
+    part.synthesize(6)
     part.step()
     while part.steps_left > left:
         part.step()
@@ -475,7 +475,7 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
     while resumed.steps_left:
         resumed.step()
     assert torch.equal(
-        torch.cat([resumed.pop().images, resumed.synthesize(2).images]),
+        torch.cat([resumed.pop().images, resumed.synthesize(12).images]),
         wanted.images[6:],
     )
     assert resumed.history == whole.history and torch.equal(
@@ -525,7 +525,7 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         ({'bank_size': 0}, '1 or more of each'),
         ({'weight_init': 'ones'}, 'use normal or default'),
         ({'layers': ['9']}, "no layer '9'"),
-        ({'init': 'meta'}, 'use continue, restart'),
+        ({'init': 'meta'}, 'use sequential, scratch'),
     ],
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
@@ -550,13 +550,13 @@ def test_a_state_of_other_settings_is_refused(teacher):
 
 
 def test_presets_are_settings(teacher):
-    for name in PRESETS:
+    for name in CMI_PRESETS:
         chosen = cmi_preset(name) | {'steps': 1, 'batch_size': 4, 'student': network(1)}
         assert (
             len(
                 ContrastiveSynthesizer(
                     teacher, generator=Generator(DIGITS.shape, 8, 4), device='cpu', **chosen
-                ).synthesize()
+                ).synthesize(4)
             )
             == 4
         )
@@ -569,6 +569,6 @@ def test_a_foreign_network_without_batchnorm_is_summarised_before_its_classifier
     teacher = Teacher(network(0, domain, norm=False), domain)
     synthesizer = maker_of(teacher, feature_weight=0.0)
     assert (
-        synthesizer.synthesize(2).images.shape == (12, 3, 24, 40)
+        synthesizer.synthesize(12).images.shape == (12, 3, 24, 40)
         and synthesizer.features == 5
     )

@@ -210,7 +210,7 @@ def test_the_adversary_is_minus_the_distance():
     agree = a.argmax(1) == b.argmax(1)
     assert agree.any() and not agree.all()
     wanted = (
-        F.kl_div(b[agree].log_softmax(1), a[agree].softmax(1), reduction='fomaml-sum') / 9
+        F.kl_div(b[agree].log_softmax(1), a[agree].softmax(1), reduction='sum') / 9
     )
     assert torch.allclose(
         adversarial_term(agreement=True)(view_of(a, b)), -wanted, atol=1e-6
@@ -234,10 +234,10 @@ def test_terms_say_what_they_lack():
 
 def test_the_same_seed_paints_the_same_and_another_another(teacher):
     torch.manual_seed(3)
-    one = maker_of(teacher).synthesize(2)
+    one = maker_of(teacher).synthesize(12)
     torch.manual_seed(3)
-    two = maker_of(teacher).synthesize(2)
-    other = maker_of(teacher, seed=1).synthesize(2)
+    two = maker_of(teacher).synthesize(12)
+    other = maker_of(teacher, seed=1).synthesize(12)
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, other.images)
 
 
@@ -285,7 +285,7 @@ def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
     for _ in range(6):
         latents = synthesizer.latents if synthesizer.steps_left else None
         synthesizer.step()
-        prices.append(synthesizer.best['cost'])
+        prices.append(synthesizer.best['loss'])
         pictures.append(synthesizer.best['images'].clone())
         assert latents is None or torch.equal(latents, synthesizer.latents)
     assert prices == sorted(prices, reverse=True)
@@ -299,7 +299,7 @@ def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
     before = [
         v.clone() for v in (*teacher.state_dict().values(), *student.state_dict().values())
     ]
-    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(2)
+    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(12)
     assert same(before, (*teacher.state_dict().values(), *student.state_dict().values()))
     assert student.training and all(p.grad is None for p in student.parameters())
     assert not any(
@@ -315,7 +315,7 @@ def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
         generator=Pixels(DIGITS.shape),
         latent_learning_rate=0.1,
     )
-    assert pixels.synthesize(2).images.shape == (12, 1, 8, 8)
+    assert pixels.synthesize(12).images.shape == (12, 1, 8, 8)
     with pytest.raises(DFKDError, match='latent_learning_rate above 0'):
         maker_of(teacher, {'class_weight': 1.0}, generator=Pixels(DIGITS.shape))
     fresh = maker_of(teacher, init='scratch', steps=1)
@@ -329,9 +329,9 @@ def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
 def test_wishes_are_drawn_and_answers_are_taken(teacher):
     wished = maker_of(
         teacher, {'class_weight': 1.0}, labels='sampled', batch_size=64, steps=1
-    ).synthesize()
+    ).synthesize(64)
     assert wished.labels.unique().numel() == 10
-    answered = maker_of(teacher, {'class_weight': 1.0}, steps=1).synthesize()
+    answered = maker_of(teacher, {'class_weight': 1.0}, steps=1).synthesize(6)
     assert answered.labels.max() < 10
 
 
@@ -345,9 +345,9 @@ def test_augmentation_and_further_terms_take_part(teacher):
     synthesizer = maker_of(
         teacher, {}, terms={'size': (1.0, remember)}, augment=Augment(2, False)
     )
-    assert set(synthesizer.synthesize().images.shape) and set(synthesizer.history[0]) == {
+    assert set(synthesizer.synthesize(6).images.shape) and set(synthesizer.history[0]) == {
         'batch',
-        'updates',
+        'steps',
         'total',
         'size',
     }
@@ -409,7 +409,7 @@ class Stubborn(Pixels):
         ),
         ({'student': network(1), 'student_domain': SWAPPED}, 'number the labels alike'),
         ({'generator': Computed()}, 'cannot be copied'),
-        ({'init': 'never'}, 'use continue, restart'),
+        ({'init': 'never'}, 'use sequential, scratch'),
         ({'labels': 'none'}, "'teacher' or 'sampled'"),
         ({'adversarial_weight': 1.0}, 'give a student'),
         ({'adversarial_weight': 1.0, 'student': network()}, 'the student is the teacher'),
@@ -435,7 +435,7 @@ def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
         maker_of(teacher, generator=Stubborn()).step()
     with pytest.raises(DFKDError, match="'burst' is not finite"):
         maker_of(teacher, terms={'burst': (1.0, lambda inputs: inputs.x.mean() / 0)}).step()
-    with pytest.raises(DFKDError, match='give 1 or more'):
+    with pytest.raises(DFKDError, match='ask for 1 or more'):
         maker_of(teacher).synthesize(0)
 
 
@@ -500,7 +500,7 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
         device='cpu',
         **weights | settings,
     )
-    synthesizer.synthesize(2)
+    synthesizer.synthesize(12)
     assert all(unchanged(m, b) for m, b in zip(handed_in, before, strict=True))
     trained, latents = (
         synthesizer.generator,
@@ -515,7 +515,7 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
         for p, q in zip(trained.parameters(), generator.parameters(), strict=True)
     )
     kept = [v.clone() for v in trained.state_dict().values()]
-    synthesizer.synthesize(1)
+    synthesizer.synthesize(6)
     assert same(trained.state_dict().values(), kept), 'later updates do not reach it'
     assert not torch.equal(synthesizer.generator(latents), trained(latents))
 
@@ -560,15 +560,15 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
             )
 
         whole, part, resumed = make(), make(), make()
-        wanted = whole.synthesize(3).images
-        part.synthesize(1)
+        wanted = whole.synthesize(18).images
+        part.synthesize(6)
         part.step()
         save_checkpoint(tmp_path / 'state.pt', part.state_dict())
         resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
         while resumed.steps_left:
             resumed.step()
         assert torch.equal(
-            torch.cat([resumed.pop().images, resumed.synthesize(1).images]), wanted[6:]
+            torch.cat([resumed.pop().images, resumed.synthesize(6).images]), wanted[6:]
         )
         now = dict(resumed.generator.named_parameters())
         changed = {
@@ -647,7 +647,8 @@ def test_a_race_shows_the_student_one_scale(teacher):
             trainer.student.eval()(OTHER.normalize(trainer.pool.images)),
         )
     wanted = F.kl_div(said.log_softmax(1), known.softmax(1), reduction='none').sum(1)
-    torch.testing.assert_close(trainer.pool.priorities, wanted, rtol=1e-3, atol=1e-5)
+    # those that the synthesizer knows: of intensities before they were rounded to bytes
+    torch.testing.assert_close(trainer.pool.priorities, wanted, rtol=1e-2, atol=1e-3)
     assert parts(None).synthesizer.student_domain == DIGITS
     for change in ({'maker_domain': DIGITS}, {'pool_domain': DIGITS}):
         with pytest.raises(
@@ -688,10 +689,10 @@ def test_bfloat16_is_finite_and_close(kind):
             teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings
         )
         synthesizer.step()
-        prices.append(synthesizer.best['cost'])
+        prices.append(synthesizer.best['loss'])
         while synthesizer.steps_left:
             synthesizer.step()
-        assert synthesizer.best['cost'] < prices[-1], 'some updates later it costs less'
+        assert synthesizer.best['loss'] < prices[-1], 'some updates later it costs less'
         synthesizer.pop()
     assert prices[1] == pytest.approx(prices[0], rel=0.02)
 
@@ -699,7 +700,7 @@ def test_bfloat16_is_finite_and_close(kind):
 # --- resuming ---
 
 
-@pytest.mark.parametrize('steps_left', [0, 1, 2])
+@pytest.mark.parametrize('left', [0, 1, 2])
 def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, left):
     settings = {
         'latent_learning_rate': 0.01,
@@ -712,8 +713,8 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
         return maker_of(teacher, METHODS['dafl'], **settings)
 
     whole, part = fresh(), fresh()
-    wanted = whole.synthesize(3)
-    part.synthesize(1)
+    wanted = whole.synthesize(18)
+    part.synthesize(6)
     part.step()
     while part.steps_left > left:
         part.step()
@@ -724,7 +725,7 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
     while resumed.steps_left:
         resumed.step()
     assert torch.equal(
-        torch.cat([resumed.pop().images, resumed.synthesize().images]), wanted.images[6:]
+        torch.cat([resumed.pop().images, resumed.synthesize(6).images]), wanted.images[6:]
     )
     assert resumed.history == whole.history
 
@@ -792,14 +793,14 @@ def test_turns_are_as_planned_and_nobody_competes_while_warming_up(teacher):
     turns = ''
     competed = []
     while not trainer.finished:
-        turns += 'G' if trainer.due else 's'
+        turns += 'G' if trainer.synthesis_due else 's'
         trainer.step()
         if turns[-1] == 'G':
             competed.append('adversarial' in trainer.synthesizer.history[-1])
     assert turns == 'GGG' + 'ssss' + 'G' + 'ssss'
     assert competed == [False, False, True, True]
     assert len(trainer.pool) == 24
-    with pytest.raises(DFKDError, match='all its updates'):
+    with pytest.raises(DFKDError, match='taken all its steps'):
         trainer.step()
 
 
@@ -818,7 +819,7 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
         ({'rounds': 0}, 'give 1 or more'),
         ({'warmup_rounds': 3}, 'fewer to warm up'),
         ({'steps_per_round': 5}, 'make them agree'),
-        ({'warmup_rounds': 1, 'rounds': 4}, 'nothing to generate for'),
+        ({'warmup_rounds': 1, 'rounds': 4}, 'nothing to optimise without'),
     ],
 )
 def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
@@ -833,7 +834,7 @@ def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
 
 def test_a_checkpoint_of_another_race_is_refused(teacher):
     trainer = race_of(teacher, METHODS['dafl'])
-    with pytest.raises(DFKDError, match='not written by this kind of trainer .alternation'):
+    with pytest.raises(DFKDError, match='not written by an AlternatingTrainer'):
         trainer.load_state_dict({'kind': 'competition'})
     with pytest.raises(DFKDError, match=r'rounds \(was 2, now 3\)'):
         trainer.load_state_dict(race_of(teacher, METHODS['dafl'], rounds=2).state_dict())
@@ -881,7 +882,7 @@ def test_a_foreign_size_without_batchnorm_is_painted_by_answers_alone():
         ),
         domain,
     )
-    made = maker_of(teacher, METHODS['dafl'], steps=2).synthesize()
+    made = maker_of(teacher, METHODS['dafl'], steps=2).synthesize(6)
     assert made.images.shape == (6, 3, 64, 64) and made.domain is domain
     with pytest.raises(DFKDError):
         maker_of(teacher, METHODS['dfq'], student=network(1, domain))
@@ -924,7 +925,7 @@ def test_gradients_in_another_order_of_memory_reach_their_own_weights() -> None:
                 betas=(0.5, 0.999),
                 fused=False,
             )
-        synthesizer.synthesize()
+        synthesizer.synthesize(4)
         synthesizers.append(synthesizer)
     for name, weight in synthesizers[0].weights.items():
         # Adam's first steps are 1e-3 in some direction

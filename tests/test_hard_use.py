@@ -417,7 +417,7 @@ def test_a_generator_of_any_precision_paints(
     def made(generator: nn.Module) -> Tensor:
         return (
             kind(teacher, generator=generator, class_weight=1.0, batch_size=4, device='cpu')
-            .synthesize(2)
+            .synthesize(8)
             .images
         )
 
@@ -482,7 +482,7 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
             class_weight=1.0,
             batch_size=4,
             device='cpu',
-            reuse='restart',
+            init='scratch',
         )
 
     half = learner(network(5)).run(until=2).state_dict()

@@ -235,7 +235,7 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
             )
             assert labels.tolist() == [plain.slots[i]['class'] for i in chosen]
             answers = torch.randn(2, 20, 10, generator=noise)
-            pool.report(answers[0], answers[1])
+            pool.update(answers[0], answers[1])
             plain.report(chosen, divergence(answers[1], answers[0]).tolist())
         assert pool.probabilities.tolist() == pytest.approx(plain.probabilities(), rel=1e-4)
         assert pool.priorities.tolist() == pytest.approx(
@@ -286,8 +286,8 @@ def test_drawn_frequencies_are_the_probabilities(alpha):
     for _ in range(draws // 1000):
         pool.sample(1000, generator)
     expected = draws * pool.probabilities
-    assert pool.draws.sum() == draws and expected.min() > 5
-    chi_square = float(((pool.draws - expected).square() / expected).sum())
+    assert pool.sample_counts.sum() == draws and expected.min() > 5
+    chi_square = float(((pool.sample_counts - expected).square() / expected).sum())
     assert abs(chi_square - (size - 1)) < 4 * math.sqrt(2 * (size - 1)), (
         'mean K - 1, variance 2 (K - 1)'
     )
@@ -299,13 +299,13 @@ def test_the_statistical_test_can_fail():
     for _ in range(40):
         pool.sample(1000, generator)
     wrong = 40_000 * sampling_probabilities(pool.priorities, 0.5, pool.epsilon)
-    assert float(((pool.draws - wrong).square() / wrong).sum()) > 39 + 10 * math.sqrt(78)
+    assert float(((pool.sample_counts - wrong).square() / wrong).sum()) > 39 + 10 * math.sqrt(78)
 
 
 def test_no_number_below_one_draws_beyond_the_last_image():
     pool = filled(3, 3, [1.0, 1.0, 0.0], epsilon=1e-12)
     pool.sample(200_000, torch.Generator().manual_seed(1))
-    assert int(pool.chosen.max()) <= 2 and int(pool.chosen.min()) >= 0
+    assert int(pool.last_indices.max()) <= 2 and int(pool.last_indices.min()) >= 0
 
 
 def test_draws_add_whole_numbers(monkeypatch):
@@ -336,7 +336,7 @@ def test_draws_add_whole_numbers(monkeypatch):
         share.tolist(),
         torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     )
-    for index, ticket in zip(pool.chosen.tolist(), (numbers * 2**53).long().tolist()):
+    for index, ticket in zip(pool.last_indices.tolist(), (numbers * 2**53).long().tolist()):
         assert sum(shares[:index]) <= ticket < sum(shares[: index + 1])
 
 
@@ -346,11 +346,11 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
     for n in range(1, 4):
         for _ in range(2):
             pool.sample(5, generator)
-            pool.report(
+            pool.update(
                 torch.randn(5, 10, generator=generator),
                 torch.randn(5, 10, generator=generator),
             )
-        assert pool.draws.tolist() == [n] * 10
+        assert pool.sample_counts.tolist() == [n] * 10
     assert pool.probabilities.tolist() == pytest.approx([0.1] * 10)
     assert torch.equal(pool.weights(torch.arange(10)), torch.ones(10))
 
@@ -361,19 +361,19 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
 
 def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0])
-    pool.update(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
+    pool.set_priorities(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
     assert pool.priorities.tolist() == [1.0, 0.5, 3.0, 9.0, 5.0]
-    pool.update(torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0]))
+    pool.set_priorities(torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0]))
     assert pool.priorities.tolist() == [1.0, 0.5, 7.0, 9.0, 5.0]
 
 
 def test_duplicates_are_weighed_by_the_probabilities_they_were_drawn_with():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0], beta=1.0)
     pool.sample(200, torch.Generator().manual_seed(0))
-    chosen, weights = pool.chosen.clone(), pool.weights(torch.arange(5))
+    chosen, weights = pool.last_indices.clone(), pool.weights(torch.arange(5))
     known, said = torch.randn(2, 200, 10, generator=torch.Generator().manual_seed(1))
     apart = divergence(known, said)
-    pool.report(said, known)
+    pool.update(said, known)
     for i in range(5):
         assert float(pool.priorities[i]) == pytest.approx(
             float(weights[i] * apart[chosen == i].mean()), rel=1e-4
@@ -385,7 +385,7 @@ def test_first_priorities(teacher):
     alone = ReplayPool(DIGITS, 6, teacher)
     alone.add(fresh)
     assert alone.priorities.tolist() == [1.0] * 6
-    alone.update(torch.tensor([2]), torch.tensor([4.0]))
+    alone.set_priorities(torch.tensor([2]), torch.tensor([4.0]))
     alone.add(fresh[:2])
     assert alone.priorities.tolist() == [4.0, 4.0, 4.0, 1.0, 1.0, 1.0], 'the largest so far'
     student = network(1).train()
@@ -436,7 +436,7 @@ def test_fixed_point_softens_alpha():
         pool.insert(pictures(8), torch.arange(8), torch.ones(8), apart)
         every = torch.arange(8)
         for _ in range(80):
-            pool.update(every, pool.weights(every) * apart)
+            pool.set_priorities(every, pool.weights(every) * apart)
         expected = apart.double() ** (alpha / (1 + alpha * beta))
         assert pool.probabilities.tolist() == pytest.approx(
             (expected / expected.sum()).tolist(), rel=1e-4
@@ -452,9 +452,9 @@ def test_a_loss_may_be_weighed(teacher):
         pool.add(pictures(8))
         pool.sample(5, torch.Generator().manual_seed(0))
     assert plain.loss_weights is None
-    assert torch.equal(weighing.loss_weights, weighing.weights(weighing.chosen))
+    assert torch.equal(weighing.loss_weights, weighing.weights(weighing.last_indices))
     assert weighing.loss_weights.tolist() == pytest.approx(
-        (1 / (8 * weighing.probabilities[weighing.chosen])).tolist(), rel=1e-5
+        (1 / (8 * weighing.probabilities[weighing.last_indices])).tolist(), rel=1e-5
     )
 
 
@@ -567,10 +567,10 @@ def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
             'labels',
             'confidences',
             'priorities',
-            'draws',
+            'sample_counts',
             'counts',
             'probabilities',
-            'largest',
+            'max_priority',
         ):
             assert torch.equal(getattr(whole.pool, name), getattr(second.pool, name)), name
 
@@ -588,14 +588,14 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
         answers = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(turn))
         if turn:
             save_checkpoint(tmp_path / 'pool.pt', first.state_dict())
-        first.report(*answers)
+        first.update(*answers)
     second = ReplayPool(DIGITS, 9, teacher, network(1), **options)
     second.load_state_dict(load_checkpoint(tmp_path / 'pool.pt'))
     if options.get('weighs_loss'):
         assert torch.equal(second.loss_weights, first.loss_weights)
-    second.report(*answers)
+    second.update(*answers)
     assert torch.equal(first.priorities, second.priorities) and torch.equal(
-        first.largest, second.largest
+        first.max_priority, second.max_priority
     )
     with pytest.raises(DFKDError, match=r'alpha \(was 0.6, now 0.5\)'):
         ReplayPool(DIGITS, 9, **options | {'alpha': 0.5}).load_state_dict(
@@ -612,10 +612,10 @@ def test_one_file_holds_the_buffer(teacher, tmp_path):
         'labels',
         'confidences',
         'priorities',
-        'draws',
+        'sample_counts',
         'counts',
         'probabilities',
-        'largest',
+        'max_priority',
     ):
         assert torch.equal(getattr(pool, name), getattr(again, name)), name
     assert (again.size, again.added, again.alpha, again.normalised, again.weighs_loss) == (
@@ -673,10 +673,10 @@ def test_the_buffer_in_numbers():
             r'priorities of shape \(2, 1\)',
         ),
         (
-            lambda: filled().update(torch.tensor([5]), torch.ones(1)),
+            lambda: filled().set_priorities(torch.tensor([5]), torch.ones(1)),
             'a buffer that holds 5',
         ),
-        (lambda: filled().update(torch.tensor([-1]), torch.ones(1)), 'count from 0'),
+        (lambda: filled().set_priorities(torch.tensor([-1]), torch.ones(1)), 'count from 0'),
         (
             lambda: modulation(
                 torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan
@@ -701,12 +701,12 @@ def test_the_buffer_in_numbers():
             '0 to 9',
         ),
         (
-            lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)),
+            lambda: filled().update(torch.zeros(2, 10), torch.zeros(2, 10)),
             'sample one first',
         ),
-        (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), 'give one of each'),
+        (lambda: filled().set_priorities(torch.tensor([0, 1]), torch.ones(1)), 'give one of each'),
         (lambda: filled().load_state_dict({'size': 7}), 'same size'),
-        (lambda: setattr(filled(), 'labels', torch.zeros(5)), "teacher's answers"),
+        (lambda: setattr(filled(), 'labels', torch.zeros(5)), "teacher's predictions"),
         (
             lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0),
             'give 0 or more',
@@ -728,12 +728,12 @@ def test_a_report_belongs_to_its_batch(teacher):
     pool = filled()
     pool.sample(3, torch.Generator().manual_seed(0))
     with pytest.raises(DFKDError, match='batch of 3 images'):
-        pool.report(torch.zeros(2, 10), torch.zeros(2, 10))
+        pool.update(torch.zeros(2, 10), torch.zeros(2, 10))
     with pytest.raises(DFKDError, match='both the same classes'):
-        pool.report(torch.zeros(3, 10), torch.zeros(3, 9))
-    pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
+        pool.update(torch.zeros(3, 10), torch.zeros(3, 9))
+    pool.update(torch.zeros(3, 10), torch.zeros(3, 10))
     with pytest.raises(DFKDError, match='sample one first'):
-        pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
+        pool.update(torch.zeros(3, 10), torch.zeros(3, 10))
     with pytest.raises(DFKDError, match='mixup_alpha'):
         Distiller(
             teacher,
@@ -814,7 +814,7 @@ def test_parts_come_together(teacher, init):
         trainer.finished
         and trainer.pool.added == 32
         and len(trainer.pool) == 12
-        and trainer.pool.draws.sum() > 0
+        and trainer.pool.sample_counts.sum() > 0
     )
     assert (
         trainer.synthesizer.history[-1]['modulated'] >= 0
@@ -861,7 +861,7 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
         torch.manual_seed(99)
         resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
-        for name in ('images', 'priorities', 'draws'):
+        for name in ('images', 'priorities', 'sample_counts'):
             assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
                 turns,
                 name,
