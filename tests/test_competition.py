@@ -25,6 +25,7 @@ from dfkd_nb.dreams.competition import (
     neighbour_distances,
     precision_recall,
     predict_logits,
+    round_metrics,
     principal_plane,
 )
 from dfkd_nb.dreams.competition_toy import CompetitionToy, ToyExplorer, draw_toy
