@@ -32,25 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..foundations.distillation import Distiller, distillation_loss
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    atomic_path,
-    import_extra,
-    load_tensors,
-)
+from ..foundations.distillation import distillation_loss, Distiller
+from ..toolbox.core import atomic_path, DFKDError, DFKDWarning, import_extra, load_tensors
 from ..toolbox.data import ImageSource
-from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.domains import Domain, DOMAINS
 from ..toolbox.models import build_model, count_parameters
-from dfkd_nb.toolbox.networks import (
-    in_eval_mode,
-    load_weights,
-    logits_of,
-    save_weights,
-    weights_dtype,
-)
-from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.networks import in_eval_mode, load_weights, logits_of, save_weights, weights_dtype
+from ..toolbox.sources import as_source, SourceLike
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/13_pruning.ipynb #38ee441d

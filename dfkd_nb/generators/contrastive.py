@@ -17,12 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import LossInputs
-from dfkd_nb.dreams.statistics import (
-    FusedBatchNorm,
-    FusedTeacher,
-    _Observed,
-    batchnorm_layers,
-)
+from ..dreams.statistics import _Observed, batchnorm_layers, FusedBatchNorm, FusedTeacher
 from .generators import GeneratorSynthesizer
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import DFKDError, seeded

@@ -147,7 +147,7 @@ def show_results(arguments: argparse.Namespace) -> int:
     pairs (Chapter 21).
     """
     if arguments.compare:
-        from dfkd_nb.lab.results import results_command
+        from dfkd_nb.lab.comparison import results_command
 
         return results_command(arguments.folder, arguments.scale)
     found = [
