@@ -253,8 +253,9 @@ if TYPE_CHECKING:
     import torch
 
     from dfkd_nb.dreams.inversion import DeepInversion
-    from dfkd_nb.toolbox.data import Domain, ImageSet
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import Domain
+    from dfkd_nb.toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/24_commands.ipynb #03397eed
 def read_network(
@@ -320,7 +321,8 @@ def own_teacher(
 ) -> 'Teacher':  # ready to dream
     "The network that the command line describes."
     from dfkd_nb.toolbox.core import DFKDWarning
-    from dfkd_nb.toolbox.models import LITE, Teacher, build_model, load_teacher
+    from dfkd_nb.toolbox.models import EFFICIENTNET_LITE, build_model
+    from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
     described = {
         '--model': arguments.model,
@@ -355,7 +357,7 @@ def own_teacher(
         )
     if (
         arguments.pretrained
-        and arguments.model in LITE
+        and arguments.model in EFFICIENTNET_LITE
         and said == ['--model', '--pretrained']
     ):
         return load_teacher(f'imagenet-{arguments.model}')
@@ -375,10 +377,13 @@ def own_domain(
     arguments: argparse.Namespace,  # of `dfkd invert`
 ) -> 'Domain':  # ImageNet's where nothing else is said
     "What the images of a network mean."
-    from dfkd_nb.toolbox.models import LITE, imagenet_domain
+    from dfkd_nb.toolbox.models import EFFICIENTNET_LITE
+    from dfkd_nb.toolbox.teachers import imagenet_domain
 
     usual = imagenet_domain(arguments.model)
-    known = arguments.model in LITE or arguments.model.startswith('torchvision:')
+    known = arguments.model in EFFICIENTNET_LITE or arguments.model.startswith(
+        'torchvision:'
+    )
     mean = usual.mean if arguments.mean is None else parse_numbers(arguments.mean, '--mean')
     std = usual.std if arguments.std is None else parse_numbers(arguments.std, '--std')
     size = usual.size[0] if arguments.size is None else arguments.size
@@ -776,7 +781,8 @@ def finish_folder(
     import torch
 
     from dfkd_nb.toolbox.core import atomic_path
-    from dfkd_nb.toolbox.data import ImageFiles, read_parquet
+    from dfkd_nb.toolbox.datasets import ImageFiles
+    from dfkd_nb.toolbox.formats import read_parquet
 
     lines, one = dreams.lines(), dreams.folder / 'images.parquet'
     if dreams.asked['format'] == 'parquet':
@@ -824,7 +830,8 @@ def draw_grid(
     """
     import matplotlib.pyplot as plt
 
-    from dfkd_nb.toolbox.core import atomic_path, show_images
+    from dfkd_nb.toolbox.core import atomic_path
+    from dfkd_nb.toolbox.figures import show_images
 
     assert images.labels is not None
     figure = show_images(
