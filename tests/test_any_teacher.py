@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors
+from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import Domain, ImageSet
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import (
     Teacher,
     capture_input,

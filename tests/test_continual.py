@@ -39,9 +39,11 @@ from dfkd_nb.applications.continual import (
     task_accuracies,
     wider_domain,
 )
-from dfkd_nb.lab.runs import Recipe, Run, RunStopped
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import DOMAINS, Augment, ImageFiles, ImageSet
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 from dfkd_nb.toolbox.models import Teacher, build_model
 
 DIGITS = DOMAINS['digits']

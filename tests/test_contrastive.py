@@ -26,8 +26,9 @@ from dfkd_nb.generators.contrastive import (
     info_nce,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import Augment, Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import Teacher
 
 

@@ -18,8 +18,9 @@ from torch import nn
 
 from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.lab import diagnostics as d
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
 
 

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dfkd_nb.toolbox import core, data
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, ImageFiles, ImageSet
+from dfkd_nb.toolbox.errors import DFKDError
 
 CIFAR = DOMAINS['cifar10']
 posix = pytest.mark.skipif(os.name != 'posix', reason='uses POSIX limits and signals')

@@ -29,7 +29,6 @@ from dfkd_nb.foundations.distillation import (
     train,
 )
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
@@ -37,6 +36,7 @@ from dfkd_nb.toolbox.core import (
     seed_everything,
 )
 from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import (
     MODELS,
     CifarBlock,

@@ -32,13 +32,9 @@ from dfkd_nb.generators.generators import (
 )
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.replay import ReplayPool
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    import_torchvision,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dfkd_nb.toolbox.core import import_torchvision, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import Augment, Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import Teacher, count_parameters, load_teacher
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics, batchnorm_layers
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.data import DOMAINS, load_data
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import (
     IMAGENET_TEACHERS,
     LITE,

@@ -31,8 +31,9 @@ from dfkd_nb.dreams.metadata import (
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.toolbox.core import DFKDError, load_tensors, save_tensors
+from dfkd_nb.toolbox.core import load_tensors, save_tensors
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, data_root, load_data
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import Teacher, build_model
 
 CPU = {'device': 'cpu'}

@@ -32,14 +32,13 @@ from dfkd_nb.applications.quantization import (
 )
 from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
     import_torchvision,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
 )
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import Teacher, build_model
 
 pytest.importorskip('torchao')

@@ -26,8 +26,9 @@ from dfkd_nb.foundations.distillation import (
     learning_rate_at,
     train,
 )
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, RandomStreams, same_device
+from dfkd_nb.toolbox.core import RandomStreams, same_device
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import Teacher, build_model
 
 TOY = Domain('toy', (3, 8, 8), (0.5,) * 3, (0.25,) * 3, ('a', 'b', 'c'))

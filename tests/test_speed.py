@@ -31,8 +31,8 @@ from dfkd_nb.lab.speed import (
     stopwatch,
     upsampling_kernel,
 )
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import Teacher, build_model
 
 

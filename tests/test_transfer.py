@@ -15,9 +15,10 @@ from dfkd_nb.applications.transfer import (
     two_schemes,
 )
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.lab.runs import Recipe, shards
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.tasks.synthesis import shards
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import Teacher, build_model
 
 FAST = {

@@ -30,8 +30,9 @@ from dfkd_nb.foundations.distillation import (
 )
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
+from ..toolbox.core import autocast, import_torchvision, seeded
 from ..toolbox.data import Domain, ImageFiles, ImageSet, ImageSource
+from ..toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import (
     Teacher,
     capture_input,

@@ -33,14 +33,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    atomic_path,
-    import_extra,
-    load_tensors,
-)
+from ..toolbox.core import atomic_path, import_extra, load_tensors
 from ..toolbox.data import DOMAINS, Domain, ImageSource
+from ..toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import (
     Teacher,
     build_model,

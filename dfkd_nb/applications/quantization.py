@@ -26,14 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..foundations.distillation import Distiller, as_source
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    import_extra,
-    load_tensors,
-    save_tensors,
-)
+from ..toolbox.core import import_extra, load_tensors, save_tensors
 from ..toolbox.data import Domain, ImageSource
+from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.models import Teacher, in_eval_mode, logits_of
 
 # %% ../../nbs/applications/15_quantization.ipynb #467e9c76

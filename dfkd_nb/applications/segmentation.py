@@ -32,7 +32,6 @@ from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     import_torchvision,
     load_tensors,
     pick_device,
@@ -41,6 +40,7 @@ from dfkd_nb.toolbox.core import (
     seeded,
 )
 from ..toolbox.data import Augment, Domain, ImageSource, _decode, data_root
+from ..toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import (
     CifarBlock,
     Teacher,

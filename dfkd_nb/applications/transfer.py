@@ -23,8 +23,9 @@ from dfkd_nb.foundations.distillation import (
     evaluate,
     full_precision,
 )
-from ..toolbox.core import DFKDError, seeded
+from ..toolbox.core import seeded
 from ..toolbox.data import Domain, ImageSet, ImageSource
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher, in_eval_mode, logits_of, network_inputs
 
 # %% ../../nbs/applications/12_transfer.ipynb #49b3e6d4

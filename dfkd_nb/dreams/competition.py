@@ -30,13 +30,7 @@ from dfkd_nb.foundations.distillation import (
     evaluate,
     full_precision,
 )
-from dfkd_nb.toolbox.core import (
-    COLOURS,
-    DFKDError,
-    random_state,
-    restore_random_state,
-    seeded,
-)
+from ..toolbox.core import COLOURS, random_state, restore_random_state, seeded
 from dfkd_nb.toolbox.data import (
     Domain,
     EpochSampler,
@@ -44,6 +38,7 @@ from dfkd_nb.toolbox.data import (
     Sampler,
     check_labels_for,
 )
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import in_eval_mode, logits_of, network_inputs
 
 # %% ../../nbs/dreams/06_competition.ipynb #a686eb51

@@ -46,7 +46,6 @@ from dfkd_nb.dreams.statistics import (
 )
 from ..foundations.distillation import learning_rate_at
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     RandomStreams,
     autocast,
     load_checkpoint,
@@ -56,6 +55,7 @@ from dfkd_nb.toolbox.core import (
     save_checkpoint,
 )
 from ..toolbox.data import Domain, ImageSet
+from ..toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import (
     Teacher,
     capture_input,

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from .inversion import DeepInversion, FilmStrip, ImageBatch, tile
 from .priors import LossInputs
-from ..toolbox.core import DFKDError, load_tensors, save_tensors
+from ..toolbox.core import load_tensors, save_tensors
 from ..toolbox.data import ImageSet, ImageSource, check_labels_for
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher
 
 # %% ../../nbs/dreams/07_metadata.ipynb #90f87a26

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
     RandomStreams,
     autocast,
     import_torchvision,
@@ -30,6 +28,7 @@ from dfkd_nb.toolbox.core import (
     same_device,
 )
 from ..toolbox.data import Augment, Domain, ImageSet, ImageSource, Sampler, mixup
+from ..toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import (
     Teacher,
     check_network,

@@ -25,8 +25,9 @@ from dfkd_nb.dreams.statistics import (
 )
 from ..foundations.distillation import full_precision
 from .generators import GeneratorSynthesizer
-from ..toolbox.core import DFKDError, seeded
+from ..toolbox.core import seeded
 from ..toolbox.data import Augment
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher, _pooled, classifier_layer
 
 # %% ../../nbs/generators/09_contrastive.ipynb #0132337c

@@ -22,15 +22,9 @@ from ..dreams.inversion import FEATURE_TERMS, FeatureExtractor
 from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
 from ..foundations.distillation import Distiller, full_precision
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    RandomStreams,
-    autocast,
-    pick_device,
-    same_device,
-    seeded,
-)
+from ..toolbox.core import RandomStreams, autocast, pick_device, same_device, seeded
 from ..toolbox.data import Augment, Domain, ImageSet
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher, in_eval_mode, logits_of
 
 # %% ../../nbs/generators/08_generators.ipynb #dd5aa5e4

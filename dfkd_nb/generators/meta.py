@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..dreams.priors import LossInputs, Term
 from ..dreams.statistics import RunningStatistics, Statistics
 from .generators import GeneratorSynthesizer, _hand_over
-from ..toolbox.core import DFKDError
 from ..toolbox.data import Augment
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher
 
 # %% ../../nbs/generators/10_meta.ipynb #fcf2b11a

@@ -22,7 +22,7 @@ from ..dreams.priors import LossInputs, Term
 from ..foundations.distillation import Distiller, full_precision
 from . import meta
 from .generators import DISTANCES, Alternation, student_logits_of
-from ..toolbox.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
+from ..toolbox.core import COLOURS, load_tensors, pick_device, save_tensors
 from dfkd_nb.toolbox.data import (
     Domain,
     EpochSampler,
@@ -31,6 +31,7 @@ from dfkd_nb.toolbox.data import (
     Sampler,
     check_labels_for,
 )
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher, in_eval_mode
 
 # %% ../../nbs/generators/11_replay.ipynb #7f45f39c

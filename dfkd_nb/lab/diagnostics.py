@@ -40,11 +40,9 @@ from dfkd_nb.dreams.competition import (
 )
 from ..dreams.statistics import Statistics, measure_moments
 from ..foundations.distillation import wilson
-from .runs import open_teacher
+from .tasks.common import open_teacher
 from dfkd_nb.toolbox.core import (
     COLOURS,
-    DFKDError,
-    DFKDWarning,
     atomic_path,
     book_style,
     import_torchvision,
@@ -62,6 +60,7 @@ from dfkd_nb.toolbox.data import (
     read_parquet,
     resize_images,
 )
+from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.models import Teacher, build_model, capture_input, network_inputs
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #2f1f24ab

@@ -34,8 +34,9 @@ from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, atomic_path, seeded
+from ..toolbox.core import atomic_path, seeded
 from ..toolbox.data import DOMAINS, ImageSet
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import Teacher, build_model, trial_logits
 
 # %% ../../nbs/lab/23_speed.ipynb #9d69de1b

@@ -27,14 +27,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    import_torchvision,
-    load_tensors,
-    progress,
-    save_tensors,
-)
+from .core import import_torchvision, load_tensors, progress, save_tensors
+from .errors import DFKDError, DFKDWarning
 
 # %% ../../nbs/toolbox/27_data.ipynb #cbaad9f7
 def _per_channel(

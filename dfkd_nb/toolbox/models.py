@@ -33,14 +33,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
     import_torchvision,
     load_checkpoint,
     load_tensors,
     save_tensors,
 )
 from .data import DOMAINS, Domain, ImageSource
+from .errors import DFKDError, DFKDWarning
 
 # %% ../../nbs/toolbox/28_models.ipynb #40d606ab
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
