@@ -1123,12 +1123,12 @@ def quantization_cost(
 
     import torch
 
-    from dfkd_nb.applications.quantization import (
+    from dfkd_nb.applications.integer_networks import (
         compile_x86,
-        quantize,
         save_integers,
         to_integers,
     )
+    from dfkd_nb.applications.quantization import quantize
     from dfkd_nb.lab.speed import fold_batchnorm, stopwatch
     from dfkd_nb.toolbox.core import DFKDError
     from dfkd_nb.toolbox.models import save_weights
@@ -1259,7 +1259,7 @@ def quantization(
 
 # %% ../../nbs/lab/applications.ipynb #77c3b3e1
 if TYPE_CHECKING:
-    from dfkd_nb.applications.segmentation import SegmentationSet
+    from dfkd_nb.applications.segmentation_data import SegmentationSet
 
 # %% ../../nbs/lab/applications.ipynb #6c6a8eb5
 # of a segmentation run: what the student learns from, and what differs from the recipe's
@@ -1335,11 +1335,8 @@ def source_of_scenes(
     "What an arm without a generator learns from."
     import torch
 
-    from dfkd_nb.applications.segmentation import (
-        SegmentationSet,
-        draw_scenes,
-        synthesize_from_masks,
-    )
+    from dfkd_nb.applications.segmentation import synthesize_from_masks
+    from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 
     settings = run.settings
     if arm in ('labels', 'real'):
@@ -1394,12 +1391,12 @@ def segmentation_arm(
     "One student, from fresh weights to its test."
     from dfkd_nb.applications.segmentation import (
         SegmentationDistiller,
-        SegmentationSet,
-        build_segmenter,
         mean_iou,
         segmentation_ssd_kd,
         segmentation_statistics,
     )
+    from dfkd_nb.applications.segmentation_data import SegmentationSet
+    from dfkd_nb.applications.segmenters import build_segmenter
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import load_weights
 
@@ -1511,7 +1508,11 @@ def segmentation_picture(
     """
     import matplotlib.pyplot as plt
 
-    from dfkd_nb.applications.segmentation import SegmentationSet, colour_masks, show_rows
+    from dfkd_nb.applications.segmentation_data import (
+        SegmentationSet,
+        colour_masks,
+        show_rows,
+    )
     from dfkd_nb.toolbox.core import atomic_path
     from dfkd_nb.toolbox.models import Teacher
 
@@ -1579,13 +1580,13 @@ def segmentation(
     """
     from dfkd_nb.applications.segmentation import (
         SegmentationDistiller,
-        build_segmenter,
-        confusion,
+        confusion_matrix,
         intersection_over_union,
-        load_segmentation,
         mean_iou,
         segmentation_statistics,
     )
+    from dfkd_nb.applications.segmentation_data import load_segmentation
+    from dfkd_nb.applications.segmenters import build_segmenter
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import Teacher, count_parameters, load_weights
 
@@ -1629,7 +1630,7 @@ def segmentation(
 
     def each() -> dict[str, Any]:
         ious = {
-            name: intersection_over_union(confusion(net, test)).tolist()
+            name: intersection_over_union(confusion_matrix(net, test)).tolist()
             for name, net in {'teacher': teacher, **students}.items()
         }
         return {

@@ -665,7 +665,7 @@ def find_segmenter(name: str, channels: int, device: Any) -> None:
     "Likewise for one that answers each pixel."
     import torch
 
-    from dfkd_nb.applications.segmentation import build_segmenter
+    from dfkd_nb.applications.segmenters import build_segmenter
 
     with torch.device('meta'):
         build_segmenter(name, 10)
