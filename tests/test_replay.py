@@ -24,9 +24,11 @@ from dfkd_nb.generators.replay import ReplayPool, importance_weights, sampling_p
 from dfkd_nb.generators.replay_explorer import draw_buffer, replay_explorer
 from dfkd_nb.generators.ssd_kd import modulated_class_term, modulation, ssd_kd_preset
 from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import Augment, ImageSet
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.augmentation import Augment
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(seed=0):

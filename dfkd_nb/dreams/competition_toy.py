@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from .competition import competition_loss, jensen_shannon
 from ..foundations.distillation import distillation_loss
-from ..toolbox.core import COLOURS, DFKDError, seeded
+from ..toolbox.core import seeded
+from ..toolbox.errors import DFKDError
+from ..toolbox.figures import COLOURS
 
 # %% ../../nbs/dreams/competition_toy.ipynb #3d7ee56d
 NUM_SPIRALS = 3

@@ -16,16 +16,18 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .distillation import Distiller, DrawnImages
-from ..toolbox.core import DFKDError, progress
+from .distillation import Distiller
+from ..toolbox.core import progress
 from dfkd_nb.toolbox.data import (
-    Domain,
     EpochSampler,
     ImageSet,
     ImageSource,
     Sampler,
-    check_labels_for,
+    validate_labels,
 )
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.sources import DrawnImages
 
 # %% ../../nbs/foundations/02_loop.ipynb #abd40de3
 @dataclass
@@ -277,7 +279,7 @@ class GrowingPool(Pool):
     ) -> None:
         "Keep more images."
         images = check_new_images(images, self.domain)
-        checked = check_labels_for(labels, len(images), self.domain)
+        checked = validate_labels(labels, len(images), self.domain)
         if checked is None:
             raise DFKDError('images without labels: give the target classes with them')
         total = self._count + len(images)

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ..toolbox.core import DFKDError
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/foundations/method_tables.ipynb #ee8c0506
 @cache

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from ..dreams.competition import jensen_shannon
 from ..dreams.priors import LossInputs, Term
-from ..foundations.distillation import full_precision
 from ..foundations.method_tables import method_tables
-from ..toolbox.core import DFKDError
-from ..toolbox.data import Domain
-from ..toolbox.models import in_eval_mode, logits_of
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of
 
 # %% ../../nbs/generators/08_generators.ipynb #dd5aa5e4
 class Generator(nn.Module):

@@ -23,8 +23,8 @@ from dfkd_nb.generators.synthesizer import (
     set_gradients,
     synthesizer_keywords,
 )
-from ..toolbox.core import DFKDError
-from ..toolbox.models import Teacher
+from ..toolbox.errors import DFKDError
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/10_meta.ipynb #fcf2b11a
 # tensors by name: a generator's weights, its codes, or their gradients

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..dreams.priors import Term
-from ..foundations.distillation import Distiller, DrawnImages
+from ..foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
     GrowingPool,
@@ -31,9 +31,11 @@ from .meta import MetaSynthesizer
 from .replay import ReplayPool
 from .ssd_kd import modulated_class_term, ssd_kd_preset
 from .synthesizer import GeneratorSynthesizer, synthesizer_keywords
-from ..toolbox.core import DFKDError, pick_device, seeded
-from ..toolbox.data import Augment
-from ..toolbox.models import Teacher
+from ..toolbox.augmentation import Augment
+from ..toolbox.core import pick_device, seeded
+from ..toolbox.errors import DFKDError
+from ..toolbox.sources import DrawnImages
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/methods.ipynb #22806c64
 @dataclass(frozen=True)

@@ -26,16 +26,12 @@ from dfkd_nb.generators.generators import (
     copy_generator,
     student_logits_of,
 )
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    RandomStreams,
-    autocast,
-    pick_device,
-    same_device,
-    seeded,
-)
-from ..toolbox.data import Augment, Domain
-from ..toolbox.models import Teacher, in_eval_mode
+from ..toolbox.augmentation import Augment
+from ..toolbox.core import RandomStreams, autocast, pick_device, same_device, seeded
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/objective.ipynb #d7de1ca7
 def _same_network(teacher: Teacher, student: nn.Module) -> bool:

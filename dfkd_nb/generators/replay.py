@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..foundations.distillation import full_precision
 from ..foundations.loop import Pool, check_new_images, share_student_domain
 from .generators import DISTANCES, student_logits_of
-from ..toolbox.core import DFKDError, load_tensors, save_tensors
-from ..toolbox.data import Domain, EpochSampler, ImageSet, check_labels_for
-from ..toolbox.models import Teacher, in_eval_mode
+from ..toolbox.core import load_tensors, save_tensors
+from ..toolbox.data import EpochSampler, ImageSet, validate_labels
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import full_precision, in_eval_mode
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/11_replay.ipynb #b59ba146
 def sampling_probabilities(
@@ -218,7 +220,7 @@ class ReplayPool(Pool):
     ) -> Tensor:  # logits `(n, K)`, on the student's device
         "The student's predictions for images, in its own normalisation."
         if self.student is None:
-            raise DFKDError('there is no student to ask: give the pool one')
+            raise DFKDError('there is no student to ask: give the pool a student')
         place = next((p.device for p in self.student.parameters()), images.device)
         domain = self.student_domain or self.domain
         return student_logits_of(self.student, domain.normalize(images.to(place)))
@@ -232,7 +234,7 @@ class ReplayPool(Pool):
     ) -> None:
         "Keep images whose class and confidence are known."
         images = check_new_images(images, self.domain)
-        checked = check_labels_for(classes, len(images), self.domain)
+        checked = validate_labels(classes, len(images), self.domain)
         assert checked is not None
         for name, given in {'confidences': confidences, 'priorities': priorities}.items():
             if given is not None and tuple(given.shape) != (len(images),):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .methods import ssd_kd
 from .replay import ReplayPool
 from .ssd_kd import modulated_class_term
-from ..toolbox.core import COLOURS, DFKDError
-from ..toolbox.models import Teacher
+from ..toolbox.errors import DFKDError
+from ..toolbox.figures import COLOURS
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/replay_explorer.ipynb #2125e16c
 def draw_buffer(

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dreams.priors import LossInputs, Term
-from ..foundations.distillation import full_precision
 from ..foundations.method_tables import method_settings
 from .meta import fast_preset
 from .replay import ReplayPool
-from ..toolbox.core import DFKDError
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import full_precision
 
 # %% ../../nbs/generators/ssd_kd.ipynb #7f45f39c
 def modulation(

@@ -23,9 +23,11 @@ from dfkd_nb.foundations.loop import (
     synthesize_batches,
 )
 from .objective import GeneratorObjective
-from ..toolbox.core import DFKDError, seeded
-from ..toolbox.data import Augment, ImageSet
-from ..toolbox.models import Teacher
+from ..toolbox.augmentation import Augment
+from ..toolbox.core import seeded
+from ..toolbox.data import ImageSet
+from ..toolbox.errors import DFKDError
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/synthesizer.ipynb #53b3e1bf
 def set_gradients(
