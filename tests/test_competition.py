@@ -310,11 +310,11 @@ def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
     contest = compete(teacher)
     synthesizer = contest.synthesizer
     contest.step()
-    assert synthesizer.round == 0 and synthesizer.student is None
+    assert synthesizer.underway and synthesizer.student is None
     assert synthesizer.objective.weights['competition'] == 0
     contest.run(until=4)
     contest.step()
-    assert synthesizer.round == 1 and synthesizer.student is not None
+    assert synthesizer.underway and synthesizer.student is not None
     assert synthesizer.objective.weights['competition'] == 10
     contest.run(until=5)
     plain = compete(teacher, 0.0).run()
@@ -368,7 +368,7 @@ def test_a_synthesizer_is_put_back_after_every_round(teacher):
     for steps in (1, 6):  # the first round has no competition, the next another seed
         contest.run(until=steps)
         synthesizer = contest.synthesizer
-        assert synthesizer.round is None and synthesizer.seed == 0
+        assert not synthesizer.underway and synthesizer.seed == 0
         assert synthesizer.objective.weights['competition'] == 10.0
 
 
@@ -399,7 +399,7 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
         torch.testing.assert_close(known, teacher(DIGITS.from_pixels(pixels)), **close)
         said = contest.student(other.from_pixels(pixels))
         torch.testing.assert_close(guessed, said, **close)
-    while contest.synthesizer.round is not None:
+    while contest.synthesizer.underway:
         contest.step()
     fresh, wished = contest.pool.images[6:], contest.pool.labels[6:]
     with torch.no_grad():
@@ -479,10 +479,10 @@ def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher
     contest.run(until=4)
     before = weights(contest.student)
     contest.step()
-    assert contest.synthesizer.round is not None and not any(
+    assert contest.synthesizer.underway and not any(
         m.training for m in contest.synthesizer.student.model.modules()
     )
-    while contest.synthesizer.round is not None:
+    while contest.synthesizer.underway:
         contest.step()
     assert torch.equal(before, weights(contest.student))
 
