@@ -24,7 +24,7 @@ from dfkd_nb.lab.settings import (
 from dfkd_nb.lab.tasks.common import training_arguments
 from dfkd_nb.lab.tasks.generative import build_pool, build_synthesizer
 from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.teachers import Teacher
 
 CPU = torch.device('cpu')
 

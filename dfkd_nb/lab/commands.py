@@ -47,6 +47,7 @@ from dfkd_nb.lab.recipes import (
 from .results import Result, mark_outdated, outdated_note, results
 from .settings import SynthesisSettings, check_settings
 from ..toolbox.errors import DFKDError, RunStopped
+from ..toolbox.models import EFFICIENTNET_LITE
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
 # exit code of a run that stopped early and was saved; 2 is an error, as in argparse
@@ -246,8 +247,9 @@ if TYPE_CHECKING:
 
     from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.lab.runs import Run
-    from dfkd_nb.toolbox.data import Domain, ImageSet
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import Domain
+    from dfkd_nb.toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/24_commands.ipynb #03397eed
 def read_network(
@@ -315,7 +317,8 @@ def own_teacher(
     "The network that the command line describes."
     from dfkd_nb.lab.tasks.common import open_teacher
     from dfkd_nb.toolbox.errors import DFKDWarning
-    from dfkd_nb.toolbox.models import LITE, Teacher, build_model, load_teacher
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
     described = {
         '--model': arguments.model,
@@ -350,7 +353,7 @@ def own_teacher(
         )
     if (
         arguments.pretrained
-        and arguments.model in LITE
+        and arguments.model in EFFICIENTNET_LITE
         and said == ['--model', '--pretrained']
     ):
         return load_teacher(f'imagenet-{arguments.model}')
@@ -370,10 +373,13 @@ def own_domain(
     arguments: argparse.Namespace,  # of `dfkd invert`
 ) -> 'Domain':  # ImageNet's where nothing else is said
     "What the images of a network mean."
-    from dfkd_nb.toolbox.models import LITE, imagenet_domain
+    from dfkd_nb.toolbox.models import EFFICIENTNET_LITE
+    from dfkd_nb.toolbox.teachers import imagenet_domain
 
     usual = imagenet_domain(arguments.model)
-    known = arguments.model in LITE or arguments.model.startswith('torchvision:')
+    known = arguments.model in EFFICIENTNET_LITE or arguments.model.startswith(
+        'torchvision:'
+    )
     mean = usual.mean if arguments.mean is None else parse_numbers(arguments.mean, '--mean')
     std = usual.std if arguments.std is None else parse_numbers(arguments.std, '--std')
     size = usual.size[0] if arguments.size is None else arguments.size
@@ -771,7 +777,8 @@ def finish_folder(
     import torch
 
     from dfkd_nb.toolbox.core import atomic_path
-    from dfkd_nb.toolbox.data import ImageFiles, read_parquet
+    from dfkd_nb.toolbox.datasets import ImageFiles
+    from dfkd_nb.toolbox.formats import read_parquet
 
     lines, one = dreams.lines(), dreams.folder / 'images.parquet'
     if dreams.asked['format'] == 'parquet':
@@ -819,7 +826,8 @@ def draw_grid(
     """
     import matplotlib.pyplot as plt
 
-    from dfkd_nb.toolbox.core import atomic_path, show_images
+    from dfkd_nb.toolbox.core import atomic_path
+    from dfkd_nb.toolbox.figures import show_images
 
     assert images.labels is not None
     figure = show_images(
@@ -1012,10 +1020,10 @@ class DreamWorker:
         path = self.dreams.file(batch, 'pt')
         targets = self.dreams.asked['targets']
         maker.start(len(targets), targets)
-        maker.own = range(batch, batch + 1)
+        maker.plan.own = range(batch, batch + 1)
         if path.is_file():
             maker.load_state_dict(load_checkpoint(path))
-        self.clock.goes_on(number, maker.dream.done if maker.dream is not None else 0)
+        self.clock.goes_on(number, maker.steps_done)
 
         def look(now: Any) -> bool:
             self.clock.tick(
@@ -1031,7 +1039,7 @@ class DreamWorker:
         with no_progress_bars():
             images = maker.run(
                 callback=look,
-                every=every,
+                log_every=every,
                 deadline=self.deadline,
                 checkpoint=path,
                 save_every=self.save_every,
@@ -1039,7 +1047,7 @@ class DreamWorker:
         if not maker.finished:
             return False
         seen = maker.teacher.predict(images.images, len(images)).softmax(1).cpu()
-        save_batch(self.dreams, batch, sum(maker.sizes[:batch]), images, seen)
+        save_batch(self.dreams, batch, maker.plan.rows(batch).start, images, seen)
         path.unlink()
         return True
 

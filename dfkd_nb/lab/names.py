@@ -13,14 +13,10 @@ import torch
 
 from ..applications.segmentation import build_segmenter
 from ..toolbox.core import autocast
-from ..toolbox.data import DOMAINS
+from ..toolbox.domains import DOMAINS
 from ..toolbox.errors import DFKDError, closest_word
-from dfkd_nb.toolbox.models import (
-    IMAGENET_TEACHERS,
-    build_model,
-    load_teacher,
-    shipped_weights,
-)
+from ..toolbox.models import build_model
+from ..toolbox.teachers import IMAGENET_TEACHERS, load_teacher, shipped_weights
 
 # %% ../../nbs/lab/names.ipynb #c8febf33
 def find_network(name: str, channels: int, device: Any) -> None:

@@ -21,23 +21,21 @@ from dfkd_nb.dreams.competition import (
     precision_recall,
     principal_plane,
 )
-from ...dreams.inversion import tile
 from ...dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
-from ...foundations import distillation
-from ...foundations.distillation import Distiller, evaluate
+from ...foundations.distillation import Distiller
 from ..runs import Run
-from ...toolbox.core import atomic_path, load_tensors, show_images
-from ...toolbox.data import DOMAINS, Augment, ImageSet, load_data
+from ...toolbox import evaluation
+from ...toolbox.augmentation import Augment
+from ...toolbox.core import atomic_path, load_tensors
+from ...toolbox.data import ImageSet
+from ...toolbox.datasets import load_data
+from ...toolbox.domains import DOMAINS
 from ...toolbox.errors import DFKDError
-from dfkd_nb.toolbox.models import (
-    Teacher,
-    build_model,
-    copy_blocks_from_teacher,
-    count_parameters,
-    load_teacher,
-    load_weights,
-    save_weights,
-)
+from ...toolbox.evaluation import evaluate
+from ...toolbox.figures import show_images, tile
+from ...toolbox.models import build_model, count_parameters
+from ...toolbox.networks import load_weights, save_weights
+from ...toolbox.teachers import Teacher, copy_blocks_from_teacher, load_teacher
 
 # %% ../../../nbs/lab/tasks/common.ipynb #36ad17bb
 def open_teacher(
@@ -148,7 +146,7 @@ def train_student(
     """
     turns = turns or distiller
 
-    judge = evaluate or distillation.evaluate
+    judge = evaluate or evaluation.evaluate
     marks = [
         max(1, round(distiller.steps * i / run.settings.evaluations))
         for i in range(1, run.settings.evaluations + 1)

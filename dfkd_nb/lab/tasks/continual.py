@@ -42,16 +42,13 @@ from dfkd_nb.lab.tasks.common import (
 from .sources import _refit, _words
 from .synthesis import build_inversion, recipe_classes, synthesize_shard
 from ...toolbox.core import seed_everything
-from dfkd_nb.toolbox.data import (
-    DOMAINS,
-    Domain,
-    ImageSet,
-    data_root,
-    load_data,
-    resize_images,
-)
+from ...toolbox.data import ImageSet
+from ...toolbox.datasets import data_root, load_data
+from ...toolbox.domains import DOMAINS, Domain, resize_images
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher, build_model, load_weights
+from ...toolbox.models import build_model
+from ...toolbox.networks import load_weights
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/continual.ipynb #1c150748
 def class_set(

@@ -8,13 +8,14 @@ __all__ = ['verified', 'dream_images']
 # %% ../../../nbs/lab/tasks/dream.ipynb #2d9a631c
 from typing import Any
 
-from ...foundations.distillation import evaluate
 from ..recipes import task
 from ..runs import Run
 from ..settings import DreamSettings
 from .common import open_teacher, real_images
 from .synthesis import recipe_images
-from ...toolbox.data import ImageSet, resize_images
+from ...toolbox.data import ImageSet
+from ...toolbox.domains import resize_images
+from ...toolbox.evaluation import evaluate
 
 # %% ../../../nbs/lab/tasks/dream.ipynb #953df90b
 def verified(

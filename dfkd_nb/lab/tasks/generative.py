@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...dreams.competition import GrowingPool
-from ...foundations.distillation import Distiller, DrawnImages
+from ...foundations.distillation import Distiller
 from ...generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import (
     Alternation,
@@ -35,10 +35,12 @@ from dfkd_nb.lab.tasks.common import (
     train_student,
     training_arguments,
 )
+from ...toolbox.augmentation import Augment
 from ...toolbox.core import seed_everything, seeded
-from ...toolbox.data import Augment, ImageSet, ImageSource
+from ...toolbox.data import ImageSet, ImageSource
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher
+from ...toolbox.sources import DrawnImages
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/generative.ipynb #4766b5f0
 def build_synthesizer(

@@ -30,7 +30,7 @@ from dfkd_nb.applications.pruning import (
     removed_filters,
     save_pruned,
 )
-from ...foundations.distillation import Distiller, evaluate
+from ...foundations.distillation import Distiller
 from ..recipes import task
 from ..runs import Run
 from ..settings import PruningSettings
@@ -44,7 +44,8 @@ from .sources import _words, application_images, check_supply
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher
+from ...toolbox.evaluation import evaluate
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/pruning.ipynb #66c8e47a
 def pruning_plan(

@@ -23,7 +23,6 @@ from dfkd_nb.applications.quantization import (
     signal_to_noise,
     to_integers,
 )
-from ...foundations.distillation import evaluate
 from ..recipes import task
 from ..runs import Run
 from ..settings import QuantizationSettings
@@ -38,7 +37,9 @@ from .sources import _words, application_images, check_supply
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher, save_weights
+from ...toolbox.evaluation import evaluate
+from ...toolbox.networks import save_weights
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/quantization.ipynb #57a2b1a8
 def quantization_source(

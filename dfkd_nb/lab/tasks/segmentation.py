@@ -33,7 +33,9 @@ from .common import train_student, training_arguments
 from .sources import _words
 from ...toolbox.core import atomic_path, seed_everything
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher, count_parameters, load_weights
+from ...toolbox.models import count_parameters
+from ...toolbox.networks import load_weights
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/segmentation.ipynb #adbe25f7
 def source_of_scenes(

@@ -11,9 +11,10 @@ import torch
 from ..names import find_data
 from ..runs import Run
 from .common import real_images, run_images
-from ...toolbox.data import ImageSet, resize_images
+from ...toolbox.data import ImageSet
+from ...toolbox.domains import resize_images
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/sources.ipynb #8646cef0
 def _words(text: str) -> list[str]:

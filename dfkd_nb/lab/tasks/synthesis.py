@@ -20,7 +20,7 @@ from ..runs import Run
 from .common import describe_images, real_images, run_images, save_picture
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/synthesis.ipynb #53db5f46
 def build_inversion(
@@ -126,7 +126,7 @@ def synthesize_shard(
         target_embeddings=target_embeddings,
         checkpoint=run.folder / 'parts' / f'{part:05}.pt',
         callback=callback,
-        every=every,
+        log_every=every,
         save_every=run.save_every,
     )
 

@@ -32,7 +32,7 @@ from .synthesis import build_inversion, recipe_images
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
-from ...toolbox.models import Teacher
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/transfer.ipynb #f37aa90b
 class Rounds:
