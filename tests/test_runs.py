@@ -18,6 +18,7 @@ from cases import each
 from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
+from dfkd_nb.foundations import distillation
 from dfkd_nb.lab.recipes import (
     TASKS,
     Recipe,
@@ -348,7 +349,7 @@ def draw(run):
     late = []
 
     def again(state, spent):
-        late.extend_classifier(state['drawn'] if state else [])
+        late.extend(state['drawn'] if state else [])
         while len(late) < 3:
             late.append(global_draws())
             run.tick('again', lambda: {'drawn': late})
