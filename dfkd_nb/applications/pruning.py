@@ -1615,8 +1615,7 @@ def fraction_recovered(
 @torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module,  # with BatchNorm layers; their running statistics are replaced
-    # an `ImageSet` or what `as_source` makes one of; labels are not used
-    images: SourceLike,
+    images: SourceLike,  # an `ImageSet` or what `as_source` makes one of; labels are not used
     # what the network expects; a `Teacher` or a set knows its own
     domain: Domain | None = None,
     batch_size: int = 100,  # images at a time

@@ -45,9 +45,10 @@ from dfkd_nb.lab.recipes import (
     resolved_toml,
 )
 from .results import Result, mark_outdated, outdated_note, results
+from .runs import Run
 from .settings import SynthesisSettings, check_settings
+from .tasks.common import open_teacher
 from ..toolbox.errors import DFKDError, RunStopped
-from ..toolbox.models import EFFICIENTNET_LITE
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
 # exit code of a run that stopped early and was saved; 2 is an error, as in argparse
@@ -246,7 +247,6 @@ if TYPE_CHECKING:
     import torch
 
     from dfkd_nb.dreams.inversion import DeepInversion
-    from dfkd_nb.lab.runs import Run
     from dfkd_nb.toolbox.data import ImageSet
     from dfkd_nb.toolbox.domains import Domain
     from dfkd_nb.toolbox.teachers import Teacher
@@ -315,9 +315,8 @@ def own_teacher(
     arguments: argparse.Namespace,  # of `dfkd invert`
 ) -> 'Teacher':  # ready to dream
     "The network that the command line describes."
-    from dfkd_nb.lab.tasks.common import open_teacher
     from dfkd_nb.toolbox.errors import DFKDWarning
-    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.models import EFFICIENTNET_LITE, build_model
     from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
     described = {
