@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from .quantization import QuantizedNetwork, calibrate
 from .quantization_graph import import_torchao, quiet_libraries
-from ..toolbox.core import DFKDError, load_tensors, save_tensors
-from ..toolbox.data import Domain
+from ..toolbox.core import load_tensors, save_tensors
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/applications/integer_networks.ipynb #c1cc94fc
 class IntegerNetwork(nn.Module):

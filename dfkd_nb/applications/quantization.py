@@ -30,10 +30,13 @@ from dfkd_nb.applications.quantization_graph import (
     separate_shared_nodes,
     x86_quantizer,
 )
-from ..foundations.distillation import Distiller, as_source
-from ..toolbox.core import DFKDError, DFKDWarning
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import Teacher, logits_of
+from ..foundations.distillation import Distiller
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
+from ..toolbox.networks import logits_of
+from ..toolbox.sources import as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/15_quantization.ipynb #17dd4f71
 class QuantizedNetwork(nn.Module):

@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..toolbox.core import DFKDError, import_extra
-from ..toolbox.data import Domain
-from ..toolbox.models import Teacher, in_eval_mode
+from ..toolbox.core import import_extra
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/quantization_graph.ipynb #467e9c76
 @contextmanager

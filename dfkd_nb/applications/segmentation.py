@@ -21,19 +21,21 @@ from .segmentation_data import IGNORED, SegmentationSet, dominant_class
 from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
 from ..dreams.priors import LossInputs, Term
-from ..foundations.distillation import Distiller, full_precision
+from ..foundations.distillation import Distiller
 from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
+from ..toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     import_torchvision,
     pick_device,
     progress,
     seeded,
 )
-from ..toolbox.data import Augment, Domain
-from ..toolbox.models import Teacher, in_eval_mode, logits_of, network_inputs
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/16_segmentation.ipynb #c8eca0b2
 @torch.no_grad()

@@ -18,8 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..toolbox.core import DFKDError, load_tensors, progress, save_tensors
-from ..toolbox.data import Domain, ImageSource, _decode, data_root
+from ..toolbox.core import load_tensors, progress, save_tensors
+from ..toolbox.data import ImageSource
+from ..toolbox.datasets import data_root
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.formats import decode_image
 
 # %% ../../nbs/applications/segmentation_data.ipynb #a7460c5a
 IGNORED = 255  # in a mask: no class, counts nowhere
@@ -135,7 +139,7 @@ class SegmentationSet(ImageSource):
         "The images at `indices`, uint8 `(n, 3, H, W)`."
         return self.images[indices.to(self.images.device)]
 
-    def _pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch_labelled(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.fetch(indices), self.masks[indices.to(self.masks.device)].long()
 
     def to(self, device: str | torch.device) -> 'SegmentationSet':
@@ -144,7 +148,7 @@ class SegmentationSet(ImageSource):
 
     def subset(self, which: int | Tensor) -> 'SegmentationSet':
         "The first `which` scenes, or those at the given indices."
-        images, masks = self._pick(
+        images, masks = self.fetch_labelled(
             torch.arange(len(self))[:which] if isinstance(which, int) else which.cpu()
         )
         return SegmentationSet(images, masks, self.domain)
@@ -544,7 +548,7 @@ def load_segmentation(
         )
     images = torch.stack(
         [
-            _decode(image, domain, f'image {i} of {folder}')
+            decode_image(image, domain, f'image {i} of {folder}')
             for i, (image, _) in enumerate(progress(pairs, f'decoding {name}'))
         ]
     )

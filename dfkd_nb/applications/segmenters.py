@@ -12,7 +12,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..toolbox.core import DFKDError, import_torchvision
+from ..toolbox.core import import_torchvision
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import CifarBlock, build_model
 
 # %% ../../nbs/applications/segmenters.ipynb #8c3596de
