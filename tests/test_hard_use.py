@@ -18,7 +18,8 @@ from tiny import DIGITS, network, stirred
 from torch import Tensor, nn
 
 from dfkd_nb.applications import continual, segmentation
-from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
+from dfkd_nb.applications.filters import find_filters, remove_filters
+from dfkd_nb.applications.importance import filter_importance
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool, predict_logits
 from dfkd_nb.dreams.metadata import Metadata
@@ -163,9 +164,9 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
         )
     )
     filters = find_filters(wide, DIGITS)
-    usual = filter_importance(wide, filters, data, 'divergence', teacher)
+    usual = filter_importance(wide, filters, data, 'kl', teacher)
     for name, value in filter_importance(
-        double(wide), filters, data, 'divergence', teacher
+        double(wide), filters, data, 'kl', teacher
     ).items():
         torch.testing.assert_close(value, usual[name], rtol=1e-3, atol=1e-6)
     scenes = segmentation.draw_scenes(6, (16, 16))
@@ -274,13 +275,15 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
     one_line(lambda: evaluate(teacher, beyond), 'label 19', '10 classes')
     one_line(lambda: evaluate(network(5), beyond, domain=DIGITS), 'label 19', '10 classes')
     one_line(
-        lambda: filter_importance(wide, filters, beyond, 'labels'), 'label 19', '10 classes'
+        lambda: filter_importance(wide, filters, beyond, 'cross-entropy'),
+        'label 19',
+        '10 classes',
     )
     one_line(
-        lambda: filter_importance(wide, filters, beyond.batches(100), 'labels'),
+        lambda: filter_importance(wide, filters, beyond.batches(100), 'cross-entropy'),
         'labels from 0 to 19',
     )
-    one_line(lambda: filter_importance(wide, filters, shuffled, 'labels'), 'relabel')
+    one_line(lambda: filter_importance(wide, filters, shuffled, 'cross-entropy'), 'relabel')
     one_line(
         lambda: Metadata.measure(teacher, shuffled, clusters=1, components=2),
         "'1' is class 0",
@@ -294,14 +297,14 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
         'label 9',
         '6 classes',
     )
-    lesson = continual.continual_loss('oracle-classify')
+    losses = continual.continual_loss('oracle-classify')
     student, domain = continual.extend_classifier(teacher, ['new'])
     new = continual.renumber_labels(
         pictures(20, dataclasses.replace(DIGITS, name='n', classes=('new',))), domain
     )
     one_line(
         lambda: continual.ContinualDistiller(
-            teacher, student, new, beyond, domain=domain, lesson=lesson, **QUICK
+            teacher, student, new, beyond, domain=domain, losses=losses, **QUICK
         ),
         'label 19',
     )

@@ -151,9 +151,9 @@ class PruningSettings(TrainingSettings, ImageSourceSettings):
     table: str = setting('', 'a latency table to use; empty: measure one')
     table_step: int = setting(1, 'channels between its entries', low=1)
     criterion: str = setting(
-        'answers',
+        'fisher',
         'what importance is measured on',
-        choices=('labels', 'answers', 'divergence'),
+        choices=('cross-entropy', 'fisher', 'kl'),
     )
     judged_images: int = setting(256, 'images that filters are ranked on', low=1)
     per_removal: int = setting(32, 'filters removed at once', low=1)
@@ -177,9 +177,10 @@ def pruning_plan(
     run: Run,  # with `PruningSettings`
     share: float,  # that is to go
     ranking: str,  # 'error' or 'error and latency'
-) -> Any:  # a `Plan`, with the run's table where it needs one
+) -> Any:  # a `PruningPlan`, with the run's table where it needs one
     "How much shall go, and at what price."
-    from dfkd_nb.applications.pruning import LatencyTable, Plan
+    from dfkd_nb.applications.latency import LatencyTable
+    from dfkd_nb.applications.pruning import PruningPlan
 
     settings, path = run.settings, run.folder / 'latency.json'
     weight = settings.latency_weight if ranking == 'error and latency' else 0.0
@@ -188,9 +189,9 @@ def pruning_plan(
         table = (
             LatencyTable.load(settings.table or path)
             if settings.table or path.is_file()
-            else LatencyTable(run.device, step=settings.table_step)
+            else LatencyTable(run.device, channel_step=settings.table_step)
         )
-    return Plan(
+    return PruningPlan(
         share, settings.measure, settings.per_removal, settings.group_size, weight, table
     )
 
@@ -209,14 +210,9 @@ def pruned_start(
     "Remove filters, once in the life of a run; the smaller network is kept."
     import copy
 
-    from dfkd_nb.applications.pruning import (
-        PruningDistiller,
-        filter_importance,
-        prune_filters,
-        remove_filters,
-        removed_filters,
-        save_pruned,
-    )
+    from dfkd_nb.applications.filters import remove_filters, removed_filters
+    from dfkd_nb.applications.importance import filter_importance
+    from dfkd_nb.applications.pruning import PruningDistiller, prune_filters, save_pruned
     from dfkd_nb.foundations.distillation import evaluate
 
     settings = run.settings
@@ -240,7 +236,7 @@ def pruned_start(
     def judge(
         student: Any, test: Any, domain: Any
     ) -> float:  # of the network as it is once the closed filters are gone
-        small = distiller.smaller()
+        small = distiller.pruned_network()
         save(small, distiller.kept)
         return evaluate(small, test, domain=domain)
 
@@ -270,9 +266,10 @@ def pruned_start(
             kept = prune_filters(filters, plan, importance)
             save(remove_filters(teacher, filters, kept), kept)
             run.say(
-                f'{name}: {filters.removed_share(kept):.1%} of the filters, {spent():.0f} s'
+                f'{name}: {filters.removed_fraction(kept):.1%} of the filters,'
+                f' {spent():.0f} s'
             )
-            return {'filters_removed': filters.removed_share(kept)}
+            return {'filters_removed': filters.removed_fraction(kept)}
 
         run.phase(name, choose)
     elif name not in run.state['phases']:
@@ -287,13 +284,16 @@ def pruned_start(
             images,
             filters=filters,
             plan=plan,
-            every=settings.every,
+            removal_interval=settings.every,
             criterion=settings.criterion,
             importance_batches=-(-settings.judged_images // settings.batch_size),
             steps=steps,
             temperature=settings.temperature,
             **training_arguments(settings, run.device)
-            | {'schedule': 'constant', 'warmup': 0.0},
+            | {
+                'schedule': 'constant',
+                'warmup': 0.0,
+            },
         )
         train_student(
             run,
@@ -347,17 +347,11 @@ def pruning(
     """Remove filters of a teacher's network, let what is left learn from different images,
     and measure what it costs.
     """
-    from dfkd_nb.applications.pruning import (
-        LatencyTable,
-        compare_latencies,
-        filter_importance,
-        find_filters,
-        fraction_recovered,
-        linear_fit,
-        load_pruned,
-        network_cost,
-        rank_agreement,
-    )
+    from dfkd_nb.applications.export import network_cost
+    from dfkd_nb.applications.filters import find_filters
+    from dfkd_nb.applications.importance import filter_importance, rank_agreement
+    from dfkd_nb.applications.latency import LatencyTable, compare_latencies, linear_fit
+    from dfkd_nb.applications.pruning import fraction_recovered, load_pruned
     from dfkd_nb.foundations.distillation import Distiller, evaluate
     from dfkd_nb.toolbox.core import seed_everything
 
@@ -381,11 +375,11 @@ def pruning(
         table = (
             LatencyTable.load(settings.table)
             if settings.table
-            else LatencyTable(run.device, step=settings.table_step)
+            else LatencyTable(run.device, channel_step=settings.table_step)
         )
         cost = network_cost(teacher, teacher.domain, 1.0)
         if settings.measure == 'latency' and not settings.table:
-            table.scan(filters, settings.group_size)
+            table.measure_all(filters, settings.group_size)
         numbers: dict[str, Any] = {
             'teacher_parameters': cost.parameters,
             'teacher_flops': cost.flops,
@@ -421,17 +415,17 @@ def pruning(
                 seed=settings.seed,
             )
             for kind, images in sets.items()
-            for criterion in ('labels', 'answers')
+            for criterion in ('cross-entropy', 'fisher')
         }
         return {
             'kendall_dreams_labels': rank_agreement(
-                ranked['dreams_answers'], ranked['real_labels']
+                ranked['dreams_fisher'], ranked['real_cross-entropy']
             ),
             'kendall_real_labels': rank_agreement(
-                ranked['real_answers'], ranked['real_labels']
+                ranked['real_fisher'], ranked['real_cross-entropy']
             ),
             'kendall_dreams_real': rank_agreement(
-                ranked['dreams_answers'], ranked['real_answers']
+                ranked['dreams_fisher'], ranked['real_fisher']
             ),
         }
 
@@ -500,7 +494,7 @@ def pruning(
                 gone = json.loads(about['removed'])
                 removed = (
                     sum(
-                        filters.weight(layer) * len(missing)
+                        filters.coupled(layer) * len(missing)
                         for layer, missing in gone.items()
                     )
                     / filters.total
@@ -573,7 +567,7 @@ class ContinualSettings(TrainingSettings, SynthesisSettings):
     )
     updates: int = setting(1000, 'of the network in each step', low=1)
     falls: str = setting(
-        'fifths', 'how the step size moves in them', choices=('fifths', *SCHEDULES)
+        'step', 'how the step size moves in them', choices=('step', *SCHEDULES)
     )
     rows: str = setting(
         'random',
@@ -629,7 +623,7 @@ def class_set(
     "The images of one step."
     import torch
 
-    from dfkd_nb.applications.continual import only_classes
+    from dfkd_nb.applications.class_sets import only_classes
     from dfkd_nb.toolbox.data import ImageSet, data_root, load_data, resize_images
 
     part = re.fullmatch(r'(.+):(\d+)-(\d+)', name)
@@ -722,11 +716,12 @@ def shown_images(
     real: 'ImageSet',  # of all its classes, for the oracles
 ) -> 'ImageSet | None':  # None where the method needs none
     "What a method shows in place of old images: made once, kept in a file."
-    from dfkd_nb.applications.continual import CONTINUAL_LOSSES, balanced, continual_loss
+    from dfkd_nb.applications.class_sets import balanced
+    from dfkd_nb.applications.continual import CONTINUAL_LOSSES, continual_loss
     from dfkd_nb.toolbox.data import ImageSet
 
     settings: ContinualSettings = run.settings
-    if not continual_loss(method).on_old:
+    if continual_loss(method).on_old == 'none':
         return None
     if method.startswith('oracle'):
         return balanced(real, min(settings.images, len(real)), settings.seed)
@@ -801,7 +796,9 @@ def continual_method(
     "One method through all steps."
     import torch
 
-    from dfkd_nb.applications.continual import add_classes, concatenate, task_accuracies
+    from dfkd_nb.applications.class_sets import concatenate
+    from dfkd_nb.applications.continual import add_classes
+    from dfkd_nb.applications.continual_metrics import task_accuracies
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.models import load_weights
 
@@ -819,7 +816,7 @@ def continual_method(
         ) -> dict[str, Any]:
             sets = task_accuracies(network, network.domain, tests)
             return {
-                k: list(map(list, v)) if k == 'crossed' else list(v)
+                k: list(map(list, v)) if k == 'confusion' else list(v)
                 for k, v in asdict(sets).items()
             } | {'combined': sets.combined}
 
@@ -837,15 +834,15 @@ def continual_method(
             lesson |= {
                 'learning_rate': settings.binary_learning_rate,
                 'steps': settings.binary_steps or settings.updates,
-                'rows_decay': settings.binary_decay,
+                'row_init_decay': settings.binary_decay,
             }
         learner = add_classes(
             known,
             train,
             method,
             shown,
-            rows=settings.rows,
-            clip=settings.gradient_clip,
+            row_init=settings.rows,
+            max_grad_norm=settings.gradient_clip,
             freeze_batchnorm=settings.freeze_batchnorm,
             temperature=settings.temperature,
             **lesson,
