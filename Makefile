@@ -70,7 +70,7 @@ run: dev          ## execute notebooks and store their outputs: make run NB=nbs/
 	$(BIN)/python tools/run_nbs.py $(NB)
 
 results: dev      ## the chapters that show results, again, after a run has left a new one
-	$(BIN)/python tools/run_nbs.py nbs/lab/21_results.ipynb nbs/lab/22_methods.ipynb
+	$(BIN)/python tools/run_nbs.py nbs/lab/21_comparison.ipynb nbs/lab/22_methods.ipynb
 
 # --- publishing ---------------------------------------------------------------------------------------------------
 site: dev         ## the site in _site, with Quarto where it is installed, else in pure Python

@@ -14,10 +14,14 @@ import torch
 from PIL import Image
 
 from dfkd_nb.lab.commands import main, missing_runs
-from dfkd_nb.lab.runs import Recipe, Run, compared, recipe_names
+from dfkd_nb.lab.recipes import Recipe, compared, recipe_names
+from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox.core import save_tensors
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import save_weights
+from dfkd_nb.toolbox.teachers import Teacher
 
 TINY = ['--set', 'epochs=1', '--set', 'evaluations=1']
 
@@ -320,9 +324,11 @@ def test_invert_makes_what_the_library_makes(own):
     "Images come back from PNG files and from Parquet as `DeepInversion` made them."
     from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.lab.commands import usual_settings
-    from dfkd_nb.lab.runs import SynthesisSettings, build_inversion
-    from dfkd_nb.toolbox.data import Domain, load_data
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.lab.settings import SynthesisSettings
+    from dfkd_nb.lab.tasks.synthesis import build_inversion
+    from dfkd_nb.toolbox.datasets import load_data
+    from dfkd_nb.toolbox.domains import Domain
+    from dfkd_nb.toolbox.teachers import Teacher
 
     domain = Domain('own', (1, 8, 8), (0.3,), (0.4,), tuple('0123456789'))
     settings = SynthesisSettings(
@@ -368,11 +374,11 @@ def test_parquet_as_the_hub_has_it(own):
 @pytest.mark.parametrize('kind', ['png', 'parquet'])
 def test_invert_stops_and_goes_on_to_the_same_bits(own, monkeypatch, kind):
     "Stopped after every few updates, in and between batches."
-    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.dreams.inversion import DeepInversion
 
     again = [*BATCHES, '--format', kind, '--out', 'pieces', '--resume']
     assert own(*BATCHES, '--format', kind, '--out', 'whole')[0] == 0
-    step, left = Batches.step, [0]
+    step, left = DeepInversion.step, [0]
 
     def counted(self):
         step(self)
@@ -380,7 +386,7 @@ def test_invert_stops_and_goes_on_to_the_same_bits(own, monkeypatch, kind):
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Batches, 'step', counted)
+    monkeypatch.setattr(DeepInversion, 'step', counted)
     stops = 0
     for updates in (1, 2, 3, 4, 99):
         left[0] = updates
@@ -420,7 +426,7 @@ def test_stopped_before_the_first_update(own):
 
 
 def test_an_interruption_says_what_is_kept(own, monkeypatch):
-    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.lab import commands
 
     def interrupt(*arguments, **keywords):
@@ -431,7 +437,7 @@ def test_an_interruption_says_what_is_kept(own, monkeypatch):
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert code == 130 and 'before anything was saved' in err and '--resume' not in err
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, 'step', interrupt)
+        patch.setattr(DeepInversion, 'step', interrupt)
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert (
             code == 3 and 'the batch in hand is kept in dreams' in err and '--resume' in err

@@ -22,23 +22,23 @@ from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.lab.commands import main
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, run_lock
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.results import Result
+from dfkd_nb.lab.runs import Run, run_lock
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     autocast,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
     seed_everything,
 )
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data, read_folder
-from dfkd_nb.toolbox.models import (
-    Teacher,
-    build_model,
-    load_teacher,
-    load_weights,
-    save_weights,
-)
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import load_data, read_folder
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import load_weights, save_weights
+from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
 TINY = ['--set', 'epochs=1', '--set', 'evaluations=4']
 RUN = ['run', 'digits-teacher', *TINY]
@@ -808,9 +808,9 @@ def test_invert_without_a_network(fails, monkeypatch, tmp_path):
 @pytest.fixture
 def stopped(own, monkeypatch):
     "A command, and its folder with the first batch finished and the second begun."
-    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.dreams.inversion import DeepInversion
 
-    left, step = [3], Batches.step
+    left, step = [3], DeepInversion.step
 
     def interrupted(self):
         if not left[0]:
@@ -820,7 +820,7 @@ def stopped(own, monkeypatch):
 
     command = [*own, '--n', '6', '--set', 'synthesis_batch_size=2']
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, 'step', interrupted)
+        patch.setattr(DeepInversion, 'step', interrupted)
         assert main([*command, '--save-every', '1e-9']) == 3
     names = sorted(path.name for path in Path('dreams').iterdir())
     assert names == [
@@ -888,7 +888,7 @@ def test_invert_leaves_foreign_folders_alone(fails, own):
 
 
 def test_a_result_of_a_later_revision(fails):
-    from dfkd_nb.lab.runs import REVISION
+    from dfkd_nb.lab.results import REVISION
 
     folder = Path('results/digits-teacher/quick')
     folder.mkdir(parents=True)

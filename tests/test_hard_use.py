@@ -18,22 +18,29 @@ from tiny import DIGITS, network, stirred
 from torch import Tensor, nn
 
 from dfkd_nb.applications import continual, segmentation
+from dfkd_nb.applications.class_growth import extend_classifier
+from dfkd_nb.applications.class_sets import renumber_labels
+from dfkd_nb.applications.continual_metrics import task_accuracies
 from dfkd_nb.applications.filters import find_filters, remove_filters
 from dfkd_nb.applications.importance import filter_importance
+from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 from dfkd_nb.applications.transfer import fidelity
-from dfkd_nb.dreams.competition import GrowingPool, predict_logits
+from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
-from dfkd_nb.foundations.distillation import Distiller, evaluate
+from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
 from dfkd_nb.lab.speed import fold_batchnorm
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
-from dfkd_nb.toolbox.data import Augment, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.augmentation import Augment
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
+from dfkd_nb.toolbox.evaluation import evaluate, predict_logits
+from dfkd_nb.toolbox.teachers import Teacher
 
 QUICK: dict[str, Any] = {
     'steps': 3,
@@ -144,9 +151,9 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
         fidelity(teacher, double(model), data)['agreement']
         == fidelity(teacher, model, data)['agreement']
     )
-    assert continual.task_accuracies(
-        double(model), DIGITS, {'old': data}
-    ) == continual.task_accuracies(model, DIGITS, {'old': data})
+    assert task_accuracies(double(model), DIGITS, {'old': data}) == task_accuracies(
+        model, DIGITS, {'old': data}
+    )
     long = copy.deepcopy(teacher).double()
     torch.testing.assert_close(observe(data, long).logits, observe(data, teacher).logits)
     for who in (teacher, long):
@@ -169,7 +176,7 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
         double(wide), filters, data, 'kl', teacher
     ).items():
         torch.testing.assert_close(value, usual[name], rtol=1e-3, atol=1e-6)
-    scenes = segmentation.draw_scenes(6, (16, 16))
+    scenes = draw_scenes(6, (16, 16))
     assert segmentation.mean_iou(double(Segmenter()), scenes) == pytest.approx(
         segmentation.mean_iou(Segmenter(), scenes), abs=1e-3
     )
@@ -289,17 +296,17 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
         "'1' is class 0",
         'relabel',
     )
-    scenes = segmentation.draw_scenes(4, (16, 16))
+    scenes = draw_scenes(4, (16, 16))
     more = dataclasses.replace(scenes.domain, name='more', classes=tuple('abcdefghij'))
-    foreign = segmentation.SegmentationSet(scenes.images, scenes.masks + 4, more)
+    foreign = SegmentationSet(scenes.images, scenes.masks + 4, more)
     one_line(
         lambda: segmentation.mean_iou(Segmenter(), foreign, domain=scenes.domain),
         'label 9',
         '6 classes',
     )
     losses = continual.continual_loss('oracle-classify')
-    student, domain = continual.extend_classifier(teacher, ['new'])
-    new = continual.renumber_labels(
+    student, domain = extend_classifier(teacher, ['new'])
+    new = renumber_labels(
         pictures(20, dataclasses.replace(DIGITS, name='n', classes=('new',))), domain
     )
     one_line(
@@ -382,7 +389,7 @@ def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
     )
     one_line(lambda: evaluate(network(5), pictures(), batch_size=0), 'batches of 0')
     one_line(lambda: list(pictures().batches(0)), 'batches of 0')
-    scenes = segmentation.draw_scenes(4, (16, 16))
+    scenes = draw_scenes(4, (16, 16))
     one_line(
         lambda: segmentation.mean_iou(Segmenter(), scenes, batch_size=0), 'batches of 0'
     )

@@ -9,9 +9,10 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
-from dfkd_nb.toolbox.data import Domain
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.core import import_torchvision
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.teachers import Teacher
 
 torchvision = import_torchvision()
 
@@ -287,7 +288,7 @@ def test_any_layer_can_be_measured_saved_and_dreamed_with(case, tmp_path):
         **only,
     )
     maker.start(4)
-    maker.run(every=1)
+    maker.run(log_every=1)
     paid = [row['features'] for row in maker.history]
     assert paid[-1] < paid[0] and maker.images.images.shape == (4, *where.shape)
 

@@ -35,6 +35,7 @@ from dfkd_nb.applications.importance import (
     gate_gradients,
     rank_agreement,
 )
+from dfkd_nb.applications.integer_networks import to_integers
 from dfkd_nb.applications.latency import (
     LatencyTable,
     compare_latencies,
@@ -49,12 +50,16 @@ from dfkd_nb.applications.pruning import (
     prune_filters,
     save_pruned,
 )
-from dfkd_nb.applications.quantization import quantize, to_integers
+from dfkd_nb.applications.quantization import quantize
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.lab.runs import Recipe, Run
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors, save_tensors
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model, load_teacher
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
+from dfkd_nb.toolbox.core import load_tensors, save_tensors
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
 DIGITS, CIFAR = DOMAINS['digits'], DOMAINS['cifar10']
 

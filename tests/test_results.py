@@ -13,7 +13,7 @@ import matplotlib
 import pytest
 from cases import each
 
-from dfkd_nb.lab.results import (
+from dfkd_nb.lab.comparison import (
     METHODS,
     accuracy_matrix,
     best_cells,
@@ -40,8 +40,9 @@ from dfkd_nb.lab.results import (
     teacher_recipe,
     text_table,
 )
-from dfkd_nb.lab.runs import REVISION, SCALES, Result, recipe_names, results
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.lab.recipes import SCALES, recipe_names
+from dfkd_nb.lab.results import REVISION, Result, results
+from dfkd_nb.toolbox.errors import DFKDError
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).resolve().parents[1]
@@ -443,7 +444,7 @@ def test_a_truncated_result_names_its_file(left, keep):
 def test_looking_does_not_load_torch(left):
     left(made_up(), 'full')
     code = (
-        'import sys\nfrom dfkd_nb.lab.results import'
+        'import sys\nfrom dfkd_nb.lab.comparison import'
         " results_command\nresults_command(sys.argv[1])\nassert 'torch' not in"
         ' sys.modules'
     )
@@ -471,7 +472,7 @@ def test_pictures_with_and_without_runs():
 
 def test_the_page_shows_every_run_of_the_comparison():
     compared = {r.recipe for r in results(ROOT / 'results') if table_cell_of(r.settings)}
-    cells = json.loads((ROOT / 'nbs/lab/21_results.ipynb').read_text(encoding='utf-8'))[
+    cells = json.loads((ROOT / 'nbs/lab/21_comparison.ipynb').read_text(encoding='utf-8'))[
         'cells'
     ]
     stored = json.dumps([cell.get('outputs', []) for cell in cells])

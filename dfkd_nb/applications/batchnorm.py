@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .filter_groups import zero_images
-from ..foundations.distillation import Images, as_source
-from ..toolbox.core import DFKDError
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import Teacher, in_eval_mode
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/batchnorm.ipynb #5cf06d73
 class _Moments:
@@ -38,7 +40,7 @@ class _Moments:
 @torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module,  # with BatchNorm layers; their running statistics are replaced
-    images: Images,  # an `ImageSet` or what `as_source` makes one of; labels are not used
+    images: SourceLike,  # an `ImageSet` or what `as_source` makes one of; labels are not used
     # what the network expects; a `Teacher` or a set knows its own
     domain: Domain | None = None,
     batch_size: int = 100,  # images at a time
@@ -53,7 +55,7 @@ def reestimate_batchnorm(
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
         >>> black = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
         >>> network = reestimate_batchnorm(network, black, DOMAINS['digits'])

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..toolbox.core import DFKDError, seeded
-from ..toolbox.data import Domain
-from ..toolbox.models import Teacher, check_network, in_eval_mode, logits_of
+from ..toolbox.core import seeded
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode, logits_of
+from ..toolbox.teachers import Teacher, check_network
 
 # %% ../../nbs/applications/class_growth.ipynb #00310238
 def classifier_to_extend(
@@ -135,7 +137,7 @@ def extend_classifier(
     Raises: `DFKDError` for a network that cannot be widened, and for names that are taken.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> network = build_model('digits-net', 10, 1)
         >>> wider, domain = extend_classifier(network, ['a', 'b'], DOMAINS['digits'])

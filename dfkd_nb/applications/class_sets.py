@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..foundations.distillation import as_source
-from ..toolbox.core import DFKDError
-from ..toolbox.data import Domain, ImageFiles, ImageSet, ImageSource
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.datasets import ImageFiles
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.sources import as_source
 
 # %% ../../nbs/applications/class_sets.ipynb #df361eeb
 def first_class_of(

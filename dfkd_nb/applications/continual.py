@@ -20,18 +20,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .class_growth import classifier_to_extend, extend_classifier
 from .class_sets import balanced, renumber_labels
 from ..dreams.inversion import DeepInversion, deepinversion_preset
-from dfkd_nb.foundations.distillation import (
-    Distiller,
-    Images,
-    as_source,
-    distillation_loss,
-    full_precision,
-)
+from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, autocast, seeded
-from ..toolbox.data import Domain, ImageSet, ImageSource
-from ..toolbox.models import Teacher, capture_input, in_eval_mode, logits_of
+from ..toolbox.core import autocast, seeded
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import capture_input, full_precision, in_eval_mode, logits_of
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/14_continual.ipynb #03d27fc0
 def log_class_mass(
@@ -206,7 +204,7 @@ class ContinualDistiller(Distiller):
 
     Example:
         >>> from dfkd_nb.applications.class_growth import extend_classifier
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> student, domain = extend_classifier(teacher, ['a', 'b'])
@@ -226,7 +224,7 @@ class ContinualDistiller(Distiller):
         student: nn.Module,  # the wider one, see `extend_classifier`; trained in place
         new: ImageSource,  # new images, labels numbered in `domain`
         # what stands for old images; None where the losses need none
-        old: Images | None,
+        old: SourceLike | None,
         *,
         domain: Domain,  # the wider one
         # a word of `CONTINUAL_LOSSES`, or losses of your own
@@ -274,7 +272,7 @@ class ContinualDistiller(Distiller):
         self.frozen_layers = norms if freeze_batchnorm else []
         self.optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
-    def _old_source(self, old: Images | None, teacher: Teacher) -> ImageSource | None:
+    def _old_source(self, old: SourceLike | None, teacher: Teacher) -> ImageSource | None:
         "What stands for old images, checked; None where the losses need none."
         if self.losses.on_old == 'none':
             return None
@@ -454,7 +452,7 @@ def add_classes(
     teacher: Teacher,  # the old network
     new: ImageSource,  # labelled images; their domain names the new classes
     method: str = 'deepinversion',  # a word of `CONTINUAL_LOSSES`
-    old: Images | None = None,  # what stands for old images
+    old: SourceLike | None = None,  # what stands for old images
     *,
     layer: str = '',  # see `extend_classifier`
     # what the new rows begin with: 'random', or 'fitted', see `init_new_classes`
@@ -472,7 +470,7 @@ def add_classes(
 
     Example:
         >>> from dataclasses import replace
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .class_sets import first_class_of
-from ..foundations.distillation import as_source, full_precision
-from ..toolbox.core import DFKDError, import_torchvision
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import in_eval_mode, logits_of, network_inputs
+from ..toolbox.core import import_torchvision
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
+from ..toolbox.sources import as_source
 
 # %% ../../nbs/applications/continual_metrics.ipynb #2f422e92
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ def task_accuracies(
     network does not have.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS, ImageSet
+        >>> from dfkd_nb.toolbox.data import ImageSet
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
         >>> digits = ImageSet(images, torch.arange(4), DOMAINS['digits'])

@@ -19,9 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .filter_groups import zero_images
 from .latency import network_latency
-from ..toolbox.core import DFKDError, atomic_path, import_extra
-from ..toolbox.data import Domain
-from ..toolbox.models import count_parameters, in_eval_mode, logits_of
+from ..toolbox.core import atomic_path, import_extra
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.models import count_parameters
+from ..toolbox.networks import in_eval_mode, logits_of
 
 # %% ../../nbs/applications/export.ipynb #2dfd3931
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def network_cost(
     FLOPs are PyTorch's count: a multiplication and an addition are two.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> cost = network_cost(build_model('digits-net', 10, 1), DOMAINS['digits'], 0.0)
         >>> cost.parameters
@@ -74,7 +76,7 @@ def export_network(
 
     Example:
         >>> import tempfile
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> network = build_model('digits-net', 10, 1)
         >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP

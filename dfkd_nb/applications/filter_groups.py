@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..toolbox.core import DFKDError, import_extra
-from ..toolbox.data import Domain
-from ..toolbox.models import Teacher, logits_of
+from ..toolbox.core import import_extra
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import logits_of
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/filter_groups.ipynb #38ee441d
 # for each prunable layer, bool `(filters,)`: which filters stay

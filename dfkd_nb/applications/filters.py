@@ -23,9 +23,9 @@ from dfkd_nb.applications.filter_groups import (
     removal_error,
     zero_images,
 )
-from ..toolbox.core import DFKDError
-from ..toolbox.data import Domain
-from ..toolbox.models import in_eval_mode
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode
 
 # %% ../../nbs/applications/filters.ipynb #1a5842db
 class ConvShape(NamedTuple):
@@ -249,7 +249,7 @@ def find_filters(
     or if one of `layers` has none that can.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> filters = find_filters(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> filters.total, list(filters.groups)
@@ -366,7 +366,7 @@ def remove_filters(
     Raises: `DFKDError` if `kept` does not fit the network.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> network = build_model('digits-net', 10, 1)
         >>> filters = find_filters(network, DOMAINS['digits'])

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from .filter_groups import FilterGates, KeptFilters, zero_images
 from .filters import PrunableFilters
-from ..foundations.distillation import Images, as_source, distillation_loss
-from ..toolbox.core import DFKDError
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import Teacher, in_eval_mode, logits_of, weights_dtype
+from ..foundations.distillation import distillation_loss
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode, logits_of, weights_dtype
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/importance.ipynb #12428532
 # what the loss compares the network's logits with:
@@ -119,7 +122,7 @@ def filter_importance(
     model: nn.Module,  # whose filters; not changed
     filters: PrunableFilters,  # what `find_filters` found in it
     # a set, or batches of images and labels
-    batches: Images | Iterable[tuple[Tensor, Tensor | None]],
+    batches: SourceLike | Iterable[tuple[Tensor, Tensor | None]],
     criterion: str = 'fisher',  # a word of `CRITERIA`
     # gives the predictions; None: the model itself, all its gates open
     teacher: nn.Module | None = None,
@@ -140,7 +143,7 @@ def filter_importance(
     Example:
         >>> import torch
         >>> from dfkd_nb.applications.filters import find_filters
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb.toolbox.domains import DOMAINS
         >>> from dfkd_nb.toolbox.models import build_model
         >>> network = build_model('digits-net', 10, 1)
         >>> filters = find_filters(network, DOMAINS['digits'])

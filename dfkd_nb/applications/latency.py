@@ -22,9 +22,10 @@ from torch import nn
 
 from .filter_groups import KeptFilters, zero_images
 from .filters import ConvShape, PrunableFilters, remove_filters
-from ..toolbox.core import DFKDError, atomic_path
-from ..toolbox.data import Domain
-from ..toolbox.models import in_eval_mode
+from ..toolbox.core import atomic_path
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import in_eval_mode
 
 # %% ../../nbs/applications/latency.ipynb #3d7538e9
 @contextmanager

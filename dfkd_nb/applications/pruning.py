@@ -22,9 +22,12 @@ from .filters import PrunableFilters, remove_filters
 from .importance import filter_importance
 from .latency import LatencyTable
 from ..foundations.distillation import Distiller
-from ..toolbox.core import DFKDError, DFKDWarning, load_tensors
-from ..toolbox.data import DOMAINS, Domain
-from ..toolbox.models import Teacher, build_model, load_weights, save_weights
+from ..toolbox.core import load_tensors
+from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
+from ..toolbox.models import build_model
+from ..toolbox.networks import load_weights, save_weights
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/13_pruning.ipynb #9ba467fd
 @dataclass(frozen=True)

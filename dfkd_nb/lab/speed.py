@@ -34,9 +34,13 @@ from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, atomic_path, seeded
-from ..toolbox.data import DOMAINS, ImageSet
-from ..toolbox.models import Teacher, build_model, trial_logits
+from ..toolbox.core import atomic_path, seeded
+from ..toolbox.data import ImageSet
+from ..toolbox.domains import DOMAINS
+from ..toolbox.errors import DFKDError
+from ..toolbox.models import build_model
+from ..toolbox.networks import trial_logits
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/23_speed.ipynb #9d69de1b
 def two_pass_moments(
@@ -118,9 +122,10 @@ def make_loss(
         precision='bfloat16' if way == 'bfloat16' else 'float32',
     )
     if way == 'channels last':
-        made.look.network = made.look.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = made.extractor.network
+        made.extractor.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if way in ('folded', 'channels last', 'compiled', 'bfloat16'):
-        return lambda x, targets: made.price(x, x, targets)
+        return lambda x, targets: made.loss(x, x, targets)
     look: Any = PlainExtractor(teacher, trainable=way == 'plain')
     if way == 'one pass':
 
