@@ -158,7 +158,7 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
     torch.testing.assert_close(observe(data, long).logits, observe(data, teacher).logits)
     for who in (teacher, long):
         learner = continual.add_classes(
-            who, pictures(20, new), old=data, rows='fitted', **QUICK
+            who, pictures(20, new), old=data, row_init='fitted', **QUICK
         )
         assert learner.run().done == 3
     wide = stirred(

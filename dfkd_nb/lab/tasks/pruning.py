@@ -90,8 +90,8 @@ def pruned_start(
             teacher.domain,
             {'recipe': run.recipe.name, 'scale': run.scale},
         )
-        if plan.table is not None:
-            plan.table.save(run.folder / 'latency.json')
+        if plan.latency_table is not None:
+            plan.latency_table.save(run.folder / 'latency.json')
 
     def judge(
         student: Any, test: Any, domain: Any
