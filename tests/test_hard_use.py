@@ -21,8 +21,9 @@ from dfkd_nb.applications import continual, segmentation
 from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool, predict_logits
+from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.dreams.metadata import Metadata
-from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
+from dfkd_nb.dreams.statistics import Statistics, Watch
 from dfkd_nb.foundations.distillation import Distiller, evaluate
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer

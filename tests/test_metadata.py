@@ -10,9 +10,15 @@ from cases import each
 from tiny import DIGITS, used
 from torch import nn
 
+from dfkd_nb.dreams.membership import (
+    membership_auc,
+    membership_report,
+    membership_score,
+    nearest_distance_ratio,
+    nearest_points,
+)
 from dfkd_nb.dreams.metadata import (
     ActivationMatching,
-    ClusterBrowser,
     Metadata,
     TraversalStrip,
     activation_matching_preset,
@@ -20,17 +26,13 @@ from dfkd_nb.dreams.metadata import (
     dream_distillation,
     embedding_distance,
     embedding_term,
-    membership_auc,
-    membership_report,
-    membership_score,
     merge_small,
-    nearest_distance_ratio,
-    nearest_points,
     principal_components,
     traverse_component,
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.lab.explorers import ClusterBrowser
 from dfkd_nb.toolbox.core import DFKDError, load_tensors, save_tensors
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, data_root, load_data
 from dfkd_nb.toolbox.models import Teacher, build_model

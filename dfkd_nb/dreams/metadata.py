@@ -5,28 +5,19 @@
 # %% auto #0
 __all__ = ['FORMAT', 'cluster_vectors', 'merge_small', 'principal_components', 'Metadata', 'embedding_term',
            'activation_matching_preset', 'ActivationMatching', 'dream_distillation', 'embedding_distance',
-           'nearest_points', 'nearest_distance_ratio', 'membership_score', 'membership_auc', 'membership_report',
-           'traverse_component', 'TraversalStrip', 'ClusterBrowser', 'cluster_browser']
+           'traverse_component', 'TraversalStrip']
 
 # %% ../../nbs/dreams/07_metadata.ipynb #746e8a0c
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dfkd_nb.dreams.inversion import (
-    BatchPlan,
-    DeepInversion,
-    FilmStrip,
-    ImageBatch,
-    target_classes,
-    tile,
-)
+from .image_batch import BatchPlan, ImageBatch, target_classes
+from .inversion import DeepInversion, FilmStrip
 from .priors import LossInputs
 from ..toolbox.core import DFKDError, load_tensors, save_tensors
 from ..toolbox.data import ImageSet, ImageSource, check_labels_for
@@ -107,7 +98,7 @@ _TENSORS = ('centroids', 'components', 'variances', 'rest', 'labels', 'counts', 
 _WORDS = ('domain', 'layer', 'teacher')
 
 
-def _probe(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
+def _noise_embedding(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
     """What enters the layer for an image of random bytes, always the same.
 
     It says nothing of any data, and differs from teacher to teacher.
@@ -235,7 +226,7 @@ class Metadata:
         seed: int = 0,  # of k-means
     ) -> Self:
         "`measure` for activations that are at hand already."
-        probe = _probe(teacher, layer)
+        probe = _noise_embedding(teacher, layer)
         if clusters < 1 or components < 0 or smallest < 1:
             raise DFKDError(
                 f'clusters {clusters}, components {components}, smallest {smallest}: give'
@@ -385,7 +376,7 @@ class Metadata:
                 f"{own} does not fit '{teacher.name}' on '{teacher.domain.name}': measure"
                 ' it on that teacher'
             )
-        probe = _probe(teacher, self.layer)
+        probe = _noise_embedding(teacher, self.layer)
         if len(probe) != width:
             raise DFKDError(
                 f"{own} has {width} dimensions, '{teacher.name}' {len(probe)}: measure it"
@@ -656,127 +647,6 @@ def embedding_distance(
         .sum(1)
     )
 
-# %% ../../nbs/dreams/07_metadata.ipynb #9bf4204a
-def nearest_points(
-    points: Tensor,  # `(N, D)`
-    others: Tensor,  # `(M, D)`, at least one
-) -> tuple[Tensor, Tensor]:  # distances `(N,)` and int64 `(N,)`: which of the others
-    "The nearest of the others, by Euclidean distance."
-    if not len(others):
-        raise DFKDError('nothing to be near to: give at least one vector')
-    if points.ndim != 2 or points.shape[1:] != others.shape[1:]:
-        raise DFKDError(
-            f'vectors of shape {tuple(points.shape)} and {tuple(others.shape)}: '
-            'give (N, D) and (M, D) of the same layer'
-        )
-    parts = [
-        torch.cdist(part.float(), others.float()).min(1) for part in points.split(1000)
-    ]
-    return torch.cat([part.values for part in parts]), torch.cat(
-        [part.indices for part in parts]
-    )
-
-# %% ../../nbs/dreams/07_metadata.ipynb #69910904
-def nearest_distance_ratio(
-    points: Tensor,  # `(N, D)`: dreams or centroids
-    members: Tensor,  # `(M, D)`: what the metadata was measured on
-    strangers: Tensor,  # `(S, D)`: as real, but not measured
-) -> float:  # 1: as near to a member as a stranger is; 0: a copy
-    """Median distance of points to the nearest member, by that of strangers to the nearest
-    member.
-    """
-    return float(
-        nearest_points(points, members)[0].median()
-        / nearest_points(strangers, members)[0].median().clamp(min=1e-12)
-    )
-
-# %% ../../nbs/dreams/07_metadata.ipynb #f29d7fa2
-def membership_score(
-    metadata: Metadata,  # what an attacker has
-    vectors: Tensor,  # `(N, D)`, the teacher's activations for the images in question
-    labels: Tensor,  # int64 `(N,)`, their classes
-    # 'centroid': is it near one? 'rest': do a cluster's components explain it?
-    by: str = 'centroid',
-) -> Tensor:  # `(N,)`, the higher, the more suspect
-    "How much a vector looks like one that the metadata was measured on."
-    if by not in ('centroid', 'rest'):
-        raise DFKDError(f"unknown suspicion '{by}': use 'centroid' or 'rest'")
-    width = metadata.centroids.shape[1]
-    if vectors.ndim != 2 or vectors.shape[1] != width or len(labels) != len(vectors):
-        raise DFKDError(
-            f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: '
-            f'give (N, {width}) and one label each'
-        )
-    away = vectors[:, None] - metadata.centroids  # (N, K, D)
-    squared = away.square().sum(2)
-    if by == 'rest':
-        squared = squared - torch.einsum(
-            'nkd,kmd->nkm', away, metadata.components
-        ).square().sum(2)
-    return (
-        -squared.masked_fill(
-            metadata.labels != labels[:, None], torch.finfo(squared.dtype).max
-        )
-        .min(1)
-        .values.clamp(min=0)
-    )
-
-# %% ../../nbs/dreams/07_metadata.ipynb #804fe901
-def membership_auc(
-    metadata: Metadata,  # what an attacker has
-    # activations `(M, D)` and classes `(M,)` of images that were measured
-    members: tuple[Tensor, Tensor],
-    strangers: tuple[Tensor, Tensor],  # of images that were not
-    by: str = 'centroid',  # see `membership_score`
-) -> float:  # 0.5: a coin would do as well; 1: every member is found out
-    """How well an attacker tells who was measured.
-
-    The area under the ROC curve (scikit-learn).
-    """
-    from sklearn.metrics import roc_auc_score
-
-    scores = [membership_score(metadata, *group, by) for group in (members, strangers)]
-    truth = [1] * len(scores[0]) + [0] * len(scores[1])
-    return float(roc_auc_score(truth, torch.cat(scores).numpy()))
-
-# %% ../../nbs/dreams/07_metadata.ipynb #a0885ef5
-def membership_report(
-    teacher: Teacher,  # on which the metadata was measured
-    metadata: Metadata,  # what was given away
-    members: ImageSource,  # labelled: what it was measured on
-    strangers: ImageSource,  # labelled: as real, but not measured
-) -> dict[
-    str, float
-]:  # 'auc_centroid', 'auc_rest' (see `membership_auc`), 'memorisation' of the centroids
-    "What metadata tells of the images that it was measured on."
-    metadata.check(teacher)
-    groups: list[tuple[Tensor, Tensor]] = []
-    for images in (members, strangers):
-        if images.labels is None:
-            raise DFKDError(
-                'these images have no labels: an attacker compares within a class, so give'
-                ' labelled ones'
-            )
-        groups.append(
-            (
-                torch.cat(
-                    [
-                        teacher.embed(batch, metadata.layer, 100).cpu().float()
-                        for batch, _ in images.batches(100)
-                    ]
-                ),
-                images.labels.cpu(),
-            )
-        )
-    inside, outside = groups
-    found = {
-        f'auc_{by}': membership_auc(metadata, inside, outside, by)
-        for by in ('centroid', 'rest')
-    }
-    return found | {
-        'memorisation': nearest_distance_ratio(metadata.centroids, inside[0], outside[0])
-    }
-
 # %% ../../nbs/dreams/07_metadata.ipynb #c4b948a4
 def traverse_component(
     matching: ActivationMatching,  # with all its steps at full size
@@ -831,116 +701,3 @@ class TraversalStrip(FilmStrip):
             'Images after the update that the slider shows',
             'Dreams at the place on the component that the slider shows',
         )
-
-# %% ../../nbs/dreams/07_metadata.ipynb #2c1f078d
-class ClusterBrowser:
-    "Choose a cluster and walk along its components, watch the dream change: ipywidgets."
-
-    def __init__(
-        self,
-        teacher: Teacher,  # the network that dreams
-        metadata: Metadata,  # measured on it
-        source: str = 'book',  # see `activation_matching_preset`
-        *,
-        steps: int = 40,  # updates after each move
-        first_steps: int = 200,  # updates of a centroid's dream
-        **settings: Any,  # of `ActivationMatching`
-    ) -> None:
-        try:
-            import ipywidgets as widgets
-        except ImportError as error:
-            raise DFKDError(
-                "the browser needs ipywidgets: pip install 'dfkd_nb[book]'"
-            ) from error
-        self.teacher, self.metadata, self.centres = teacher, metadata, dict[int, Tensor]()
-        self.maker = ActivationMatching(
-            teacher, metadata, source, **settings | {'steps': first_steps}
-        )
-        self.mover = ActivationMatching(
-            teacher, metadata, source, **settings | {'steps': steps}
-        )
-        names = [
-            f'{teacher.domain.classes[int(label)]}, cluster {k} ({int(count)} images)'
-            for k, (label, count) in enumerate(zip(metadata.labels, metadata.counts))
-        ]
-        lines = metadata.variances.shape[1]
-        self.cluster = widgets.Dropdown(
-            options=[(name, k) for k, name in enumerate(names)], description='cluster'
-        )
-        self.component = widgets.IntSlider(
-            0,
-            0,
-            max(lines - 1, 0),
-            description='component',
-            disabled=not lines,
-            continuous_update=False,
-        )
-        self.position = widgets.FloatSlider(
-            0.0,
-            min=-3.0,
-            max=3.0,
-            step=0.5,
-            description='place, sd',
-            disabled=not lines,
-            continuous_update=False,
-        )
-        self.status, self.picture = widgets.HTML(), widgets.Image(format='png')
-        for control in (self.cluster, self.component, self.position):
-            control.observe(lambda change: self.move(), 'value')
-        self.widget = widgets.HBox(
-            [
-                widgets.VBox([self.cluster, self.component, self.position, self.status]),
-                self.picture,
-            ]
-        )
-        self.move()
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.widget)
-
-    def move(self) -> None:
-        "Dream at the place that the controls say, and show it beside the centroid's dream."
-        k, label = self.cluster.value, self.metadata.labels[[self.cluster.value]]
-        if k not in self.centres:
-            self.centres[k] = self.maker.synthesize(
-                1, label, target_embeddings=self.metadata.centroids[[k]]
-            ).images
-        image, target_embedding = self.centres[k], self.metadata.centroids[[k]]
-        if self.position.value:
-            target_embedding = self.metadata.along(
-                k, self.component.value, [self.position.value]
-            )
-            image = self.mover.synthesize(
-                1,
-                label,
-                target_embeddings=target_embedding,
-                initial_images=self.centres[k],
-            ).images
-        chances = self.teacher.predict(image).softmax(1)[0]
-        far = float(
-            embedding_distance(self.teacher, image, target_embedding, self.metadata.layer)
-        )
-        self.status.value = (
-            f'squared distance {far:.2f}; the teacher says'
-            f' {self.teacher.domain.classes[int(chances.argmax())]}'
-            f' ({float(chances.max()):.0%})'
-        )
-        pair = tile(torch.cat([self.centres[k], image])).permute(1, 2, 0).numpy()
-        buffer, zoom = io.BytesIO(), max(1, 160 // pair.shape[0])
-        Image.fromarray(pair).resize(
-            (pair.shape[1] * zoom, pair.shape[0] * zoom), Image.Resampling.NEAREST
-        ).save(buffer, 'PNG')
-        self.picture.value = buffer.getvalue()
-
-# %% ../../nbs/dreams/07_metadata.ipynb #6784c2ef
-def cluster_browser(
-    teacher: Teacher,  # the network that dreams
-    metadata: Metadata,  # measured on it
-    **settings: Any,  # see `ClusterBrowser`
-) -> ClusterBrowser:  # displays itself in a notebook
-    """A window on metadata: choose a cluster, move along a component, watch the dream
-    change.
-    """
-    return ClusterBrowser(teacher, metadata, **settings)

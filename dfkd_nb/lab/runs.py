@@ -1981,7 +1981,8 @@ def describe_images(
     "What can be said of images without any real one."
     import torch
 
-    from dfkd_nb.dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
+    from dfkd_nb.dreams.layers import batchnorm_layers
+    from dfkd_nb.dreams.statistics import Statistics, Watch, feature_loss
 
     assert images.labels is not None
     teacher.domain.check_classes(images.domain)
