@@ -15,9 +15,10 @@ import torch
 from test_applications import TASKS, timed_once
 from test_methods import DIFFERENT, tiny
 
-from dfkd_nb.lab.runs import Recipe, Run
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox import core
-from dfkd_nb.toolbox.data import load_data
+from dfkd_nb.toolbox.datasets import load_data
 
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
     f'digits-{name}': (f'digits-{name}', tiny(name)) for name in DIFFERENT

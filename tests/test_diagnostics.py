@@ -16,11 +16,16 @@ from PIL import Image
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.lab import diagnostics as d
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
-from dfkd_nb.toolbox.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
-from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
+from dfkd_nb.toolbox.core import import_torchvision
+from dfkd_nb.toolbox.data import ImageSet, ImageSource
+from dfkd_nb.toolbox.datasets import ImageFiles
+from dfkd_nb.toolbox.domains import Domain, resize_images
+from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.evaluation import wilson
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import save_weights
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(channels=1, classes=10, norm=True, seed=0):

@@ -37,9 +37,10 @@ from dfkd_nb.dreams.statistics import (
     feature_loss,
     feature_term,
 )
-from dfkd_nb.toolbox.core import DFKDError
-from dfkd_nb.toolbox.data import DOMAINS, ImageSet
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.teachers import Teacher
 
 quick = settings(max_examples=15, deadline=None)
 shapes = st.tuples(

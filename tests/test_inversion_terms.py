@@ -15,8 +15,9 @@ from dfkd_nb.dreams.inversion_loss import relative_feature_term
 from dfkd_nb.dreams.memory import activation_bytes, max_batch_size
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, Watch, feature_term
-from dfkd_nb.toolbox.core import DFKDError
-from dfkd_nb.toolbox.models import Teacher, build_model
+from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 @pytest.fixture(scope='module')

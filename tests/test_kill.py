@@ -152,7 +152,8 @@ def attempt(kind: str, out: Path) -> int:
     try:
         import torch
 
-        from dfkd_nb.lab.runs import Recipe, Run
+        from dfkd_nb.lab.recipes import Recipe
+        from dfkd_nb.lab.runs import Run
 
         torch.manual_seed(os.getpid())
         random.seed(os.getpid())
@@ -218,7 +219,7 @@ def untimed(numbers: object) -> object:
 
 def left(folder: Path) -> dict[str, object]:
     "All that a run left, by file, without its timings: bytes where no time is in them."
-    from dfkd_nb.lab.runs import read_history
+    from dfkd_nb.lab.results import read_history
 
     found: dict[str, object] = {}
     for path in sorted(folder.rglob('*')):
@@ -240,8 +241,9 @@ def prepare(root: Path) -> None:
     import torch
     from tiny import stirred
 
-    from dfkd_nb.toolbox.data import load_data
-    from dfkd_nb.toolbox.models import build_model, save_weights
+    from dfkd_nb.toolbox.datasets import load_data
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.networks import save_weights
 
     torch.manual_seed(0)
     model, about = (

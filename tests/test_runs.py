@@ -20,33 +20,30 @@ from torch import nn
 from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.foundations import distillation
 from dfkd_nb.lab import runs
-from dfkd_nb.lab.runs import (
-    PRECISIONS,
-    SCHEDULES,
+from dfkd_nb.lab.recipes import (
     TASKS,
-    Journal,
     Recipe,
-    Result,
-    Run,
-    RunStopped,
     Task,
-    TeacherSettings,
-    check_settings,
     compared,
-    deterministic,
-    environment,
-    open_teacher,
     parse_assignment,
-    read_history,
     recipe_names,
     resolved_toml,
-    results,
-    run_lock,
+)
+from dfkd_nb.lab.reproducibility import deterministic, environment
+from dfkd_nb.lab.results import Result, read_history, results
+from dfkd_nb.lab.runs import Journal, Run, run_lock
+from dfkd_nb.lab.settings import (
+    PRECISIONS,
+    SCHEDULES,
+    TeacherSettings,
+    check_settings,
     setting,
 )
-from dfkd_nb.toolbox import models
+from dfkd_nb.lab.tasks.common import open_teacher
+from dfkd_nb.toolbox import evaluation, models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, load_tensors, save_checkpoint
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 
 TINY = {'epochs': 1.0, 'evaluations': 2}
 
@@ -565,13 +562,13 @@ def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
 
 def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
     "The weights are judged in half precision, as they are in the file."
-    judge, halves = distillation.evaluate, []
+    judge, halves = evaluation.evaluate, []
 
     def spy(network, *words, **more):
         halves.append(all(v.equal(v.half().float()) for v in network.parameters()))
         return judge(network, *words, **more)
 
-    monkeypatch.setattr(distillation, 'evaluate', spy)
+    monkeypatch.setattr(evaluation, 'evaluate', spy)
     tiny(tmp_path).start()
     assert halves[-1] and not halves[-2]
 
@@ -747,7 +744,8 @@ def test_a_pool_is_measured_against_real_images(taught):
 
 
 def test_labels_of_another_order_are_refused(taught):
-    from dfkd_nb.toolbox.data import DOMAINS, ImageSet
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import DOMAINS
 
     cifar = DOMAINS['cifar10']
     other = dataclasses.replace(cifar, name='other', classes=cifar.classes[::-1])

@@ -25,16 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..foundations.distillation import Distiller, as_source
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    import_extra,
-    load_tensors,
-    save_tensors,
-)
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import Teacher, in_eval_mode, logits_of
+from ..foundations.distillation import Distiller
+from ..toolbox.core import import_extra, load_tensors, save_tensors
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
+from ..toolbox.networks import in_eval_mode, logits_of
+from ..toolbox.sources import as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/15_quantization.ipynb #467e9c76
 @contextmanager

@@ -25,15 +25,16 @@ from dfkd_nb.dreams.statistics import (
     mean_moments,
     moments_around,
 )
-from ..toolbox.core import DFKDError, autocast
-from dfkd_nb.toolbox.models import (
-    Teacher,
+from ..toolbox.core import autocast
+from ..toolbox.errors import DFKDError
+from dfkd_nb.toolbox.networks import (
     capture_input,
     classifier_layer,
     logits_of,
     unwrap,
     weights_dtype,
 )
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/extractor.ipynb #ddd1dc14
 class _NormAndMoments(torch.autograd.Function):

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from .priors import jitter as shift
 from ..foundations.distillation import learning_rate_at
-from ..toolbox.core import DFKDError, RandomStreams
-from ..toolbox.data import Domain, ImageSet
+from ..toolbox.core import RandomStreams
+from ..toolbox.data import ImageSet
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/image_batch.ipynb #3ab238e2
 Stage = tuple[tuple[int, int], int]  # height and width, steps

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from .extractor import FeatureExtractor
 from .priors import LossInputs, Objective, Term, class_loss, l2_term, tv_term
 from .statistics import Moments, Statistics, feature_term
-from ..toolbox.core import DFKDError, autocast
-from ..toolbox.data import Domain
-from ..toolbox.models import Teacher, weights_dtype
+from ..toolbox.core import autocast
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import weights_dtype
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/inversion_loss.ipynb #5777d8f9
 def relative_feature_term(

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..toolbox.core import DFKDError, DFKDWarning
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import Teacher, is_sealed, unwrap, why_no_hooks
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
+from ..toolbox.networks import unwrap, why_no_hooks, why_sealed
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/layers.ipynb #c5e50671
 def batchnorm_layers(
@@ -65,7 +67,7 @@ def find_layers(
         parts = str(name).split('.')
         # the network, its parts
         for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)):
-            if part in modules and (reason := is_sealed(modules[part])):
+            if part in modules and (reason := why_sealed(modules[part])):
                 raise DFKDError(unreadable_message(model, reason))
         if name not in modules or not name:
             near = difflib.get_close_matches(str(name), modules, 3, 0.3)

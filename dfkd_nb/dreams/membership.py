@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .metadata import Metadata
-from ..toolbox.core import DFKDError
 from ..toolbox.data import ImageSource
-from ..toolbox.models import Teacher
+from ..toolbox.errors import DFKDError
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/membership.ipynb #9bf4204a
 def nearest_points(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .inversion import DeepInversion
-from ..toolbox.core import DFKDError
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/memory.ipynb #e3e0ef52
 def activation_bytes(

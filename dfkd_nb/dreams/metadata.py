@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from .image_batch import BatchPlan, ImageBatch, target_classes
-from .inversion import DeepInversion, FilmStrip
+from .inversion import DeepInversion
 from .priors import LossInputs
-from ..toolbox.core import DFKDError, load_tensors, save_tensors
-from ..toolbox.data import ImageSet, ImageSource, check_labels_for
-from ..toolbox.models import Teacher
+from ..toolbox.core import load_tensors, save_tensors
+from ..toolbox.data import ImageSet, ImageSource, validate_labels
+from ..toolbox.errors import DFKDError
+from ..toolbox.figures import FilmStrip
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/07_metadata.ipynb #90f87a26
 def cluster_vectors(
@@ -246,7 +248,7 @@ class Metadata:
             raise DFKDError(
                 'vectors with NaN or infinity: look for the image or layer that made them'
             )
-        checked = check_labels_for(labels, len(vectors), teacher.domain)
+        checked = validate_labels(labels, len(vectors), teacher.domain)
         if checked is None or not len(vectors):
             raise DFKDError(
                 'no vectors with labels: give one class a vector, and at least one'

@@ -29,15 +29,11 @@ from dfkd_nb.dreams.layers import (
     unreadable_message,
 )
 from .priors import LossInputs, Term, accumulation_dtype
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    load_tensors,
-    progress,
-    save_tensors,
-)
+from ..toolbox.core import load_tensors, progress, save_tensors
 from ..toolbox.data import ImageSource
-from ..toolbox.models import Teacher, in_eval_mode, why_no_hooks
+from ..toolbox.errors import DFKDError, DFKDWarning
+from ..toolbox.networks import in_eval_mode, why_no_hooks
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/04_statistics.ipynb #2040c560
 Moments = tuple[Tensor, Tensor]  # mean and biased variance of each channel, `(C,)` both

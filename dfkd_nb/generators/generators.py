@@ -22,17 +22,14 @@ from ..dreams.extractor import FeatureExtractor
 from ..dreams.inversion_loss import FEATURE_TERMS
 from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
-from ..foundations.distillation import Distiller, full_precision
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    RandomStreams,
-    autocast,
-    pick_device,
-    same_device,
-    seeded,
-)
-from ..toolbox.data import Augment, Domain, ImageSet
-from ..toolbox.models import Teacher, in_eval_mode, logits_of
+from ..foundations.distillation import Distiller
+from ..toolbox.augmentation import Augment
+from ..toolbox.core import RandomStreams, autocast, pick_device, same_device, seeded
+from ..toolbox.data import ImageSet
+from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/08_generators.ipynb #dd5aa5e4
 class Generator(nn.Module):

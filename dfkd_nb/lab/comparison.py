@@ -23,18 +23,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dfkd_nb.lab.runs import (
-    SCALES,
-    DFKDError,
-    Recipe,
+from .recipes import SCALES, Recipe, find_task, recipe_names
+from dfkd_nb.lab.results import (
     Result,
-    find_task,
     mark_outdated,
     outdated_note,
-    recipe_names,
     results,
     results_folder,
 )
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/21_comparison.ipynb #d97a0a07
 @dataclass(frozen=True)
@@ -638,7 +635,7 @@ def draw_points(
     """
     import seaborn
 
-    from dfkd_nb.toolbox.core import COLOURS
+    from dfkd_nb.toolbox.figures import COLOURS
 
     labels = [
         (METHODS[m].replace('SSD-KD, 10 % data', 'SSD-KD 10 %'), x, y, COLOURS['noise'])
@@ -700,7 +697,7 @@ def draw_scatter(
     """
     import matplotlib.pyplot as plt
 
-    from dfkd_nb.toolbox.core import book_style
+    from dfkd_nb.toolbox.figures import book_style
 
     with book_style():
         figure, axes = plt.subplots(

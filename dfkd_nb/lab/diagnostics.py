@@ -39,30 +39,18 @@ from dfkd_nb.dreams.competition import (
     principal_plane,
 )
 from ..dreams.statistics import Statistics, measure_moments
-from ..foundations.distillation import wilson
-from .runs import open_teacher
-from dfkd_nb.toolbox.core import (
-    COLOURS,
-    DFKDError,
-    DFKDWarning,
-    atomic_path,
-    book_style,
-    import_torchvision,
-    progress,
-    seeded,
-)
-from dfkd_nb.toolbox.data import (
-    DOMAINS,
-    Domain,
-    ImageFiles,
-    ImageSet,
-    ImageSource,
-    load_data,
-    read_folder,
-    read_parquet,
-    resize_images,
-)
-from ..toolbox.models import Teacher, build_model, capture_input, network_inputs
+from .tasks.common import open_teacher
+from ..toolbox.core import atomic_path, import_torchvision, progress, seeded
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.datasets import ImageFiles, load_data, read_folder
+from ..toolbox.domains import DOMAINS, Domain, resize_images
+from ..toolbox.errors import DFKDError, DFKDWarning
+from ..toolbox.evaluation import wilson
+from ..toolbox.figures import COLOURS, book_style
+from ..toolbox.formats import read_parquet
+from ..toolbox.models import build_model
+from ..toolbox.networks import capture_input, network_inputs
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #2f1f24ab
 @dataclass(frozen=True, eq=False)

@@ -16,11 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..dreams.image_batch import Progress
-from ..dreams.inversion import DeepInversion, tile
+from ..dreams.inversion import DeepInversion
 from ..dreams.layers import batchnorm_layers
 from ..dreams.metadata import ActivationMatching, Metadata, embedding_distance
-from ..toolbox.core import DFKDError
-from ..toolbox.models import Teacher
+from ..toolbox.errors import DFKDError
+from ..toolbox.figures import tile
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/explorers.ipynb #37d2647f
 def plot_inversion(

@@ -36,9 +36,13 @@ from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, atomic_path, seeded
-from ..toolbox.data import DOMAINS, ImageSet
-from ..toolbox.models import Teacher, build_model, trial_logits
+from ..toolbox.core import atomic_path, seeded
+from ..toolbox.data import ImageSet
+from ..toolbox.domains import DOMAINS
+from ..toolbox.errors import DFKDError
+from ..toolbox.models import build_model
+from ..toolbox.networks import trial_logits
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/23_speed.ipynb #9d69de1b
 def two_pass_moments(
