@@ -10,6 +10,15 @@ from cases import each
 from tiny import DIGITS, used
 from torch import nn
 
+from dfkd_nb.dreams.activation_matching import (
+    ActivationMatching,
+    TraversalStrip,
+    activation_matching_preset,
+    dream_distillation,
+    embedding_distance,
+    embedding_term,
+    traverse_component,
+)
 from dfkd_nb.dreams.membership import (
     membership_auc,
     membership_report,
@@ -18,17 +27,10 @@ from dfkd_nb.dreams.membership import (
     nearest_points,
 )
 from dfkd_nb.dreams.metadata import (
-    ActivationMatching,
     Metadata,
-    TraversalStrip,
-    activation_matching_preset,
     cluster_vectors,
-    dream_distillation,
-    embedding_distance,
-    embedding_term,
     merge_small,
     principal_components,
-    traverse_component,
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller

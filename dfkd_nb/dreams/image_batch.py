@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Stage', 'resolution_stages', 'pixel_steps', 'target_classes', 'ImageBatch', 'rank_and_world_size', 'BatchPlan',
-           'Progress', 'check_ranges', 'check_state']
+           'Progress', 'LossLog', 'check_ranges', 'check_state']
 
 # %% ../../nbs/dreams/image_batch.ipynb #a28db641
 import copy
@@ -283,6 +283,17 @@ class BatchPlan:
             return None
         return self.target_embeddings[self.rows(batch)]
 
+    def gather(
+        self,
+        images: dict[int, Tensor],  # of this process, by the batch's number
+    ) -> dict[int, Tensor]:  # of all processes
+        "Finished batches of all processes; every process has to call it."
+        if self.processes == 1:
+            return images
+        found: list[Any] = [None] * self.processes
+        torch.distributed.all_gather_object(found, images)
+        return {batch: part for parts in found for batch, part in parts.items()}
+
     def image_set(
         self,
         images: Mapping[int, Tensor],  # uint8 `(n, C, H, W)`, by the batch's number
@@ -315,6 +326,50 @@ class Progress:
     def images(self) -> Tensor:
         "The batch at this moment, uint8 `(n, C, H, W)`: a copy, made only when asked for."
         return self.read_images()
+
+
+class LossLog:
+    "Losses of many steps, fetched from the device only when they are read."
+
+    def __init__(
+        self,
+        rows: list[dict[str, float]] | None = None,  # of a history to go on with
+    ) -> None:
+        self.rows: list[dict[str, float]] = rows or []
+        self._pending: list[Tensor] = []  # one a step, since the last row
+
+    def append(self, values: Tensor) -> None:
+        "The losses of one step, `(terms,)`."
+        self._pending.append(values)
+
+    def read(
+        self,
+        names: list[str],  # of the losses
+        batch: int,  # in hand, from 0
+        step: int,  # steps that it has had
+        advice: str,  # what to do where a loss is not finite
+    ) -> dict[str, float]:  # of the last step
+        """Add a row for the last step.
+
+        Raises: `DFKDError` for a loss that was not finite, by its name.
+        """
+        if not self._pending:
+            last = self.rows[-1] if self.rows else {}
+            return {k: v for k, v in last.items() if k not in ('batch', 'step')}
+        losses = torch.stack(self._pending).cpu()
+        bad = (~losses.isfinite()).nonzero().tolist()
+        if bad:
+            row = bad[0][0]
+            columns = [j for i, j in bad if i == row]
+            column = next((j for j in columns if names[j] != 'total'), names.index('total'))
+            raise DFKDError(
+                f"the term '{names[column]}' is {losses[row, column]:g} at step"
+                f' {step - len(losses) + row + 1} of batch {batch + 1}: {advice}'
+            )
+        values = dict(zip(names, losses[-1].tolist()))
+        self.rows.append({'batch': batch, 'step': step} | values)
+        self._pending = []
+        return values
 
 # %% ../../nbs/dreams/image_batch.ipynb #b19f3d13
 #| code-fold: true

@@ -19,6 +19,7 @@ from .extractor import FeatureExtractor
 from dfkd_nb.dreams.image_batch import (
     BatchPlan,
     ImageBatch,
+    LossLog,
     Progress,
     check_ranges,
     check_state,
@@ -192,7 +193,7 @@ class DeepInversion:
         self.loss = InversionLoss(self.teacher, extractor, objective, compile)
         if student is not None:
             self.loss.compete_with(student, student_domain)
-        self._check_stages()
+        self.loss.check_sizes([size for size, _ in self.stages[:-1]])
         # keeps small half-precision gradients from vanishing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == 'float16')
         self.settings = {
@@ -209,20 +210,6 @@ class DeepInversion:
         self.round: int | None = None  # see `begin_round`
         self._next_target = 0  # of the images that nobody asked for by class
         self._reset(BatchPlan.empty())
-
-    def _check_stages(self) -> None:
-        "A stage too small for the network is reported before the first step."
-        dtype = self.loss.extractor.dtype
-        for (height, width), _ in self.stages[:-1]:
-            shape = 2, self.domain.channels, height, width
-            try:
-                with torch.no_grad():
-                    self.teacher(torch.zeros(shape, device=self.device, dtype=dtype))
-            except (RuntimeError, ValueError) as error:
-                raise DFKDError(
-                    f"'{self.teacher.name}' does not take images of {height} x {width}"
-                    f' pixels ({str(error).splitlines()[0][:80]}): use larger stages'
-                ) from error
 
     # the loss
 
@@ -260,9 +247,13 @@ class DeepInversion:
         self.started = len(plan.targets) > 0
         self.finished_batches = 0  # of this process
         self._finished: dict[int, Tensor] = {}  # images by batch, until they are popped
-        self._losses: list[Tensor] = []  # of the steps since the history's last row
+        self._log = LossLog()
         self.image_batch: ImageBatch | None = None
-        self.history: list[dict[str, float]] = []  # one row every `log_every` steps
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        "One row every `log_every` steps: 'batch', 'step' and `loss.names`."
+        return self._log.rows
 
     def start(
         self,
@@ -377,54 +368,26 @@ class DeepInversion:
         except DFKDError:
             raise
         except ValueError:  # of a network, or of a term that somebody wrote
-            self._check_batch(batch)
+            self.loss.check_batch(batch.x)
             raise
-        self._losses.append(values)
+        self._log.append(values)
         if batch.steps_done == batch.steps:
             self._read_losses()
             self._finished[self.batch] = batch.images()
             self.finished_batches += 1
             self.image_batch = None
 
-    def _check_batch(self, batch: ImageBatch) -> None:
-        "A `DFKDError` if the networks do not take so few images."
-        try:
-            with torch.no_grad():
-                self.loss.forward(batch.x)
-        except ValueError as error:
-            reason = str(error).splitlines()[0][:80]
-            raise DFKDError(
-                f'a batch of {len(batch.x)} is too small for this network ({reason}): '
-                'synthesize more images at once'
-            ) from error
-
     def _read_losses(self) -> dict[str, float]:
-        "Fetch the losses since the last time; one that is not a number is a `DFKDError`."
-        if not self._losses:
-            last = self.history[-1] if self.history else {}
-            return {k: v for k, v in last.items() if k not in ('batch', 'step')}
-        rows = torch.stack(self._losses).cpu()
-        now = self.image_batch.steps_done if self.image_batch else self.steps
-        bad = (~rows.isfinite()).nonzero().tolist()
-        if bad:
-            row = bad[0][0]
-            names = [self.loss.names[j] for i, j in bad if i == row]
-            name = next((name for name in names if name != 'total'), 'total')
-            value = float(rows[row, self.loss.names.index(name)])
-            raise self._not_finite(name, value, now - len(rows) + row + 1)
-        losses = dict(zip(self.loss.names, rows[-1].tolist()))
-        self.history.append({'batch': self.batch, 'step': now} | losses)
-        self._losses = []
-        return losses
-
-    def _not_finite(self, name: str, value: float, step: int) -> DFKDError:
+        "Those of the last step, as a row of the history."
+        step = self.image_batch.steps_done if self.image_batch else self.steps
         count = sum(map(len, self._finished.values()))
-        return DFKDError(
-            f"the term '{name}' is {value:g} at step {step} of batch {self.batch + 1}:"
-            f' lower learning_rate ({self.pixel_settings["learning_rate"]:g}) or use'
-            f" precision='float32'; the {count} images of finished batches are kept in"
-            ' .images (and in the checkpoint, if there is one)'
+        rate = self.pixel_settings['learning_rate']
+        advice = (
+            f"lower learning_rate ({rate:g}) or use precision='float32'; the {count} images"
+            ' of finished batches are kept in .images (and in the checkpoint, if there is'
+            ' one)'
         )
+        return self._log.read(self.loss.names, self.batch, step, advice)
 
     # finished images
 
@@ -450,12 +413,7 @@ class DeepInversion:
 
     def gather(self) -> ImageSet:  # in the order in which they were asked for
         "The finished batches of all processes; every process has to call it."
-        if self.plan.processes == 1:
-            return self.images
-        found: list[Any] = [None] * self.plan.processes
-        torch.distributed.all_gather_object(found, self._finished)
-        images = {k: v for part in found for k, v in part.items()}
-        return self.plan.image_set(images, self.domain)
+        return self.plan.image_set(self.plan.gather(self._finished), self.domain)
 
     def synthesize(
         self,
@@ -623,9 +581,9 @@ class DeepInversion:
             plan.targets, plan.sizes = state['targets'], list(state['sizes'])
             plan.own, self.started = list(state['own']), state['started']
         self.round, self._next_target = state['round'], state['next_target']
-        self.finished_batches, self._losses = state['finished_batches'], []
+        self.finished_batches = state['finished_batches']
         self._finished = dict(state['images'])
-        self.history = [dict(row) for row in state['history']]
+        self._log = LossLog([dict(row) for row in state['history']])
         self.scaler.load_state_dict(state['scaler'])
         self.image_batch = None
         if state['image_batch'] is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .extractor import FeatureExtractor
 from .priors import LossInputs, Objective, Term, class_loss, l2_term, tv_term
-from .statistics import Moments, Statistics, feature_term
+from .statistics import Moments, Statistics, feature_term, features_of
 from ..toolbox.core import autocast
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
@@ -41,12 +41,8 @@ def relative_feature_term(
     kept = [torch.cat(centres), torch.cat(factors), torch.tensor(weights)]
 
     def term(inputs: LossInputs) -> Tensor:
-        if inputs.features is None:
-            raise DFKDError(
-                'this view has no features: run the teacher inside Watch(teacher) and give'
-                ' View its moments'
-            )
-        found = torch.cat([v for name in statistics for v in inputs.features[name]])
+        features = features_of(inputs)
+        found = torch.cat([v for name in statistics for v in features[name]])
         if kept[0].device != found.device:
             kept[:] = [v.to(found.device) for v in kept]
         centre, factor, weight = kept
@@ -148,6 +144,38 @@ class InversionLoss:
             self.student = frozen
         else:  # in place: a compiled loss stays valid
             self.student.load_state_dict(frozen.state_dict())
+
+    def check_sizes(
+        self,
+        sizes: Iterable[tuple[int, int]],  # height and width
+    ) -> None:
+        "A `DFKDError` for a size that the teacher does not take."
+        teacher, device = self.teacher, self.extractor.device
+        for height, width in sizes:
+            shape = 2, teacher.domain.channels, height, width
+            try:
+                with torch.no_grad():
+                    teacher(torch.zeros(shape, device=device, dtype=self.extractor.dtype))
+            except (RuntimeError, ValueError) as error:
+                raise DFKDError(
+                    f"'{teacher.name}' does not take images of {height} x {width} pixels"
+                    f' ({str(error).splitlines()[0][:80]}): use larger stages'
+                ) from error
+
+    def check_batch(
+        self,
+        x: Tensor,  # `(N, C, H, W)`, in pixel units
+    ) -> None:
+        "A `DFKDError` if the networks do not take so few images."
+        try:
+            with torch.no_grad():
+                self.forward(x)
+        except ValueError as error:
+            reason = str(error).splitlines()[0][:80]
+            raise DFKDError(
+                f'a batch of {len(x)} is too small for this network ({reason}): synthesize'
+                ' more images at once'
+            ) from error
 
     def forward(
         self,

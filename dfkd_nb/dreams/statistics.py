@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Moments', 'broadcast_channels', 'moments_around', 'channel_affine', 'batch_moments', 'mean_moments', 'Watch',
-           'check_moments', 'read_batchnorm', 'measure_moments', 'Statistics', 'feature_loss', 'feature_term',
-           'RunningStatistics', 'running_feature_term']
+           'check_moments', 'read_batchnorm', 'measure_moments', 'Statistics', 'feature_loss', 'features_of',
+           'feature_term']
 
 # %% ../../nbs/dreams/04_statistics.ipynb #451921f9
 import json
@@ -525,6 +525,18 @@ def feature_loss(
     return layers.sum(), layers
 
 # %% ../../nbs/dreams/04_statistics.ipynb #f9287458
+def features_of(
+    inputs: LossInputs,  # of a term that needs `features`
+) -> Mapping[str, Moments]:  # by layer name
+    "The features, or a `DFKDError` that says where to get them."
+    if inputs.features is None:
+        raise DFKDError(
+            'these inputs have no features: run the teacher inside Watch(teacher) and pass'
+            ' its moments as LossInputs.features'
+        )
+    return inputs.features
+
+
 def feature_term(
     statistics: Statistics,  # of the data
     first_layer_weight: float = 1.0,  # see `feature_loss`
@@ -532,122 +544,7 @@ def feature_term(
     "`feature_loss` as a term of an objective."
 
     def term(inputs: LossInputs) -> Tensor:
-        if inputs.features is None:
-            raise DFKDError(
-                'this view has no features: run the teacher inside Watch(teacher) and give'
-                ' View its moments'
-            )
-        return feature_loss(inputs.features, statistics, first_layer_weight)[0]
-
-    return term
-
-# %% ../../nbs/dreams/04_statistics.ipynb #ffe97f0d
-class RunningStatistics:
-    """Feature statistics of all batches so far, with momentum (FastDFKD, Eq. 14); `mix` is
-    what the batch in hand is judged by.
-    """
-
-    def __init__(
-        self,
-        # weight of the new batch, as in the paper and in BatchNorm; other code counts the
-        # old side, 0.9
-        momentum: float = 0.1,
-    ) -> None:
-        if not 0 < momentum <= 1:
-            raise DFKDError(
-                f'momentum is {momentum}: give the weight of the new batch, more than 0 and'
-                ' at most 1'
-            )
-        self.momentum, self.batches = float(momentum), 0  # accumulated so far
-        # of all of them, by layer name; none before the first
-        self.moments: dict[str, Moments] = {}
-
-    def mix(
-        self,
-        moments: Mapping[str, Moments],  # of a batch, by layer name
-    ) -> dict[
-        str, Moments
-    ]:  # what the accumulated statistics would be after it; the gradient goes to the batch
-        """The accumulated statistics, moved towards a batch by `momentum`.
-
-        The first batch is taken as it is.
-        """
-        if not self.batches:
-            return dict(moments)
-        for name, (mean, _) in self.moments.items():
-            if name not in moments:
-                raise DFKDError(
-                    f"no moments of layer '{name}': give those of the same layers each time"
-                )
-            if moments[name][0].shape != mean.shape:
-                raise DFKDError(
-                    f"layer '{name}' has {len(moments[name][0])} channels, accumulated were"
-                    f' {len(mean)}: begin new RunningStatistics for another network'
-                )
-
-        def moved(old: Tensor, new: Tensor) -> Tensor:
-            return torch.lerp(old.to(new), new, self.momentum)
-
-        return {
-            name: (moved(mean, moments[name][0]), moved(var, moments[name][1]))
-            for name, (mean, var) in self.moments.items()
-        }
-
-    def update(
-        self,
-        moments: Mapping[str, Moments],  # of a finished batch, by layer name
-    ) -> None:
-        """Accumulate a finished batch; what is not finite is refused, and nothing has
-        changed then.
-        """
-        mixed = {
-            name: (mean.detach().clone(), var.detach().clone())
-            for name, (mean, var) in self.mix(moments).items()
-        }
-        if not mixed:
-            raise DFKDError('moments of no layer: run the network inside Watch(model)')
-        for name, moment in mixed.items():
-            check_moments(name, *moment)
-        self.moments, self.batches = mixed, self.batches + 1
-
-    def state_dict(self) -> dict[str, Any]:
-        "Copies, ready for a checkpoint."
-        return {
-            'momentum': self.momentum,
-            'batches': self.batches,
-            'moments': {
-                name: [v.clone() for v in pair] for name, pair in self.moments.items()
-            },
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        "Go on where `state_dict` stood."
-        self.momentum, self.batches = state['momentum'], state['batches']
-        self.moments = {
-            name: (mean.clone(), var.clone())
-            for name, (mean, var) in state['moments'].items()
-        }
-
-    def __repr__(self) -> str:
-        return f'RunningStatistics(momentum={self.momentum:g}, {self.batches} batches)'
-
-# %% ../../nbs/dreams/04_statistics.ipynb #b4ee707a
-def running_feature_term(
-    statistics: Statistics,  # of the data
-    # of the batches so far; the caller updates it when a batch is finished
-    running: RunningStatistics,
-    first_layer_weight: float = 1.0,  # see `feature_loss`
-) -> Term:  # needs `features`
-    """Distance of the mix of accumulated and present statistics from the data's (FastDFKD,
-    Eq. 15).
-    """
-
-    def term(inputs: LossInputs) -> Tensor:
-        if inputs.features is None:
-            raise DFKDError(
-                'this view has no features: run the teacher inside Watch(teacher) and give'
-                ' View its moments'
-            )
-        return feature_loss(running.mix(inputs.features), statistics, first_layer_weight)[0]
+        features = features_of(inputs)
+        return feature_loss(features, statistics, first_layer_weight)[0]
 
     return term

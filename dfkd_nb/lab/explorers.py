@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..dreams.activation_matching import ActivationMatching, embedding_distance
 from ..dreams.image_batch import Progress
 from ..dreams.inversion import DeepInversion
 from ..dreams.layers import batchnorm_layers
-from ..dreams.metadata import ActivationMatching, Metadata, embedding_distance
+from ..dreams.metadata import Metadata
 from ..toolbox.errors import DFKDError
 from ..toolbox.figures import tile
 from ..toolbox.teachers import Teacher
