@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.dreams.statistics import fuse_statistics
+from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
 from dfkd_nb.generators.contrastive import (

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import LossInputs, Term
-from dfkd_nb.foundations.loop import (
-    AlternatingTrainer,
-    SyntheticBatch,
-    share_student_domain,
-)
-from ..toolbox.data import ImageSet, ImageSource
+from ..foundations.loop import AlternatingTrainer, share_student_domain
+from ..toolbox.data import ImageSet, ImageSource, SyntheticBatch
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.evaluation import evaluate, predict_logits
@@ -127,10 +123,8 @@ class AdaptiveDeepInversion(DeepInversion):
         self.competitor, self.student_domain = student, student_domain
         self.images_per_round = images_per_round
         self.competition_weight = competition_weight
-        self.round: int | None = None  # whose images are being made
+        self.underway = False  # whether a round's images are being made
         self._competing = False  # whether they compete
-        # a round changes `seed`; it is put back after it
-        self._own_seed = self.seed
         self._try_to_compete()
 
     def _try_to_compete(self) -> None:
@@ -170,19 +164,15 @@ class AdaptiveDeepInversion(DeepInversion):
             if competing:
                 self.compete_with(self.competitor, self.student_domain)
             self.reweigh(competition=self.competition_weight if competing else 0.0)
-        # other noise in every round, and for every seed
-        self._set_seed(self._own_seed * 100_003 + index)
+        super().begin_round(index, competing)  # noise of its own
         first = index * self.images_per_round
         classes = torch.arange(first, first + self.images_per_round)
         self.start(self.images_per_round, classes % self.domain.num_classes)
-        self.round, self._competing = index, competing
-
-    def _set_seed(self, seed: int) -> None:
-        self.seed = self.settings['seed'] = seed
+        self.underway, self._competing = True, competing
 
     @property
     def batch_done(self) -> bool:  # all images of the round, in however many batches
-        return self.round is not None and self.finished
+        return self.underway and self.finished
 
     def pop(self) -> SyntheticBatch:
         "The round's images; under torchrun those of all processes."
@@ -194,26 +184,25 @@ class AdaptiveDeepInversion(DeepInversion):
         return SyntheticBatch(made.images, made.labels)
 
     def _end_round(self) -> None:
-        self.round = None
-        self._set_seed(self._own_seed)
+        self.underway = False
+        self._reset(self._no_targets)
         if self.competition_weight:
             self.reweigh(competition=self.competition_weight)
 
     def _round_settings(self) -> dict[str, Any]:
         return {
-            'seed': self._own_seed,
+            'seed': self.seed,
             'images_per_round': self.images_per_round,
             'competition_weight': self.competition_weight,
         }
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to go on to the same bits, also in the middle of a round."
-        underway = self.round is not None
         return {
             'rounds of': self._round_settings(),
-            'round': self.round,
-            'competing': underway and self._competing,
-            'images': super().state_dict() if underway else None,
+            'round': self.round if self.underway else None,
+            'competing': self._competing,
+            'images': super().state_dict() if self.underway else None,
             'scaler': self.scaler.state_dict(),
         }
 
@@ -234,7 +223,7 @@ class AdaptiveDeepInversion(DeepInversion):
                 f'the checkpoint was made with other settings: {", ".join(changed)}; set'
                 ' them back or give another path'
             )
-        if self.round is not None:
+        if self.underway:
             self._end_round()
         if state['round'] is not None:
             # the student stands still while images are made: the copy is the same again

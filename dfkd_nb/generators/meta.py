@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.priors import LossInputs, Term
-from ..dreams.statistics import RunningStatistics, Statistics
+from ..dreams.running_statistics import RunningStatistics
+from ..dreams.statistics import Statistics
 from ..foundations.method_tables import method_settings, method_tables
 from dfkd_nb.generators.synthesizer import (
     GeneratorSynthesizer,

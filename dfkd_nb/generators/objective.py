@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..dreams.inversion import FEATURE_TERMS, FeatureExtractor
+from ..dreams.extractor import FeatureExtractor
+from ..dreams.inversion_loss import FEATURE_TERMS
 from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
 from dfkd_nb.generators.generators import (

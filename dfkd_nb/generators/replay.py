@@ -282,7 +282,7 @@ class ReplayPool(Pool):
             self.last_indices = self._epochs.next_indices(batch_size, generator).to(
                 self.device
             )
-            batch = self._pick(self.last_indices)
+            batch = self.fetch_labelled(self.last_indices)
             self._weights = self.weights(self.last_indices)
         else:
             probabilities = self.probabilities
@@ -295,7 +295,7 @@ class ReplayPool(Pool):
             found = torch.searchsorted(reach, ticket, right=True)
             # rounding leaves a few beyond the last
             self.last_indices = found.clamp_max(len(self) - 1)
-            batch = self._pick(self.last_indices)
+            batch = self.fetch_labelled(self.last_indices)
             self._weights = self.weights(self.last_indices, probabilities)
         # a bincount would wait for the device
         self._sample_counts.index_add_(

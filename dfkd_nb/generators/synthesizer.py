@@ -14,18 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dreams.inversion import target_classes
+from ..dreams.image_batch import target_classes
 from ..dreams.priors import LossInputs
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
-    SyntheticBatch,
     share_student_domain,
     synthesize_batches,
 )
 from .objective import GeneratorObjective
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
-from ..toolbox.data import ImageSet
+from ..toolbox.data import ImageSet, SyntheticBatch
 from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
