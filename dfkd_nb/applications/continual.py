@@ -530,12 +530,16 @@ def generated_images(
     "What a generator paints, as bytes."
     pixels = torch.cat(
         [
-            synthesizer.sample_images(min(500, images - i), torch.Generator().manual_seed(seed + i))
+            synthesizer.sample_images(
+                min(500, images - i), torch.Generator().manual_seed(seed + i)
+            )
             for i in range(0, images, 500)
         ]
     )
     found = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-    return ImageSet(found, synthesizer.teacher.predict(found).argmax(1), synthesizer.teacher.domain)
+    return ImageSet(
+        found, synthesizer.teacher.predict(found).argmax(1), synthesizer.teacher.domain
+    )
 
 # %% ../../nbs/applications/14_continual.ipynb #ac9d08bf
 def old_images(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .image_batch import BatchPlan
 from .inversion import DeepInversion
 from .priors import LossInputs, Term
 from ..foundations.loop import AlternatingTrainer, share_student_domain
@@ -131,7 +132,7 @@ class AdaptiveDeepInversion(DeepInversion):
         "A competition of the teacher with itself is told before the first round."
         if self.competition_weight:
             self.compete_with(self.competitor, self.student_domain)
-        self.student = None
+        self.loss.student = None
 
     def check_trainer(self, trainer: AlternatingTrainer) -> None:
         """See `AlternatingTrainer`.
@@ -185,7 +186,7 @@ class AdaptiveDeepInversion(DeepInversion):
 
     def _end_round(self) -> None:
         self.underway = False
-        self._reset(self._no_targets)
+        self._reset(BatchPlan.empty())
         if self.competition_weight:
             self.reweigh(competition=self.competition_weight)
 
@@ -259,7 +260,6 @@ def round_metrics(
         return row
 
     return measure
-
 
 # %% ../../nbs/dreams/06_competition.ipynb #461f098a
 def _points(*sets: Tensor) -> list[Tensor]:

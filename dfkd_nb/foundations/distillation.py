@@ -393,18 +393,18 @@ class Distiller:
     def run(
         self,
         until: int | None = None,  # stop after so many updates in all; None: to the end
-        # called every `every` updates; True stops
+        # called every `log_every` updates; True stops
         callback: Callable[['Distiller'], bool | None] | None = None,
-        every: int = 100,  # updates between rows of the history
+        log_every: int = 100,  # updates between rows of the history
         deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
     ) -> 'Distiller':  # itself
         """Train on, from wherever it stands, and write a row of mean losses every so many
-        updates.
+        steps.
 
         A loss that is not finite is a `DFKDError`.
         """
-        if every < 1:
-            raise DFKDError(f'every is {every}: give 1 or more updates')
+        if log_every < 1:
+            raise DFKDError(f'log_every is {log_every}: give 1 or more steps')
         end = min(self.steps, until if until is not None else self.steps)
 
         def late() -> bool:
@@ -424,9 +424,9 @@ class Distiller:
                             )
                         self._summed += 1
                         bar.update()
-                        if self.done % every == 0 or self.done >= end or late():
+                        if self.done % log_every == 0 or self.done >= end or late():
                             break
-                if self.done % every and self.done < self.steps:
+                if self.done % log_every and self.done < self.steps:
                     continue
                 means = {k: float(v) / self._summed for k, v in self._sums.items()}
                 self._sums, self._summed = {}, 0

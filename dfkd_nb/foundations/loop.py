@@ -517,7 +517,7 @@ class AlternatingTrainer:
             self.distiller.run(
                 until=min(before_next, end),
                 callback=tick,
-                every=log_every,
+                log_every=log_every,
                 deadline=deadline,
             )
         return self
