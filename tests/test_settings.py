@@ -15,6 +15,7 @@ from tiny import DIGITS, network
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.generators.methods import build_method
 from dfkd_nb.lab.settings import (
     GenerativeSettings,
     SynthesisSettings,
@@ -22,7 +23,6 @@ from dfkd_nb.lab.settings import (
     TransferSettings,
 )
 from dfkd_nb.lab.tasks.common import training_arguments
-from dfkd_nb.generators.methods import build_method
 from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
 from dfkd_nb.toolbox.teachers import Teacher
 
