@@ -1234,7 +1234,7 @@ def fill_folder(
 # %% ../../nbs/lab/24_commands.ipynb #df3d485b
 def inspect(arguments: argparse.Namespace) -> int:
     "`dfkd inspect`: judge the images of a run or a folder."
-    diagnostics = importlib.import_module('dfkd_nb.lab.diagnostics')
+    diagnostics = importlib.import_module('dfkd_nb.lab.reports')
     own = Parser(
         prog='dfkd inspect',
         description='Judge the images of a run or a folder: a page of figures and numbers.',

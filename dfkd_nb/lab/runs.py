@@ -2015,7 +2015,7 @@ def coverage_metrics(
     """
     import torch
 
-    from dfkd_nb.dreams.competition import (
+    from dfkd_nb.lab.coverage import (
         coverage,
         enclosed_area,
         precision_recall,
