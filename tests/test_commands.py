@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_nb.lab.commands import main, missing_runs
+from dfkd_nb.lab.commands import main, required_runs
 from dfkd_nb.lab.runs import Recipe, Run, compared, recipe_names
 from dfkd_nb.toolbox.core import save_tensors
 from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
@@ -105,21 +105,21 @@ def test_images_of_another_run(dfkd):
         out=dfkd.folder / 'runs',
     )
     # the dream's own teacher comes first, once
-    assert missing_runs(run) == [('digits-teacher', 'quick'), ('digits-dream', 'quick')]
+    assert required_runs(run) == [('digits-teacher', 'quick'), ('digits-dream', 'quick')]
     network = build_model('digits-net', 10, 1)
     save_weights(
         dfkd.folder / 'runs/digits-teacher/quick/weights.safetensors',
         network,
         {'model': 'digits-net', 'domain': 'digits'},
     )
-    assert missing_runs(run) == [('digits-dream', 'quick')]
+    assert required_runs(run) == [('digits-dream', 'quick')]
     images = ImageSet(
         torch.randint(256, (30, 1, 8, 8), dtype=torch.uint8),
         torch.arange(30) % 10,
         DOMAINS['digits'],
     )
     images.save(dfkd.folder / 'runs/digits-dream/quick/images.safetensors')
-    assert missing_runs(run) == []
+    assert required_runs(run) == []
     words = [
         'run',
         'digits-transfer-noise',

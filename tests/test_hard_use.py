@@ -28,8 +28,8 @@ from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.lab.commands import main, read_network
-from dfkd_nb.lab.diagnostics import observe
-from dfkd_nb.lab.speed import fold_batchnorm
+from dfkd_nb.lab.observations import observe
+from dfkd_nb.lab.speed_methods import fold_batchnorm
 from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.data import Augment, Domain, ImageSet
 from dfkd_nb.toolbox.models import Teacher

@@ -1129,7 +1129,8 @@ def quantization_cost(
         save_integers,
         to_integers,
     )
-    from dfkd_nb.lab.speed import fold_batchnorm, stopwatch
+    from dfkd_nb.lab.speed_methods import fold_batchnorm
+    from dfkd_nb.lab.timing import stopwatch
     from dfkd_nb.toolbox.core import DFKDError
     from dfkd_nb.toolbox.models import save_weights
 

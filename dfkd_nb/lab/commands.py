@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'INTERRUPTED', 'LARGE', 'REAL', 'ASKED', 'PATIENCE', 'Parser', 'positive_number', 'list_recipes', 'hours',
-           'show_recipe', 'show_results', 'run_recipe', 'missing_runs', 'print_result', 'read_network', 'load_state',
+           'show_recipe', 'show_results', 'run_recipe', 'required_runs', 'print_result', 'read_network', 'load_state',
            'own_teacher', 'own_domain', 'assumed_imagenet_defaults', 'parse_numbers', 'chosen_classes',
            'usual_settings', 'inversion_settings', 'DreamFolder', 'read_lines', 'check_same_request', 'open_dreams',
            'remove_files', 'save_batch', 'encode_png', 'parquet_table', 'finish_folder', 'draw_grid',
@@ -147,7 +147,7 @@ def show_results(arguments: argparse.Namespace) -> int:
     pairs (Chapter 21).
     """
     if arguments.compare:
-        from dfkd_nb.lab.comparison import results_command
+        from dfkd_nb.lab.comparison_tables import results_command
 
         return results_command(arguments.folder, arguments.scale)
     found = [
@@ -193,7 +193,7 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     run = Run(recipe, arguments.scale, changes, **where)
     if not run.finished:
         run.check()
-    for name, scale in missing_runs(run):
+    for name, scale in required_runs(run):
         print(f'first {name} ({scale}): this recipe takes what it leaves', flush=True)
         arguments.doing = Run(Recipe.load(name), scale, **where)  # for `saved_progress`
         arguments.doing.start(True, False, left, arguments.command_line)
@@ -206,7 +206,7 @@ def run_recipe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def missing_runs(
+def required_runs(
     run: Run,
 ) -> list[tuple[str, str]]:  # recipes and scales, in the order in which to do them
     """The recipes whose network or images this one takes, and which have not been run here
@@ -226,7 +226,7 @@ def missing_runs(
                 continue
             found += [
                 need
-                for need in missing_runs(
+                for need in required_runs(
                     Run(Recipe.load(recipe), scale, out=run.root, quiet=True)
                 )
                 if need not in found

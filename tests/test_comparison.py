@@ -14,28 +14,30 @@ import pytest
 from cases import each
 
 from dfkd_nb.lab.comparison import (
-    METHODS,
-    accuracy_matrix,
+    METHOD_TITLES,
     best_cells,
     comparison,
-    detail_of,
-    draw_scatter,
-    duration,
-    markdown_table,
-    missing_runs,
-    other_rows,
     pair_title,
     paper_figures,
     paper_pairs,
     published,
+    sample_std,
+    standard_error,
+    table_cell_of,
+)
+from dfkd_nb.lab.comparison_figures import draw_scatter
+from dfkd_nb.lab.comparison_tables import (
+    accuracy_matrix,
+    detail_of,
+    duration,
+    markdown_table,
+    missing_runs,
+    other_rows,
     repeated_seeds,
     results_command,
     results_text,
     row_of,
-    sample_std,
     sections,
-    standard_error,
-    table_cell_of,
     table_cells,
     teacher_recipe,
     text_table,
@@ -121,7 +123,8 @@ def test_every_figure_stands_once_and_is_an_accuracy():
     keys = [(f.paper, f.table, f.pair, f.method) for f in paper_figures()]
     assert len(set(keys)) == len(keys) == 258
     assert all(
-        20 < f.accuracy < 96 and f.method in {*METHODS, 'teacher'} for f in paper_figures()
+        20 < f.accuracy < 96 and f.method in {*METHOD_TITLES, 'teacher'}
+        for f in paper_figures()
     )
     assert all(
         0 < hours < 310
@@ -222,7 +225,10 @@ def test_ten_pairs_have_every_method():
     pairs = [p for p in paper_pairs() if p != 'cifar10-vgg11-vgg11']
     assert len(pairs) == 10
     absent = {
-        (p, m) for p in pairs for m in ('teacher', *METHODS) if published(p, m) is None
+        (p, m)
+        for p in pairs
+        for m in ('teacher', *METHOD_TITLES)
+        if published(p, m) is None
     }
     # of DeepInversion's own table
     both = {'cifar10-resnet34-resnet18', 'cifar10-vgg11-resnet18'}
