@@ -18,6 +18,7 @@ from cases import each
 from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
+from dfkd_nb.foundations import distillation
 from dfkd_nb.lab import runs
 from dfkd_nb.lab.runs import (
     PRECISIONS,
@@ -43,7 +44,6 @@ from dfkd_nb.lab.runs import (
     run_lock,
     setting,
 )
-from dfkd_nb.foundations import distillation
 from dfkd_nb.toolbox import models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint

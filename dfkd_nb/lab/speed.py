@@ -110,10 +110,10 @@ def make_loss(
         precision='bfloat16' if variant == 'bfloat16' else 'float32',
     )
     if variant == 'channels-last':
-        network: Any = made.look.network
-        made.look.network = network.to(memory_format=torch.channels_last)
+        network: Any = made.extractor.network
+        made.extractor.network = network.to(memory_format=torch.channels_last)
     if variant in ('folded', 'channels-last', 'compiled', 'bfloat16'):
-        return lambda x, targets: made.price(x, x, targets)
+        return lambda x, targets: made.loss(x, x, targets)
     extractor: Any = PlainExtractor(teacher, trainable=variant == 'plain')
 
     def one_pass(x: Tensor) -> Any:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOMAINS', 'Domain', 'resize_images', 'ImageSource', 'Sampler', 'EpochSampler', 'check_labels_for', 'ImageSet',
-           'ImageFiles', 'read_parquet', 'read_folder', 'class_names', 'data_root', 'load_data', 'random_crop',
-           'random_flip', 'Augment', 'mixup']
+           'SyntheticBatch', 'ImageFiles', 'read_parquet', 'read_folder', 'class_names', 'data_root', 'load_data',
+           'random_crop', 'random_flip', 'Augment', 'mixup']
 
 # %% ../../nbs/toolbox/27_data.ipynb #8013829d
 import io
@@ -655,6 +655,20 @@ class ImageSet(ImageSource):
         classes = tuple(about['classes'].split('\n'))
         domain = Domain(about['name'], tuple(shape), mean, std, classes)  # type: ignore[arg-type]
         return cls(tensors['images'], tensors.get('labels'), domain)
+
+# %% ../../nbs/toolbox/27_data.ipynb #5e7b1a90
+@dataclass
+class SyntheticBatch:
+    "A finished batch of synthetic images, as a synthesizer hands it over."
+
+    images: Tensor  # uint8 `(n, C, H, W)`
+    labels: Tensor  # int64 `(n,)`, the target classes
+    # `(n, K)` each, where they are known
+    teacher_logits: Tensor | None = None
+    student_logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 # %% ../../nbs/toolbox/27_data.ipynb #8852e5bf
 def _decode(
