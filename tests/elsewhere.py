@@ -17,7 +17,7 @@ from test_methods import DIFFERENT, tiny
 
 from dfkd_nb.lab.runs import Recipe, Run
 from dfkd_nb.toolbox import core
-from dfkd_nb.toolbox.data import load_data
+from dfkd_nb.toolbox.datasets import load_data
 
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
     f'digits-{name}': (f'digits-{name}', tiny(name)) for name in DIFFERENT

@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors
-from dfkd_nb.toolbox.data import Domain, ImageSet
-from dfkd_nb.toolbox.models import (
-    Teacher,
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.models import count_parameters
+from dfkd_nb.toolbox.networks import (
     capture_input,
-    check_network,
     classifier_layer,
-    copy_blocks_from_teacher,
-    count_parameters,
     load_weights,
     save_weights,
     unwrap,
     why_no_hooks,
 )
+from dfkd_nb.toolbox.teachers import Teacher, check_network, copy_blocks_from_teacher
 
 HALVES = (0.5, 0.5, 0.5)
 OWN = Domain('own', (3, 8, 8), HALVES, HALVES, tuple('abcd'))

@@ -14,8 +14,10 @@ from cases import each
 from dfkd_nb.lab.applications import application_images
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped, read_history
 from dfkd_nb.toolbox.core import DFKDError, load_tensors
-from dfkd_nb.toolbox.data import DOMAINS, ImageSet, load_data
-from dfkd_nb.toolbox.models import load_teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import load_data
+from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.teachers import load_teacher
 
 SMALL: dict[str, object] = {'evaluations': 1, 'picture': 2, 'batch_size': 16}
 DIGITS = SMALL | {'teacher': 'run:digits-teacher', 'test_limit': 60}

@@ -13,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_nb.lab.commands import main, required_runs
+from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.run_command import required_runs
 from dfkd_nb.lab.runs import Recipe, Run, compared, recipe_names
 from dfkd_nb.toolbox.core import save_tensors
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import save_weights
+from dfkd_nb.toolbox.teachers import Teacher
 
 TINY = ['--set', 'epochs=1', '--set', 'evaluations=1']
 
@@ -319,10 +323,11 @@ def test_invert_leaves_images_and_a_manifest(own):
 def test_invert_makes_what_the_library_makes(own):
     "Images come back from PNG files and from Parquet as `DeepInversion` made them."
     from dfkd_nb.dreams.inversion import DeepInversion
-    from dfkd_nb.lab.commands import usual_settings
+    from dfkd_nb.lab.invert_settings import usual_settings
     from dfkd_nb.lab.runs import SynthesisSettings, build_inversion
-    from dfkd_nb.toolbox.data import Domain, load_data
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.datasets import load_data
+    from dfkd_nb.toolbox.domains import Domain
+    from dfkd_nb.toolbox.teachers import Teacher
 
     domain = Domain('own', (1, 8, 8), (0.3,), (0.4,), tuple('0123456789'))
     settings = SynthesisSettings(

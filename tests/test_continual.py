@@ -40,9 +40,13 @@ from dfkd_nb.applications.continual import (
     wider_domain,
 )
 from dfkd_nb.lab.runs import Recipe, Run, RunStopped
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import DOMAINS, Augment, ImageFiles, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import ImageFiles
+from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher
 
 DIGITS = DOMAINS['digits']
 OLD = replace(DIGITS, classes=('a', 'b', 'c'))

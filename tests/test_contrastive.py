@@ -26,9 +26,10 @@ from dfkd_nb.generators.contrastive import (
     info_nce,
 )
 from dfkd_nb.generators.generators import Alternation, Generator
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import Augment, Domain
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(seed=0, domain=DIGITS, norm=True):

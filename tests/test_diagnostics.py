@@ -16,7 +16,6 @@ from PIL import Image
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.foundations.distillation import wilson
 from dfkd_nb.lab.coverage import coverage_map, nearest_neighbours
 from dfkd_nb.lab.diagnostics import class_histogram, difficulty, layer_distances, verify
 from dfkd_nb.lab.observations import observe
@@ -29,8 +28,13 @@ from dfkd_nb.lab.reports import (
 )
 from dfkd_nb.lab.scores import frechet_distance, frechet_distance_squared, inception_score
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision
-from dfkd_nb.toolbox.data import Domain, ImageFiles, ImageSet, ImageSource, resize_images
-from dfkd_nb.toolbox.models import Teacher, build_model, save_weights
+from dfkd_nb.toolbox.data import ImageSet, ImageSource
+from dfkd_nb.toolbox.datasets import ImageFiles
+from dfkd_nb.toolbox.domains import Domain, resize_images
+from dfkd_nb.toolbox.evaluation import wilson
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import save_weights
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(channels=1, classes=10, norm=True, seed=0):

@@ -39,8 +39,9 @@ from dfkd_nb.dreams.statistics import (
     fuse_statistics,
 )
 from dfkd_nb.toolbox.core import DFKDError
-from dfkd_nb.toolbox.data import DOMAINS, ImageSet
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.teachers import Teacher
 
 quick = settings(max_examples=15, deadline=None)
 shapes = st.tuples(

@@ -31,14 +31,12 @@ from dfkd_nb.toolbox.core import (
     save_checkpoint,
     seed_everything,
 )
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data, read_folder
-from dfkd_nb.toolbox.models import (
-    Teacher,
-    build_model,
-    load_teacher,
-    load_weights,
-    save_weights,
-)
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import load_data, read_folder
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import load_weights, save_weights
+from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
 TINY = ['--set', 'epochs=1', '--set', 'evaluations=4']
 RUN = ['run', 'digits-teacher', *TINY]

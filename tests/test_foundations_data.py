@@ -22,8 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dfkd_nb.toolbox import core, data
+from dfkd_nb.toolbox.augmentation import Augment, mixup, random_crop
 from dfkd_nb.toolbox.core import DFKDError
-from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, ImageFiles, ImageSet
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import ImageFiles, data_root, load_data, read_folder
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.formats import read_parquet
 
 CIFAR = DOMAINS['cifar10']
 posix = pytest.mark.skipif(os.name != 'posix', reason='uses POSIX limits and signals')
@@ -190,7 +194,8 @@ FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
 from dfkd_nb.toolbox import core
-from dfkd_nb.toolbox.data import DOMAINS, ImageSet
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS
 folder = Path(sys.argv[1])
 writers = {
     'c.pt': lambda p, n: core.save_checkpoint(p, {'x': torch.zeros(n)}),
@@ -547,11 +552,11 @@ def test_parquet_in_several_files_and_either_form(tmp_path: Path) -> None:
         label=list(range(6, 10)),
         image=[{'path': 'x.png', 'bytes': p} for p in pngs[6:]],
     )
-    train = data.load_data('cifar10', 'train', root=tmp_path)
+    train = load_data('cifar10', 'train', root=tmp_path)
     assert isinstance(train, ImageSet) and torch.equal(train.labels, torch.arange(10))
     assert np.array_equal(train.images.permute(0, 2, 3, 1).numpy(), noise(10))
     for limit in (1, 6, 7, 99):
-        assert len(data.load_data('cifar10', 'train', root=tmp_path, limit=limit)) == min(
+        assert len(load_data('cifar10', 'train', root=tmp_path, limit=limit)) == min(
             limit, 10
         )
 
@@ -563,7 +568,7 @@ def test_parquet_one_folder_down_and_with_fine_labels(tmp_path: Path) -> None:
         fine_label=[99, 0],
         coarse_label=[1, 2],
     )
-    assert data.load_data('cifar100', root=tmp_path).labels.tolist() == [99, 0]
+    assert load_data('cifar100', root=tmp_path).labels.tolist() == [99, 0]
 
 
 @each(
@@ -581,7 +586,7 @@ def test_parquet_one_folder_down_and_with_fine_labels(tmp_path: Path) -> None:
 )
 def test_parquet_that_does_not_fit(tmp_path: Path, columns: dict) -> None:
     with pytest.raises(DFKDError) as error:
-        data.read_parquet([write_table(tmp_path / 'x.parquet', **columns)])
+        read_parquet([write_table(tmp_path / 'x.parquet', **columns)])
     one_line(error)
 
 
@@ -595,14 +600,14 @@ def test_truncated_parquet(tmp_path: Path, part: float) -> None:
     blob = path.read_bytes()
     path.write_bytes(blob[: int(part * len(blob))])
     with pytest.raises(DFKDError) as error:
-        data.load_data('cifar10', root=tmp_path)
+        load_data('cifar10', root=tmp_path)
     assert 'test.parquet' in one_line(error)
 
 
 def test_a_label_that_the_classes_do_not_have(tmp_path: Path) -> None:
     write_table(tmp_path / 'cifar10' / 'test.parquet', image=[png(noise(1)[0])], label=[10])
     with pytest.raises(DFKDError, match='0 to 9'):
-        data.load_data('cifar10', root=tmp_path)
+        load_data('cifar10', root=tmp_path)
 
 
 def photographs(folder: Path, classes: list[str]) -> Path:
@@ -615,12 +620,10 @@ def photographs(folder: Path, classes: list[str]) -> Path:
 
 def test_folders_keep_the_networks_order(tmp_path: Path) -> None:
     fashion = DOMAINS['fashion-mnist']
-    known = data.read_folder(
-        photographs(tmp_path / 'known', list(fashion.classes)), fashion
-    )
+    known = read_folder(photographs(tmp_path / 'known', list(fashion.classes)), fashion)
     images, labels = next(known.batches())
     assert known.domain == fashion and torch.equal(images[:, 0, 0, 0].long(), labels)
-    numbered = data.read_folder(
+    numbered = read_folder(
         photographs(tmp_path / 'numbered', [str(i) for i in range(12)]), CIFAR
     )
     images, labels = next(numbered.batches())
@@ -628,13 +631,13 @@ def test_folders_keep_the_networks_order(tmp_path: Path) -> None:
         torch.equal(images[:, 0, 0, 0].long(), labels)
         and numbered.domain.classes[11] == '11'
     )
-    own = data.read_folder(photographs(tmp_path / 'own', ['zebra', 'ant']), CIFAR)
+    own = read_folder(photographs(tmp_path / 'own', ['zebra', 'ant']), CIFAR)
     assert own.domain.classes == ('ant', 'zebra') and own.labels.tolist() == [0, 1]
 
 
 def test_folders_by_name(tmp_path: Path) -> None:
     photographs(tmp_path / 'imagenet' / 'val', ['b', 'a', 'c'])
-    found = data.load_data('imagenet', root=tmp_path, limit=2)
+    found = load_data('imagenet', root=tmp_path, limit=2)
     assert (
         isinstance(found, ImageFiles)
         and len(found) == 2
@@ -656,7 +659,7 @@ def test_folders_by_name(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_loaded(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(DFKDError) as error:
-        data.load_data(root=tmp_path, **wrong)
+        load_data(root=tmp_path, **wrong)
     one_line(error)
 
 
@@ -665,7 +668,7 @@ def test_empty_folders(tmp_path: Path) -> None:
     (tmp_path / 'classes' / 'cat').mkdir(parents=True)
     for name in ('bare', 'classes'):
         with pytest.raises(DFKDError) as error:
-            data.read_folder(tmp_path / name, CIFAR)
+            read_folder(tmp_path / name, CIFAR)
         one_line(error)
 
 
@@ -679,14 +682,14 @@ def test_a_download_that_fails_says_where_files_go(
 
     monkeypatch.setattr(datasets, 'CIFAR10', fail)
     with pytest.raises(DFKDError) as error:
-        data.load_data('cifar10', root=tmp_path)
+        load_data('cifar10', root=tmp_path)
     assert 'DFKD_DATA' in one_line(error)
 
 
 def test_what_ships() -> None:
-    mini = data.load_data('cifar10-mini')
+    mini = load_data('cifar10-mini')
     assert len(mini) == 2000 and mini.labels.bincount().tolist() == [200] * 10
-    train, test = data.load_data('digits', 'train'), data.load_data('digits')
+    train, test = load_data('digits', 'train'), load_data('digits')
     seen = {tuple(x.flatten().tolist()) for x in train.images}
     assert not any(tuple(x.flatten().tolist()) in seen for x in test.images)
     assets = Path(data.__file__).parents[1] / 'assets'
@@ -695,9 +698,9 @@ def test_what_ships() -> None:
 
 def test_the_variable_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('DFKD_DATA', '/somewhere')
-    assert data.data_root() == Path('/somewhere')
+    assert data_root() == Path('/somewhere')
     monkeypatch.delenv('DFKD_DATA')
-    assert data.data_root() == Path('.data')
+    assert data_root() == Path('.data')
 
 
 # --- data: augmentation
@@ -717,7 +720,7 @@ def test_crops_are_slices_of_the_padded_image(
     n: int, c: int, h: int, w: int, padding: int, flip: bool
 ) -> None:
     images = torch.randint(1, 256, (n, c, h, w), dtype=torch.uint8)
-    cropped = data.random_crop(images, padding, torch.Generator().manual_seed(0), flip)
+    cropped = random_crop(images, padding, torch.Generator().manual_seed(0), flip)
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     assert cropped.shape == images.shape and cropped.dtype == images.dtype
     for image, result in zip(padded, cropped):
@@ -752,7 +755,7 @@ def test_augmentation_is_random_per_image_and_repeats_with_its_seed() -> None:
 @settings(max_examples=25, deadline=None)
 def test_mixup_is_a_convex_combination(alpha: float, count: int, seed: int) -> None:
     x, y = torch.eye(count).view(count, 1, 1, count), torch.eye(count)
-    mixed, targets = data.mixup(x, y, alpha, torch.Generator().manual_seed(seed))
+    mixed, targets = mixup(x, y, alpha, torch.Generator().manual_seed(seed))
     # images and labels in the same proportion
     assert torch.equal(mixed.flatten(1), targets)
     assert (targets >= 0).all() and torch.allclose(targets.sum(1), torch.ones(count))

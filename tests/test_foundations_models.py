@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from dfkd_nb.foundations.distillation import (
     Distiller,
-    as_source,
     distill,
     distillation_loss,
-    evaluate,
     learning_rate_at,
     soften,
     train,
 )
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
     DFKDError,
     load_checkpoint,
@@ -36,21 +35,24 @@ from dfkd_nb.toolbox.core import (
     save_tensors,
     seed_everything,
 )
-from dfkd_nb.toolbox.data import DOMAINS, Augment, Domain, EpochSampler, ImageSet
+from dfkd_nb.toolbox.data import EpochSampler, ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.evaluation import evaluate
 from dfkd_nb.toolbox.models import (
     MODELS,
     CifarBlock,
     CifarResNet,
-    Teacher,
     WideBlock,
     WideResNet,
     build_model,
-    copy_blocks_from_teacher,
     count_parameters,
-    in_eval_mode,
+)
+from dfkd_nb.toolbox.networks import in_eval_mode, load_weights, save_weights
+from dfkd_nb.toolbox.sources import as_source
+from dfkd_nb.toolbox.teachers import (
+    Teacher,
+    copy_blocks_from_teacher,
     load_teacher,
-    load_weights,
-    save_weights,
     shipped_weights,
 )
 

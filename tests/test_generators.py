@@ -17,7 +17,7 @@ from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.foundations.distillation import Distiller, DrawnImages
+from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import (
     DISTANCES,
@@ -32,14 +32,17 @@ from dfkd_nb.generators.generators import (
 )
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.replay import ReplayPool
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
     DFKDError,
     import_torchvision,
     load_checkpoint,
     save_checkpoint,
 )
-from dfkd_nb.toolbox.data import Augment, Domain
-from dfkd_nb.toolbox.models import Teacher, count_parameters, load_teacher
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.models import count_parameters
+from dfkd_nb.toolbox.sources import DrawnImages
+from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
 
 @pytest.fixture(scope='module')

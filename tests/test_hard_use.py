@@ -20,19 +20,23 @@ from torch import Tensor, nn
 from dfkd_nb.applications import continual, segmentation
 from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
 from dfkd_nb.applications.transfer import fidelity
-from dfkd_nb.dreams.competition import GrowingPool, predict_logits
+from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
-from dfkd_nb.foundations.distillation import Distiller, evaluate
+from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
-from dfkd_nb.lab.commands import main, read_network
+from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.invert_settings import read_network
 from dfkd_nb.lab.observations import observe
 from dfkd_nb.lab.speed_methods import fold_batchnorm
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
-from dfkd_nb.toolbox.data import Augment, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.evaluation import evaluate, predict_logits
+from dfkd_nb.toolbox.teachers import Teacher
 
 QUICK: dict[str, Any] = {
     'steps': 3,

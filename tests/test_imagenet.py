@@ -14,14 +14,13 @@ from torch import nn
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics, batchnorm_layers
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision
-from dfkd_nb.toolbox.data import DOMAINS, load_data
-from dfkd_nb.toolbox.models import (
+from dfkd_nb.toolbox.datasets import load_data
+from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.models import EFFICIENTNET_LITE, build_model, count_parameters
+from dfkd_nb.toolbox.networks import classifier_layer
+from dfkd_nb.toolbox.teachers import (
     IMAGENET_TEACHERS,
-    LITE,
     Teacher,
-    build_model,
-    classifier_layer,
-    count_parameters,
     imagenet_domain,
     load_teacher,
 )
@@ -55,13 +54,17 @@ def stripes(size, count=2):
     return torch.stack(pictures).view(count, 3, size, size).to(torch.uint8)
 
 
-@pytest.mark.parametrize('name', LITE)
+@pytest.mark.parametrize('name', EFFICIENTNET_LITE)
 def test_published_sizes(name):
     pytest.importorskip('efficientnet_lite_pytorch')
     with torch.device('meta'):
         model = build_model(name, num_classes=1000)
     assert round(count_parameters(model) / 1e6, 1) == SIZES[name]
-    assert imagenet_domain(name).shape == (3, LITE[name], LITE[name])
+    assert imagenet_domain(name).shape == (
+        3,
+        EFFICIENTNET_LITE[name],
+        EFFICIENTNET_LITE[name],
+    )
 
 
 def test_lite0(lite):

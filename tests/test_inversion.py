@@ -22,7 +22,6 @@ from dfkd_nb.dreams.inversion import (
     DeepInversion,
     Explorer,
     FeatureExtractor,
-    FilmStrip,
     deepinversion_preset,
     resolution_stages,
     target_classes,
@@ -31,8 +30,11 @@ from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
 from dfkd_nb.foundations.distillation import learning_rate_at
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, same_device, save_checkpoint
-from dfkd_nb.toolbox.data import Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.figures import FilmStrip
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(channels=1, classes=10, norm=True):
@@ -259,7 +261,7 @@ sys.path.insert(0, {os.path.dirname(__file__)!r})
 import torch
 torch.set_num_threads({torch.get_num_threads()})
 from test_inversion import make, network, DIGITS
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.teachers import Teacher
 def callback(now):
     if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
 make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, log_every=1, save_every=0.)

@@ -240,8 +240,9 @@ def prepare(root: Path) -> None:
     import torch
     from tiny import stirred
 
-    from dfkd_nb.toolbox.data import load_data
-    from dfkd_nb.toolbox.models import build_model, save_weights
+    from dfkd_nb.toolbox.datasets import load_data
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.networks import save_weights
 
     torch.manual_seed(0)
     model, about = (

@@ -35,8 +35,8 @@ from dfkd_nb.toolbox.core import (
     load_checkpoint,
     save_checkpoint,
 )
-from dfkd_nb.toolbox.data import Domain
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.teachers import Teacher
 
 SHAPE = (1, 8, 8)
 

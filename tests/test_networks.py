@@ -10,8 +10,8 @@ from torch import nn
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision
-from dfkd_nb.toolbox.data import Domain
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.teachers import Teacher
 
 torchvision = import_torchvision()
 

@@ -76,7 +76,8 @@ def workers(
             from torch.distributed import distributed_c10d
 
             from dfkd_nb.dreams.inversion import DeepInversion
-            from dfkd_nb.lab.commands import DreamWorker, main
+            from dfkd_nb.lab.commands import main
+            from dfkd_nb.lab.invert import DreamWorker
 
             if rank == killed:
                 DeepInversion.step = dying_after(9, DeepInversion.step)
@@ -98,7 +99,8 @@ def main(root: Path) -> None:
     from dfkd_nb.dreams import inversion  # noqa: F401
     from dfkd_nb.lab import commands  # noqa: F401
     from dfkd_nb.toolbox.core import import_torchvision
-    from dfkd_nb.toolbox.models import build_model, save_weights
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.networks import save_weights
 
     import_torchvision()
     torch.manual_seed(0)
@@ -166,7 +168,7 @@ def test_two_processes_make_the_images_of_one(made):
 
 
 def test_and_the_table_of_one(made):
-    from dfkd_nb.toolbox.data import read_parquet
+    from dfkd_nb.toolbox.formats import read_parquet
 
     root, latents, _ = made
     assert latents['parquet'] == [0, 0]

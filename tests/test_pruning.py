@@ -48,8 +48,10 @@ from dfkd_nb.applications.quantization import quantize, to_integers
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.lab.runs import Recipe, Run
 from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors, save_tensors
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model, load_teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
 DIGITS, CIFAR = DOMAINS['digits'], DOMAINS['cifar10']
 

@@ -30,7 +30,6 @@ from dfkd_nb.applications.quantization import (
     to_integers,
     unpack_int4,
 )
-from dfkd_nb.foundations.distillation import evaluate
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -39,8 +38,11 @@ from dfkd_nb.toolbox.core import (
     load_tensors,
     save_checkpoint,
 )
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet
-from dfkd_nb.toolbox.models import Teacher, build_model
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.evaluation import evaluate
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher
 
 pytest.importorskip('torchao')
 DIGITS = DOMAINS['digits']
@@ -356,7 +358,7 @@ def test_foreign_files(teacher, four, tmp_path):
     save_integers(tmp_path / 'a.safetensors', to_integers(four))
     with pytest.raises(DFKDError, match='another architecture'):
         load_integers(tmp_path / 'a.safetensors', network(channels=7), DIGITS)
-    from dfkd_nb.toolbox.models import save_weights
+    from dfkd_nb.toolbox.networks import save_weights
 
     save_weights(tmp_path / 'b.safetensors', network())
     with pytest.raises(DFKDError, match='holds no quantised network'):

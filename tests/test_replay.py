@@ -29,9 +29,10 @@ from dfkd_nb.generators.replay import (
     ssd_kd,
     ssd_kd_preset,
 )
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
-from dfkd_nb.toolbox.data import Augment, ImageSet
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(seed=0):

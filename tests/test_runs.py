@@ -44,7 +44,7 @@ from dfkd_nb.lab.runs import (
     run_lock,
     setting,
 )
-from dfkd_nb.toolbox import models
+from dfkd_nb.toolbox import evaluation, models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
 
@@ -565,13 +565,13 @@ def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
 
 def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
     "The weights are judged in half precision, as they are in the file."
-    judge, halves = distillation.evaluate, []
+    judge, halves = evaluation.evaluate, []
 
     def spy(network, *words, **more):
         halves.append(all(v.equal(v.half().float()) for v in network.parameters()))
         return judge(network, *words, **more)
 
-    monkeypatch.setattr(distillation, 'evaluate', spy)
+    monkeypatch.setattr(evaluation, 'evaluate', spy)
     tiny(tmp_path).start()
     assert halves[-1] and not halves[-2]
 
@@ -747,7 +747,8 @@ def test_a_pool_is_measured_against_real_images(taught):
 
 
 def test_labels_of_another_order_are_refused(taught):
-    from dfkd_nb.toolbox.data import DOMAINS, ImageSet
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import DOMAINS
 
     cifar = DOMAINS['cifar10']
     other = dataclasses.replace(cifar, name='other', classes=cifar.classes[::-1])

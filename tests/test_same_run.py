@@ -18,17 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dfkd_nb.foundations.distillation import (
-    Distiller,
-    as_source,
-    distill,
-    evaluate,
-    learning_rate_at,
-    train,
-)
+from dfkd_nb.foundations.distillation import Distiller, distill, learning_rate_at, train
 from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, RandomStreams, same_device
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
-from dfkd_nb.toolbox.models import Teacher, build_model
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import load_data
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.evaluation import evaluate
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.sources import as_source
+from dfkd_nb.toolbox.teachers import Teacher
 
 TOY = Domain('toy', (3, 8, 8), (0.5,) * 3, (0.25,) * 3, ('a', 'b', 'c'))
 SHORT: dict[str, Any] = {

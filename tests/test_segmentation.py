@@ -20,9 +20,11 @@ from dfkd_nb.applications import segmentation as seg
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import distillation_loss
 from dfkd_nb.generators.generators import balance_term
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision, load_tensors
-from dfkd_nb.toolbox.data import Augment, ImageSet, data_root
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import data_root
+from dfkd_nb.toolbox.teachers import Teacher
 
 import_torchvision()
 torch.set_num_threads(1)

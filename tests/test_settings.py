@@ -24,7 +24,7 @@ from dfkd_nb.lab.runs import (
     recipe_classes,
     training_arguments,
 )
-from dfkd_nb.toolbox.models import Teacher
+from dfkd_nb.toolbox.teachers import Teacher
 
 CPU = torch.device('cpu')
 

@@ -17,8 +17,11 @@ from dfkd_nb.applications.transfer import (
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.lab.runs import Recipe, shards
 from dfkd_nb.toolbox.core import DFKDError
-from dfkd_nb.toolbox.data import DOMAINS, Domain, ImageSet, load_data
-from dfkd_nb.toolbox.models import Teacher, build_model
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import load_data
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.teachers import Teacher
 
 FAST = {
     'half_size_steps': 2,

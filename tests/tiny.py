@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from dfkd_nb.toolbox.data import DOMAINS, Domain
+from dfkd_nb.toolbox.domains import DOMAINS, Domain
 
 DIGITS = DOMAINS['digits']
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dfkd_nb.toolbox.data import load_data
+from dfkd_nb.toolbox.datasets import load_data
 
 PER_CLASS, COLUMNS = 200, 50
 FOLDER = Path(__file__).parents[1] / 'dfkd_nb' / 'assets'

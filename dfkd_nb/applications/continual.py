@@ -21,25 +21,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.inversion import DeepInversion, deepinversion_preset
-from dfkd_nb.foundations.distillation import (
-    Distiller,
-    Images,
-    as_source,
-    distillation_loss,
-    full_precision,
-)
+from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import Generator, GeneratorSynthesizer
 from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
-from ..toolbox.data import Domain, ImageFiles, ImageSet, ImageSource
-from dfkd_nb.toolbox.models import (
-    Teacher,
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.datasets import ImageFiles
+from ..toolbox.domains import Domain
+from dfkd_nb.toolbox.networks import (
     capture_input,
-    check_network,
+    full_precision,
     in_eval_mode,
     logits_of,
     network_inputs,
 )
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher, check_network
 
 # %% ../../nbs/applications/14_continual.ipynb #00310238
 def classifier_to_extend(
@@ -363,7 +360,7 @@ class ContinualDistiller(Distiller):
         student: nn.Module,  # the wider one, see `extend`; trained in place
         new: ImageSource,  # new images, labels numbered in `domain`
         # what stands for old images; None where the lesson does without
-        old: Images | None,
+        old: SourceLike | None,
         *,
         domain: Domain,  # the wider one
         # a word of `CONTINUAL_LOSSES`, or one of your own
@@ -655,7 +652,7 @@ def add_classes(
     teacher: Teacher,  # the old network
     new: ImageSource,  # labelled images; their domain names the new classes
     method: str = 'deepinversion',  # a word of `CONTINUAL_LOSSES`
-    old: Images | None = None,  # what stands for old images
+    old: SourceLike | None = None,  # what stands for old images
     *,
     layer: str = '',  # see `extend`
     # what the new rows begin with: 'random', or 'fitted', see `init_new_classes`

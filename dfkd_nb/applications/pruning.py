@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..foundations.distillation import Distiller, Images, as_source, distillation_loss
+from ..foundations.distillation import Distiller, distillation_loss
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -40,17 +40,18 @@ from dfkd_nb.toolbox.core import (
     import_extra,
     load_tensors,
 )
-from ..toolbox.data import DOMAINS, Domain, ImageSource
-from dfkd_nb.toolbox.models import (
-    Teacher,
-    build_model,
-    count_parameters,
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.models import build_model, count_parameters
+from dfkd_nb.toolbox.networks import (
     in_eval_mode,
     load_weights,
     logits_of,
     save_weights,
     weights_dtype,
 )
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/13_pruning.ipynb #38ee441d
 # for each prunable layer, bool `(filters,)`: which are still there
@@ -781,7 +782,7 @@ def filter_importance(
     model: nn.Module,  # whose filters; not changed
     filters: Filters,  # what `find_filters` found in it
     # a set, or images and labels
-    batches: Images | Iterable[tuple[Tensor, Tensor | None]],
+    batches: SourceLike | Iterable[tuple[Tensor, Tensor | None]],
     criterion: str = 'answers',  # a word of `CRITERIA`
     # who answers; None: the model itself, all its gates open
     teacher: nn.Module | None = None,
@@ -1619,7 +1620,7 @@ def fraction_recovered(
 @torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module,  # with BatchNorm layers; their running statistics are replaced
-    images: Images,  # an `ImageSet` or what `as_source` makes one of; labels are not used
+    images: SourceLike,  # an `ImageSet` or what `as_source` makes one of; labels are not used
     # what the network expects; a `Teacher` or a set knows its own
     domain: Domain | None = None,
     batch_size: int = 100,  # images at a time

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..foundations.distillation import Distiller, as_source
+from ..foundations.distillation import Distiller
 from dfkd_nb.toolbox.core import (
     DFKDError,
     DFKDWarning,
@@ -33,8 +33,11 @@ from dfkd_nb.toolbox.core import (
     load_tensors,
     save_tensors,
 )
-from ..toolbox.data import Domain, ImageSource
-from ..toolbox.models import Teacher, in_eval_mode, logits_of
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.networks import in_eval_mode, logits_of
+from ..toolbox.sources import as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/15_quantization.ipynb #467e9c76
 @contextmanager

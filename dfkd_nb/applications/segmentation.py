@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
 from ..dreams.priors import LossInputs, Term
-from ..foundations.distillation import Distiller, full_precision
+from ..foundations.distillation import Distiller
 from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
+from ..toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
     DFKDError,
     import_torchvision,
@@ -40,15 +41,13 @@ from dfkd_nb.toolbox.core import (
     save_tensors,
     seeded,
 )
-from ..toolbox.data import Augment, Domain, ImageSource, _decode, data_root
-from dfkd_nb.toolbox.models import (
-    CifarBlock,
-    Teacher,
-    build_model,
-    in_eval_mode,
-    logits_of,
-    network_inputs,
-)
+from ..toolbox.data import ImageSource
+from ..toolbox.datasets import data_root
+from ..toolbox.domains import Domain
+from ..toolbox.formats import decode_image
+from ..toolbox.models import CifarBlock, build_model
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/16_segmentation.ipynb #a7460c5a
 IGNORED = 255  # in a mask: no class, counts nowhere
@@ -151,7 +150,7 @@ class SegmentationSet(ImageSource):
         "The images at `indices`, uint8 `(n, 3, H, W)`."
         return self.images[indices.to(self.images.device)]
 
-    def _pick(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch_labelled(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         return self.fetch(indices), self.masks[indices.to(self.masks.device)].long()
 
     def to(self, device: str | torch.device) -> 'SegmentationSet':
@@ -160,7 +159,7 @@ class SegmentationSet(ImageSource):
 
     def subset(self, which: int | Tensor) -> 'SegmentationSet':
         "The first `which` scenes, or those at the given indices."
-        images, masks = self._pick(
+        images, masks = self.fetch_labelled(
             torch.arange(len(self))[:which] if isinstance(which, int) else which.cpu()
         )
         return SegmentationSet(images, masks, self.domain)
@@ -431,7 +430,7 @@ def _decode_mask(
     size: tuple[int, int],  # height and width that come out
     name: str,  # what to call it in a message
 ) -> Tensor:  # uint8 `(H, W)`
-    """One mask, cut out as `_decode` cuts out its image, but never mixed.
+    """One mask, cut out as `decode_image` cuts out its image, but never mixed.
 
     Every pixel keeps the number of one neighbour.
     """
@@ -533,7 +532,7 @@ def load_segmentation(
         )
     images = torch.stack(
         [
-            _decode(image, domain, f'image {i} of {folder}')
+            decode_image(image, domain, f'image {i} of {folder}')
             for i, (image, _) in enumerate(progress(pairs, f'decoding {name}'))
         ]
     )

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from ..dreams.inversion import DeepInversion
-from dfkd_nb.foundations.distillation import (
-    Distiller,
-    Images,
-    as_source,
-    evaluate,
-    full_precision,
-)
+from ..foundations.distillation import Distiller
 from ..toolbox.core import DFKDError, seeded
-from ..toolbox.data import Domain, ImageSet, ImageSource
-from ..toolbox.models import Teacher, in_eval_mode, logits_of, network_inputs
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.domains import Domain
+from ..toolbox.evaluation import evaluate
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/12_transfer.ipynb #49b3e6d4
 def two_schemes(
@@ -120,7 +118,7 @@ def learning_curve(
 def fidelity(
     teacher: Teacher,  # who is imitated
     student: nn.Module,  # who imitates, on any device
-    images: Images,  # not used in training; labels are not needed
+    images: SourceLike,  # not used in training; labels are not needed
     batch_size: int = 500,  # images at once
     domain: Domain | None = None,  # what the student expects; the teacher's if not given
 ) -> dict[
@@ -153,8 +151,8 @@ def fidelity(
 def teaching_values(
     teacher: Teacher,  # who answers
     student: nn.Module,  # as it stands at some moment of its training; not changed
-    images: Images,  # whose value is asked, N of them
-    probe: Images,  # images one cares about; labels are not needed
+    images: SourceLike,  # whose value is asked, N of them
+    probe: SourceLike,  # images one cares about; labels are not needed
     temperature: float = 3.0,  # of both answers
     batch_size: int = 250,  # images at once
     domain: Domain | None = None,  # what the student expects; the teacher's if not given
@@ -191,7 +189,7 @@ def teaching_values(
             * temperature**2
         )
 
-    def batches(source: Images) -> Iterable[tuple[Tensor, Tensor]]:
+    def batches(source: SourceLike) -> Iterable[tuple[Tensor, Tensor]]:
         for batch, _ in as_source(source, teacher.domain).batches(batch_size):
             with torch.no_grad():
                 told = full_precision(

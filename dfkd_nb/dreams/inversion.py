@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Stage', 'FEATURE_TERMS', 'deepinversion_preset', 'FeatureExtractor', 'resolution_stages', 'target_classes',
            'ImageBatch', 'relative_feature_term', 'rank_and_world_size', 'BatchPlan', 'Progress', 'DeepInversion',
-           'tile', 'FilmStrip', 'activation_bytes', 'max_batch_size', 'draw_dream', 'Explorer', 'explorer']
+           'activation_bytes', 'max_batch_size', 'draw_dream', 'Explorer', 'explorer']
 
 # %% ../../nbs/dreams/05_inversion.ipynb #74b0cb45
-import base64
 import copy
 import hashlib
 import io
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from dfkd_nb.dreams.priors import (
@@ -54,14 +52,16 @@ from dfkd_nb.toolbox.core import (
     same_device,
     save_checkpoint,
 )
-from ..toolbox.data import Domain, ImageSet, SyntheticBatch
-from dfkd_nb.toolbox.models import (
-    Teacher,
+from ..toolbox.data import ImageSet, SyntheticBatch
+from ..toolbox.domains import Domain
+from ..toolbox.figures import tile
+from dfkd_nb.toolbox.networks import (
     capture_input,
     classifier_layer,
     logits_of,
     weights_dtype,
 )
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/05_inversion.ipynb #603bd6f0
 def deepinversion_preset(
@@ -1175,72 +1175,6 @@ class DeepInversion:
         if state['image_batch'] is not None:
             self.image_batch = self._next_batch()
             self.image_batch.load_state_dict(state['image_batch'])
-
-# %% ../../nbs/dreams/05_inversion.ipynb #ebdbb608
-def tile(
-    images: Tensor,  # uint8 `(n, C, H, W)`
-    columns: int = 10,  # images in a row
-) -> Tensor:  # one picture, uint8 `(3, rows * H, columns * W)`
-    "Images side by side, row by row; empty places are white."
-    columns = min(columns, len(images))
-    images = F.pad(
-        images.cpu().expand(-1, 3, -1, -1),
-        (0, 0, 0, 0, 0, 0, 0, -len(images) % columns),
-        value=255,
-    )
-    rows, (height, width) = len(images) // columns, images.shape[2:]
-    return (
-        images.view(rows, columns, 3, height, width)
-        .permute(2, 0, 3, 1, 4)
-        .reshape(3, rows * height, columns * width)
-    )
-
-# %% ../../nbs/dreams/05_inversion.ipynb #fc118d1d
-class FilmStrip:
-    """Frames that a reader can scrub through.
-
-    One picture and a slider, without a network or a kernel.
-    """
-
-    def __init__(
-        self,
-        frames: Sequence[Tensor],  # each uint8 `(n, C, H, W)`, all alike
-        steps: Sequence[int],  # update after which each was taken
-        columns: int = 10,  # images in a row
-        titles: Sequence[str] = (),  # one a column
-        quality: int = 75,  # of the JPEG that carries the pixels
-    ) -> None:
-        if not frames or len(frames) != len(steps):
-            raise DFKDError(
-                f'{len(frames)} frames with {len(steps)} steps: give one step a frame, and'
-                ' at least one frame'
-            )
-        self.steps, self.titles, self.quality = list(steps), list(titles), quality
-        self.frames = [tile(frame, columns) for frame in frames]
-
-    def picture(self) -> bytes:
-        "All frames, one below the other, as a JPEG file."
-        buffer = io.BytesIO()
-        Image.fromarray(torch.cat(self.frames, 1).permute(1, 2, 0).numpy()).save(
-            buffer, 'JPEG', quality=self.quality, subsampling=0
-        )
-        return buffer.getvalue()
-
-    def _repr_html_(self) -> str:
-        last, (height, width) = len(self.frames) - 1, self.frames[0].shape[1:]
-        heads = ''.join(
-            f'<span style="flex:1 1 0;overflow:hidden">{title}</span>'
-            for title in self.titles
-        )
-        script = (
-            f"var f=this.closest('.dfkd-film'),s={self.steps};f.querySelector('.dfkd-frame').style.backgroundPosition='0"
-            f" '+100*this.value/{max(last, 1)}+'%';f.querySelector('output').textContent='update"
-            " '+s[this.value]"
-        )
-        return f'''<div class="dfkd-film" style="max-width:{min(2 * width, 720)}px;font:12px sans-serif">
-<div style="display:flex;text-align:center">{heads}</div>
-<div class="dfkd-frame" role="img" aria-label="Images after the update that the slider shows" style="width:100%;aspect-ratio:{width}/{height};background:url(data:image/jpeg;base64,{base64.b64encode(self.picture()).decode()}) 0 100%/100% {100 * (last + 1)}%;image-rendering:pixelated"></div>
-<label style="display:flex;gap:8px;align-items:center"><input type="range" min="0" max="{last}" value="{last}" style="flex:1" aria-label="frame" oninput="{script}"><output style="min-width:8em">update {self.steps[-1]}</output></label></div>'''
 
 # %% ../../nbs/dreams/05_inversion.ipynb #e3e0ef52
 def activation_bytes(

@@ -19,18 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dfkd_nb.dreams.inversion import (
-    BatchPlan,
-    DeepInversion,
-    FilmStrip,
-    ImageBatch,
-    target_classes,
-    tile,
-)
+from .inversion import BatchPlan, DeepInversion, ImageBatch, target_classes
 from .priors import LossInputs
 from ..toolbox.core import DFKDError, load_tensors, save_tensors
-from ..toolbox.data import ImageSet, ImageSource, check_labels_for
-from ..toolbox.models import Teacher
+from ..toolbox.data import ImageSet, ImageSource, validate_labels
+from ..toolbox.figures import FilmStrip, tile
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/07_metadata.ipynb #90f87a26
 def cluster_vectors(
@@ -255,7 +249,7 @@ class Metadata:
             raise DFKDError(
                 'vectors with NaN or infinity: look for the image or layer that made them'
             )
-        checked = check_labels_for(labels, len(vectors), teacher.domain)
+        checked = validate_labels(labels, len(vectors), teacher.domain)
         if checked is None or not len(vectors):
             raise DFKDError(
                 'no vectors with labels: give one class a vector, and at least one'

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..toolbox.core import DFKDError
-from ..toolbox.data import Domain
+from ..toolbox.domains import Domain
 
 # %% ../../nbs/dreams/03_priors.ipynb #ece2492a
 @dataclass

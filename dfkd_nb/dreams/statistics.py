@@ -30,15 +30,16 @@ from dfkd_nb.toolbox.core import (
     progress,
     save_tensors,
 )
-from ..toolbox.data import Domain, ImageSource
-from dfkd_nb.toolbox.models import (
-    Teacher,
+from ..toolbox.data import ImageSource
+from ..toolbox.domains import Domain
+from dfkd_nb.toolbox.networks import (
     in_eval_mode,
-    is_sealed,
     logits_of,
     unwrap,
     why_no_hooks,
+    why_sealed,
 )
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/04_statistics.ipynb #2040c560
 Moments = tuple[Tensor, Tensor]  # mean and biased variance of each channel, `(C,)` both
@@ -195,7 +196,7 @@ def find_layers(
         parts = str(name).split('.')
         # the network, its parts
         for part in ('.'.join(parts[:n]) for n in range(len(parts) + 1)):
-            if part in modules and (reason := is_sealed(modules[part])):
+            if part in modules and (reason := why_sealed(modules[part])):
                 raise DFKDError(_unreadable(model, reason))
         if name not in modules or not name:
             near = difflib.get_close_matches(str(name), modules, 3, 0.3)

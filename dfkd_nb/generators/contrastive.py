@@ -23,11 +23,11 @@ from dfkd_nb.dreams.statistics import (
     _Observed,
     batchnorm_layers,
 )
-from ..foundations.distillation import full_precision
 from .generators import GeneratorSynthesizer
+from ..toolbox.augmentation import Augment
 from ..toolbox.core import DFKDError, seeded
-from ..toolbox.data import Augment
-from ..toolbox.models import Teacher, _pooled, classifier_layer
+from ..toolbox.networks import classifier_layer, full_precision, mean_over_positions
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/09_contrastive.ipynb #0132337c
 def info_nce(
@@ -156,7 +156,7 @@ class PooledFeatures:
         module = self.modules[layer]
         of_maps = x.ndim > 2 and isinstance(module, (FusedBatchNorm, _Observed))
         self.parts[layer] = (
-            x.flatten(2).mean(2) if of_maps else _pooled(module, x)
+            x.flatten(2).mean(2) if of_maps else mean_over_positions(module, x)
         ).float()
 
     def __enter__(self) -> 'PooledFeatures':

@@ -21,7 +21,8 @@ from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, FeatureExtractor
 from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
-from ..foundations.distillation import Distiller, full_precision
+from ..foundations.distillation import Distiller
+from ..toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
     DFKDError,
     RandomStreams,
@@ -30,8 +31,10 @@ from dfkd_nb.toolbox.core import (
     same_device,
     seeded,
 )
-from ..toolbox.data import Augment, Domain, ImageSet
-from ..toolbox.models import Teacher, in_eval_mode, logits_of
+from ..toolbox.data import ImageSet
+from ..toolbox.domains import Domain
+from ..toolbox.networks import full_precision, in_eval_mode, logits_of
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/08_generators.ipynb #dd5aa5e4
 class Generator(nn.Module):

@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..dreams.priors import LossInputs, Term
 from ..dreams.statistics import RunningStatistics, Statistics
 from .generators import GeneratorSynthesizer, _hand_over
+from ..toolbox.augmentation import Augment
 from ..toolbox.core import DFKDError
-from ..toolbox.data import Augment
-from ..toolbox.models import Teacher
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/10_meta.ipynb #fcf2b11a
 # tensors by name: a generator's weights, its codes, or their gradients

@@ -19,19 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import LossInputs, Term
-from ..foundations.distillation import Distiller, full_precision
+from ..foundations.distillation import Distiller
 from . import meta
 from .generators import DISTANCES, Alternation, student_logits_of
-from ..toolbox.core import COLOURS, DFKDError, load_tensors, pick_device, save_tensors
+from ..toolbox.core import DFKDError, load_tensors, pick_device, save_tensors
 from dfkd_nb.toolbox.data import (
-    Domain,
     EpochSampler,
     ImageSet,
     ImageSource,
     Sampler,
-    check_labels_for,
+    validate_labels,
 )
-from ..toolbox.models import Teacher, in_eval_mode
+from ..toolbox.domains import Domain
+from ..toolbox.figures import COLOURS
+from ..toolbox.networks import full_precision, in_eval_mode
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/11_replay.ipynb #7f45f39c
 def modulation(
@@ -250,7 +252,7 @@ class ReplayPool(ImageSource, Sampler):
             )
         if not len(images):
             raise DFKDError('no images to add: give one or more')
-        checked = check_labels_for(classes, len(self.domain.check(images)), self.domain)
+        checked = validate_labels(classes, len(self.domain.check(images)), self.domain)
         assert checked is not None
         for name, given in {'confidences': confidences, 'priorities': priorities}.items():
             if given is not None and tuple(given.shape) != (len(images),):
@@ -304,7 +306,7 @@ class ReplayPool(ImageSource, Sampler):
             raise DFKDError(f'a batch of {batch_size} images: draw 1 or more')
         if not self.prioritised:
             self.chosen = self._epochs.next_indices(batch_size, generator).to(self.device)
-            batch = self._pick(self.chosen)
+            batch = self.fetch_labelled(self.chosen)
             self._weights = self.weights(self.chosen)
         else:
             probabilities = self.probabilities
@@ -317,7 +319,7 @@ class ReplayPool(ImageSource, Sampler):
             found = torch.searchsorted(reach, ticket, right=True)
             # rounding leaves a few beyond the last
             self.chosen = found.clamp_max(len(self) - 1)
-            batch = self._pick(self.chosen)
+            batch = self.fetch_labelled(self.chosen)
             self._weights = self.weights(self.chosen, probabilities)
         # a bincount would wait for the device
         self._draws.index_add_(0, self.chosen, torch.ones_like(self.chosen))

@@ -32,8 +32,9 @@ from dfkd_nb.lab.runs import (
 if TYPE_CHECKING:
     import torch
 
-    from dfkd_nb.toolbox.data import Domain, ImageSet
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import Domain
+    from dfkd_nb.toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/applications.ipynb #c045d754
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def check_supply(
 # %% ../../nbs/lab/applications.ipynb #4ae47208
 def _refit(images: 'ImageSet', teacher: 'Teacher') -> 'ImageSet':
     "Images of another kind, in the size that this network takes, labelled by it."
-    from dfkd_nb.toolbox.data import ImageSet, resize_images
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import resize_images
 
     pixels = resize_images(images.images, teacher.domain, as_bytes=True)
     return ImageSet(
@@ -217,7 +219,7 @@ def pruned_start(
         removed_filters,
         save_pruned,
     )
-    from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.toolbox.evaluation import evaluate
 
     settings = run.settings
     name = f'pruned-{round(100 * share)}-{ranking.replace(" ", "-")}-{source}'
@@ -358,8 +360,9 @@ def pruning(
         network_cost,
         rank_agreement,
     )
-    from dfkd_nb.foundations.distillation import Distiller, evaluate
+    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.toolbox.core import seed_everything
+    from dfkd_nb.toolbox.evaluation import evaluate
 
     settings: PruningSettings = run.settings
     shares, sources, rankings = pruning_words(settings)
@@ -630,7 +633,9 @@ def class_set(
     import torch
 
     from dfkd_nb.applications.continual import only_classes
-    from dfkd_nb.toolbox.data import ImageSet, data_root, load_data, resize_images
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.datasets import data_root, load_data
+    from dfkd_nb.toolbox.domains import resize_images
 
     part = re.fullmatch(r'(.+):(\d+)-(\d+)', name)
     name = part[1] if part else name
@@ -664,7 +669,8 @@ def class_set(
 @lru_cache(maxsize=2)
 def _mixed(name: str, split: str, limit: int | None) -> 'ImageSet':
     "A set whose images come in random order, decoded once for all of its parts."
-    from dfkd_nb.toolbox.data import ImageSet, load_data
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.datasets import load_data
 
     found = load_data(name, split, limit=limit)
     return found if isinstance(found, ImageSet) else found.in_memory()
@@ -679,8 +685,10 @@ def old_network(
     """
     from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.toolbox.core import seed_everything
-    from dfkd_nb.toolbox.data import DOMAINS
-    from dfkd_nb.toolbox.models import Teacher, build_model, load_weights
+    from dfkd_nb.toolbox.domains import DOMAINS
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.networks import load_weights
+    from dfkd_nb.toolbox.teachers import Teacher
 
     settings: ContinualSettings = run.settings
     if not settings.old_network:
@@ -803,7 +811,7 @@ def continual_method(
 
     from dfkd_nb.applications.continual import add_classes, concatenate, task_accuracies
     from dfkd_nb.toolbox.core import seed_everything
-    from dfkd_nb.toolbox.models import load_weights
+    from dfkd_nb.toolbox.networks import load_weights
 
     settings: ContinualSettings = run.settings
     known = (
@@ -879,7 +887,8 @@ def _binary(run: Run, teacher: 'Teacher', real: 'ImageSet', test: 'ImageSet') ->
     "The old network with outputs that say yes or no."
     from dfkd_nb.applications.continual import binary_trainer
     from dfkd_nb.toolbox.core import seed_everything
-    from dfkd_nb.toolbox.models import Teacher, load_weights
+    from dfkd_nb.toolbox.networks import load_weights
+    from dfkd_nb.toolbox.teachers import Teacher
 
     settings: ContinualSettings = run.settings
     seed_everything(settings.seed)
@@ -1043,7 +1052,7 @@ def quantization_source(
         quantize,
         signal_to_noise,
     )
-    from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.toolbox.evaluation import evaluate
 
     settings: QuantizationSettings = run.settings
     phase = f'{bits} bits, {source}'
@@ -1132,7 +1141,7 @@ def quantization_cost(
     from dfkd_nb.lab.speed_methods import fold_batchnorm
     from dfkd_nb.lab.timing import stopwatch
     from dfkd_nb.toolbox.core import DFKDError
-    from dfkd_nb.toolbox.models import save_weights
+    from dfkd_nb.toolbox.networks import save_weights
 
     settings: QuantizationSettings = run.settings
     about = {
@@ -1207,8 +1216,8 @@ def quantization(
     """A teacher in few bits: calibrated on each source of images, looked at layer by layer,
     mended by distillation; its size and its latency.
     """
-    from dfkd_nb.foundations.distillation import evaluate
     from dfkd_nb.toolbox.core import seed_everything
+    from dfkd_nb.toolbox.evaluation import evaluate
 
     settings: QuantizationSettings = run.settings
     widths, sources = quantization_words(settings)
@@ -1402,7 +1411,7 @@ def segmentation_arm(
         segmentation_statistics,
     )
     from dfkd_nb.toolbox.core import seed_everything
-    from dfkd_nb.toolbox.models import load_weights
+    from dfkd_nb.toolbox.networks import load_weights
 
     settings, turns, distiller = run.settings, None, None  # type: Any, Any, Any
     seed_everything(settings.seed)  # every arm begins with the same student
@@ -1514,7 +1523,7 @@ def segmentation_picture(
 
     from dfkd_nb.applications.segmentation import SegmentationSet, colour_masks, show_rows
     from dfkd_nb.toolbox.core import atomic_path
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.teachers import Teacher
 
     first, classes = test.subset(run.settings.picture), teacher.domain.num_classes
 
@@ -1588,7 +1597,9 @@ def segmentation(
         segmentation_statistics,
     )
     from dfkd_nb.toolbox.core import seed_everything
-    from dfkd_nb.toolbox.models import Teacher, count_parameters, load_weights
+    from dfkd_nb.toolbox.models import count_parameters
+    from dfkd_nb.toolbox.networks import load_weights
+    from dfkd_nb.toolbox.teachers import Teacher
 
     settings: SegmentationSettings = run.settings
     arms = segmentation_arms(settings)

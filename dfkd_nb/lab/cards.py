@@ -133,7 +133,7 @@ def model_card(
     """One page about a network: teacher, method, numbers, limits, how to load it and how to
     make it again.
     """
-    from dfkd_nb.foundations.distillation import wilson
+    from dfkd_nb.toolbox.evaluation import wilson
 
     settings = result['settings']
     numbers = result['numbers']

@@ -100,7 +100,7 @@ def draw_points(
     """
     import seaborn
 
-    from dfkd_nb.toolbox.core import COLOURS
+    from dfkd_nb.toolbox.figures import COLOURS
 
     labels = [
         (
@@ -167,7 +167,7 @@ def draw_scatter(
     """
     import matplotlib.pyplot as plt
 
-    from dfkd_nb.toolbox.core import book_style
+    from dfkd_nb.toolbox.figures import book_style
 
     with book_style():
         figure, axes = plt.subplots(

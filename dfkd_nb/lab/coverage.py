@@ -25,7 +25,7 @@ from dfkd_nb.lab.observations import (
     renumbered_labels,
 )
 from ..toolbox.core import DFKDError
-from ..toolbox.models import Teacher
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/coverage.ipynb #461f098a
 def _points(*sets: Tensor) -> list[Tensor]:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dreams.statistics import Statistics, measure_moments
-from ..foundations.distillation import wilson
 from dfkd_nb.lab.observations import (
     Finding,
     ImagesOrObservations,
@@ -28,9 +27,13 @@ from dfkd_nb.lab.observations import (
     renumbered_labels,
 )
 from .scores import shannon_entropy
-from ..toolbox.core import COLOURS, DFKDError
-from ..toolbox.data import Domain, ImageSet, ImageSource, resize_images
-from ..toolbox.models import Teacher, network_inputs
+from ..toolbox.core import DFKDError
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.domains import Domain, resize_images
+from ..toolbox.evaluation import wilson
+from ..toolbox.figures import COLOURS
+from ..toolbox.networks import network_inputs
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #421f6bd0
 @dataclass(repr=False)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dfkd_nb.generators.generators import GeneratorSynthesizer
     from dfkd_nb.toolbox.data import ImageSource
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/22_methods.ipynb #9e6ec449
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def build_synthesizer(
     "The part of a recipe that a synthesizer is made with."
     from dfkd_nb.generators.generators import Generator, GeneratorSynthesizer, Pixels
     from dfkd_nb.generators.replay import ReplayPool, modulated_class_term
+    from dfkd_nb.toolbox.augmentation import Augment
     from dfkd_nb.toolbox.core import seeded
-    from dfkd_nb.toolbox.data import Augment
 
     same = (
         'reuse',
@@ -275,10 +275,11 @@ def generative(
     "A student learns while a generator paints for it, and is tested on real images."
     import torch
 
-    from dfkd_nb.foundations.distillation import Distiller, DrawnImages
+    from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.generators.generators import Alternation
     from dfkd_nb.toolbox.core import seed_everything
     from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.sources import DrawnImages
 
     settings: GenerativeSettings = run.settings
     teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)

@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..toolbox.core import COLOURS, DFKDError, book_style, progress
-from ..toolbox.data import Domain, ImageSet, ImageSource, resize_images
-from ..toolbox.models import Teacher, capture_input, network_inputs
+from ..toolbox.core import DFKDError, progress
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.domains import Domain, resize_images
+from ..toolbox.figures import COLOURS, book_style
+from ..toolbox.networks import capture_input, network_inputs
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/observations.ipynb #2f1f24ab
 @dataclass(frozen=True, eq=False)

@@ -39,18 +39,14 @@ from dfkd_nb.lab.observations import (
 )
 from .runs import open_teacher
 from .scores import frechet_distance, inception_score
-from ..toolbox.core import DFKDError, atomic_path, book_style
-from dfkd_nb.toolbox.data import (
-    DOMAINS,
-    Domain,
-    ImageFiles,
-    ImageSet,
-    ImageSource,
-    load_data,
-    read_folder,
-    read_parquet,
-)
-from ..toolbox.models import Teacher, build_model
+from ..toolbox.core import DFKDError, atomic_path
+from ..toolbox.data import ImageSet, ImageSource
+from ..toolbox.datasets import ImageFiles, load_data, read_folder
+from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.figures import book_style
+from ..toolbox.formats import read_parquet
+from ..toolbox.models import build_model
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/reports.ipynb #1d8bd0d6
 @dataclass

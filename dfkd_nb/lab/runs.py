@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from dfkd_nb.dreams.statistics import Statistics
     from dfkd_nb.foundations.distillation import Distiller
     from dfkd_nb.toolbox.data import ImageSet
-    from dfkd_nb.toolbox.models import Teacher
+    from dfkd_nb.toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/18_runs.ipynb #4abb34a6
 def DFKDError(
@@ -673,7 +673,7 @@ def find_segmenter(name: str, channels: int, device: Any) -> None:
 
 def find_teacher(name: str, channels: int, device: Any) -> None:
     "A teacher that ships; those of other runs are looked for when they are opened."
-    from dfkd_nb.toolbox.models import IMAGENET_TEACHERS, load_teacher, shipped_weights
+    from dfkd_nb.toolbox.teachers import IMAGENET_TEACHERS, load_teacher, shipped_weights
 
     known = (
         name.startswith('run:') or name in IMAGENET_TEACHERS or name in shipped_weights()
@@ -684,7 +684,7 @@ def find_teacher(name: str, channels: int, device: Any) -> None:
 
 def find_data(name: str, channels: int, device: Any) -> None:
     "The name of a data set; whether its files are there is seen when they are read."
-    from dfkd_nb.toolbox.data import DOMAINS
+    from dfkd_nb.toolbox.domains import DOMAINS
 
     known = ['cifar10-mini', *DOMAINS, 'imagenet-sample']
     if name not in known and not name.startswith('folder:'):
@@ -717,7 +717,7 @@ def check_names(
     """Every network, data set and teacher that the settings name must exist; an empty name
     is none.
     """
-    from dfkd_nb.toolbox.data import DOMAINS
+    from dfkd_nb.toolbox.domains import DOMAINS
 
     data = str(getattr(settings, 'test_data', '')).removesuffix('-mini')
     channels = DOMAINS[data].channels if data in DOMAINS else 3
@@ -1539,8 +1539,10 @@ def open_teacher(
 ) -> 'Teacher':  # frozen
     "A teacher that ships with the package, or one that a finished run has trained."
     from dfkd_nb.toolbox.core import load_tensors
-    from dfkd_nb.toolbox.data import DOMAINS
-    from dfkd_nb.toolbox.models import Teacher, build_model, load_teacher, load_weights
+    from dfkd_nb.toolbox.domains import DOMAINS
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.networks import load_weights
+    from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
     if not name.startswith('run:'):
         return load_teacher(name)
@@ -1570,7 +1572,8 @@ def real_images(
     device: 'torch.device',  # where they shall be
 ) -> 'ImageSet':  # in memory, on the device
     "Real images, for training a teacher and for testing everybody."
-    from dfkd_nb.toolbox.data import ImageSet, load_data
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.datasets import load_data
 
     images = load_data(name, split, limit=limit or None)
     return images.to(device) if isinstance(images, ImageSet) else images  # type: ignore[return-value]
@@ -1581,7 +1584,7 @@ def training_arguments(
     device: 'torch.device',  # where to train
 ) -> dict[str, Any]:  # keywords of `Distiller`
     "The part of a recipe that a `Distiller` is made with."
-    from dfkd_nb.toolbox.data import Augment
+    from dfkd_nb.toolbox.augmentation import Augment
 
     names = (
         'batch_size',
@@ -1622,10 +1625,10 @@ def train_student(
     Test now and then, save, stop when asked to, go on after a kill.
     """
     turns = turns or distiller
-    from dfkd_nb.foundations import distillation
-    from dfkd_nb.toolbox.models import load_weights, save_weights
+    from dfkd_nb.toolbox import evaluation
+    from dfkd_nb.toolbox.networks import load_weights, save_weights
 
-    judge = evaluate or distillation.evaluate
+    judge = evaluate or evaluation.evaluate
     marks = [
         max(1, round(distiller.steps * i / run.settings.evaluations))
         for i in range(1, run.settings.evaluations + 1)
@@ -2046,7 +2049,8 @@ def save_picture(
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    from dfkd_nb.toolbox.core import atomic_path, show_images
+    from dfkd_nb.toolbox.core import atomic_path
+    from dfkd_nb.toolbox.figures import show_images
 
     first = images.subset(count)
     if max(images.domain.size) > 64:
@@ -2074,8 +2078,8 @@ def _save_large(path: Path, images: 'torch.Tensor') -> None:
     import torch.nn.functional as F
     from PIL import Image
 
-    from dfkd_nb.dreams.inversion import tile
     from dfkd_nb.toolbox.core import atomic_path
+    from dfkd_nb.toolbox.figures import tile
 
     small = (
         F.interpolate(images.cpu().float(), (96, 96), mode='bilinear', antialias=True)
@@ -2171,7 +2175,7 @@ def verified(
     """What other networks see in the images, each at its own size (the instrument is
     Chapter 19's `verify`, which also gives intervals).
     """
-    from dfkd_nb.toolbox.data import resize_images
+    from dfkd_nb.toolbox.domains import resize_images
 
     found = {}
     for name in (name.strip() for name in run.settings.verifiers.split(',')):
@@ -2197,7 +2201,7 @@ def dream_images(
     run: Run,  # with `DreamSettings`
 ) -> dict[str, Any]:  # recognition and distance from the statistics
     "Images from a teacher, and nothing else."
-    from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.toolbox.evaluation import evaluate
 
     teacher = open_teacher(run.settings.teacher, run.root, run.scale).to(run.device)
     images, numbers = training_images(run, teacher)
@@ -2331,7 +2335,8 @@ def fresh_student(
     teacher: 'Teacher',  # whose classes, and perhaps whose blocks
 ) -> 'torch.nn.Module':  # on the CPU
     "The student of a recipe, as it is before its first update."
-    from dfkd_nb.toolbox.models import build_model, copy_blocks_from_teacher
+    from dfkd_nb.toolbox.models import build_model
+    from dfkd_nb.toolbox.teachers import copy_blocks_from_teacher
 
     student = build_model(
         settings.student, teacher.domain.num_classes, teacher.domain.channels
@@ -2349,7 +2354,7 @@ def student_metrics(
     temperature: float,  # of distillation
 ) -> dict[str, Any]:  # for the result
     "A student's marks beside its teacher's."
-    from dfkd_nb.foundations.distillation import evaluate
+    from dfkd_nb.toolbox.evaluation import evaluate
     from dfkd_nb.toolbox.models import count_parameters
 
     marks = {

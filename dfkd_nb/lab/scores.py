@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .observations import Finding, ImagesOrObservations, group_colour, observe
-from ..toolbox.core import COLOURS, DFKDError, DFKDWarning, import_torchvision, seeded
-from ..toolbox.models import Teacher
+from ..toolbox.core import DFKDError, DFKDWarning, import_torchvision, seeded
+from ..toolbox.figures import COLOURS
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/scores.ipynb #0905fefa
 def shannon_entropy(

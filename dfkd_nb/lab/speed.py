@@ -22,8 +22,9 @@ from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
 from .timing import compare_variants, count_step_flops
 from ..toolbox.core import DFKDError, seeded
-from ..toolbox.data import DOMAINS
-from ..toolbox.models import Teacher, build_model
+from ..toolbox.domains import DOMAINS
+from ..toolbox.models import build_model
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/23_speed.ipynb #9d69de1b
 def two_pass_moments(

@@ -24,7 +24,9 @@ from .speed import PlainExtractor, fresh_teacher
 from .timing import compare_variants, count_flops
 from ..toolbox.core import DFKDError, seeded
 from ..toolbox.data import ImageSet
-from ..toolbox.models import Teacher, build_model, trial_logits
+from ..toolbox.models import build_model
+from ..toolbox.networks import trial_logits
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/speed_methods.ipynb #81a6dd26
 def upsampling_kernel(
@@ -169,9 +171,11 @@ class SynthesizerRound:
         channels_last = variant == 'channels-last'
         network: Any = synthesizer.network
         network.transposed = channels_last or variant == 'transposed'
-        for network in (network, synthesizer.student, synthesizer.look.network):
-            if channels_last:
-                network.to(memory_format=torch.channels_last)
+        moved: tuple[Any, ...] = ()
+        if channels_last:
+            moved = network, synthesizer.student, synthesizer.look.network
+        for module in moved:
+            module.to(memory_format=torch.channels_last)
 
     def reset(self) -> None:
         "The first weights and latents, and fresh optimisers."

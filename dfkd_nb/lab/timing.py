@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..toolbox.core import DFKDError
-from ..toolbox.models import Teacher
+from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/timing.ipynb #da9786d3
 class Variant(Protocol):
