@@ -20,11 +20,11 @@ from dfkd_nb.lab.coverage import coverage_map, nearest_neighbours
 from dfkd_nb.lab.diagnostics import class_histogram, difficulty, layer_distances, verify
 from dfkd_nb.lab.observations import observe
 from dfkd_nb.lab.reports import (
-    inspect_command,
+    add_arguments,
     inspect_images,
-    inspect_options,
     inspect_run,
     json_numbers,
+    run,
 )
 from dfkd_nb.lab.scores import frechet_distance, frechet_distance_squared, inception_score
 from dfkd_nb.toolbox.core import DFKDError, import_torchvision
@@ -454,10 +454,10 @@ def test_folders_that_do_not_help_say_what_to_do(tmp_path, teacher):
 
 def test_the_command_leaves_a_page(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    inspect_options(parser)
+    add_arguments(parser)
     place = leave(tmp_path)
     assert (
-        inspect_command(
+        run(
             parser.parse_args(
                 [str(place), '--real', '', '--verifier', 'run:digits-teacher/full']
             )
@@ -471,7 +471,7 @@ def test_the_command_leaves_a_page(tmp_path, capsys):
         'report.png',
     ]
     with pytest.raises(DFKDError, match='4 real images'):
-        inspect_command(parser.parse_args([str(place), '--limit', '1']))
+        run(parser.parse_args([str(place), '--limit', '1']))
 
 
 # --- classes are matched by name

@@ -97,7 +97,7 @@ def main(root: Path) -> None:
     from tiny import stirred
 
     from dfkd_nb.dreams import inversion  # noqa: F401
-    from dfkd_nb.lab import commands  # noqa: F401
+    from dfkd_nb.lab import invert  # noqa: F401
     from dfkd_nb.toolbox.core import import_torchvision
     from dfkd_nb.toolbox.models import build_model
     from dfkd_nb.toolbox.networks import save_weights
@@ -194,7 +194,7 @@ def test_one_is_killed_and_all_are_resumed(made, rank):
         latents[f'killed-{rank}'][rank] == -signal.SIGKILL
         and latents[f'killed-{rank}'][1 - rank] == 3
     )
-    assert 'another process is gone' in done.stderr
+    assert 'another process has ended' in done.stderr
     left = json.loads((root / f'left-{rank}.json').read_text())
     finished = [
         name for name in left if name.startswith('unfinished-') and name.endswith('.json')

@@ -107,8 +107,12 @@ def test_both_generators_are_chapter_tens(shape):
 
 def test_rounds_begin_equal(rounds):
     errors = check_agreement(rounds)
-    assert all(e['loss_error'] <= 1e-5 for variant, e in errors.items() if variant != 'bfloat16')
-    assert all(e['gradient_error'] < 0.01 for variant, e in errors.items() if variant != 'bfloat16')
+    assert all(
+        e['loss_error'] <= 1e-5 for variant, e in errors.items() if variant != 'bfloat16'
+    )
+    assert all(
+        e['gradient_error'] < 0.01 for variant, e in errors.items() if variant != 'bfloat16'
+    )
 
 
 def test_rounds_end_equal_and_repeat(rounds):

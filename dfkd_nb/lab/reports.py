@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Report', 'json_numbers', 'inspect_images', 'open_images', 'open_network', 'inspect_run', 'read_result', 'open_real',
-           'inspect_options', 'inspect_command']
+           'add_arguments', 'run']
 
 # %% ../../nbs/lab/reports.ipynb #47c536f5
 import argparse
@@ -472,11 +472,12 @@ def open_real(name: str, domain: Domain) -> ImageSource:
     )
 
 # %% ../../nbs/lab/reports.ipynb #abe71dd8
-def inspect_options(
+def add_arguments(
     parser: argparse.ArgumentParser,  # of `dfkd inspect`
 ) -> None:
-    "The words of `dfkd inspect`."
-    parser.add_argument(
+    "Add the options of `dfkd inspect`."
+    add = parser.add_argument
+    add(
         'folder',
         metavar='RUN_OR_FOLDER',
         help=(
@@ -484,7 +485,7 @@ def inspect_options(
             ' sub-folders'
         ),
     )
-    parser.add_argument(
+    add(
         '--real',
         default='auto',
         metavar='NAME',
@@ -493,43 +494,49 @@ def inspect_options(
             " (default: the recipe's test data)"
         ),
     )
-    parser.add_argument(
+    add(
         '--verifier',
         action='append',
         default=[],
         metavar='NAME',
         help=(
-            'a network that had no part in it: one that ships, run:RECIPE/SCALE or'
-            ' torchvision:NAME; may come several times (default: what the recipe names)'
+            'a network that took no part in the synthesis: one that ships,'
+            ' run:RECIPE/SCALE or torchvision:NAME; may be given several times (default:'
+            " the recipe's)"
         ),
     )
-    parser.add_argument(
+    add(
         '--teacher',
         default='',
         metavar='NAME',
-        help='whose dreams they are, where the folder does not say',
+        help=(
+            'the network that the images were made from, where the folder does not name it'
+        ),
     )
-    parser.add_argument(
+    add(
         '--limit',
         type=int,
         default=2000,
         metavar='N',
-        help='real images that are looked at, at most (default: 2000)',
+        help='real images to use, at most (default: 2000)',
     )
-    parser.add_argument(
+    add(
         '--out',
         default='',
         metavar='DIR',
-        help='where the page goes (default: RUN_OR_FOLDER/inspection)',
+        help='folder for the page (default: RUN_OR_FOLDER/inspection)',
     )
 
 # %% ../../nbs/lab/reports.ipynb #14479321
-def inspect_command(
-    arguments: argparse.Namespace,  # of `inspect_options`
+def run(
+    arguments: argparse.Namespace,  # of `add_arguments`
 ) -> int:  # exit code
-    "`dfkd inspect`: every instrument on one run's images, as a page."
+    """`dfkd inspect`: all diagnostics of one run's images, as a page.
+
+    Raises: `DFKDError` for a folder without images or a network that is not known.
+    """
     if arguments.limit < 4:
-        raise DFKDError(f'--limit {arguments.limit}: look at 4 real images at least')
+        raise DFKDError(f'--limit {arguments.limit}: give 4 real images or more')
     place = Path(arguments.folder)
     report = inspect_run(
         place,
@@ -538,11 +545,8 @@ def inspect_command(
         arguments.teacher,
         limit=arguments.limit,
     )
-    out = (
-        Path(arguments.out)
-        if arguments.out
-        else (place if place.is_dir() else place.parent) / 'inspection'
-    )
+    folder = place if place.is_dir() else place.parent
+    out = Path(arguments.out) if arguments.out else folder / 'inspection'
     print(report)
-    print(f'kept in {report.save(out)}')
+    print(f'saved in {report.save(out)}')
     return 0
