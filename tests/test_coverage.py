@@ -17,7 +17,7 @@ from dfkd_nb.lab.coverage import (
     precision_recall,
     principal_plane,
 )
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.errors import DFKDError
 
 
 def line(*at):

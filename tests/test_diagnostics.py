@@ -27,10 +27,11 @@ from dfkd_nb.lab.reports import (
     run,
 )
 from dfkd_nb.lab.scores import frechet_distance, frechet_distance_squared, inception_score
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.data import ImageSet, ImageSource
 from dfkd_nb.toolbox.datasets import ImageFiles
 from dfkd_nb.toolbox.domains import Domain, resize_images
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.evaluation import wilson
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.networks import save_weights
@@ -203,7 +204,7 @@ def test_the_inception_score_is_bounded_and_says_so():
     assert (
         found.score == pytest.approx(4)
         and found.bound == 4
-        and found.network == 'certain' in found.says()
+        and found.network == 'certain' in found.summary()
     )
 
 
@@ -211,7 +212,7 @@ def test_the_inception_score_leaves_the_global_generator_alone_and_repeats(teach
     images, state = pictures(30), torch.random.get_rng_state()
     a, b = (inception_score(images, teacher, splits=3) for _ in range(2))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert (a.score, a.spread) == (b.score, b.spread)
+    assert (a.score, a.std) == (b.score, b.std)
     assert 1 <= inception_score(images, teacher).score <= 10
 
 
@@ -256,7 +257,7 @@ def test_a_copy_is_its_own_neighbour(teacher):
         found.distances[:, 0].abs().max() < 1e-6 and found.numbers['smallest_ratio'] < 1e-6
     )
     assert found.numbers['nearer_than_any_real'] == 1
-    assert (found.usual > 0).all()  # nobody is compared with itself
+    assert (found.real_distances > 0).all()  # nobody is compared with itself
 
 
 def test_difficulty_keeps_its_digits_and_needs_no_labels():
@@ -306,10 +307,10 @@ def test_layers_do_not_depend_on_batches(teacher):
 def test_real_images_cover_themselves(teacher):
     real = observe(pictures(60), teacher)
     found = coverage_map(real, real, teacher)
-    shares = found.shares['dreams']
-    assert shares['precision'] == shares['recall'] == shares['coverage'] == 1 and shares[
-        'area'
-    ] == pytest.approx(1)
+    measures = found.measures['dreams']
+    assert measures['precision'] == measures['recall'] == measures[
+        'coverage'
+    ] == 1 and measures['area'] == pytest.approx(1)
     assert 0 < found.explained <= 1 + 1e-9
     assert len(coverage_map(real, real, teacher, of_class=3).points['real']) == 6
 
@@ -504,7 +505,7 @@ def test_a_judge_with_the_classes_in_another_order_judges_alike():
     other = Teacher(reordered(model, ORDER), named(ORDER), 'other')
     found = verify(images, {'usual': usual, 'other': other})
     assert (
-        torch.equal(found.right['usual'], found.right['other'])
+        torch.equal(found.correct['usual'], found.correct['other'])
         and found.accuracy['usual'] > 0
     )
     same = difficulty(images, usual, other)

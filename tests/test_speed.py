@@ -29,8 +29,8 @@ from dfkd_nb.lab.speed_methods import (
     upsampling_kernel,
 )
 from dfkd_nb.lab.timing import check_agreement, describe, interleaved_times, stopwatch
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

@@ -21,23 +21,23 @@ class Parser(argparse.ArgumentParser):
 
 
 class ModuleParser(Parser):
-    """The parser of a subcommand that lives in a module of its own.
+    """The parser of a subcommand, which may live in a module of its own.
 
     The module is imported when the subcommand is chosen: it may load PyTorch. It has
     `add_arguments(parser)` and `run(arguments)`, and `saved_progress(arguments)` where an
     interruption may leave something.
     """
 
-    module = ''  # full name
+    module = ''  # its full name; '' for a subcommand that is a function
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        module = importlib.import_module(self.module)
-        module.add_arguments(self)
-        self.set_defaults(
-            function=module.run, saved_progress=getattr(module, 'saved_progress', None)
-        )
+        if self.module:
+            module = importlib.import_module(self.module)
+            module.add_arguments(self)
+            saved_progress = getattr(module, 'saved_progress', None)
+            self.set_defaults(function=module.run, saved_progress=saved_progress)
         return super().parse_known_args(args, namespace)
 
 # %% ../../nbs/lab/arguments.ipynb #957512af

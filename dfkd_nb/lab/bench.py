@@ -18,7 +18,8 @@ import torch
 from .speed import benchmark, measure_memory
 from .speed_methods import benchmark_distillation, benchmark_synthesis
 from .timing import CLOCKS, describe
-from ..toolbox.core import DFKDError, atomic_path
+from ..toolbox.core import atomic_path
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/bench.ipynb #c0af8365
 @dataclass(frozen=True)

@@ -21,18 +21,9 @@ from typing import Any
 from .. import __version__
 from .arguments import ModuleParser, Parser, format_hours
 from .comparison_tables import results_command
-from dfkd_nb.lab.runs import (
-    SCALES,
-    DFKDError,
-    Recipe,
-    RunStopped,
-    compared,
-    mark_outdated,
-    outdated_note,
-    recipe_names,
-    resolved_toml,
-    results,
-)
+from .recipes import SCALES, Recipe, compared, recipe_names, resolved_toml
+from .results import mark_outdated, outdated_note, results
+from ..toolbox.errors import DFKDError, DFKDWarning, RunStopped
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
 # exit code of a run that stopped early and was saved; 2 is an error, as in argparse
@@ -221,8 +212,7 @@ def warnings_in_one_line() -> Iterator[None]:
         def show(
             message: Warning | str, category: type[Warning], *place: Any, **more: Any
         ) -> None:
-            # the class itself would load PyTorch
-            if category.__name__ == 'DFKDWarning':
+            if issubclass(category, DFKDWarning):
                 text = ' '.join(str(message).split())
                 print(f'dfkd: warning: {text}', file=sys.stderr, flush=True)
             else:
@@ -289,14 +279,12 @@ def print_error(
 ) -> int:  # exit code
     "Print an error in one line; an unexpected one points to --debug."
     text = ' '.join(str(error).split())
-    if any(kind.__name__ == 'DFKDError' for kind in type(error).__mro__):
-        pass
-    elif isinstance(error, OSError):
+    if isinstance(error, OSError):
         text = (
             f'{error.filename or "a file"}: {error.strerror or error}: free space or choose'
             ' another folder; the last good checkpoint is kept'
         )
-    else:
+    elif not isinstance(error, DFKDError):
         text = f'unexpected {type(error).__name__}: {text} (`dfkd --debug ...` shows where)'
     print(f'dfkd: error: {text}', file=sys.stderr)
     return 2

@@ -20,7 +20,9 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from .runs import SCALES, DFKDError, Result, find_task
+from .recipes import SCALES, find_task
+from .results import Result
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/21_comparison.ipynb #d97a0a07
 @dataclass(frozen=True)

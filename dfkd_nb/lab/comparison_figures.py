@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .comparison import METHOD_TITLES, Cell, pair_title, published, sample_std
-from .runs import mark_outdated
+from .results import mark_outdated
 
 # %% ../../nbs/lab/comparison_figures.ipynb #f1459386
 def paper_points(

@@ -32,17 +32,15 @@ from dfkd_nb.lab.comparison import (
     seed_of,
     table_cell_of,
 )
-from dfkd_nb.lab.runs import (
-    SCALES,
-    DFKDError,
-    Recipe,
+from .recipes import SCALES, Recipe, recipe_names
+from dfkd_nb.lab.results import (
     Result,
     mark_outdated,
     outdated_note,
-    recipe_names,
     results,
     results_folder,
 )
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/comparison_tables.ipynb #9e7f3a37
 def duration(

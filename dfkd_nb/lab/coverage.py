@@ -12,7 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import seaborn
 import torch
+from scipy.spatial import ConvexHull, QhullError
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from dfkd_nb.lab.observations import (
@@ -24,10 +27,11 @@ from dfkd_nb.lab.observations import (
     observe,
     renumbered_labels,
 )
-from ..toolbox.core import DFKDError
+from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/coverage.ipynb #461f098a
+#| code-fold: true
 def _points(*sets: Tensor) -> list[Tensor]:
     "Points `(N, D)` of one dimension as float64, or a `DFKDError`."
     for points in sets:
@@ -52,13 +56,13 @@ def k_nearest(
     points: Tensor,  # `(N, D)`, for example `teacher.embed(images)`
     others: Tensor | None = None,  # `(M, D)`; None: the other points of the same set
     neighbours: int = 1,  # how many
-) -> tuple[
-    Tensor,
-    Tensor,
     # distances, float64, and which of the others, int64; `(N, neighbours)` both, nearest
     # first
-]:
-    "The nearest other points, by Euclidean distance; nobody is its own neighbour."
+) -> tuple[Tensor, Tensor]:
+    """The nearest other points, by Euclidean distance; no point is its own neighbour.
+
+    Raises: `DFKDError` for too few points, and points of different dimensions.
+    """
     points, among = _points(points, points if others is None else others)
     available = len(among) - (others is None)
     if not 1 <= neighbours <= available:
@@ -76,9 +80,8 @@ def k_nearest(
         if others is None:
             distances.diagonal(start).fill_(math.inf)
         found.append(distances.topk(neighbours, largest=False))
-    return torch.cat([part.values for part in found]), torch.cat(
-        [part.indices for part in found]
-    )
+    values, indices = zip(*found)
+    return torch.cat(values), torch.cat(indices)
 
 
 def neighbour_distances(
@@ -86,7 +89,7 @@ def neighbour_distances(
     others: Tensor | None = None,  # see `k_nearest`
     neighbours: int = 1,  # how many
 ) -> Tensor:  # float64 `(N, neighbours)`, nearest first
-    "How far away `k_nearest` points are."
+    "Distances of the nearest other points, see `k_nearest`."
     return k_nearest(points, others, neighbours)[0]
 
 # %% ../../nbs/lab/coverage.ipynb #e69983d3
@@ -94,75 +97,83 @@ def _inside(
     points: Tensor,  # `(N, D)`
     centres: Tensor,  # `(M, D)`
     radii: Tensor,  # `(M,)`
-) -> Tensor:  # in how many balls each point is, `(N,)`
-    "Count the balls around a point."
-    return torch.cat(
-        [
-            (
-                torch.cdist(part, centres, compute_mode='donot_use_mm_for_euclid_dist')
-                <= radii
-            ).sum(1)
-            for part in points.split(1000)
-        ]
-    )
+) -> Tensor:  # int64 `(N,)`
+    "The number of balls in which each point lies."
+    counts = []
+    for part in points.split(1000):
+        distances = torch.cdist(part, centres, compute_mode='donot_use_mm_for_euclid_dist')
+        counts.append((distances <= radii).sum(1))
+    return torch.cat(counts)
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    "Distance from each point to its k-th nearest other point, `(N,)`."
+    return neighbour_distances(points, neighbours=neighbours)[:, -1]
 
 
 def precision_recall(
     real: Tensor,  # embeddings of real images, `(N, D)`
-    made: Tensor,  # of made ones, `(M, D)`
+    synthetic: Tensor,  # of synthetic ones, `(M, D)`
     neighbours: int = 5,  # a ball reaches to this neighbour of its own kind
-) -> tuple[float, float]:  # precision, recall: shares from 0 to 1
-    """Share of made points among the real ones, and of real points among the made ones
-    (Kynkäänniemi et al., 2019, Eq. 1 and 2).
+) -> tuple[float, float]:  # precision and recall, from 0 to 1
+    """Fractions of synthetic points among the real ones, and of real among the synthetic.
+
+    Raises: `DFKDError` for too few points, and points of different dimensions.
+
+    Source: Kynkäänniemi et al., 2019, Eq. 1 and 2.
+
+    Example:
+        >>> real = torch.stack([torch.arange(10.0), torch.zeros(10)], 1)
+        >>> precision_recall(real, torch.tensor([[3.0, 0.0], [4.0, 0.0]]), neighbours=1)
+        (1.0, 0.4)
     """
-    real, made = _points(real, made)
-    precision = _inside(made, real, neighbour_distances(real, neighbours=neighbours)[:, -1])
-    recall = _inside(real, made, neighbour_distances(made, neighbours=neighbours)[:, -1])
+    real, synthetic = _points(real, synthetic)
+    precision = _inside(synthetic, real, _radii(real, neighbours))
+    recall = _inside(real, synthetic, _radii(synthetic, neighbours))
     return float((precision > 0).double().mean()), float((recall > 0).double().mean())
 
 # %% ../../nbs/lab/coverage.ipynb #5429fa3c
 def coverage(
     real: Tensor,  # embeddings of real images, `(N, D)`
-    made: Tensor,  # of made ones, `(M, D)`
+    synthetic: Tensor,  # of synthetic ones, `(M, D)`
     neighbours: int = 5,  # a real point's ball reaches to this real neighbour
 ) -> float:  # from 0 to 1
-    "Share of real points with a made one in their neighbourhood (Naeem et al., 2020)."
-    real, made = _points(real, made)
-    return float(
-        (
-            neighbour_distances(real, made)[:, 0]
-            <= neighbour_distances(real, neighbours=neighbours)[:, -1]
-        )
-        .double()
-        .mean()
-    )
+    """Fraction of real points with a synthetic one in their ball.
+
+    Raises: `DFKDError` for too few points, and points of different dimensions.
+
+    Source: Naeem et al., 2020.
+    """
+    real, synthetic = _points(real, synthetic)
+    nearest = neighbour_distances(real, synthetic)[:, 0]
+    return float((nearest <= _radii(real, neighbours)).double().mean())
 
 
 def density(
     real: Tensor,  # embeddings of real images, `(N, D)`
-    made: Tensor,  # of made ones, `(M, D)`
+    synthetic: Tensor,  # of synthetic ones, `(M, D)`
     neighbours: int = 5,  # a real point's ball reaches to this real neighbour
-) -> float:  # 1 where made points lie as dense as real ones; it may be more
-    """In how many real neighbourhoods a made point lies, on average, over `neighbours`
-    (Naeem et al., 2020).
+) -> float:  # 1 where synthetic points lie as dense as real ones; it may be more
+    """Mean number of real balls around a synthetic point, over `neighbours`.
+
+    Raises: `DFKDError` for too few points, and points of different dimensions.
+
+    Source: Naeem et al., 2020.
     """
-    real, made = _points(real, made)
-    return float(
-        _inside(made, real, neighbour_distances(real, neighbours=neighbours)[:, -1])
-        .double()
-        .mean()
-        / neighbours
-    )
+    real, synthetic = _points(real, synthetic)
+    inside = _inside(synthetic, real, _radii(real, neighbours))
+    return float(inside.double().mean() / neighbours)
 
 # %% ../../nbs/lab/coverage.ipynb #c4dce373
 def principal_plane(
     points: Tensor,  # `(N, D)`, N at least 3
 ) -> Callable[[Tensor], Tensor]:  # maps `(M, D)` to `(M, 2)`, float64 on the CPU
-    """Coordinates along the two directions in which the points differ most (scikit-learn's
-    PCA).
-    """
-    from sklearn.decomposition import PCA
+    """Coordinates along the two directions in which the points differ most.
 
+    By scikit-learn's PCA.
+
+    Raises: `DFKDError` for fewer than three points.
+    """
     (known,) = _points(points)
     if len(known) < 3 or known.shape[1] < 2:
         raise DFKDError(
@@ -179,73 +190,72 @@ def enclosed_area(
     points: Tensor,  # `(N, D)`
     # of `principal_plane`, best of the real points; None: the points' own
     plane: Callable[[Tensor], Tensor] | None = None,
-) -> float:  # area of the convex hull; 0 for points on a line
-    """How much of the plane of the first two principal components the points enclose (the
-    picture of DeepInversion's Fig. 7 as a number).
-    """
-    from scipy.spatial import ConvexHull, QhullError
+) -> float:  # 0 for points on a line
+    """Area of the points' convex hull in a plane.
 
-    # in two dimensions, scipy's name for the area
+    Source: DeepInversion, Fig. 7, as a number.
+    """
+    coordinates = (plane or principal_plane(points))(points).numpy()
     try:
-        return float(ConvexHull((plane or principal_plane(points))(points).numpy()).volume)
+        # in two dimensions, scipy's name for the area
+        return float(ConvexHull(coordinates).volume)
     except QhullError:
         return 0.0
 
 # %% ../../nbs/lab/coverage.ipynb #15db5553
+#| code-fold: true
 @dataclass(repr=False)
 class CoverageMap(Finding):
-    """Where dreams lie among real images.
+    """Synthetic among real images: a plane, and measures in the whole embedding.
 
-    The plane of the first two principal components (DeepInversion, Fig. 7), and numbers
-    from the whole embedding.
+    Source: DeepInversion, Fig. 7.
     """
 
     network: str  # whose embedding
     points: dict[str, Tensor]  # by group, 'real' first: `(N, 2)`
     # by group: precision, recall, coverage, density, area
-    shares: dict[str, dict[str, float]]
-    explained: float  # share of the real images' variance that the plane shows
+    measures: dict[str, dict[str, float]]
+    explained: float  # fraction of the real images' variance that the plane explains
     note: str  # of which images
     title, size = 'Coverage', (5.2, 4.2)
 
     @property
     def numbers(self) -> dict[str, Any]:
-        "Shares by group, and how much of the truth the picture shows."
+        "Measures by group, and the variance that the plane explains."
         return {
             'network': self.network,
             'images': self.note,
             'plane_explains': self.explained,
-            'groups': self.shares,
+            'groups': self.measures,
         }
 
-    def says(self) -> str:
-        "Precision, recall and area."
+    def summary(self) -> str:
+        "Precision, coverage and area."
         return '; '.join(
-            f'{name}: {s["precision"]:.0%} lie among real images, {s["coverage"]:.0%} of'
-            f' real images have one near, area {s["area"]:.2f} of the real one'
-            for name, s in self.shares.items()
+            f'{name}: {m["precision"]:.0%} lie among real images, {m["coverage"]:.0%} of'
+            f' real images have one near, area {m["area"]:.2f} of the real one'
+            for name, m in self.measures.items()
         )
 
     def draw(self, figure: Any) -> None:
-        "A scatter with a histogram along each axis."
-        import seaborn
-
+        "A scatter plot with a histogram along each axis."
         grid = figure.add_gridspec(2, 2, width_ratios=(4, 1), height_ratios=(1, 4))
         ax = figure.add_subplot(grid[1, 0])
         top = figure.add_subplot(grid[0, 0], sharex=ax)
         right = figure.add_subplot(grid[1, 1], sharey=ax)
         for i, (name, xy) in enumerate(self.points.items()):
             first, second = xy.T.tolist()
-            look = {'s': 6, 'alpha': 0.35} if name == 'real' else {'s': 14, 'alpha': 0.8}
+            colour = group_colour(name, i)
+            dots = {'s': 6, 'alpha': 0.35} if name == 'real' else {'s': 14, 'alpha': 0.8}
             seaborn.scatterplot(
                 x=first,
                 y=second,
-                color=group_colour(name, i),
+                color=colour,
                 label=f'{name} ({len(xy)})',
                 linewidth=0,
                 legend=False,
                 ax=ax,
-                **look,
+                **dots,
             )
             bars = {
                 'bins': 25,
@@ -253,7 +263,7 @@ class CoverageMap(Finding):
                 'element': 'step',
                 'alpha': 0.4,
                 'linewidth': 0.8,
-                'color': group_colour(name, i),
+                'color': colour,
             }
             seaborn.histplot(x=first, ax=top, **bars)
             seaborn.histplot(y=second, ax=right, **bars)
@@ -261,7 +271,7 @@ class CoverageMap(Finding):
             side.axis('off')
         ax.set(xlabel='first principal component', ylabel='second')
         ax.set_title(
-            f'embedding of {self.network}, {self.note}; the plane shows'
+            f'embedding of {self.network}, {self.note}; the plane explains'
             f' {self.explained:.0%} of the variance',
             fontsize=8,
         )
@@ -273,72 +283,86 @@ def coverage_map(
     # one set, or several by name
     images: ImagesOrObservations | Mapping[str, ImagesOrObservations],
     network: Teacher,  # in whose embedding
-    # only real images and dreams of this class of the network; None for all
-    of_class: int | None = None,
+    of_class: int | None = None,  # only images of this class of the network; None for all
     neighbours: int = 5,  # see `precision_recall`; fewer where there are fewer images
     batch_size: int = 100,  # images in memory at once
-) -> CoverageMap:  # points and shares
-    "Which part of the real images' region do the dreams reach?"
-    features = {
-        name: observe(part, network, batch_size)
-        for name, part in ({'real': real} | named_groups(images)).items()
-    }
-    chosen = {
-        name: s.features if of_class is None else s.features[_of_class(s, name, of_class)]
-        for name, s in features.items()
-    }
-    for name, x in chosen.items():
-        if len(x) < 3:
-            raise DFKDError(f"{len(x)} images of group '{name}': a map needs 3 at least")
-    truth = chosen['real']
-    plane = principal_plane(truth)
-    k = min(neighbours, *(len(x) - 1 for x in chosen.values()))
-    points = {name: plane(x) for name, x in chosen.items()}
-    shares, area = {}, enclosed_area(truth, plane)
-    for name, x in chosen.items():
+) -> CoverageMap:  # points and measures
+    """Which part of the real images' region do synthetic images reach?
+
+    Raises: `DFKDError` for fewer than three images, and `of_class` without labels.
+
+    Source: DeepInversion, Fig. 7.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images, teacher = load_data('cifar10-mini'), load_teacher('cifar10-resnet20')
+        >>> found = coverage_map(images.subset(40), images.subset(40), teacher)
+        >>> found.measures['dreams']['coverage']
+        1.0
+    """
+    groups = {'real': real} | named_groups(images)
+    points = {}
+    for name, part in groups.items():
+        seen = observe(part, network, batch_size)
+        points[name] = seen.features
+        if of_class is not None:
+            points[name] = points[name][_of_class(seen, name, of_class)]
+        if len(points[name]) < 3:
+            raise DFKDError(
+                f"{len(points[name])} images of group '{name}': a map needs 3 at least"
+            )
+    real_points = points['real']
+    plane = principal_plane(real_points)
+    k = min(neighbours, *(len(x) - 1 for x in points.values()))
+    coordinates = {name: plane(x) for name, x in points.items()}
+    measures, area = {}, enclosed_area(real_points, plane)
+    for name, x in points.items():
         if name == 'real':
             continue
-        precision, recall = precision_recall(truth, x, k)
-        shares[name] = {
+        precision, recall = precision_recall(real_points, x, k)
+        measures[name] = {
             'precision': precision,
             'recall': recall,
-            'coverage': coverage(truth, x, k),
-            'density': density(truth, x, k),
+            'coverage': coverage(real_points, x, k),
+            'density': density(real_points, x, k),
             'area': enclosed_area(x, plane) / area if area else math.nan,
         }
-    note = 'all classes' if of_class is None else network.domain.classes[of_class]
     return CoverageMap(
-        network.name,
-        points,
-        shares,
-        float(points['real'].var(0).sum() / truth.var(0).sum()),
-        note,
+        network=network.name,
+        points=coordinates,
+        measures=measures,
+        explained=float(coordinates['real'].var(0).sum() / real_points.var(0).sum()),
+        note='all classes' if of_class is None else network.domain.classes[of_class],
     )
 
 
 def _of_class(seen: Observations, name: str, number: int) -> Tensor:
-    "Which images are labelled so."
+    "Which images have this label, bool `(N,)`."
     if seen.labels is None:
         raise DFKDError(f"group '{name}' has no labels: leave of_class out")
     return renumbered_labels(seen.labels, seen.images.domain, seen.network.domain) == number
 
 # %% ../../nbs/lab/coverage.ipynb #c69e2d8f
+#| code-fold: true
 @dataclass(repr=False)
 class Neighbours(Finding):
-    """The real images nearest to each dream (DeepInversion, Fig. 8), and how near real
-    images are to each other.
+    """The real images nearest to each synthetic one, and distances between real images.
+
+    Source: DeepInversion, Fig. 8.
     """
 
     dreams: Observations
     real: Observations
     distances: Tensor  # `(N, k)`
-    indices: Tensor  # of real images, `(N, k)`
-    usual: Tensor  # from (a sample of) real images to their nearest other real image
+    indices: Tensor  # of real images, int64 `(N, k)`
+    # from (a sample of) real images to their nearest other real image, `(n,)`
+    real_distances: Tensor
     title, size = 'Nearest real images', (7.2, 4.2)
 
     @property
     def same_class(self) -> float | None:
-        "Share of the neighbours that belong to the wished class; None without labels."
+        "Fraction of neighbours that belong to the target class; None without labels."
         if self.dreams.labels is None or self.real.labels is None:
             return None
         real = renumbered_labels(
@@ -348,49 +372,49 @@ class Neighbours(Finding):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        "Distances in units of what is usual among real images."
-        unit = float(self.usual.median())
-        ratios = self.distances[:, 0] / self.usual.median()
+        "Distances in units of the median distance between real images."
+        median, nearest = self.real_distances.median(), self.distances[:, 0]
+        ratios = nearest / median
         return {
             'network': self.dreams.network.name,
-            'usual': unit,
+            'real_distance': float(median),
             'ratio': float(ratios.median()),
             'smallest_ratio': float(ratios.min()),
             'k': self.indices.shape[1],
             'nearer_than_any_real': float(
-                (self.distances[:, 0] < self.usual.min()).double().mean()
+                (nearest < self.real_distances.min()).double().mean()
             ),
             'same_class': self.same_class,
             'real': len(self.real),
         }
 
-    def says(self) -> str:
-        "How far, how near at most, and whether the neighbours are of the class."
+    def summary(self) -> str:
+        "Typical and smallest distance, and how many neighbours are of the class."
         n = self.numbers
-        kind = (
-            f'; {n["same_class"]:.0%} of neighbours are of the wished class'
-            if n['same_class'] is not None
-            else ''
-        )
+        same = ''
+        if n['same_class'] is not None:
+            same = f'; {n["same_class"]:.0%} of neighbours are of the target class'
         return (
             f'a dream is {n["ratio"]:.2f} times as far from its nearest real image as real'
-            f' images are from theirs (the nearest: {n["smallest_ratio"]:.2f}){kind}'
+            f' images are from theirs (the nearest: {n["smallest_ratio"]:.2f}){same}'
         )
 
     def draw(self, figure: Any) -> None:
-        "Rows of a dream and its neighbours; the distances of all."
-        import seaborn
-
-        rows, k = min(6, len(self.dreams)), min(6, self.indices.shape[1])
+        "Rows of an image and its neighbours; the distances of all."
         left, right = figure.subfigures(1, 2, width_ratios=(2.2, 1))
-        axes = left.subplots(rows, k + 1, squeeze=False)
-        unit, dreamed = self.usual.median(), self.dreams.images.fetch(torch.arange(rows))
+        self._draw_rows(left)
+        self._draw_distances(right.subplots())
+
+    def _draw_rows(self, figure: Any) -> None:
+        rows, k = min(6, len(self.dreams)), min(6, self.indices.shape[1])
+        axes = figure.subplots(rows, k + 1, squeeze=False)
+        images = self.dreams.images.fetch(torch.arange(rows))
         for i in range(rows):
-            found = self.real.images.fetch(self.indices[i, :k])
-            for axis, image in zip(axes[i], [dreamed[i], *found]):
-                shown = image.cpu().permute(1, 2, 0)
+            nearest = self.real.images.fetch(self.indices[i, :k])
+            for axis, image in zip(axes[i], [images[i], *nearest]):
+                pixels = image.cpu().permute(1, 2, 0)
                 axis.imshow(
-                    shown if shown.shape[2] == 3 else shown[..., 0],
+                    pixels if pixels.shape[2] == 3 else pixels[..., 0],
                     cmap='gray',
                     vmin=0,
                     vmax=255,
@@ -398,10 +422,16 @@ class Neighbours(Finding):
                 )
                 axis.axis('off')
             for axis, distance in zip(axes[i, 1:], self.distances[i]):
-                axis.set_title(f'{distance / unit:.2f}', fontsize=6, pad=1)
+                ratio = distance / self.real_distances.median()
+                axis.set_title(f'{ratio:.2f}', fontsize=6, pad=1)
         axes[0, 0].set_title('dream', fontsize=7, pad=1)
-        ax = right.subplots()
-        ratios = {'real': self.usual / unit, 'dreams': self.distances[:, 0] / unit}
+
+    def _draw_distances(self, ax: Any) -> None:
+        median = self.real_distances.median()
+        ratios = {
+            'real': self.real_distances / median,
+            'dreams': self.distances[:, 0] / median,
+        }
         edges = torch.linspace(0, float(max(r.max() for r in ratios.values())), 25).tolist()
         for name, values in ratios.items():
             seaborn.histplot(
@@ -419,16 +449,27 @@ class Neighbours(Finding):
 
 # %% ../../nbs/lab/coverage.ipynb #9f7c8e1d
 def nearest_neighbours(
-    dreams: ImagesOrObservations,  # whose neighbours are looked for
+    dreams: ImagesOrObservations,  # whose neighbours
     real: ImagesOrObservations,  # among these
     network: Teacher,  # in whose embedding
-    k: int = 5,  # neighbours of each dream
+    k: int = 5,  # neighbours of each image
     batch_size: int = 100,  # images in memory at once
-    seed: int = 0,  # of the sample of real images that says what is usual
-) -> Neighbours:  # distances, indices, and what is usual
-    """Is a dream a copy?
+    seed: int = 0,  # of the sample of real images
+) -> Neighbours:  # distances, indices, and distances between real images
+    """Are synthetic images copies? The nearest real images, and their distances.
 
-    The nearest real images, and distances in units of those between real images.
+    Raises: `DFKDError` for too few real images.
+
+    Source: DeepInversion, Fig. 8.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images, teacher = load_data('cifar10-mini'), load_teacher('cifar10-resnet20')
+        >>> nearest_neighbours(images.subset(3), images.subset(40), teacher, k=1).indices
+        tensor([[0],
+                [1],
+                [2]])
     """
     a, b = observe(dreams, network, batch_size), observe(real, network, batch_size)
     if len(b) < 2:
@@ -436,5 +477,5 @@ def nearest_neighbours(
     distances, indices = k_nearest(a.features, b.features, k)
     sample = torch.randperm(len(b), generator=torch.Generator().manual_seed(seed))[:1000]
     # the nearest is the image itself
-    usual = k_nearest(b.features[sample], b.features, 2)[0][:, 1]
-    return Neighbours(a, b, distances, indices, usual)
+    real_distances = k_nearest(b.features[sample], b.features, 2)[0][:, 1]
+    return Neighbours(a, b, distances, indices, real_distances)

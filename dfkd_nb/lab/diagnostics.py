@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Verification', 'verify', 'ClassHistogram', 'class_histogram', 'Difficulty', 'difficulty', 'LayerDistances',
-           'layer_distances', 'noise_like']
+           'layer_distances', 'noise_images']
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #e83792b2
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import seaborn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,159 +28,176 @@ from dfkd_nb.lab.observations import (
     renumbered_labels,
 )
 from .scores import shannon_entropy
-from ..toolbox.core import DFKDError
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.domains import Domain, resize_images
+from ..toolbox.errors import DFKDError
 from ..toolbox.evaluation import wilson
 from ..toolbox.figures import COLOURS
 from ..toolbox.networks import network_inputs
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #421f6bd0
+#| code-fold: true
 @dataclass(repr=False)
 class Verification(Finding):
-    "Which images each network names as they were meant (DeepInversion, Table 2)."
+    """Fraction of images that each network recognises as their target class.
 
-    right: dict[str, Tensor]  # by network: bool `(N,)`
-    labels: Tensor  # the wished classes, `(N,)`
+    Source: DeepInversion, Table 2.
+    """
+
+    correct: dict[str, Tensor]  # by network: bool `(N,)`
+    labels: Tensor  # the target classes, int64 `(N,)`
     classes: tuple[str, ...]  # names
-    title, size = 'Under other networks', (6.8, 2.4)
+    title, size = 'Recognition by other networks', (6.8, 2.4)
 
     @property
     def accuracy(self) -> dict[str, float]:
-        "Top-1 agreement with the wished class, by network."
-        return {name: float(right.float().mean()) for name, right in self.right.items()}
+        "Top-1 agreement with the target class, by network."
+        return {name: float(c.float().mean()) for name, c in self.correct.items()}
 
     @property
     def per_class(self) -> dict[str, dict[int, float]]:
-        "The same for every class that was wished for, by network and class number."
+        "The same for every target class, by network and class number."
         present = self.labels.unique().tolist()
         return {
-            name: {c: float(right[self.labels == c].float().mean()) for c in present}
-            for name, right in self.right.items()
+            name: {k: float(correct[self.labels == k].float().mean()) for k in present}
+            for name, correct in self.correct.items()
         }
 
     @property
     def numbers(self) -> dict[str, Any]:
         "Accuracy, its interval, images, and accuracy per class, for each network."
+        accuracy, per_class = self.accuracy, self.per_class
         return {
             name: {
-                'accuracy': self.accuracy[name],
-                'interval': list(wilson(int(right.sum()), len(right))),
-                'images': len(right),
+                'accuracy': accuracy[name],
+                'interval': list(wilson(int(correct.sum()), len(correct))),
+                'images': len(correct),
                 'per_class': {
-                    f'{c} {self.classes[c]}': v for c, v in self.per_class[name].items()
+                    f'{k} {self.classes[k]}': v for k, v in per_class[name].items()
                 },
             }
-            for name, right in self.right.items()
+            for name, correct in self.correct.items()
         }
 
-    def says(self) -> str:
-        "The shares in words."
-        return (
-            ', '.join(
-                f'{name} names {share:.1%} as intended'
-                for name, share in self.accuracy.items()
-            )
-            + f' (of {len(self.labels)})'
-        )
+    def summary(self) -> str:
+        "The accuracy of every network."
+        parts = [f'{name} recognises {a:.1%}' for name, a in self.accuracy.items()]
+        return f'{", ".join(parts)} of {len(self.labels)} images as their target class'
 
     def draw(self, figure: Any) -> None:
-        "Bars with their intervals; the share in every class."
-        import seaborn
-
+        "Bars with their intervals, and the accuracy in every class."
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-        names, present = list(self.right), self.labels.unique().tolist()
-        shares = [self.accuracy[n] for n in names]
-        low, high = zip(*(self.numbers[n]['interval'] for n in names))
-        who = {n: COLOURS['deepdream' if i else 'teacher'] for i, n in enumerate(names)}
+        self._draw_bars(left)
+        self._draw_classes(right)
+
+    def _draw_bars(self, ax: Any) -> None:
+        names, numbers = list(self.correct), self.numbers
+        accuracy = [self.accuracy[n] for n in names]
+        low, high = zip(*(numbers[n]['interval'] for n in names))
+        colours = {n: COLOURS['deepdream' if i else 'teacher'] for i, n in enumerate(names)}
         seaborn.barplot(
-            x=shares,
+            x=accuracy,
             y=names,
             hue=names,
-            palette=who,
+            palette=colours,
             saturation=1,
             width=0.6,
             legend=False,
-            ax=left,
+            ax=ax,
         )
-        ends = (
-            [max(0, s - a) for s, a in zip(shares, low)],
-            [max(0, b - s) for s, b in zip(shares, high)],
+        bars = (
+            [max(0, a - end) for a, end in zip(accuracy, low)],
+            [max(0, end - a) for a, end in zip(accuracy, high)],
         )
-        left.errorbar(
-            shares,
+        ax.errorbar(
+            accuracy,
             range(len(names)),
-            xerr=ends,
+            xerr=bars,
             fmt='none',
             ecolor='black',
             lw=1,
             capsize=2,
         )
-        left.set(
+        ax.set(
             xlim=(0, 1.02),
-            xlabel='share named as intended',
+            xlabel='fraction recognised',
             ylabel='',
             ylim=(len(names) - 0.4, -0.6),
         )
-        grid = torch.tensor([[self.per_class[n][c] for c in present] for n in names])
+
+    def _draw_classes(self, ax: Any) -> None:
+        present, per_class = self.labels.unique().tolist(), self.per_class
+        grid = torch.tensor([[per_class[n][k] for k in present] for n in self.correct])
         few = len(present) <= 25
-        short = [self.classes[c][:12] for c in present] if few else False
-        told = {'annot': len(present) <= 10, 'fmt': '.2f', 'annot_kws': {'size': 6}}
         seaborn.heatmap(
             grid.numpy(),
             vmin=0,
             vmax=1,
             cmap='cividis',
-            xticklabels=short,
+            xticklabels=[self.classes[k][:12] for k in present] if few else False,
             yticklabels=False,
-            cbar_kws={'label': 'share'},
-            ax=right,
-            **told,
+            cbar_kws={'label': 'fraction recognised'},
+            annot=len(present) <= 10,
+            fmt='.2f',
+            annot_kws={'size': 6},
+            ax=ax,
         )
         if few:
-            right.set_xticks(
-                right.get_xticks(), right.get_xticklabels(), rotation=60, fontsize=7
-            )
-        right.set(xlabel='class' if few else f'{len(present)} classes, by number')
+            ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=60, fontsize=7)
+        ax.set(xlabel='class' if few else f'{len(present)} classes, by number')
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #ab7dd009
 def verify(
-    images: ImagesOrObservations,  # labelled with the wished classes
-    # by name, the one that dreamed first; each may have its own input size
+    images: ImagesOrObservations,  # labelled with the target classes
+    # by name, first the one that the images were made from; sizes may differ
     networks: Mapping[str, Teacher],
     batch_size: int = 100,  # images in memory at once
 ) -> Verification:  # accuracy under each network
-    "Do other networks see in the images what they were meant to show?"
+    """Which images do networks recognise as their target class?
+
+    Raises: `DFKDError` for images without labels, and networks of another task.
+
+    Source: DeepInversion, Table 2.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images = load_data('cifar10-mini', limit=20)
+        >>> verify(images, {'ResNet-20': load_teacher('cifar10-resnet20')}).accuracy
+        {'ResNet-20': 0.8999999761581421}
+    """
     if not networks:
-        raise DFKDError('there is no network to ask: give at least one, by name')
+        raise DFKDError('there is no network: give at least one, by name')
     source = images.images if isinstance(images, Observations) else images
     if source.labels is None:
-        raise DFKDError(
-            'the images have no labels: give them the classes that they were meant to show'
-        )
+        raise DFKDError('the images have no labels: give them their target classes')
     domain, labels = source.domain, source.labels.cpu()
     for name, network in networks.items():
         if network.domain.num_classes != domain.num_classes:
             raise DFKDError(
-                f"the network '{name}' knows {network.domain.num_classes} classes, the"
-                f" images' labels count {domain.num_classes}: compare networks of one task"
+                f"the network '{name}' has {network.domain.num_classes} classes, the"
+                f" images' labels {domain.num_classes}: compare networks of one task"
             )
-    right = {
+    correct = {
         name: (
             observe(images, network, batch_size, '').predicted
             == renumbered_labels(labels, domain, network.domain)
         )
         for name, network in networks.items()
     }
-    return Verification(right, labels, domain.classes)
+    return Verification(correct, labels, domain.classes)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #cd9e1393
+#| code-fold: true
 @dataclass(repr=False)
 class ClassHistogram(Finding):
-    "How often a network sees each class (SSD-KD, Fig. 2b)."
+    """How often a network predicts each class.
 
-    network: str  # who says so
+    Source: SSD-KD, Fig. 2b.
+    """
+
+    network: str  # that predicts
     counts: dict[str, Tensor]  # by group: int64 `(K,)`
     classes: tuple[str, ...]  # names
     title, size = 'Classes', (6.4, 2.3)
@@ -189,53 +207,51 @@ class ClassHistogram(Finding):
         "How evenly the classes are used, by group."
         found = {}
         for name, counts in self.counts.items():
-            share = counts.double() / counts.sum()
+            fractions = counts.double() / counts.sum()
             found[name] = {
                 'images': int(counts.sum()),
-                'effective_classes': float(shannon_entropy(share).exp()),
-                'never_seen': int((counts == 0).sum()),
-                'largest_share': float(share.max()),
+                'effective_classes': float(shannon_entropy(fractions).exp()),
+                'never_predicted': int((counts == 0).sum()),
+                'largest_fraction': float(fractions.max()),
                 'most_frequent': self.classes[int(counts.argmax())],
             }
         return {'network': self.network, 'groups': found}
 
-    def says(self) -> str:
-        "How many classes are really used."
+    def summary(self) -> str:
+        "The effective number of classes of every group."
         return '; '.join(
             f'{name}: as even as {n["effective_classes"]:.1f} of {len(self.classes)}'
-            f' classes, {n["never_seen"]} never seen'
+            f' classes, {n["never_predicted"]} never predicted'
             for name, n in self.numbers['groups'].items()
         )
 
     def draw(self, figure: Any) -> None:
-        "Shares of the classes; many classes are sorted by how often they are seen."
-        import seaborn
-
+        "Fraction of every class; many classes are sorted by how often they are predicted."
         ax, few = figure.subplots(), len(self.classes) <= 25
-        shares = {
+        fractions = {
             name: (counts.double() / counts.sum()).tolist()
             for name, counts in self.counts.items()
         }
         if few:
             rows = [
                 (short[:12], value, name)
-                for name, values in shares.items()
+                for name, values in fractions.items()
                 for short, value in zip(self.classes, values)
             ]
-            columns = dict(zip(('class', 'share', 'set'), map(list, zip(*rows))))
+            columns = dict(zip(('class', 'fraction', 'set'), map(list, zip(*rows))))
             seaborn.barplot(
                 columns,
                 x='class',
-                y='share',
+                y='fraction',
                 hue='set',
-                palette=group_colours(list(shares)),
+                palette=group_colours(list(fractions)),
                 saturation=1,
                 errorbar=None,
                 ax=ax,
             )
             ax.tick_params(axis='x', labelrotation=30, labelsize=7)
         else:
-            for i, (name, values) in enumerate(shares.items()):
+            for i, (name, values) in enumerate(fractions.items()):
                 ax.plot(
                     sorted(values, reverse=True),
                     drawstyle='steps-mid',
@@ -243,10 +259,10 @@ class ClassHistogram(Finding):
                     label=name,
                 )
         ax.axhline(1 / len(self.classes), color='black', ls='--', lw=1)
+        order = '' if few else ', most frequent first'
         ax.set(
-            ylabel='share of images',
-            xlabel=f'class named by {self.network}'
-            + ('' if few else ', most frequent first'),
+            ylabel='fraction of images',
+            xlabel=f'class predicted by {self.network}{order}',
         )
         ax.set_ylim(0, 1.3 * ax.get_ylim()[1])
         ax.legend(ncols=4)
@@ -255,10 +271,21 @@ class ClassHistogram(Finding):
 def class_histogram(
     # one set, or several by name; labels are not used
     images: ImagesOrObservations | Mapping[str, ImagesOrObservations],
-    network: Teacher,  # whose word counts
+    network: Teacher,  # that predicts
     batch_size: int = 100,  # images in memory at once
 ) -> ClassHistogram:  # counts by group
-    "Which classes does the network see, wished for or not?"
+    """How often does a network predict each class?
+
+    Source: SSD-KD, Fig. 2b.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images = load_data('cifar10-mini', limit=20)
+        >>> found = class_histogram(images, load_teacher('cifar10-resnet20'))
+        >>> int(found.counts['dreams'].sum())
+        20
+    """
     counts = {
         name: observe(part, network, batch_size).predicted.bincount(
             minlength=network.domain.num_classes
@@ -268,25 +295,26 @@ def class_histogram(
     return ClassHistogram(network.name, counts, network.domain.classes)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #f0ab4a62
+#| code-fold: true
 @dataclass(repr=False)
 class Difficulty(Finding):
-    """How sure a network is of each image (SSD-KD, Fig. 2a and Eq. 3), and where a student
-    differs.
+    """How unconfident a network is of each image, and how a student differs.
+
+    Source: SSD-KD, Fig. 2a and Eq. 3.
     """
 
-    network: str  # who is sure or not
-    # by group: 1 - p of the class that is named, float64 `(N,)`
-    values: dict[str, Tensor]
+    network: str  # whose confidence
+    values: dict[str, Tensor]  # by group: 1 - p of the predicted class, float64 `(N,)`
     # by group: divergence of the student from the teacher in nats, `(N,)`; empty without a
     # student
     discrepancy: dict[str, Tensor]
-    # by group: share of images that the student names otherwise
+    # by group: fraction of images for which the student predicts another class
     disagreement: dict[str, float]
     title, size = 'Difficulty', (6.4, 2.3)
 
     @property
     def numbers(self) -> dict[str, Any]:
-        "Means, shares of easy and hard images, and the ten bars, by group."
+        "Means, fractions of easy and hard images, and the ten bars, by group."
         groups = {}
         for name, d in self.values.items():
             groups[name] = {
@@ -302,11 +330,11 @@ class Difficulty(Finding):
                 }
         return {'network': self.network, 'groups': groups}
 
-    def says(self) -> str:
-        "How many are easy; where a student differs."
+    def summary(self) -> str:
+        "Fractions of easy and hard images, and where a student differs."
         other = {
-            name: f', the student names {share:.0%} otherwise'
-            for name, share in self.disagreement.items()
+            name: f', the student predicts another class for {fraction:.0%}'
+            for name, fraction in self.disagreement.items()
         }
         return '; '.join(
             f'{name}: {n["easy"]:.0%} easy (d < 0.1), {n["hard"]:.0%} hard (d >'
@@ -316,74 +344,70 @@ class Difficulty(Finding):
 
     def draw(self, figure: Any) -> None:
         "Ten bars of difficulty; with a student, its divergence beside it."
-        import seaborn
-
         axes = figure.subplots(1, 2 if self.discrepancy else 1, squeeze=False)[0]
-        colours = group_colours(list(self.values))
         rows = [(value, name) for name, d in self.values.items() for value in d.tolist()]
         columns = dict(zip(('difficulty', 'set'), map(list, zip(*rows))))
-        bars = {
-            'bins': 10,
-            'binrange': (0, 1),
-            'stat': 'proportion',
-            'common_norm': False,
-            'multiple': 'dodge',
-            'shrink': 0.8,
-            'alpha': 1,
-            'linewidth': 0,
-        }
+        look = {'hue': 'set', 'palette': group_colours(list(self.values))}
         seaborn.histplot(
             columns,
             x='difficulty',
-            hue='set',
             hue_order=list(self.values),
-            palette=colours,
+            bins=10,
+            binrange=(0, 1),
+            stat='proportion',
+            common_norm=False,
+            multiple='dodge',
+            shrink=0.8,
+            alpha=1,
+            linewidth=0,
             ax=axes[0],
-            **bars,
+            **look,
         )
         seaborn.move_legend(axes[0], 'upper right', title=None)
-        axes[0].set(
-            xlabel=f'difficulty for {self.network}',
-            ylabel='share of images',
-            xlim=(0, 1),
-            ylim=(0, 1),
-        )
+        label = f'difficulty for {self.network}'
+        axes[0].set(xlabel=label, ylabel='fraction of images', xlim=(0, 1), ylim=(0, 1))
         if not self.discrepancy:
             return
-        columns['differs'] = [
-            value for d in self.discrepancy.values() for value in d.tolist()
-        ]
+        columns['divergence'] = [v for d in self.discrepancy.values() for v in d.tolist()]
         seaborn.scatterplot(
             columns,
             x='difficulty',
-            y='differs',
-            hue='set',
-            palette=colours,
+            y='divergence',
             s=9,
             alpha=0.6,
             linewidth=0,
             legend=False,
             ax=axes[1],
+            **look,
         )
-        axes[1].set(
-            xlabel=f'difficulty for {self.network}',
-            ylabel='student differs by (nats)',
-            xlim=(0, 1),
-        )
+        axes[1].set(xlabel=label, ylabel="student's divergence (nats)", xlim=(0, 1))
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #a423d7f7
 def difficulty(
     # one set, or several by name; labels are not used
     images: ImagesOrObservations | Mapping[str, ImagesOrObservations],
-    network: Teacher,  # whose confidence is meant
-    student: Teacher | None = None,  # who has learned, or is learning, from it
+    network: Teacher,  # whose confidence
+    student: Teacher | None = None,  # that learns from it
     batch_size: int = 100,  # images in memory at once
 ) -> Difficulty:  # by group
-    "How unsure is the teacher, and how much would a student still learn?"
+    """How unconfident is the teacher of each image, and how far is a student from it?
+
+    Raises: `DFKDError` for a student of another task.
+
+    Source: SSD-KD, Eq. 3.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images = load_data('cifar10-mini', limit=20)
+        >>> found = difficulty(images, load_teacher('cifar10-resnet20'))
+        >>> found.values['dreams'].shape
+        torch.Size([20])
+    """
     values, discrepancy, disagreement = {}, {}, {}
     for name, part in named_groups(images).items():
         seen = observe(part, network, batch_size)
-        # what the other classes get: 1 - p, exact also where p is nearly 1
+        # probability of the other classes: 1 - p, exact also where p is nearly 1
         values[name] = (
             seen.log_probabilities.exp().scatter(1, seen.predicted[:, None], 0).sum(1)
         )
@@ -392,33 +416,36 @@ def difficulty(
         other = observe(seen.images, student, batch_size, '')
         if other.logits.shape != seen.logits.shape:
             raise DFKDError(
-                f'the student answers {other.logits.shape[1]} classes, the teacher'
+                f'the student has {other.logits.shape[1]} classes, the teacher'
                 f' {seen.logits.shape[1]}: they must have one task'
             )
         # of the student's columns
         order = renumbered_labels(
             torch.arange(network.domain.num_classes), network.domain, student.domain
         )
-        told = other.log_probabilities[:, order]
+        student_log = other.log_probabilities[:, order]
         discrepancy[name] = (
-            F.kl_div(told, seen.log_probabilities, reduction='none', log_target=True)
+            F.kl_div(student_log, seen.log_probabilities, reduction='none', log_target=True)
             .sum(1)
             .clamp_min(0)
         )
-        disagreement[name] = float((told.argmax(1) != seen.predicted).double().mean())
+        differs = student_log.argmax(1) != seen.predicted
+        disagreement[name] = float(differs.double().mean())
     return Difficulty(network.name, values, discrepancy, disagreement)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #51c121d8
+#| code-fold: true
 @dataclass(repr=False)
 class LayerDistances(Finding):
-    """What each layer charges sets of images for being unlike the training data
-    (DeepInversion, Eq. 4).
+    """Distance of sets of images from the training data's statistics, in every layer.
+
+    Source: DeepInversion, Eq. 4.
     """
 
     network: str  # whose layers
     layers: list[str]  # names, from the image to the classifier
     distances: dict[str, Tensor]  # by group: `(L,)`
-    images: dict[str, int]  # how many there were in each group
+    images: dict[str, int]  # number of images of each group
     title, size = 'Feature statistics, layer by layer', (6.4, 3.0)
 
     @property
@@ -436,8 +463,8 @@ class LayerDistances(Finding):
             },
         }
 
-    def says(self) -> str:
-        "The sums."
+    def summary(self) -> str:
+        "The sums over all layers."
         return 'R_feature ' + ', '.join(
             f'{float(d.sum()):.3g} for {name} ({self.images[name]})'
             for name, d in self.distances.items()
@@ -447,12 +474,8 @@ class LayerDistances(Finding):
         "A line a group over the layers."
         ax = figure.subplots()
         for i, (name, d) in enumerate(self.distances.items()):
-            ax.plot(
-                d.tolist(),
-                '.-',
-                color=group_colour(name, i),
-                label=f'{name}, {float(d.sum()):.3g} in all',
-            )
+            label = f'{name}, {float(d.sum()):.3g} in all'
+            ax.plot(d.tolist(), '.-', color=group_colour(name, i), label=label)
         step = max(1, len(self.layers) // 20)
         names = [n.removeprefix('model.')[-22:] for n in self.layers[::step]]
         ax.set_xticks(
@@ -466,43 +489,50 @@ class LayerDistances(Finding):
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #38dcc01a
 def layer_distances(
-    # one set, or several by name: as many in each, for fewer are farther
+    # one set, or several by name; as many images in each, since few images are farther
+    # from any mean
     images: ImagesOrObservations | Mapping[str, ImagesOrObservations],
     network: Teacher,  # whose layers
     # of the data; None reads the network's BatchNorm layers
     statistics: Statistics | None = None,
     batch_size: int = 100,  # images in memory at once
 ) -> LayerDistances:  # by group
-    "Where in the network do the images stop looking like data?"
-    diary, found, counts = statistics or Statistics.from_batchnorm(network.model), {}, {}
+    """In which layers do the images differ from the training data?
+
+    Raises: `DFKDError` for a network without BatchNorm, where no statistics are given.
+
+    Source: DeepInversion, Eq. 4.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
+        >>> noise = noise_images(teacher.domain, 50)
+        >>> found = layer_distances({'real': images.subset(50), 'noise': noise}, teacher)
+        >>> bool(found.distances['real'].sum() < found.distances['noise'].sum())
+        True
+    """
+    wanted = statistics or Statistics.from_batchnorm(network.model)
+    found, counts = {}, {}
     for name, part in named_groups(images).items():
         source = part.images if isinstance(part, Observations) else part
 
         def batches(source: ImageSource = source) -> Iterator[Tensor]:
             for batch, _ in source.batches(batch_size):
-                yield network_inputs(
-                    network,
-                    resize_images(batch.to(network.device), network.domain),
-                    network.domain,
-                )
+                x = resize_images(batch.to(network.device), network.domain)
+                yield network_inputs(network, x, network.domain)
 
-        found[name], counts[name] = (
-            diary.to(network.device)
-            .distance(measure_moments(network.model, batches(), list(diary), diary.at))
-            .cpu(),
-            len(source),
-        )
-    return LayerDistances(network.name, list(diary), found, counts)
+        moments = measure_moments(network.model, batches(), list(wanted), wanted.at)
+        found[name] = wanted.to(network.device).distance(moments).cpu()
+        counts[name] = len(source)
+    return LayerDistances(network.name, list(wanted), found, counts)
 
 
-def noise_like(
+def noise_images(
     domain: Domain,  # of the network
     count: int,  # images
     seed: int = 0,  # of the draw
 ) -> ImageSet:  # without labels
-    """Normal noise on the network's scale, cut off at black and white.
-
-    Where every dream begins.
-    """
+    "Images of normal noise in the network's units, clipped to the valid pixel range."
     x = torch.randn(count, *domain.shape, generator=torch.Generator().manual_seed(seed))
     return ImageSet(domain.to_uint8(x), None, domain)

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..toolbox.core import DFKDError, atomic_path
+from ..toolbox.core import atomic_path
 from ..toolbox.data import ImageSet
 from ..toolbox.datasets import ImageFiles
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.figures import show_images
 from ..toolbox.formats import read_parquet
 

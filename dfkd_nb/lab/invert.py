@@ -40,17 +40,12 @@ from dfkd_nb.lab.invert_settings import (
     inversion_settings,
     own_teacher,
 )
-from dfkd_nb.lab.runs import (
-    Run,
-    RunStopped,
-    SynthesisSettings,
-    build_inversion,
-    deterministic,
-    environment,
-    recipe_classes,
-    run_lock,
-)
+from .reproducibility import deterministic, environment
+from .runs import Run, run_lock
+from .settings import SynthesisSettings
+from .tasks.synthesis import build_inversion, recipe_classes
 from ..toolbox.core import load_checkpoint, pick_device, progress
+from ..toolbox.errors import RunStopped
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/invert.ipynb #7efb1392

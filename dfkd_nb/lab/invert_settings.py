@@ -18,14 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..dreams.inversion import deepinversion_preset
-from dfkd_nb.lab.runs import (
-    SynthesisSettings,
-    check_settings,
-    open_teacher,
-    parse_assignment,
-)
-from ..toolbox.core import DFKDError, DFKDWarning, load_checkpoint, load_tensors
+from .recipes import parse_assignment
+from .settings import SynthesisSettings, check_settings
+from .tasks.common import open_teacher
+from ..toolbox.core import load_checkpoint, load_tensors
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.models import EFFICIENTNET_LITE, build_model
 from ..toolbox.teachers import Teacher, imagenet_domain, load_teacher
 

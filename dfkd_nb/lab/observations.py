@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from ..toolbox.core import DFKDError, progress
+from ..toolbox.core import progress
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.domains import Domain, resize_images
+from ..toolbox.errors import DFKDError
 from ..toolbox.figures import COLOURS, book_style
 from ..toolbox.networks import capture_input, network_inputs
 from ..toolbox.teachers import Teacher
@@ -27,15 +30,14 @@ from ..toolbox.teachers import Teacher
 # %% ../../nbs/lab/observations.ipynb #2f1f24ab
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """What one network made of a set of images, so that many instruments can read it and
-    nobody looks twice.
+    """Logits and embeddings of one network for a set of images, for many diagnostics to
+    read.
     """
 
-    images: ImageSource  # what was looked at
-    network: Teacher  # who looked
+    images: ImageSource
+    network: Teacher
     logits: Tensor  # float32 `(N, K)`, on the CPU
-    # what entered the classifier, float32 `(N, D)`; None where the network has no linear
-    # layer
+    # input of the classifier, float32 `(N, D)`; None for a network without a linear layer
     embeddings: Tensor | None
 
     def __len__(self) -> int:
@@ -43,12 +45,12 @@ class Observations:
 
     @property
     def labels(self) -> Tensor | None:
-        "The wished classes, int64 `(N,)`, on the CPU."
+        "The target classes, int64 `(N,)`, on the CPU."
         return None if self.images.labels is None else self.images.labels.cpu()
 
     @property
     def predicted(self) -> Tensor:
-        "The classes that the network names, int64 `(N,)`."
+        "The predicted classes, int64 `(N,)`."
         return self.logits.argmax(1)
 
     @property
@@ -61,7 +63,10 @@ class Observations:
 
     @property
     def features(self) -> Tensor:
-        "The embeddings in float64, `(N, D)`, or a `DFKDError` where there are none."
+        """The embeddings, float64 `(N, D)`.
+
+        Raises: `DFKDError` where there are none.
+        """
         if self.embeddings is None:
             raise DFKDError(
                 f"the network '{self.network.name}' has no linear layer to read an"
@@ -70,85 +75,78 @@ class Observations:
         return self.embeddings.double()
 
 # %% ../../nbs/lab/observations.ipynb #59d13b80
-ImagesOrObservations = ImageSource | Observations  # every instrument takes either
+ImagesOrObservations = ImageSource | Observations  # every diagnostic takes either
 
 
 @torch.no_grad()
 def observe(
-    # any set of images; what this network has seen already is handed back
-    images: ImagesOrObservations,
-    network: Teacher,  # who looks
+    images: ImagesOrObservations,  # observations by this network are returned as they are
+    network: Teacher,  # that runs over the images
     batch_size: int = 100,  # images in memory at once
     # whose input is the embedding: see `capture_input`; '' for none
     layer: str = 'classifier',
 ) -> Observations:  # logits and embeddings
-    "One pass over the images, batch by batch, at the network's own size and normalisation."
+    """One pass over the images, batch by batch, at the network's size and normalisation.
+
+    Raises: `DFKDError` for no images, an unknown layer, and logits of pixels.
+    """
     if isinstance(images, Observations):
         if images.network is network and (images.embeddings is not None or not layer):
             return images
         images = images.images
     if not len(images):
-        raise DFKDError('there are no images to look at: give at least one')
-    logits, embeddings, taken = [], [], []
+        raise DFKDError('there are no images: give at least one')
+    logits, embeddings, captured = [], [], []
+    batches = progress(
+        images.batches(batch_size), network.name, -(-len(images) // batch_size)
+    )
     with ExitStack() as stack:
         try:
             if layer:
-                taken = stack.enter_context(capture_input(network, layer))
+                captured = stack.enter_context(capture_input(network, layer))
         except DFKDError:
-            # a network without a linear layer can still be asked for classes
+            # a network without a linear layer still has logits
             if layer != 'classifier':
                 raise
-        for batch, _ in progress(
-            images.batches(batch_size), network.name, -(-len(images) // batch_size)
-        ):
-            answer = (
-                network(
-                    network_inputs(
-                        network,
-                        resize_images(batch.to(network.device), network.domain),
-                        network.domain,
-                    )
-                )
-                .float()
-                .cpu()
-            )
-            if answer.ndim != 2:
+        for batch, _ in batches:
+            x = resize_images(batch.to(network.device), network.domain)
+            output = network(network_inputs(network, x, network.domain)).float().cpu()
+            if output.ndim != 2:
                 raise DFKDError(
-                    f"the network '{network.name}' answers each pixel: diagnostics are for"
-                    ' classifiers'
+                    f"the network '{network.name}' has logits of each pixel: diagnostics"
+                    ' are for classifiers'
                 )
-            logits.append(answer)
-            if taken:
-                embeddings.append(taken[-1].float().cpu())
-            taken.clear()
+            logits.append(output)
+            if captured:
+                embeddings.append(captured[-1].float().cpu())
+            captured.clear()
+    complete = len(embeddings) == len(logits)
     return Observations(
-        images,
-        network,
-        torch.cat(logits),
-        torch.cat(embeddings) if len(embeddings) == len(logits) else None,
+        images, network, torch.cat(logits), torch.cat(embeddings) if complete else None
     )
 
 # %% ../../nbs/lab/observations.ipynb #ab924375
+#| code-fold: true
 def named_groups(
     # one set, or several by name
     images: ImagesOrObservations | Mapping[str, ImagesOrObservations],
 ) -> dict[str, ImagesOrObservations]:  # by name
-    "One set is a group called 'dreams'."
-    groups = (
-        {'dreams': images}
-        if isinstance(images, (ImageSource, Observations))
-        else dict(images)
-    )
+    """Sets of images by name; one set is a group called 'dreams'.
+
+    Raises: `DFKDError` where there is none.
+    """
+    one = isinstance(images, (ImageSource, Observations))
+    groups = {'dreams': images} if one else dict(images)  # type: ignore[arg-type, dict-item]
     if not groups:
         raise DFKDError('there is no group of images: give at least one')
-    return groups
+    return groups  # type: ignore[return-value]
 
 
 def group_colour(
     name: str,  # of a group
-    index: int,  # its place among the groups
+    index: int,  # its position among the groups
 ) -> str:  # as everywhere in the book
-    "Groups that the book knows keep their colour."
+    "Colour of a group; names that the book uses have the book's colours."
     known = COLOURS | {'dreams': COLOURS['dream']}
     return known.get(name, COLOURS[('student', 'teacher', 'deepdream')[index % 3]])
 
@@ -161,24 +159,20 @@ def group_colours(
 
 
 def select_images(
-    images: ImageSource,  # any
-    indices: Tensor,  # which of them
+    images: ImageSource,
+    indices: Tensor,  # int64 `(n,)`
 ) -> ImageSet:  # in memory
     "Some images of a set, also of one that is decoded as it is read."
-    return ImageSet(
-        images.fetch(indices),
-        None if images.labels is None else images.labels.cpu()[indices],
-        images.domain,
-    )
+    labels = None if images.labels is None else images.labels.cpu()[indices]
+    return ImageSet(images.fetch(indices), labels, images.domain)
 
 # %% ../../nbs/lab/observations.ipynb #46c45d60
+#| code-fold: true
 class Finding(ABC):
-    """What one instrument found: numbers for a file, a picture for the eye, a sentence for
-    the reader.
-    """
+    "What a diagnostic found: numbers for a file, a figure, and a sentence."
 
     title = ''
-    size = (6.4, 2.6)  # inches of the picture
+    size = (6.4, 2.6)  # of the figure, inches
 
     @property
     @abstractmethod
@@ -186,7 +180,7 @@ class Finding(ABC):
         "Plain numbers, text, lists and dicts."
 
     @abstractmethod
-    def says(self) -> str:
+    def summary(self) -> str:
         "One sentence."
 
     @abstractmethod
@@ -197,9 +191,7 @@ class Finding(ABC):
         "Draw into a figure, or into a part of one."
 
     def figure(self) -> Any:  # matplotlib's figure
-        "The picture by itself."
-        from matplotlib.figure import Figure
-
+        "The figure by itself."
         with book_style():
             figure = Figure(figsize=self.size, layout='constrained')
             self.draw(figure)
@@ -209,35 +201,30 @@ class Finding(ABC):
         return encode_figure(self.figure())
 
     def __repr__(self) -> str:
-        return f'{self.title}: {self.says()}'
+        return f'{self.title}: {self.summary()}'
 
 
 def encode_figure(
     figure: Any,  # matplotlib's
     dpi: int = 100,  # dots an inch
 ) -> bytes:  # a PNG file with a palette of 256 colours
-    "A figure as a file small enough to be kept."
-    from PIL import Image
-
+    "A figure as a small PNG file."
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format='png', dpi=dpi)
-    Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(
-        small, 'PNG', optimize=True
-    )
+    image = Image.open(buffer).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    image.save(small, 'PNG', optimize=True)
     return small.getvalue()
 
 # %% ../../nbs/lab/observations.ipynb #0259b290
 def class_numbers(
     given: Domain,  # whose classes are numbered
-    wanted: Domain,  # whose numbers are asked for
-) -> (
-    Tensor | None
+    wanted: Domain,  # in whose numbers
     # int64 `(K,)`, for each class of `given` its number in `wanted`, -1 for none; None
     # where the numbers agree
-):
+) -> Tensor | None:
     """The classes of two domains, matched by name.
 
-    Domains whose names have nothing in common are taken to be in one order.
+    Domains whose names have nothing in common are assumed to be in one order.
     """
     try:
         wanted.check_classes(given)  # names that both have must have one number
@@ -249,19 +236,22 @@ def class_numbers(
 
 
 def renumbered_labels(
-    labels: Tensor,  # int64 `(N,)`, numbers in `given`
-    given: Domain,  # what they number
-    wanted: Domain,  # whose numbers are asked for
-) -> Tensor:  # int64 `(N,)`; a class that `wanted` does not have is a `DFKDError`
-    "Labels as another domain numbers the classes of the same names."
+    labels: Tensor,  # int64 `(N,)`, numbers of `given`
+    given: Domain,  # that the labels belong to
+    wanted: Domain,  # in whose numbers
+) -> Tensor:  # int64 `(N,)`
+    """Labels as another domain numbers the classes of the same names.
+
+    Raises: `DFKDError` for a class that `wanted` does not have.
+    """
     numbers = class_numbers(given, wanted)
     if numbers is None:
         return labels
     found = numbers[labels]
     if (found < 0).any():
-        odd = given.classes[int(labels[found < 0][0])]
+        unknown = given.classes[int(labels[found < 0][0])]
         raise DFKDError(
-            f"'{wanted.name}' has no class '{odd}', and others have other numbers: name the"
-            ' classes of both alike'
+            f"'{wanted.name}' has no class '{unknown}', and others have other numbers: name"
+            ' the classes of both alike'
         )
     return found

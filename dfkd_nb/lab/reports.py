@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from .coverage import coverage_map, nearest_neighbours
@@ -26,7 +27,7 @@ from dfkd_nb.lab.diagnostics import (
     class_histogram,
     difficulty,
     layer_distances,
-    noise_like,
+    noise_images,
     verify,
 )
 from dfkd_nb.lab.observations import (
@@ -37,31 +38,44 @@ from dfkd_nb.lab.observations import (
     observe,
     select_images,
 )
-from .runs import open_teacher
 from .scores import frechet_distance, inception_score
-from ..toolbox.core import DFKDError, atomic_path
+from .tasks.common import open_teacher
+from ..toolbox.core import atomic_path
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles, load_data, read_folder
 from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.figures import book_style
 from ..toolbox.formats import read_parquet
 from ..toolbox.models import build_model
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/reports.ipynb #1d8bd0d6
+#| code-fold: true
 @dataclass
 class Report:
-    "All that the instruments found for one set of images."
+    """All findings about one set of images: as text, figure, numbers and HTML page.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images = load_data('cifar10-mini', limit=20)
+        >>> teacher = load_teacher('cifar10-resnet20')
+        >>> report = Report('photographs', observe(images, teacher), {}, {}, {})
+        >>> report.findings['verification'] = verify(images, {'teacher': teacher})
+        >>> report.numbers['images'], list(report.findings)
+        (20, ['verification'])
+    """
 
     title: str  # e.g. the run's name
     images: Observations  # by the teacher
-    findings: dict[str, Finding]  # by instrument
-    missing: dict[str, str]  # instrument to the reason
+    findings: dict[str, Finding]  # by diagnostic
+    missing: dict[str, str]  # diagnostic to the reason
     about: dict[str, Any]  # where the images came from, for the page
 
     @property
     def numbers(self) -> dict[str, Any]:
-        "Everything as plain JSON."
+        "Everything as plain values."
         return {
             'title': self.title,
             'images': len(self.images),
@@ -72,63 +86,55 @@ class Report:
         }
 
     def __repr__(self) -> str:
-        lines = [
-            f'{self.title}: {len(self.images)} images',
-            *(f'  {found!r}' for found in self.findings.values()),
-        ]
-        return '\n'.join(
-            lines
-            + [f'  {name}: not measured, {reason}' for name, reason in self.missing.items()]
-        )
+        lines = [f'{self.title}: {len(self.images)} images']
+        lines += [f'  {found!r}' for found in self.findings.values()]
+        lines += [f'  {name}: not measured, {why}' for name, why in self.missing.items()]
+        return '\n'.join(lines)
 
     def figure(self) -> Any:  # matplotlib's figure
-        "The first pictures, and every finding's, on one page."
-        from matplotlib.figure import Figure
-
+        "The first images, and the figure of every finding, on one page."
         found = list(self.findings.values())
         rows = [found[i : i + 2] for i in range(0, len(found), 2)]
         heights = [1.4, *(max(f.size[1] for f in row) + 0.3 for row in rows)]
         with book_style():
-            return self._draw(
-                Figure(figsize=(12, sum(heights) + 0.4), layout='constrained'),
-                rows,
-                heights,
+            page = Figure(figsize=(12, sum(heights) + 0.4), layout='constrained')
+            teacher = self.images.network.name
+            page.suptitle(
+                f'{self.title}: {len(self.images)} images, teacher {teacher}', fontsize=11
             )
+            parts = page.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[
+                :, 0
+            ]
+            self._draw_images(parts[0].subplots(1, 16))
+            for part, row in zip(parts[1:], rows):
+                for cell, finding in zip(part.subfigures(1, 2, squeeze=False)[0], row):
+                    cell.suptitle(finding.title, fontsize=10, fontweight='bold')
+                    finding.draw(cell)
+        return page
 
-    def _draw(self, page: Any, rows: list[list[Finding]], heights: list[float]) -> Any:
-        page.suptitle(
-            f'{self.title}: {len(self.images)} images, teacher {self.images.network.name}',
-            fontsize=11,
-        )
-        parts = page.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        first = self.images.images.fetch(torch.arange(min(16, len(self.images)))).cpu()
-        strip = parts[0].subplots(1, 16)
-        for axis in strip:
+    def _draw_images(self, axes: Any) -> None:
+        "The first images, one an axis, with their classes."
+        labels, source = self.images.labels, self.images.images
+        first = source.fetch(torch.arange(min(len(axes), len(self.images)))).cpu()
+        for axis in axes:
             axis.axis('off')
         for i, image in enumerate(first):
-            shown, labels = image.permute(1, 2, 0), self.images.labels
-            strip[i].imshow(
-                shown if len(image) == 3 else shown[..., 0],
+            pixels = image.permute(1, 2, 0)
+            axes[i].imshow(
+                pixels if len(image) == 3 else pixels[..., 0],
                 cmap='gray',
                 vmin=0,
                 vmax=255,
                 interpolation='nearest',
             )
             if labels is not None:
-                strip[i].set_title(
-                    self.images.images.domain.classes[int(labels[i])][:13], fontsize=6
-                )
-        for part, row in zip(parts[1:], rows):
-            for cell, finding in zip(part.subfigures(1, 2, squeeze=False)[0], row):
-                cell.suptitle(finding.title, fontsize=10, fontweight='bold')
-                finding.draw(cell)
-        return page
+                name = source.domain.classes[int(labels[i])]
+                axes[i].set_title(name[:13], fontsize=6)
 
     def table(self) -> str:
-        "Instruments and what they say, as an HTML table."
-        rows = [(found.title, found.says()) for found in self.findings.values()] + [
-            (name, f'not measured: {reason}') for name, reason in self.missing.items()
-        ]
+        "Findings and their summaries, as an HTML table."
+        rows = [(found.title, found.summary()) for found in self.findings.values()]
+        rows += [(name, f'not measured: {why}') for name, why in self.missing.items()]
         cells = '\n'.join(
             f'<tr><th style="text-align:left;vertical-align:top">{escape(a)}</th><td'
             f' style="text-align:left">{escape(b)}</td></tr>'
@@ -139,52 +145,34 @@ class Report:
     def html(self) -> str:
         "One page that needs no other file."
         name = escape(self.title)
+        teacher = escape(self.images.network.name)
         body = [
             f'<h1>{name}</h1>',
-            (
-                f'<p>{len(self.images)} images; teacher'
-                f' {escape(self.images.network.name)}.</p>'
-            ),
+            f'<p>{len(self.images)} images; teacher {teacher}.</p>',
             self.table(),
         ]
         for found in self.findings.values():
             body += [
                 f'<h2>{escape(found.title)}</h2>',
-                f'<p>{escape(found.says())}.</p>',
-                _image(encode_figure(found.figure()), found.says()),
-                (
-                    f'<details><summary>numbers</summary><pre>{escape(json.dumps(json_numbers(found.numbers), indent=1))}</pre></details>'
-                ),
+                f'<p>{escape(found.summary())}.</p>',
+                _image(encode_figure(found.figure()), found.summary()),
+                f'<details><summary>numbers</summary>{_json(found.numbers)}</details>',
             ]
         if self.about:
-            body += [
-                '<h2>Where the images came from</h2>',
-                f'<pre>{escape(json.dumps(json_numbers(self.about), indent=1))}</pre>',
-            ]
-        style = (
-            'body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0'
-            ' 1rem}img{max-width:100%}td,th{padding:.2rem .8rem .2rem'
-            ' 0}pre{overflow-x:auto;font-size:13px}'
-        )
-        return (
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta'
-            ' name="viewport"'
-            f' content="width=device-width"><title>{name}</title><style>{style}</style></head>\n<body>\n'
-            + '\n'.join(body)
-            + '\n</body></html>\n'
-        )
+            body += ['<h2>Where the images came from</h2>', _json(self.about)]
+        return _PAGE.format(title=name, body='\n'.join(body))
 
     def _repr_html_(self) -> str:
         return self.table() + '\n' + _image(encode_figure(self.figure(), 70), self.title)
 
-    def save(self, folder: str | Path) -> Path:  # the page
+    def save(
+        self,
+        folder: str | Path,  # made where it is missing
+    ) -> Path:  # the page
         "Write report.json, report.png and report.html."
+        text = json.dumps(json_numbers(self.numbers), indent=1, allow_nan=False)
         files = {
-            'report.json': (
-                (
-                    json.dumps(json_numbers(self.numbers), indent=1, allow_nan=False) + '\n'
-                ).encode()
-            ),
+            'report.json': f'{text}\n'.encode(),
             'report.png': encode_figure(self.figure()),
             'report.html': self.html().encode(),
         }
@@ -194,13 +182,33 @@ class Report:
         return Path(folder) / 'report.html'
 
 # %% ../../nbs/lab/reports.ipynb #17d7e96e
-def json_numbers(value: Any) -> Any:
-    "Numbers that JSON has: what is not finite becomes null."
+#| code-fold: true
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width"><title>{title}</title><style>\
+body{{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}}\
+img{{max-width:100%}}td,th{{padding:.2rem .8rem .2rem 0}}\
+pre{{overflow-x:auto;font-size:13px}}</style></head>
+<body>
+{body}
+</body></html>
+"""
+
+
+def json_numbers(
+    value: Any,  # numbers, text, lists and dicts
+) -> Any:
+    "Values that JSON has: numbers that are not finite become null."
     if isinstance(value, dict):
         return {str(k): json_numbers(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_numbers(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _json(value: Any) -> str:
+    "Plain values inside the page."
+    return f'<pre>{escape(json.dumps(json_numbers(value), indent=1))}</pre>'
 
 
 def _image(content: bytes, text: str) -> str:
@@ -212,118 +220,108 @@ def _image(content: bytes, text: str) -> str:
 
 # %% ../../nbs/lab/reports.ipynb #239aeca9
 def inspect_images(
-    # dreams, or any other images; labelled with the wished classes, if there were any
-    images: ImagesOrObservations,
-    teacher: Teacher,  # whose dreams they are
+    images: ImagesOrObservations,  # labelled with the target classes, if there were any
+    teacher: Teacher,  # that the images were made from
     real: ImagesOrObservations | None = None,  # real images of the same task
-    # networks that had no part in it
+    # networks that took no part in the synthesis
     verifiers: Mapping[str, Teacher] | Sequence[Teacher] = (),
-    student: nn.Module | None = None,  # who learned, or is to learn, from the images
+    student: nn.Module | None = None,  # that learned, or is to learn, from the images
     title: str = 'dreams',  # of the page
     about: dict[str, Any] | None = None,  # where they came from
-    limit: int = 2000,  # real images that are looked at, at most
+    limit: int = 2000,  # real images to use, at most
     batch_size: int = 100,  # images in memory at once
     seed: int = 0,  # of noise, and of every choice
 ) -> Report:  # findings, and why others are missing
-    """Everything that can be measured with what is given; what cannot is listed with its
-    reason.
+    """All diagnostics that the given networks and images allow; the others with a reason.
+
+    Example:
+        >>> from dfkd_nb.toolbox.datasets import load_data
+        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> images = load_data('cifar10-mini', limit=10)
+        >>> report = inspect_images(images, load_teacher('cifar10-resnet20'))
+        >>> list(report.missing)
+        ['frechet', 'coverage', 'neighbours']
     """
-    seen, truth = observe(images, teacher, batch_size), None
-    others = (
-        dict(verifiers)
-        if isinstance(verifiers, Mapping)
-        else {v.name: v for v in verifiers}
-    )
-    asked = {teacher.name: teacher} | others
-    # not the one that dreamed, where there is another
-    judge = next(iter(others.values()), teacher)
-    pupil = (
-        student
-        if student is None or isinstance(student, Teacher)
-        else Teacher(student, teacher.domain, 'student')
-    )
-    if real is not None:
-        truth = observe(_some(real, limit, seed), teacher, batch_size)
+    seen = observe(images, teacher, batch_size)
+    if not isinstance(verifiers, Mapping):
+        verifiers = {v.name: v for v in verifiers}
+    # not the network that the images were made from, where there is another
+    verifier = next(iter(verifiers.values()), teacher)
+    if student is not None and not isinstance(student, Teacher):
+        student = Teacher(student, teacher.domain, 'student')
     groups: dict[str, ImagesOrObservations] = {'dreams': seen}
-    if truth is not None:
-        groups = {'real': truth, 'dreams': seen}
-    report = Report(title, seen, {}, {}, about or {})
+    if real is not None:
+        some = observe(_at_most(real, limit, seed), teacher, batch_size)
+        groups = {'real': some, 'dreams': seen}
 
-    def attempt(
-        name: str, instrument: Callable[[], Finding], needs_real: bool = False
-    ) -> None:
-        if needs_real and truth is None:
-            report.missing[name] = 'it needs real images'
-            return
-        try:
-            report.findings[name] = instrument()
-        except DFKDError as error:
-            report.missing[name] = str(error)
+    def inception() -> Finding:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the finding has it too
+            return inception_score(seen, verifier, 1, batch_size, seed)
 
-    def layers() -> Finding:
-        # as many in each group
-        count = min(len(seen), len(truth) if truth is not None else len(seen))
-        sets: dict[str, ImagesOrObservations] = {
-            'noise': noise_like(teacher.domain, count, seed)
-        }
-        if truth is not None:
-            sets['real'] = select_images(truth.images, torch.arange(count))
-        return layer_distances(
-            sets | {'dreams': select_images(seen.images, torch.arange(count))},
-            teacher,
-            None,
-            batch_size,
-        )
-
-    attempt('verification', lambda: verify(seen, asked, batch_size))
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # the finding says it too
-        attempt(
-            'inception_score', lambda: inception_score(seen, judge, 1, batch_size, seed)
-        )
-    attempt('classes', lambda: class_histogram(groups, teacher, batch_size))
-    attempt('difficulty', lambda: difficulty(groups, teacher, pupil, batch_size))
-    attempt('layers', layers)
-    attempt(
-        'frechet',
-        lambda: frechet_distance(groups['real'], seen, teacher, batch_size, seed),
-        True,
-    )
-    attempt(
-        'coverage',
-        lambda: coverage_map(groups['real'], seen, teacher, batch_size=batch_size),
-        True,
-    )
-    attempt(
-        'neighbours',
-        lambda: nearest_neighbours(
+    diagnostics: dict[str, Callable[[], Finding]] = {
+        'verification': lambda: verify(
+            seen, {teacher.name: teacher, **verifiers}, batch_size
+        ),
+        'inception_score': inception,
+        'classes': lambda: class_histogram(groups, teacher, batch_size),
+        'difficulty': lambda: difficulty(groups, teacher, student, batch_size),
+        'layers': lambda: _layers(groups, teacher, batch_size, seed),
+        'frechet': lambda: frechet_distance(
+            groups['real'], seen, teacher, batch_size, seed
+        ),
+        'coverage': lambda: coverage_map(
+            groups['real'], seen, teacher, batch_size=batch_size
+        ),
+        'neighbours': lambda: nearest_neighbours(
             seen, groups['real'], teacher, min(5, limit), batch_size, seed
         ),
-        True,
-    )
+    }
+    report = Report(title, seen, {}, {}, about or {})
+    for name, diagnose in diagnostics.items():
+        if real is None and name in ('frechet', 'coverage', 'neighbours'):
+            report.missing[name] = 'it needs real images'
+            continue
+        try:
+            report.findings[name] = diagnose()
+        except DFKDError as error:
+            report.missing[name] = str(error)
     return report
 
 
-def _some(images: ImagesOrObservations, limit: int, seed: int) -> ImagesOrObservations:
-    "All images, or a random choice of so many."
+def _layers(
+    groups: dict[str, ImagesOrObservations], teacher: Teacher, batch_size: int, seed: int
+) -> Finding:
+    "Distances in every layer, of as many images in each group, and of noise."
+    count = min(len(part) for part in groups.values())
+    sets: dict[str, ImagesOrObservations] = {
+        'noise': noise_images(teacher.domain, count, seed)
+    }
+    for name, part in groups.items():
+        source = part.images if isinstance(part, Observations) else part
+        sets[name] = select_images(source, torch.arange(count))
+    return layer_distances(sets, teacher, None, batch_size)
+
+
+def _at_most(images: ImagesOrObservations, limit: int, seed: int) -> ImagesOrObservations:
+    "All images, or a random choice of them in their order."
     source = images.images if isinstance(images, Observations) else images
     if len(source) <= limit:
         return images
-    return select_images(
-        source,
-        torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:limit]
-        .sort()
-        .values,
-    )
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    return select_images(source, order[:limit].sort().values)
 
 # %% ../../nbs/lab/reports.ipynb #629156fc
 def open_images(
     # a run's folder, one of `dfkd invert`, an images.safetensors, a .parquet file, or class
-    # folders of pictures
+    # folders of images
     path: str | Path,
     domain: Domain | None = None,  # of the images in a folder: the teacher's
 ) -> ImageSource:  # labelled
-    "ImagesOrObservations that a run, `dfkd invert` or anybody left."
+    """Images that a run, `dfkd invert` or another program left.
+
+    Raises: `DFKDError` where there are none.
+    """
     place = Path(path)
     file = place / 'images.safetensors' if place.is_dir() else place
     if file.suffix == '.safetensors' and file.is_file():
@@ -341,15 +339,15 @@ def open_images(
             f'{place} holds no images.safetensors: name the network too, so that its class'
             ' folders can be read'
         )
-    return _numbered(place, domain)
+    return _read_class_folders(place, domain)
 
 # %% ../../nbs/lab/reports.ipynb #b8ec0f2c
-def _numbered(folder: Path, domain: Domain) -> ImageFiles:
+#| code-fold: true
+def _read_class_folders(folder: Path, domain: Domain) -> ImageFiles:
     "Class folders whose names are class numbers (0007) or class names."
     names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if not names or not all(
-        name.isdigit() and int(name) < domain.num_classes for name in names
-    ):
+    numbered = all(name.isdigit() and int(name) < domain.num_classes for name in names)
+    if not names or not numbered:
         return read_folder(folder, domain)
     files = [
         (path, int(name))
@@ -358,10 +356,9 @@ def _numbered(folder: Path, domain: Domain) -> ImageFiles:
         if path.suffix.lower() in ('.png', '.jpg', '.jpeg', '.webp')
     ]
     if not files:
-        raise DFKDError(f'{folder} has no pictures in its class folders: check the path')
-    return ImageFiles(
-        [path for path, _ in files], torch.tensor([number for _, number in files]), domain
-    )
+        raise DFKDError(f'{folder} has no images in its class folders: check the path')
+    paths, labels = zip(*files)
+    return ImageFiles(list(paths), torch.tensor(labels), domain)
 
 
 def open_network(
@@ -370,7 +367,10 @@ def open_network(
     root: Path = Path('runs'),  # folder of runs
     scale: str = 'full',  # of runs, where the name does not say
 ) -> Teacher:  # frozen
-    "A network by name, to judge with."
+    """A network by name, to verify images with.
+
+    Raises: `DFKDError` for an unknown name.
+    """
     if not name.startswith('torchvision:'):
         return open_teacher(name, root, scale)
     return Teacher(build_model(name, 1000, 3, pretrained=True), DOMAINS['imagenet'], name)
@@ -378,98 +378,99 @@ def open_network(
 # %% ../../nbs/lab/reports.ipynb #1f860c6c
 def inspect_run(
     folder: str | Path,  # of a run, e.g. runs/cifar10-dream-resnet20/quick, or of images
-    # a name for `load_data`, a .parquet file, or images; 'auto': what the recipe tests
-    # with; '' for none
+    # a name for `load_data`, a .parquet file, or images; 'auto': the recipe's test data;
+    # '' for none
     real: str | ImagesOrObservations = 'auto',
-    # names for `open_network`, or networks; None: what the recipe names
+    # names for `open_network`, or networks; None: those that the recipe names
     verifiers: Sequence[str | Teacher] | None = None,
-    teacher: str | Teacher = '',  # where the folder does not say
+    teacher: str | Teacher = '',  # where the folder does not name it
     **settings: Any,  # of `inspect_images`
 ) -> Report:  # see `inspect_images`
-    "A run's images, under its own teacher, beside its own real images and student."
+    """All diagnostics of a run's images, with its teacher, real images and student.
+
+    Raises: `DFKDError` for a folder without images, and where no teacher is named.
+    """
     place = Path(folder)
-    run: dict[str, Any] = (
-        read_result(place / 'result.json') if (place / 'result.json').is_file() else {}
-    )
-    recipe = run.get('settings', {})
-    root = place.parent.parent
-    scale = run.get('scale', 'full')
-    # of `dfkd invert`
-    made = (
-        read_result(place / 'manifest.json') if (place / 'manifest.json').is_file() else {}
-    )
-    name = (
-        teacher
-        or recipe.get('teacher', '')
-        or ('' if made.get('checkpoint') else made.get('model', ''))
-    )
+    # of a run, and of `dfkd invert`
+    result, manifest = (_read(place / f) for f in ('result.json', 'manifest.json'))
+    recipe = result.get('settings', {})
+    root, scale = place.parent.parent, result.get('scale', 'full')
+    made_from = '' if manifest.get('checkpoint') else manifest.get('model', '')
+    name = teacher or recipe.get('teacher', '') or made_from
     if not name:
-        raise DFKDError(f'{place} does not say whose dreams it holds: name the teacher')
+        raise DFKDError(f'{place} does not name the network of its images: name a teacher')
     network = name if isinstance(name, Teacher) else open_network(name, root, scale)
-    images, excuses = open_images(place, network.domain), {}
+    images = open_images(place, network.domain)
     if real == 'auto':
         real = recipe.get('test_data', '')
-    if isinstance(real, str):
-        found: ImagesOrObservations | None = None
-        try:
-            found = open_real(real, network.domain) if real else None
-        except DFKDError as error:
-            excuses['real images'] = str(error)
-    else:
-        found = real
+    real_images, missing = _real_images(real, network.domain)
     if verifiers is None:
-        verifiers = [
-            v
-            for v in str(recipe.get('verifiers', '')).replace(',', ' ').split()
-            if v != network.name
-        ]
-    others = {
-        v if isinstance(v, str) else v.name: v
-        if isinstance(v, Teacher)
-        else open_network(v, root, scale)
-        for v in verifiers
-    }
-    if (
-        run.get('task') == 'transfer'
-        and 'student' not in settings
-        and (place / 'weights.safetensors').is_file()
-    ):
+        named = str(recipe.get('verifiers', '')).replace(',', ' ').split()
+        verifiers = [v for v in named if v != network.name]
+    others = {}
+    for v in verifiers:
+        if isinstance(v, Teacher):
+            others[v.name] = v
+        else:
+            others[v] = open_network(v, root, scale)
+    trained = (place / 'weights.safetensors').is_file()
+    if result.get('task') == 'transfer' and 'student' not in settings and trained:
         settings['student'] = open_teacher(f'run:{place.parent.name}/{place.name}', root)
-    known: dict[str, Any] = {
-        key: run[key]
-        for key in ('recipe', 'scale', 'settings', 'numbers', 'seconds', 'environment')
-        if key in run
-    }
+    keys = ('recipe', 'scale', 'settings', 'numbers', 'seconds', 'environment')
     report = inspect_images(
         images,
         network,
-        found,
+        real_images,
         others,
-        title=f'{run["recipe"]}, {scale}' if run else place.name,
-        about=known,
+        title=f'{result["recipe"]}, {scale}' if result else place.name,
+        about={key: result[key] for key in keys if key in result},
         **settings,
     )
-    report.missing |= excuses
+    report.missing |= missing
     return report
 
+
+def _read(path: Path) -> dict[str, Any]:
+    "A JSON file, or nothing where there is none."
+    return read_result(path) if path.is_file() else {}
+
+
+def _real_images(
+    real: str | ImagesOrObservations, domain: Domain
+) -> tuple[ImagesOrObservations | None, dict[str, str]]:
+    "Real images; where they cannot be opened, the reason."
+    if not isinstance(real, str):
+        return real, {}
+    try:
+        return open_real(real, domain) if real else None, {}
+    except DFKDError as error:
+        return None, {'real images': str(error)}
+
 # %% ../../nbs/lab/reports.ipynb #834abb5a
-def read_result(path: Path) -> dict[str, Any]:
-    "What a run left about itself."
+#| code-fold: true
+def read_result(
+    path: Path,  # of a JSON file that a run left
+) -> dict[str, Any]:
+    """The content of a run's JSON file.
+
+    Raises: `DFKDError` where it is truncated.
+    """
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DFKDError(
-            f'{path} is truncated or no JSON ({error}): run it again'
+            f'{path} is truncated or not JSON ({error}): run it again'
         ) from error
 
 
-def open_real(name: str, domain: Domain) -> ImageSource:
+def open_real(
+    name: str,  # of `load_data`, or a .parquet file
+    domain: Domain,  # of the images
+) -> ImageSource:
     "Real images by name, or out of one Parquet file."
-    return (
-        open_images(name, domain)
-        if name.endswith('.parquet')
-        else load_data(name, domain=domain)
-    )
+    if name.endswith('.parquet'):
+        return open_images(name, domain)
+    return load_data(name, domain=domain)
 
 # %% ../../nbs/lab/reports.ipynb #abe71dd8
 def add_arguments(

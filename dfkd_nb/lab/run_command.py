@@ -12,7 +12,9 @@ import re
 import time
 
 from .arguments import add_common_options
-from .runs import SCALES, Recipe, Result, Run, parse_assignment
+from .recipes import SCALES, Recipe, parse_assignment
+from .results import Result
+from .runs import Run
 
 # %% ../../nbs/lab/run_command.ipynb #cd501569
 def add_arguments(

@@ -21,8 +21,9 @@ from ..dreams.inversion import DeepInversion, activation_bytes, deepinversion_pr
 from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
 from .timing import compare_variants, count_step_flops
-from ..toolbox.core import DFKDError, seeded
+from ..toolbox.core import seeded
 from ..toolbox.domains import DOMAINS
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import build_model
 from ..toolbox.teachers import Teacher
 

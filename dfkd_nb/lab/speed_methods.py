@@ -22,8 +22,9 @@ from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import Generator, GeneratorSynthesizer
 from .speed import PlainExtractor, fresh_teacher
 from .timing import compare_variants, count_flops
-from ..toolbox.core import DFKDError, seeded
+from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import build_model
 from ..toolbox.networks import trial_logits
 from ..toolbox.teachers import Teacher

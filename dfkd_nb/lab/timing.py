@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..toolbox.core import DFKDError
+from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/timing.ipynb #da9786d3
