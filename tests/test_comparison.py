@@ -376,7 +376,7 @@ def test_missing_counts_places_and_seeds():
     )
     runs = [made_up(seed=s, method=m) for s in range(3) for m in ('fast-5', 'dafl')]
     assert missing_runs(comparison(runs[2:]), wanted, 'full').count('--seed 2') == 1
-    assert missing_runs(comparison(runs), wanted, 'full').startswith('All 2 places')
+    assert missing_runs(comparison(runs), wanted, 'full').startswith('All 2 cells')
 
 
 def test_details_answer_what_readers_ask():
@@ -450,7 +450,7 @@ def test_a_truncated_result_names_its_file(left, keep):
 def test_looking_does_not_load_torch(left):
     left(made_up(), 'full')
     code = (
-        'import sys\nfrom dfkd_nb.lab.comparison import'
+        'import sys\nfrom dfkd_nb.lab.comparison_tables import'
         " results_command\nresults_command(sys.argv[1])\nassert 'torch' not in"
         ' sys.modules'
     )

@@ -465,7 +465,7 @@ def test_the_command_leaves_a_page(tmp_path, capsys):
         )
         == 0
     )
-    assert 'kept in' in capsys.readouterr().out
+    assert 'saved in' in capsys.readouterr().out
     assert sorted(p.name for p in (place / 'inspection').iterdir()) == [
         'report.html',
         'report.json',

@@ -20,7 +20,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from .recipes import SCALES, find_task
+from .recipes import SCALES, task_settings
 from .results import Result
 from ..toolbox.errors import DFKDError
 
@@ -29,10 +29,10 @@ from ..toolbox.errors import DFKDError
 class PaperFigure:
     "A number that a paper printed."
 
-    paper: str  # whose
+    paper: str  # its short name
     table: str  # where in it
     pair: str  # data, teacher and student: 'cifar10-wrn40-2-wrn16-1'
-    method: str  # a word of `METHOD_TITLES`, or 'teacher'
+    method: str  # a key of `METHOD_TITLES`, or 'teacher'
     accuracy: float  # of the student, on real test images, percent
     synthesis_hours: float | None  # of making images
     total_hours: float | None  # of everything, to the end of training
@@ -42,41 +42,40 @@ class PaperFigure:
 # %% ../../nbs/lab/21_comparison.ipynb #300015dc
 @cache
 def paper_figures() -> tuple[PaperFigure, ...]:  # in the order of papers, tables and rows
-    "What the papers report on CIFAR: `assets/papers.csv`."
+    "The papers' figures for CIFAR: `assets/papers.csv`."
+    path = resources.files('dfkd_nb') / 'assets' / 'papers.csv'
 
     def number(text: str) -> float | None:
         return float(text) if text else None
 
-    text = (resources.files('dfkd_nb') / 'assets' / 'papers.csv').read_text(
-        encoding='utf-8'
-    )
     return tuple(
         PaperFigure(
-            r['paper'],
-            r['table'],
-            f'{r["data"]}-{r["teacher"]}-{r["student"]}',
-            r['method'],
-            float(r['accuracy']),
-            number(r['synthesis_hours']),
-            number(r['total_hours']),
-            r['confirmed'] == 'yes',
+            paper=row['paper'],
+            table=row['table'],
+            pair=f'{row["data"]}-{row["teacher"]}-{row["student"]}',
+            method=row['method'],
+            accuracy=float(row['accuracy']),
+            synthesis_hours=number(row['synthesis_hours']),
+            total_hours=number(row['total_hours']),
+            confirmed=row['confirmed'] == 'yes',
         )
-        for r in csv.DictReader(text.splitlines())
+        for row in csv.DictReader(path.read_text(encoding='utf-8').splitlines())
     )
 
 # %% ../../nbs/lab/21_comparison.ipynb #9d8ab43e
 def sample_std(
     values: Sequence[float],  # one a seed
-) -> float | None:  # the sample standard deviation; None of fewer than two
-    "How far one run is from another: unknown, not zero, where there is only one."
+) -> float | None:  # None of fewer than two
+    "Sample standard deviation over seeds: unknown, not zero, where there is only one."
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def standard_error(
     values: Sequence[float],  # one a seed
 ) -> float | None:  # None of fewer than two
-    "How far the mean of the runs may be from that of very many."
-    return None if (s := sample_std(values)) is None else s / math.sqrt(len(values))
+    "Standard error of the mean over seeds."
+    std = sample_std(values)
+    return None if std is None else std / math.sqrt(len(values))
 
 # %% ../../nbs/lab/21_comparison.ipynb #aa3bfbb5
 METHOD_TITLES = {
@@ -100,9 +99,8 @@ _NETWORK = r'(?:resnet\d+|vgg\d+|wrn\d+-\d+|mobilenet\w*|digits-net)'
 
 def split_pair(
     pair: str,  # 'cifar10-wrn40-2-wrn16-1'
-) -> tuple[
-    str, ...
-]:  # data, teacher, student; or data and the rest where those cannot be told apart
+    # data, teacher and student; data and the rest where those cannot be separated
+) -> tuple[str, ...]:
     "The parts of a pair's name."
     data, _, networks = pair.partition('-')
     found = re.fullmatch(f'({_NETWORK})-({_NETWORK})', networks)
@@ -127,12 +125,9 @@ PairMethod = tuple[str, str]  # pair and method
 def table_cell_of(
     settings: Mapping[str, Any],  # of a recipe or a result
 ) -> PairMethod | None:  # None for runs that are not part of the comparison
-    "Where in the table a run belongs."
-    return (
-        (str(settings['pair']), str(settings['method']))
-        if settings.get('pair') and settings.get('method')
-        else None
-    )
+    "The cell of the table that a run belongs to."
+    pair, method = settings.get('pair'), settings.get('method')
+    return (str(pair), str(method)) if pair and method else None
 
 # %% ../../nbs/lab/21_comparison.ipynb #1c754ff1
 @dataclass(frozen=True)
@@ -143,10 +138,11 @@ class Cell:
     method: str
     scale: str
     runs: tuple[Result, ...]  # one a seed, in their order
-    variant: str = ''  # how it differs from another cell in the same place
+    variant: str = ''  # how it differs from another cell of the same pair and method
 
     @property
     def accuracies(self) -> list[float]:
+        "Of the student, percent, one a seed."
         return [percent_of(run, 'student_accuracy') for run in self.runs]
 
     @property
@@ -171,35 +167,40 @@ class Cell:
     ) -> float | None:  # None where it was not measured, or on machines that differ
         "Mean time over the seeds."
         times = [run.seconds.get(phase) for run in self.runs]
-        return (
-            None
-            if None in times or len({hardware(run) for run in self.runs}) > 1
-            else statistics.mean(t for t in times if t is not None) / 3600
-        )
+        if None in times or len({hardware(run) for run in self.runs}) > 1:
+            return None
+        return statistics.mean(t for t in times if t is not None) / 3600
 
 # %% ../../nbs/lab/21_comparison.ipynb #595c457e
-def percent_of(run: Result, key: str) -> float:
-    value = run.numbers.get(key)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not 0 <= value <= 1
-    ):
+def percent_of(
+    run: Result,  # finished
+    key: str,  # of `numbers`, a fraction
+) -> float:  # percent
+    """A fraction of a result in percent.
+
+    Raises: `DFKDError` for a number that is not from 0 to 1.
+    """
+    value: Any = run.numbers.get(key)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= 1:
         raise DFKDError(
-            f"the result of '{run.recipe}' ({run.scale}) has {key} {value}: a share from 0"
-            ' to 1 is needed, run the recipe again with --fresh'
+            f"the result of '{run.recipe}' ({run.scale}) has {key} {value}: a fraction from"
+            ' 0 to 1 is needed, run the recipe again with --fresh'
         )
     return 100 * value
 
 
-def seed_of(run: Result) -> int:
+def seed_of(
+    run: Result,  # finished
+) -> int:  # 0 where it was not recorded
+    "The seed of a run."
     return int(run.settings.get('seed', run.environment.get('seed')) or 0)
 
 
 def hardware(
     run: Result,  # finished
 ) -> str:  # 'NVIDIA H200', or 'AMD EPYC, 1 thread'
-    "What a run computed on."
+    "The processor that a run computed on."
     about = run.environment
     if about.get('device') != 'cpu':
         return str(about.get('processor', about.get('device', 'unknown')))
@@ -207,15 +208,14 @@ def hardware(
     return f'{about.get("processor", "cpu")}, {threads} thread{"" if threads == 1 else "s"}'
 
 # %% ../../nbs/lab/21_comparison.ipynb #9bc8ed18
-def _usual(task: str) -> dict[str, Any]:
+#| code-fold: true
+def _default_settings(task: str) -> dict[str, Any]:
     "The defaults of a task's settings; nothing for a task that is not known here."
     try:
-        return {
-            f.name: f.default
-            for f in dataclasses.fields(find_task(task, 'a result').settings)
-        }
+        fields = dataclasses.fields(task_settings(task, 'a result'))
     except ValueError:
         return {}
+    return {f.name: f.default for f in fields}
 
 # %% ../../nbs/lab/21_comparison.ipynb #fe01aa73
 # settings that may differ within a cell
@@ -226,24 +226,28 @@ def comparison(
     found: Iterable[Result],  # see `results`
     scale: str = 'full',  # the other is left out: they are never mixed
 ) -> list[Cell]:  # by pair, then in the order of `METHOD_TITLES`
-    "Every method and pair that has a run."
+    """Every method and pair that has a run.
+
+    Raises: `DFKDError` for an unknown scale.
+    """
     if scale not in SCALES:
         raise DFKDError(f"no scale '{scale}': use {' or '.join(SCALES)}")
+    # by pair and method: by settings: by seed
     groups: dict[PairMethod, dict[str, dict[int, Result]]] = {}
     for run in found:
-        place = table_cell_of(run.settings)
-        if place is None or run.scale != scale:
+        key = table_cell_of(run.settings)
+        if key is None or run.scale != scale:
             continue
-        kept = {
-            k: v for k, v in (_usual(run.task) | run.settings).items() if k not in _FREE
-        }
-        fixed = json.dumps(kept | {'revision': run.revision}, sort_keys=True)
-        groups.setdefault(place, {}).setdefault(fixed, {}).setdefault(seed_of(run), run)
+        settings = _default_settings(run.task) | run.settings
+        fixed = {k: v for k, v in settings.items() if k not in _FREE}
+        text = json.dumps(fixed | {'revision': run.revision}, sort_keys=True)
+        groups.setdefault(key, {}).setdefault(text, {}).setdefault(seed_of(run), run)
     cells = []
-    for (pair, method), kinds in groups.items():
-        for fixed, seeds in kinds.items():
+    for (pair, method), variants in groups.items():
+        for text, seeds in variants.items():
             runs = tuple(seeds[s] for s in sorted(seeds))
-            cells.append(Cell(pair, method, scale, runs, _variant(fixed, list(kinds))))
+            variant = _variant(text, list(variants))
+            cells.append(Cell(pair, method, scale, runs, variant))
     return sorted(
         cells,
         key=lambda c: (
@@ -258,47 +262,50 @@ def comparison(
 
 def best_cells(
     cells: Iterable[Cell],  # of one scale
-) -> dict[PairMethod, Cell]:  # one a place
-    "Of several cells in one place the newest, and of those the one with most seeds."
+) -> dict[PairMethod, Cell]:  # one for each pair and method
+    "Of several cells of a pair and method the newest, then the one with most seeds."
     best: dict[PairMethod, Cell] = {}
     for c in cells:
-        known = best.get((c.pair, c.method))
-        if known is None or (c.revision, len(c.runs)) > (known.revision, len(known.runs)):
+        other = best.get((c.pair, c.method))
+        if other is None or (c.revision, len(c.runs)) > (other.revision, len(other.runs)):
             best[c.pair, c.method] = c
     return best
 
 # %% ../../nbs/lab/21_comparison.ipynb #11ae9a52
-def _variant(fixed: str, all_kinds: list[str]) -> str:
-    "The settings in which one cell differs from others in its place."
-    own, others = json.loads(fixed), [json.loads(kind) for kind in all_kinds]
+#| code-fold: true
+def _variant(settings: str, all_settings: list[str]) -> str:
+    "The settings in which one cell differs from others of its pair and method."
+    own, others = json.loads(settings), [json.loads(text) for text in all_settings]
     keys = sorted(
         {k for other in others for k in {*own, *other} if own.get(k) != other.get(k)}
     )
     return ', '.join(f'{k} {own.get(k)}' for k in keys)
 
 
-def method_order(method: str) -> tuple[int, str]:
-    return (
-        list(METHOD_TITLES).index(method)
-        if method in METHOD_TITLES
-        else len(METHOD_TITLES),
-        method,
-    )
+def method_order(
+    method: str,  # of a run
+) -> tuple[int, str]:
+    "Sorts methods: those of `METHOD_TITLES` in its order, then others."
+    known = list(METHOD_TITLES)
+    return (known.index(method) if method in known else len(known), method)
 
 
 @cache
 def paper_pairs() -> list[str]:  # in the papers' order
-    "The pairs that the papers' tables have."
+    "The pairs of the papers' tables."
     return list(dict.fromkeys(f.pair for f in paper_figures()))
 
 
-def pair_order(pair: str) -> tuple[int, str]:
+def pair_order(
+    pair: str,  # of a run
+) -> tuple[int, str]:
+    "Sorts pairs: others first, then those of the papers in their order."
     return (paper_pairs().index(pair) if pair in paper_pairs() else -1, pair)
 
 # %% ../../nbs/lab/21_comparison.ipynb #369c539f
 @dataclass(frozen=True)
 class Published:
-    "What papers say about one method on one pair."
+    "The papers' figures of one method on one pair."
 
     accuracy: float  # percent
     source: str  # of the accuracy
@@ -309,7 +316,7 @@ class Published:
 @cache
 def published(
     pair: str,  # data, teacher and student
-    method: str,  # a word of `METHOD_TITLES`
+    method: str,  # a key of `METHOD_TITLES`
 ) -> Published | None:  # None where nothing confirmed was printed
     "The papers' figures, each from the first table that has it."
     rows = [

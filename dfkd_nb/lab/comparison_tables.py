@@ -11,6 +11,7 @@ __all__ = ['Row', 'duration', 'plus_minus', 'number', 'row_of', 'markdown_table'
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from dfkd_nb.lab.comparison import (
     pair_order,
     pair_title,
     paper_figures,
-    paper_pairs,
     percent_of,
     published,
     sample_std,
@@ -46,50 +46,37 @@ from ..toolbox.errors import DFKDError
 def duration(
     hours: float | None,  # None for unknown
 ) -> str:  # '48 s', '12.3 min', '1.61 h', or nothing
-    "Hours for people."
+    "Hours in a unit that suits them."
     if hours is None:
         return ''
-    return (
-        f'{3600 * hours:.0f} s'
-        if hours < 0.03
-        else f'{60 * hours:.1f} min'
-        if hours < 1.5
-        else f'{hours:.2f} h'
-    )
+    if hours < 0.03:
+        return f'{3600 * hours:.0f} s'
+    if hours < 1.5:
+        return f'{60 * hours:.1f} min'
+    return f'{hours:.2f} h'
 
 
 def plus_minus(
     values: Sequence[float],  # percent, one a seed
-    # '89.00 ± 1.41'; without the spread where there is one seed; nothing where there is
-    # none
+    # '89.00 ± 1.41'; without the deviation where there is one seed; nothing for no values
 ) -> str:
-    "A mean and its spread."
+    "A mean and its standard deviation."
     if not values:
         return ''
-    return f'{statistics.mean(values):.2f}' + (
-        '' if (s := sample_std(values)) is None else f' ± {s:.2f}'
-    )
+    mean, std = f'{statistics.mean(values):.2f}', sample_std(values)
+    return mean if std is None else f'{mean} ± {std:.2f}'
 
 
 def number(
     cell: Cell,  # of a table
     key: str,  # of `numbers`
 ) -> str:  # with commas; a range where seeds differ
-    "A count that all runs of a cell share."
-    values = sorted(
-        {
-            int(run.numbers[key])
-            for run in cell.runs
-            if isinstance(run.numbers.get(key), (int, float))
-        }
-    )
-    return (
-        ''
-        if not values
-        else f'{values[0]:,}'
-        if len(values) == 1
-        else f'{values[0]:,} to {values[-1]:,}'
-    )
+    "A count of a cell's runs."
+    counts = [run.numbers.get(key) for run in cell.runs]
+    values = sorted({int(n) for n in counts if isinstance(n, (int, float))})
+    if len(values) > 1:
+        return f'{values[0]:,} to {values[-1]:,}'
+    return f'{values[0]:,}' if values else ''
 
 # %% ../../nbs/lab/comparison_tables.ipynb #443fc81c
 Row = dict[str, str]  # a table's row: heading to text
@@ -98,28 +85,30 @@ Row = dict[str, str]  # a table's row: heading to text
 def row_of(
     cell: Cell,  # with at least one run
 ) -> Row:
-    "A cell as a line of its pair's table."
-    paper = published(cell.pair, cell.method) if cell.scale == 'full' else None
+    "A cell as a row of its pair's table."
+    name = METHOD_TITLES.get(cell.method, cell.method)
+    if cell.variant:
+        name += f' ({cell.variant})'
+    row = {
+        'method': name,
+        'accuracy, %': mark_outdated(plus_minus(cell.accuracies), *cell.runs),
+        'seeds': str(len(cell.runs)),
+    }
+    if cell.scale == 'full':
+        paper = published(cell.pair, cell.method)
+        row |= {
+            'paper, %': '' if paper is None else f'{paper.accuracy:.2f}',
+            'gap': '' if paper is None else f'{cell.mean - paper.accuracy:+.2f}',
+        }
     teachers = [
         percent_of(run, 'teacher_accuracy')
         for run in cell.runs
         if 'teacher_accuracy' in run.numbers
     ]
-    row = {
-        'method': METHOD_TITLES.get(cell.method, cell.method)
-        + (f' ({cell.variant})' if cell.variant else ''),
-        'accuracy, %': mark_outdated(plus_minus(cell.accuracies), *cell.runs),
-        'seeds': str(len(cell.runs)),
-    }
-    if cell.scale == 'full':
-        row |= {
-            'paper, %': '' if paper is None else f'{paper.accuracy:.2f}',
-            'gap': '' if paper is None else f'{cell.mean - paper.accuracy:+.2f}',
-        }
     return row | {
         'teacher, %': plus_minus(teachers[:1]),
         'images': number(cell, 'images'),
-        'updates': number(cell, 'updates'),
+        'steps': number(cell, 'updates'),
         'synthesis': duration(cell.hours('synthesis')),
         'distillation': duration(cell.hours('distillation')),
         'hardware': cell.hardware,
@@ -128,9 +117,9 @@ def row_of(
 # %% ../../nbs/lab/comparison_tables.ipynb #58a6ba37
 def markdown_table(
     rows: Sequence[Row],  # all with the same headings
-    numbers: bool = True,  # columns of numbers are set to the right
+    numbers: bool = True,  # align columns of numbers to the right
 ) -> str:  # nothing where there are no rows
-    "Rows for a page."
+    "Rows as a Markdown table."
     if not rows:
         return ''
     right = {
@@ -148,8 +137,8 @@ def markdown_table(
 
 def text_table(
     rows: Sequence[Row],  # all with the same headings
-) -> str:  # columns that nobody fills are left out
-    "Rows for a terminal."
+) -> str:  # without empty columns
+    "Rows as plain text for a terminal."
     if not rows:
         return ''
     keys = [k for k in rows[0] if any(row[k] for row in rows)]
@@ -163,7 +152,7 @@ def text_table(
 def table_cells(
     scale: str,  # 'quick' or 'full'
 ) -> dict[PairMethod, str]:  # to the name of its recipe, cheapest first
-    "All places that a recipe can fill."
+    "All cells that a recipe can fill."
     recipes = [
         recipe for recipe in map(Recipe.load, recipe_names()) if scale in recipe.scales
     ]
@@ -171,32 +160,36 @@ def table_cells(
         table_cell_of(r.settings | r.scales[scale]): r.name
         for r in sorted(recipes, key=lambda r: (r.order, r.name))
     }
-    return {place: name for place, name in found.items() if place is not None}
+    return {cell: name for cell, name in found.items() if cell is not None}
 
 
 def missing_runs(
     cells: Sequence[Cell],  # of one scale
     wanted: Mapping[PairMethod, str],  # see `table_cells`
-    scale: str,  # theirs
-    seeds: int = 3,  # that a place should have
+    scale: str,  # of the cells
+    seeds: int = 3,  # that a cell should have
 ) -> str:  # one sentence
-    "How many runs are not there, and the command that makes the next."
-    have: dict[PairMethod, int] = {}
+    "How many runs are missing, and the command that makes the next."
+    present: dict[PairMethod, int] = {}
     for c in cells:
-        have[c.pair, c.method] = max(have.get((c.pair, c.method), 0), len(c.runs))
-    empty = [n for p, n in wanted.items() if p not in have]
-    few = [(n, have[p]) for p, n in wanted.items() if 0 < have.get(p, 0) < seeds]
+        key = c.pair, c.method
+        present[key] = max(present.get(key, 0), len(c.runs))
+    empty = [name for cell, name in wanted.items() if cell not in present]
+    few = [
+        (name, present[cell])
+        for cell, name in wanted.items()
+        if 0 < present.get(cell, 0) < seeds
+    ]
     if not wanted:
         return f'No recipe of the comparison has a {scale} scale.'
     if not empty and not few:
-        return f'All {len(wanted)} places of the {scale} scale have {seeds} seeds.'
-    command = (
-        f'dfkd run {empty[0]} --scale {scale}'
-        if empty
-        else f'dfkd run {few[0][0]} --scale {scale} --seed {few[0][1]}'
-    )
+        return f'All {len(wanted)} cells of the {scale} scale have {seeds} seeds.'
+    if empty:
+        command = f'dfkd run {empty[0]} --scale {scale}'
+    else:
+        command = f'dfkd run {few[0][0]} --scale {scale} --seed {few[0][1]}'
     return (
-        f'Of {len(wanted)} places of the {scale} scale, {len(empty)} have no run yet and'
+        f'Of {len(wanted)} cells of the {scale} scale, {len(empty)} have no run yet and'
         f' {len(few)} fewer than {seeds} seeds; `{command}` makes the next.'
     )
 
@@ -207,108 +200,91 @@ def accuracy_matrix(
     paper: bool = True,  # whether to print the papers' figures
 ) -> list[Row]:  # a row a method
     "Accuracies of every method and pair: ours / the paper's."
-    pairs = sorted(
-        {
-            *(
-                p
-                for p in paper_pairs()
-                if len([f for f in paper_figures() if f.pair == p]) > 4 and paper
-            ),
-            *(c.pair for c in cells),
-        },
-        key=pair_order,
-    )
-    pairs = [p for p in pairs if p.partition('-')[0] == data]
+    tables = Counter(f.pair for f in paper_figures())
+    pairs = {c.pair for c in cells}
+    if paper:
+        pairs |= {p for p, figures in tables.items() if figures > 4}
+    columns = [p for p in sorted(pairs, key=pair_order) if p.partition('-')[0] == data]
+    if not columns:
+        return []
     best = best_cells(cells)
 
-    def text(place: PairMethod) -> str:
-        ours = (
-            mark_outdated(plus_minus(best[place].accuracies), *best[place].runs)
-            if place in best
-            else '·'
-        )
-        theirs = published(*place) if paper else None
+    def text(key: PairMethod) -> str:
+        ours = '·'
+        if key in best:
+            ours = mark_outdated(plus_minus(best[key].accuracies), *best[key].runs)
+        theirs = published(*key) if paper else None
         return ours if theirs is None else f'{ours} / *{theirs.accuracy:.2f}*'
 
     methods = sorted({*METHOD_TITLES, *(c.method for c in cells)}, key=method_order)
-    rows = [
-        {'method': METHOD_TITLES.get(m, m)}
-        | {pair_title(p).partition(', ')[2]: text((p, m)) for p in pairs}
-        for m in methods
-    ]
-    return (
-        [row for row in rows if set(row.values()) - {row['method'], '·'}] if pairs else []
-    )
+    rows = []
+    for m in methods:
+        texts = {pair_title(p).partition(', ')[2]: text((p, m)) for p in columns}
+        if set(texts.values()) != {'·'}:
+            rows.append({'method': METHOD_TITLES.get(m, m)} | texts)
+    return rows
 
 # %% ../../nbs/lab/comparison_tables.ipynb #05afa37b
-def _note(cells: Sequence[Cell]) -> str:
-    note = outdated_note([run for c in cells for run in c.runs])
-    return f'\n\n{note}' if note else ''
-
-
 def sections(
     cells: Sequence[Cell],  # of one scale
     table: Callable[[Sequence[Row]], str] = markdown_table,  # or `text_table`
     heading: str = '**{}**\n\n',  # of each pair
 ) -> str:  # nothing where there are no cells
-    "A table a pair, and what the dagger means where there is one."
-    pairs = dict.fromkeys(c.pair for c in cells)
-    return '\n\n'.join(
+    "A table for each pair, and what the dagger means where there is one."
+    parts = [
         heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p])
-        for p in pairs
-    ) + _note(cells)
+        for p in dict.fromkeys(c.pair for c in cells)
+    ]
+    note = outdated_note([run for c in cells for run in c.runs])
+    return '\n\n'.join(parts + [note] * bool(note))
 
 # %% ../../nbs/lab/comparison_tables.ipynb #39662c85
 def teacher_recipe(
     name: str,  # a setting `teacher`
-) -> str:  # of the recipe that trained it; nothing where there is none
-    "Who trained the teacher."
+) -> str:  # nothing where there is none
+    "The recipe that trained a teacher."
     if name.startswith('run:'):
         return name.removeprefix('run:').partition('/')[0]
     data, _, network = name.partition('-')
-    return (
-        f'{data}-teacher-{network}'
-        if network and f'{data}-teacher-{network}' in recipe_names()
-        else ''
-    )
-
-
-def _start(run: Result) -> str:
-    return (
-        ''
-        if (start := run.settings.get('student_start', 'random weights'))
-        == 'random weights'
-        else f', begins with {start}'
-    )
+    recipe = f'{data}-teacher-{network}'
+    return recipe if network and recipe in recipe_names() else ''
 
 
 def detail_of(
     run: Result,  # of any task
 ) -> Row:
     "All that a number needs to be understood and made again."
-    teacher = str(run.settings.get('teacher', ''))
-    accuracy = (
-        f' ({percent_of(run, "teacher_accuracy"):.2f} %)'
-        if 'teacher_accuracy' in run.numbers
-        else ''
-    )
-    trained = (
-        f', by `{recipe}`'
-        if (recipe := teacher_recipe(teacher)) and not teacher.startswith('run:')
-        else ''
-    )
     return {
         'run': f'`{run.recipe}` ({run.scale})',
         'seed': str(seed_of(run)),
         'T': f'{run.settings["temperature"]:g}' if 'temperature' in run.settings else '',
-        'teacher': f'`{teacher}`{accuracy}{trained}' if teacher else '',
-        'student': f'{run.settings.get("student", "")}{_start(run)}',
+        'teacher': _teacher(run),
+        'student': _student(run),
         'accuracy, %': mark_outdated(f'{percent_of(run, "student_accuracy"):.2f}', run),
         'test images': f'{run.numbers.get("test_images", 0):,}',
         'hardware': hardware(run),
         'commit': (run.environment.get('commit') or '')[:7],
         'command': f'`{run.environment.get("command", "")}`',
     }
+
+
+def _teacher(run: Result) -> str:
+    "Name, accuracy and recipe of the teacher."
+    teacher = str(run.settings.get('teacher', ''))
+    if not teacher:
+        return ''
+    text, recipe = f'`{teacher}`', teacher_recipe(teacher)
+    if 'teacher_accuracy' in run.numbers:
+        text += f' ({percent_of(run, "teacher_accuracy"):.2f} %)'
+    if recipe and not teacher.startswith('run:'):
+        text += f', by `{recipe}`'
+    return text
+
+
+def _student(run: Result) -> str:
+    "Name of the student, and what it began with."
+    name, start = run.settings.get('student', ''), run.settings.get('student_start')
+    return name if start in (None, 'random weights') else f'{name}, begins with {start}'
 
 # %% ../../nbs/lab/comparison_tables.ipynb #14c29f01
 def repeated_seeds(
@@ -327,7 +303,7 @@ def repeated_seeds(
 def other_rows(
     found: Sequence[Result],  # see `results`
 ) -> list[Row]:  # by recipe
-    "Students of runs that have no place in the comparison."
+    "Students of runs that are not part of the comparison."
     runs = [
         run
         for run in found
@@ -341,7 +317,7 @@ def other_rows(
             'seed': str(seed_of(run)),
             'T': f'{run.settings.get("temperature", math.nan):g}',
             'images': f'{run.numbers.get("images", 0):,}',
-            'updates': f'{run.numbers.get("updates", 0):,}',
+            'steps': f'{run.numbers.get("updates", 0):,}',
             'time': duration(run.seconds.get('total', 0) / 3600),
             'hardware': hardware(run),
         }
@@ -353,13 +329,12 @@ def results_text(
     found: Sequence[Result],  # see `results`
     scale: str | None = None,  # None takes both, full first
 ) -> str:  # many lines
-    "The comparison for a terminal: what there is, what is missing, what else was run."
+    "The comparison for a terminal: runs, missing runs, and runs that are not part of it."
     parts = []
     for each in (scale,) if scale else SCALES[::-1]:
-        cells = comparison(found, each)
+        cells, wanted = comparison(found, each), table_cells(each)
         if cells:
             parts.append(f'--- {each} scale ---\n\n' + sections(cells, text_table, '{}\n'))
-        wanted = table_cells(each)
         if cells or wanted:
             parts.append(missing_runs(cells, wanted, each).replace('`', ''))
     if again := repeated_seeds(found):
@@ -370,48 +345,39 @@ def results_text(
     others = [row for row in other_rows(found) if scale in (None, row['scale'])]
     if others:
         parts.append('--- other runs ---\n\n' + text_table(others))
-    rest = [
-        r for r in found if 'student_accuracy' not in r.numbers and scale in (None, r.scale)
-    ]
+    rest = [r for r in found if 'student_accuracy' not in r.numbers]
+    rest = [r for r in rest if scale in (None, r.scale)]
     if rest:
-        parts.append(
-            '--- without a student ---\n\n'
-            + text_table(
-                [
-                    {
-                        'run': r.recipe,
-                        'scale': r.scale,
-                        'time': duration(r.seconds.get('total', 0) / 3600),
-                        'numbers': mark_outdated(_summary(r), r),
-                    }
-                    for r in rest
-                ]
-            )
-        )
-    if (others or rest) and (
-        note := outdated_note([r for r in found if table_cell_of(r.settings) is None])
-    ):
+        parts.append('--- without a student ---\n\n' + text_table(list(map(_short, rest))))
+    outside = [r for r in found if table_cell_of(r.settings) is None]
+    if (others or rest) and (note := outdated_note(outside)):
         parts.append(note)
     return '\n\n'.join(parts)
 
 
-def _summary(run: Result) -> str:
-    "The first numbers of a run, in a line."
-    shown = [
-        (k, v)
+def _short(run: Result) -> Row:
+    "A run with its first numbers."
+    numbers = [
+        f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
         for k, v in run.numbers.items()
         if isinstance(v, (int, float)) and not isinstance(v, bool)
     ]
-    return ', '.join(
-        f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in shown[:4]
-    )
+    return {
+        'run': run.recipe,
+        'scale': run.scale,
+        'time': duration(run.seconds.get('total', 0) / 3600),
+        'numbers': mark_outdated(', '.join(numbers[:4]), run),
+    }
 
 # %% ../../nbs/lab/comparison_tables.ipynb #0ca7698a
 def results_command(
     folder: str | Path | None = None,  # of results; None takes `results_folder()`
     scale: str | None = None,  # 'quick' or 'full'; None takes both
 ) -> int:  # exit code
-    "`dfkd results`: print the comparison as it stands."
+    """`dfkd results --compare`: print the comparison.
+
+    Raises: `DFKDError` where there are no results.
+    """
     found = results(folder)
     if not found:
         raise DFKDError(

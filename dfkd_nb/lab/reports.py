@@ -398,7 +398,9 @@ def inspect_run(
     made_from = '' if manifest.get('checkpoint') else manifest.get('model', '')
     name = teacher or recipe.get('teacher', '') or made_from
     if not name:
-        raise DFKDError(f'{place} does not name the network of its images: name a teacher')
+        raise DFKDError(
+            f'{place} does not name the network of its images: name the teacher'
+        )
     network = name if isinstance(name, Teacher) else open_network(name, root, scale)
     images = open_images(place, network.domain)
     if real == 'auto':
