@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfkd_nb.dreams.statistics import batchnorm_layers
+from dfkd_nb.dreams.layers import batchnorm_layers
 from dfkd_nb.generators.generators import Generator
 from dfkd_nb.lab import timing
 from dfkd_nb.lab.bench import add_arguments, run

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ..dreams.inversion import DeepInversion, max_batch_size, rank_and_world_size
+from ..dreams.image_batch import rank_and_world_size
+from ..dreams.inversion import DeepInversion
+from ..dreams.memory import max_batch_size
 from .arguments import add_common_options, format_hours, positive_number
 from dfkd_nb.lab.dream_folder import (
     REQUEST,

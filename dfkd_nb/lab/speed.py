@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dreams.inversion import DeepInversion, activation_bytes, deepinversion_preset
+from ..dreams.inversion import DeepInversion, deepinversion_preset
+from ..dreams.layers import batchnorm_layers
+from ..dreams.memory import activation_bytes
 from ..dreams.priors import LossInputs
-from ..dreams.statistics import Watch, batchnorm_layers
+from ..dreams.statistics import Watch
 from .timing import compare_variants, count_step_flops
 from ..toolbox.core import seeded
 from ..toolbox.domains import DOMAINS
@@ -112,8 +114,8 @@ def make_loss(
         precision='bfloat16' if variant == 'bfloat16' else 'float32',
     )
     if variant == 'channels-last':
-        network: Any = made.extractor.network
-        made.extractor.network = network.to(memory_format=torch.channels_last)
+        network: Any = made.loss.extractor.network
+        made.loss.extractor.network = network.to(memory_format=torch.channels_last)
     if variant in ('folded', 'channels-last', 'compiled', 'bfloat16'):
         return lambda x, targets: made.loss(x, x, targets)
     extractor: Any = PlainExtractor(teacher, trainable=variant == 'plain')

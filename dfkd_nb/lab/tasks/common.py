@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
+from ...dreams.layers import batchnorm_layers
+from ...dreams.statistics import Statistics, Watch, feature_loss
 from ...foundations.distillation import Distiller
 from ..coverage import coverage, enclosed_area, precision_recall, principal_plane
 from ..runs import Run
