@@ -484,9 +484,7 @@ class AlternatingTrainer:
         self,
         # stop after so many steps of the student; None: to the end
         until: int | None = None,
-        # called every `log_every` steps of the student, and after every step of images;
-        # True
-        # stops
+        # called every `log_every` steps and after every step of images; True stops
         callback: Callable[['AlternatingTrainer'], bool | None] | None = None,
         log_every: int = 20,  # steps between two calls, and between rows of losses
         deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
