@@ -26,12 +26,7 @@ from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
 from ..toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import (
-    import_torchvision,
-    pick_device,
-    progress,
-    seeded,
-)
+from ..toolbox.core import import_torchvision, pick_device, progress, seeded
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
