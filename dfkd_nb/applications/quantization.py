@@ -39,6 +39,7 @@ from ..toolbox.sources import as_source
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/15_quantization.ipynb #17dd4f71
+#| code-fold: true
 class QuantizedNetwork(nn.Module):
     """A network whose convolutions and linear layers see rounded weights and inputs.
 
@@ -166,6 +167,7 @@ def _check_settings(
         )
 
 # %% ../../nbs/applications/15_quantization.ipynb #8db59e1a
+#| code-fold: true
 @torch.no_grad()
 def calibrate(
     network: QuantizedNetwork,  # its ranges are chosen anew
