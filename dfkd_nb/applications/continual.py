@@ -21,16 +21,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.inversion import DeepInversion, deepinversion_preset
-from ..foundations.distillation import distillation_loss, Distiller
+from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import autocast, DFKDError, import_torchvision, seeded
+from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles
 from ..toolbox.domains import Domain
-from ..toolbox.networks import capture_input, full_precision, in_eval_mode, logits_of, network_inputs
-from ..toolbox.sources import as_source, SourceLike
-from ..toolbox.teachers import check_network, Teacher
+from dfkd_nb.toolbox.networks import (
+    capture_input,
+    full_precision,
+    in_eval_mode,
+    logits_of,
+    network_inputs,
+)
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher, check_network
 
 # %% ../../nbs/applications/14_continual.ipynb #00310238
 def classifier_to_extend(

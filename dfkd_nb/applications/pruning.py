@@ -32,13 +32,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..foundations.distillation import distillation_loss, Distiller
-from ..toolbox.core import atomic_path, DFKDError, DFKDWarning, import_extra, load_tensors
+from ..foundations.distillation import Distiller, distillation_loss
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    DFKDWarning,
+    atomic_path,
+    import_extra,
+    load_tensors,
+)
 from ..toolbox.data import ImageSource
-from ..toolbox.domains import Domain, DOMAINS
+from ..toolbox.domains import DOMAINS, Domain
 from ..toolbox.models import build_model, count_parameters
-from ..toolbox.networks import in_eval_mode, load_weights, logits_of, save_weights, weights_dtype
-from ..toolbox.sources import as_source, SourceLike
+from dfkd_nb.toolbox.networks import (
+    in_eval_mode,
+    load_weights,
+    logits_of,
+    save_weights,
+    weights_dtype,
+)
+from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/13_pruning.ipynb #38ee441d
@@ -1608,7 +1620,8 @@ def fraction_recovered(
 @torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module,  # with BatchNorm layers; their running statistics are replaced
-    images: SourceLike,  # an `ImageSet` or what `as_source` makes one of; labels are not used
+    # an `ImageSet` or what `as_source` makes one of; labels are not used
+    images: SourceLike,
     # what the network expects; a `Teacher` or a set knows its own
     domain: Domain | None = None,
     batch_size: int = 100,  # images at a time

@@ -26,7 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..foundations.distillation import Distiller
-from ..toolbox.core import DFKDError, DFKDWarning, import_extra, load_tensors, save_tensors
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    DFKDWarning,
+    import_extra,
+    load_tensors,
+    save_tensors,
+)
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import Domain
 from ..toolbox.networks import in_eval_mode, logits_of

@@ -32,12 +32,20 @@ from ..generators import meta
 from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
 from ..toolbox.augmentation import Augment
-from ..toolbox.core import DFKDError, import_torchvision, load_tensors, pick_device, progress, save_tensors, seeded
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    import_torchvision,
+    load_tensors,
+    pick_device,
+    progress,
+    save_tensors,
+    seeded,
+)
 from ..toolbox.data import ImageSource
 from ..toolbox.datasets import data_root
 from ..toolbox.domains import Domain
 from ..toolbox.formats import decode_image
-from ..toolbox.models import build_model, CifarBlock
+from ..toolbox.models import CifarBlock, build_model
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
 from ..toolbox.teachers import Teacher
 

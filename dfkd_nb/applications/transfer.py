@@ -22,7 +22,7 @@ from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.domains import Domain
 from ..toolbox.evaluation import evaluate
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
-from ..toolbox.sources import as_source, SourceLike
+from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/12_transfer.ipynb #49b3e6d4

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .inversion import DeepInversion
 from .priors import LossInputs, Term
-from ..foundations.distillation import distillation_loss, Distiller
+from ..foundations.distillation import Distiller, distillation_loss
 from ..toolbox.core import DFKDError, random_state, restore_random_state, seeded
 from ..toolbox.data import EpochSampler, ImageSource, Sampler, validate_labels
 from ..toolbox.domains import Domain

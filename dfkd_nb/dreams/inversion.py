@@ -23,15 +23,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .priors import class_loss, l2_term, LossInputs, Objective, per_image_weight, Term, tv_term
+from dfkd_nb.dreams.priors import (
+    LossInputs,
+    Objective,
+    Term,
+    class_loss,
+    l2_term,
+    per_image_weight,
+    tv_term,
+)
 from .priors import jitter as shift
-from .statistics import batchnorm_layers, feature_term, fuse_statistics, Moments, Statistics, Watch
+from dfkd_nb.dreams.statistics import (
+    Moments,
+    Statistics,
+    Watch,
+    batchnorm_layers,
+    feature_term,
+    fuse_statistics,
+)
 from ..foundations.distillation import learning_rate_at
-from ..toolbox.core import autocast, DFKDError, load_checkpoint, pick_device, progress, RandomStreams, same_device, save_checkpoint
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    RandomStreams,
+    autocast,
+    load_checkpoint,
+    pick_device,
+    progress,
+    same_device,
+    save_checkpoint,
+)
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import Domain
 from ..toolbox.figures import tile
-from ..toolbox.networks import capture_input, classifier_layer, logits_of, weights_dtype
+from dfkd_nb.toolbox.networks import (
+    capture_input,
+    classifier_layer,
+    logits_of,
+    weights_dtype,
+)
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/05_inversion.ipynb #603bd6f0

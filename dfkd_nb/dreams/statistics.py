@@ -22,11 +22,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from .priors import _exact, LossInputs, Term
-from ..toolbox.core import DFKDError, DFKDWarning, load_tensors, progress, save_tensors
+from .priors import LossInputs, Term, _exact
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    DFKDWarning,
+    load_tensors,
+    progress,
+    save_tensors,
+)
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import Domain
-from ..toolbox.networks import in_eval_mode, logits_of, unwrap, why_no_hooks, why_sealed
+from dfkd_nb.toolbox.networks import (
+    in_eval_mode,
+    logits_of,
+    unwrap,
+    why_no_hooks,
+    why_sealed,
+)
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/04_statistics.ipynb #2040c560

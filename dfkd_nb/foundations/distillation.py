@@ -17,12 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..toolbox.augmentation import Augment, mixup
-from ..toolbox.core import autocast, DFKDError, pick_device, progress, RandomStreams, same_device
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    RandomStreams,
+    autocast,
+    pick_device,
+    progress,
+    same_device,
+)
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import Domain
-from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs, weights_dtype
-from ..toolbox.sources import as_source, SourceLike
-from ..toolbox.teachers import check_network, Teacher
+from dfkd_nb.toolbox.networks import (
+    full_precision,
+    in_eval_mode,
+    logits_of,
+    network_inputs,
+    weights_dtype,
+)
+from ..toolbox.sources import SourceLike, as_source
+from ..toolbox.teachers import Teacher, check_network
 
 # %% ../../nbs/foundations/01_distillation.ipynb #14dee959
 def soften(

@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dreams.priors import LossInputs
-from ..dreams.statistics import _Observed, batchnorm_layers, FusedBatchNorm, FusedTeacher
+from dfkd_nb.dreams.statistics import (
+    FusedBatchNorm,
+    FusedTeacher,
+    _Observed,
+    batchnorm_layers,
+)
 from .generators import GeneratorSynthesizer
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import DFKDError, seeded

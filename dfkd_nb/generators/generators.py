@@ -17,13 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..dreams.competition import jensen_shannon, Turns
+from ..dreams.competition import Turns, jensen_shannon
 from ..dreams.inversion import FEATURE_TERMS, FeatureExtractor
-from ..dreams.priors import class_loss, LossInputs, Objective, Term, tv_term
+from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
 from ..foundations.distillation import Distiller
 from ..toolbox.augmentation import Augment
-from ..toolbox.core import autocast, DFKDError, pick_device, RandomStreams, same_device, seeded
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    RandomStreams,
+    autocast,
+    pick_device,
+    same_device,
+    seeded,
+)
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import Domain
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.priors import LossInputs, Term
 from ..dreams.statistics import RunningStatistics, Statistics
-from .generators import _hand_over, GeneratorSynthesizer
+from .generators import GeneratorSynthesizer, _hand_over
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import DFKDError
 from ..toolbox.teachers import Teacher

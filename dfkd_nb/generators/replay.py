@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from ..dreams.priors import LossInputs, Term
 from ..foundations.distillation import Distiller
 from . import meta
-from .generators import Alternation, DISTANCES, student_logits_of
+from .generators import DISTANCES, Alternation, student_logits_of
 from ..toolbox.core import DFKDError, load_tensors, pick_device, save_tensors
-from ..toolbox.data import EpochSampler, ImageSet, ImageSource, Sampler, validate_labels
+from dfkd_nb.toolbox.data import (
+    EpochSampler,
+    ImageSet,
+    ImageSource,
+    Sampler,
+    validate_labels,
+)
 from ..toolbox.domains import Domain
 from ..toolbox.figures import COLOURS
 from ..toolbox.networks import full_precision, in_eval_mode

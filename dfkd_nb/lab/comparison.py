@@ -23,7 +23,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .runs import DFKDError, find_task, mark_outdated, outdated_note, Recipe, recipe_names, Result, results, results_folder, SCALES
+from dfkd_nb.lab.runs import (
+    SCALES,
+    DFKDError,
+    Recipe,
+    Result,
+    find_task,
+    mark_outdated,
+    outdated_note,
+    recipe_names,
+    results,
+    results_folder,
+)
 
 # %% ../../nbs/lab/21_comparison.ipynb #d97a0a07
 @dataclass(frozen=True)

@@ -30,15 +30,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dreams.competition import coverage, density, enclosed_area, k_nearest, precision_recall, principal_plane
-from ..dreams.statistics import measure_moments, Statistics
+from dfkd_nb.dreams.competition import (
+    coverage,
+    density,
+    enclosed_area,
+    k_nearest,
+    precision_recall,
+    principal_plane,
+)
+from ..dreams.statistics import Statistics, measure_moments
 from .runs import open_teacher
-from ..toolbox.core import atomic_path, DFKDError, DFKDWarning, import_torchvision, progress, seeded
+from dfkd_nb.toolbox.core import (
+    DFKDError,
+    DFKDWarning,
+    atomic_path,
+    import_torchvision,
+    progress,
+    seeded,
+)
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles, load_data, read_folder
-from ..toolbox.domains import Domain, DOMAINS, resize_images
+from ..toolbox.domains import DOMAINS, Domain, resize_images
 from ..toolbox.evaluation import wilson
-from ..toolbox.figures import book_style, COLOURS
+from ..toolbox.figures import COLOURS, book_style
 from ..toolbox.formats import read_parquet
 from ..toolbox.models import build_model
 from ..toolbox.networks import capture_input, network_inputs

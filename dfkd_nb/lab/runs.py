@@ -1542,7 +1542,7 @@ def open_teacher(
     from dfkd_nb.toolbox.domains import DOMAINS
     from dfkd_nb.toolbox.models import build_model
     from dfkd_nb.toolbox.networks import load_weights
-    from dfkd_nb.toolbox.teachers import load_teacher, Teacher
+    from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
     if not name.startswith('run:'):
         return load_teacher(name)
@@ -1984,7 +1984,7 @@ def describe_images(
     "What can be said of images without any real one."
     import torch
 
-    from dfkd_nb.dreams.statistics import batchnorm_layers, feature_loss, Statistics, Watch
+    from dfkd_nb.dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
 
     assert images.labels is not None
     teacher.domain.check_classes(images.domain)
@@ -2018,7 +2018,12 @@ def coverage_metrics(
     """
     import torch
 
-    from dfkd_nb.dreams.competition import coverage, enclosed_area, precision_recall, principal_plane
+    from dfkd_nb.dreams.competition import (
+        coverage,
+        enclosed_area,
+        precision_recall,
+        principal_plane,
+    )
 
     # a test set may be files
     first = (some.fetch(torch.arange(min(limit, len(some)))) for some in (images, test))
