@@ -372,11 +372,11 @@ def test_parquet_as_the_hub_has_it(own):
 @pytest.mark.parametrize('kind', ['png', 'parquet'])
 def test_invert_stops_and_goes_on_to_the_same_bits(own, monkeypatch, kind):
     "Stopped after every few updates, in and between batches."
-    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.dreams.inversion import DeepInversion
 
     again = [*BATCHES, '--format', kind, '--out', 'pieces', '--resume']
     assert own(*BATCHES, '--format', kind, '--out', 'whole')[0] == 0
-    step, left = Batches.step, [0]
+    step, left = DeepInversion.step, [0]
 
     def counted(self):
         step(self)
@@ -384,7 +384,7 @@ def test_invert_stops_and_goes_on_to_the_same_bits(own, monkeypatch, kind):
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Batches, 'step', counted)
+    monkeypatch.setattr(DeepInversion, 'step', counted)
     stops = 0
     for updates in (1, 2, 3, 4, 99):
         left[0] = updates
@@ -424,7 +424,7 @@ def test_stopped_before_the_first_update(own):
 
 
 def test_an_interruption_says_what_is_kept(own, monkeypatch):
-    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.lab import commands
 
     def interrupt(*arguments, **keywords):
@@ -435,7 +435,7 @@ def test_an_interruption_says_what_is_kept(own, monkeypatch):
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert code == 130 and 'before anything was saved' in err and '--resume' not in err
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, 'step', interrupt)
+        patch.setattr(DeepInversion, 'step', interrupt)
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert (
             code == 3 and 'the batch in hand is kept in dreams' in err and '--resume' in err

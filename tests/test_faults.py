@@ -806,9 +806,9 @@ def test_invert_without_a_network(fails, monkeypatch, tmp_path):
 @pytest.fixture
 def stopped(own, monkeypatch):
     "A command, and its folder with the first batch finished and the second begun."
-    from dfkd_nb.dreams.inversion import Batches
+    from dfkd_nb.dreams.inversion import DeepInversion
 
-    left, step = [3], Batches.step
+    left, step = [3], DeepInversion.step
 
     def interrupted(self):
         if not left[0]:
@@ -818,7 +818,7 @@ def stopped(own, monkeypatch):
 
     command = [*own, '--n', '6', '--set', 'synthesis_batch_size=2']
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, 'step', interrupted)
+        patch.setattr(DeepInversion, 'step', interrupted)
         assert main([*command, '--save-every', '1e-9']) == 3
     names = sorted(path.name for path in Path('dreams').iterdir())
     assert names == [

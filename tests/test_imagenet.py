@@ -128,7 +128,12 @@ def test_an_update_changes_every_image(small):
     )
     maker.start(2, ['zebra', 417])
     maker.step()
-    assert maker.targets.tolist() == [340, 417] and maker.dream.x.shape == (2, 3, 32, 32)
+    assert maker.plan.targets.tolist() == [340, 417] and maker.image_batch.x.shape == (
+        2,
+        3,
+        32,
+        32,
+    )
     maker.step()
     images = maker.images
     assert images.images.shape == (2, 3, 64, 64) and images.labels.tolist() == [340, 417]

@@ -96,7 +96,7 @@ def test_targets_are_balanced_by_default(teacher):
 def test_batches_are_even_and_bounded(teacher):
     maker = make(teacher, batch_size=8)
     maker.start(17)
-    assert maker.sizes == [6, 6, 5]
+    assert maker.plan.sizes == [6, 6, 5]
 
 
 def test_the_loss_falls(teacher):
@@ -109,7 +109,7 @@ def test_the_loss_falls(teacher):
         tv_l2=2.5e-5,
         feature_weight=10.0,
     )
-    maker.synthesize(20, every=1)
+    maker.synthesize(20, log_every=1)
     assert maker.history[-1]['total'] < 0.6 * maker.history[0]['total']
     assert maker.history[-1]['class'] < maker.history[0]['class']
     assert set(maker.history[0]) == {
@@ -132,8 +132,8 @@ def test_the_rate_follows_its_schedule_in_every_stage(teacher):
     maker, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule='cosine'), []
     maker.start(4)
     for _ in range(5):
-        maker.dream = maker.dream or maker._begin()
-        dream = maker.dream
+        maker.image_batch = maker.image_batch or maker._next_batch()
+        dream = maker.image_batch
         maker.step()
         rates.append(dream.optimizer.param_groups[0]['lr'])
     expected = [
@@ -154,8 +154,8 @@ def test_presets_differ_in_weights_alone(teacher):
     assert all(
         k.startswith('weight of ') for k in a if a[k] != c.get(k) or b.get(k) != c.get(k)
     )
-    assert make(teacher, **deepinversion_preset('noise')).names == ['total', 'class']
-    assert make(teacher, **deepinversion_preset('deepdream')).names == [
+    assert make(teacher, **deepinversion_preset('noise')).loss_names == ['total', 'class']
+    assert make(teacher, **deepinversion_preset('deepdream')).loss_names == [
         'total',
         'class',
         'tv_l2',
@@ -173,7 +173,7 @@ def test_the_teacher_is_not_changed(teacher):
 def test_images_are_copies(teacher):
     maker = make(teacher, batch_size=4)
     seen = []
-    maker.synthesize(8, callback=lambda now: seen.append(now.images), every=4)
+    maker.synthesize(8, callback=lambda now: seen.append(now.images), log_every=4)
     # not one tensor, six times over
     assert [bool((a != b).any()) for a, b in pairwise(seen)].count(True) >= 4
     first = maker.images
@@ -184,7 +184,7 @@ def test_images_are_copies(teacher):
 
 def test_images_asked_for_too_late_are_refused(teacher):
     kept = []
-    make(teacher).synthesize(4, callback=kept.append, every=3)
+    make(teacher).synthesize(4, callback=kept.append, log_every=3)
     with pytest.raises(DFKDError, match='inside the callback'):
         kept[0].images  # noqa: B018
     assert kept[-1].images.shape == (4, 1, 8, 8)  # the finished ones stay
@@ -197,7 +197,7 @@ def test_callback_is_told_where_it_stands(teacher):
         callback=lambda now: rows.append(
             (now.batch, now.batches, now.step, now.steps, now.labels.tolist())
         ),
-        every=6,
+        log_every=6,
     )
     assert rows == [
         (0, 2, 6, 12, [0, 1, 2, 3]),
@@ -209,9 +209,9 @@ def test_callback_is_told_where_it_stands(teacher):
 
 def test_callback_that_returns_true_stops_and_run_goes_on(teacher):
     maker = make(teacher)
-    assert len(maker.synthesize(8, callback=lambda now: now.batch == 1, every=4)) == 4
+    assert len(maker.synthesize(8, callback=lambda now: now.batch == 1, log_every=4)) == 4
     assert not maker.finished
-    assert torch.equal(maker.run(every=4).images, make(teacher).synthesize(8).images)
+    assert torch.equal(maker.run(log_every=4).images, make(teacher).synthesize(8).images)
 
 
 class Interrupted(Exception):
@@ -229,7 +229,7 @@ class Interrupted(Exception):
 )
 def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, settings):
     whole = make(teacher, **settings)
-    wanted = whole.synthesize(10, every=3)
+    wanted = whole.synthesize(10, log_every=3)
     for cut in range(1, 13, 3):
         path, calls = tmp_path / f'{cut}.pt', []
 
@@ -240,10 +240,10 @@ def test_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path, setting
 
         with pytest.raises(Interrupted):
             make(teacher, **settings).synthesize(
-                10, checkpoint=path, callback=callback, every=3
+                10, checkpoint=path, callback=callback, log_every=3
             )
         again = make(teacher, **settings)
-        found = again.synthesize(10, checkpoint=path, every=3)
+        found = again.synthesize(10, checkpoint=path, log_every=3)
         assert torch.equal(found.images, wanted.images) and torch.equal(
             found.labels, wanted.labels
         )
@@ -264,7 +264,7 @@ from test_inversion import make, network, DIGITS
 from dfkd_nb.toolbox.teachers import Teacher
 def callback(now):
     if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
-make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, every=1, save_every=0.)
+make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, log_every=1, save_every=0.)
 """
     assert subprocess.run([sys.executable, '-c', script]).returncode == -9
     assert load_checkpoint(tmp_path / 'c.pt')['batch'] == 1
@@ -344,7 +344,7 @@ def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
     now = {'batch': 0}
     maker = make(teacher, terms={'poison': (1.0, poison)})
     with pytest.raises(
-        DFKDError, match="'poison' is nan at update 1 of batch 2.*lower learning_rate"
+        DFKDError, match="'poison' is nan at step 1 of batch 2.*lower learning_rate"
     ) as caught:
         maker.synthesize(
             8,
@@ -355,7 +355,7 @@ def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
         )
     assert '\n' not in str(caught.value)
     assert len(maker.images) == 4
-    assert len(load_checkpoint(tmp_path / 'c.pt')['parts'][0]) == 4
+    assert len(load_checkpoint(tmp_path / 'c.pt')['images'][0]) == 4
 
 
 def test_stages_grow_by_nearest_neighbours(teacher):
@@ -370,13 +370,13 @@ def test_stages_grow_by_nearest_neighbours(teacher):
     maker.start(4)
     for _ in range(3):
         maker.step()
-    small = maker.dream.x.detach().clone()
-    assert small.shape == (4, 1, 4, 4) and maker.dream.images().shape == (4, 1, 8, 8)
-    seen = maker.dream.look_at()
+    small = maker.image_batch.x.detach().clone()
+    assert small.shape == (4, 1, 4, 4) and maker.image_batch.images().shape == (4, 1, 8, 8)
+    seen = maker.image_batch.augmented()
     assert seen.shape == (4, 1, 8, 8) and torch.equal(
         seen, small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     )
-    assert maker.dream.optimizer.state == {}  # a new Adam for new pixels
+    assert maker.image_batch.optimizer.state == {}  # a new Adam for new pixels
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_clipping_keeps_pixels_printable(teacher):
         maker.start(4)
         for _ in range(3):
             maker.step()
-        x = DIGITS.from_pixels(maker.dream.x)
+        x = DIGITS.from_pixels(maker.image_batch.x)
         assert bool(((x >= low - 1e-6) & (x <= high + 1e-6)).all()) == clip
 
 
@@ -416,8 +416,8 @@ def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
         plain, 0.2 * torch.randn(64, 1, 8, 8), layers=['model.0', 'model.3'], at='output'
     )
     maker = make(plain, statistics=measured, steps=30, class_weight=0.0, tv_l2=0.0)
-    assert not maker.look.fused
-    maker.synthesize(4, every=1)
+    assert not maker.extractor.fused
+    maker.synthesize(4, log_every=1)
     assert maker.history[-1]['features'] < maker.history[0]['features']
 
 
@@ -462,7 +462,7 @@ BAD = {
     'half on the CPU': ({'precision': 'float16'}, 'needs CUDA'),
     'device': ({'device': 'abacus'}, 'unknown device'),
     'last stage': ({'stages': [(4, 10)]}, 'the last stage'),
-    'empty stage': ({'stages': [(4, 0), (8, 1)]}, '0 updates'),
+    'empty stage': ({'stages': [(4, 0), (8, 1)]}, '0 steps'),
     'tiny stage': ({'stages': [(1, 1), (8, 1)]}, '1 x 1'),
     'nothing to want': (deepinversion_preset('noise') | {'class_weight': 0.0}, 'no term'),
 }
@@ -482,7 +482,7 @@ def test_bad_settings_are_one_clear_line(teacher, settings, message):
         (4, 10, 'class 10'),
         (4, ['x'], "'x'"),
         (4, [-1], '-1'),
-        (4, [], 'no class'),
+        (4, [], 'no target class'),
         (4, [0.5], '0.5'),
     ],
 )
@@ -513,9 +513,56 @@ def test_stages_and_wishes_by_hand():
     assert target_classes(3, torch.tensor([2, 1]), DIGITS).tolist() == [2, 1, 2]
 
 
-def test_nothing_started_says_so(teacher):
-    with pytest.raises(DFKDError, match='start'):
-        make(teacher).step()
+def next_batch(maker):
+    while not maker.batch_done:
+        maker.step()
+    return maker.pop()
+
+
+def test_a_batch_at_a_time_without_a_plan(teacher):
+    "Whole batches without end, classes in turn; `pop` hands each over once."
+    maker = make(teacher)
+    with pytest.raises(DFKDError, match='no batch is complete'):
+        maker.pop()
+    batches = [next_batch(maker) for _ in range(3)]
+    images = make(teacher).synthesize(12)
+    assert torch.equal(torch.cat([batch.images for batch in batches]), images.images)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), images.labels)
+    assert not maker.batch_done and len(maker.images) == 0
+    maker.start(4)
+    next_batch(maker)
+    with pytest.raises(DFKDError, match='all planned images are made'):
+        maker.step()
+
+
+def test_a_round_has_random_noise_of_its_own(teacher):
+    maker = make(teacher)
+    first = next_batch(maker)
+    rounds = []
+    for index in (0, 1):
+        maker.begin_round(index, competing=bool(index))
+        rounds.append(next_batch(maker))
+    assert torch.equal(first.images, make(teacher).synthesize(4).images)
+    assert torch.equal(rounds[0].labels, torch.tensor([4, 5, 6, 7]))  # classes go on
+    assert torch.equal(rounds[1].labels, torch.tensor([8, 9, 0, 1]))
+    again = make(teacher, seed=100_003 * 0 + 1).synthesize(4, [8, 9, 0, 1])
+    assert torch.equal(rounds[1].images, again.images)  # seed * 100_003 + round
+
+
+def test_a_round_resumes_to_the_same_bits(teacher):
+    "In the middle of its second batch, with the first not yet taken."
+    whole, other = make(teacher), make(teacher)
+    whole.begin_round(3, True)
+    for _ in range(17):
+        whole.step()
+    other.load_state_dict(whole.state_dict())
+    for maker in (whole, other):
+        for _ in range(12):
+            maker.step()
+    for _ in range(2):
+        one, two = whole.pop(), other.pop()
+        assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels)
+    assert not whole.batch_done and not other.batch_done
 
 
 def test_film_is_small_and_needs_nothing():
@@ -541,9 +588,9 @@ def test_explorer_without_a_browser(teacher):
     inputs.go.click()  # stop
     inputs.wait()
     assert inputs.error is None and not inputs.running and inputs.go.description == 'start'
-    stopped = inputs.dreamer.done
+    stopped = inputs.dreamer.steps_done
     assert 0 < stopped <= 40 and inputs.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
-    assert inputs.dreamer.targets.tolist() == [3, 7, 3, 7]
+    assert inputs.dreamer.plan.targets.tolist() == [3, 7, 3, 7]
     inputs.go.click()  # on to the end
     inputs.wait()
     assert inputs.dreamer.finished and '40 of 40' in inputs.status.value
@@ -615,7 +662,7 @@ def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
     inside = Teacher(Scaled(teacher.model, DIGITS), wide)
     quick = {'steps': 10, 'tv_l2': 0.1, 'l2': 0.01} | settings
     a, b = make(teacher, **quick), make(inside, **quick)
-    one, other = (maker.synthesize(8, every=1).images.int() for maker in (a, b))
+    one, other = (maker.synthesize(8, log_every=1).images.int() for maker in (a, b))
     assert (one - other).abs().max() <= 1
     assert one.float().std() > 20  # neither is black nor grey
     for row, twin in zip(a.history, b.history):
@@ -647,7 +694,7 @@ def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
         l2=0.0,
     )
     maker.start(4)
-    x = maker._begin().x.detach().clone().double()
+    x = maker._next_batch().x.detach().clone().double()
     net, targets = Teacher(teacher.model, DIGITS).double(), torch.arange(4)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for step in range(1, 5):
@@ -661,11 +708,11 @@ def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
             - 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         ).detach()
         maker.step() if step < 4 else None
-    seen = maker.dream.x.detach()
+    seen = maker.image_batch.x.detach()
     maker.step()
     assert (seen - x).abs().max() <= 0.11  # one step behind
     assert (
-        maker._parts[0].float() - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()
+        maker._finished[0].float() - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()
     ).abs().max() <= 1
 
 
@@ -674,7 +721,7 @@ def shifts(maker, looks=200):
 
     Largest shift down or right, and share of mirrored looks.
     """
-    dream = maker.dream or maker._begin()
+    dream = maker.image_batch or maker._next_batch()
     size = dream.x.shape[-1]
     with torch.no_grad():
         dream.x.zero_()
@@ -684,7 +731,7 @@ def shifts(maker, looks=200):
         dream.x[..., size // 2, size // 2 + 1] = 3
     far, mirrored = 0, 0
     for _ in range(looks):
-        seen = dream.look_at()[0, 0]
+        seen = dream.augmented()[0, 0]
         row, column = (seen == 1).nonzero()[0].tolist()
         far = max(far, min((row - size // 2) % size, (size // 2 - row) % size))
         mirrored += int((seen == 3).nonzero()[0][1] != (column + 1) % size)
@@ -712,12 +759,12 @@ def test_the_scaler_of_half_precision_is_kept_up(teacher):
     """
     maker = make(teacher)
     maker.start(4)
-    dream = maker._begin()
+    dream = maker._next_batch()
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0, growth_interval=1)
-    dream.update(dream.x.square().sum(), scaler)
+    dream.step(dream.x.square().sum(), scaler)
     assert scaler.get_scale() == 8.0
     before = dream.x.detach().clone()
-    dream.update((dream.x * float('inf')).sum(), scaler)
+    dream.step((dream.x * float('inf')).sum(), scaler)
     assert scaler.get_scale() == 4.0 and torch.equal(dream.x, before)
 
 
@@ -751,7 +798,7 @@ def test_a_compiled_update_is_the_update(teacher, monkeypatch):
     }
     compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
     for maker in (compiled, eager):
-        maker.synthesize(6, every=1)
+        maker.synthesize(6, log_every=1)
     assert len(graphs) == 2  # one whole graph a size
     for row, wanted in zip(compiled.history, eager.history, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
@@ -861,7 +908,8 @@ def test_a_batch_too_small_for_the_network_is_said():
         nn.Linear(4, 10),
     )
     with pytest.raises(
-        DFKDError, match='a batch of 1 is too small for this network.*dream more images'
+        DFKDError,
+        match='a batch of 1 is too small for this network.*synthesize more images',
     ):
         make(
             Teacher(nn.Sequential(*layers), DIGITS), feature_weight=0.0, batch_size=1
@@ -898,7 +946,7 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
 
         begin()
         with pytest.raises(Interrupted):
-            maker().synthesize(8, checkpoint=path, callback=callback, every=4)
+            maker().synthesize(8, checkpoint=path, callback=callback, log_every=4)
         torch.rand(7), np.random.rand(), random.random()  # another process, other draws
         assert torch.equal(maker().synthesize(8, checkpoint=path).images, whole.images)
 
@@ -918,7 +966,7 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     maker.start(8)
     for _ in range(5):  # four at half the size, one at full size
         maker.step()
-    assert maker.work_done == 2 * 64
+    assert maker.pixel_steps_done == 2 * 64
     amounts = []
     plain_update = plain(total=1).__class__.update
     monkeypatch.setattr(
@@ -926,7 +974,7 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
         'update',
         lambda bar, n=1: (amounts.append(n), plain_update(bar, n))[1],
     )
-    maker.run(callback=lambda now: shares.append(now.share) and None, every=1)
+    maker.run(callback=lambda now: shares.append(now.fraction) and None, log_every=1)
     assert bars[0].total == 2 * 4 * 64 and bars[0].initial == 2 * 64
     assert amounts == [64, 64, 16, 16, 16, 16, 64, 64, 64]
     assert shares == [3 / 4, 1, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 2 / 4, 3 / 4, 1]

@@ -57,7 +57,7 @@ def test_a_student_answers_to_what_the_teacher_saw(teacher):
     assert views[0].student_logits.requires_grad  # the image feels it
     first = make(teacher, steps=1)  # the same seed: the same noise
     first.start(4)
-    noise = first._begin().x.detach()
+    noise = first._next_batch().x.detach()
     with torch.no_grad():
         torch.testing.assert_close(
             views[0].student_logits.detach(), student.eval()(DIGITS.from_pixels(noise))
@@ -98,7 +98,7 @@ def test_a_student_of_another_domain_is_refused(teacher):
 def test_a_checkpoint_knows_its_student(teacher, tmp_path):
     path = tmp_path / 'dream.pt'
     make(teacher, student=other()).synthesize(
-        8, checkpoint=path, callback=lambda now: True, every=3
+        8, checkpoint=path, callback=lambda now: True, log_every=3
     )
     changed = other()
     with torch.no_grad():
@@ -176,9 +176,9 @@ def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
         target_embeddings=torch.zeros(8, 8),
         checkpoint=path,
         callback=lambda now: True,
-        every=3,
+        log_every=3,
     )
-    with pytest.raises(DFKDError, match='target_embeddings'):
+    with pytest.raises(DFKDError, match='target embeddings'):
         make(teacher, **quick).synthesize(
             8, target_embeddings=torch.ones(8, 8), checkpoint=path
         )
@@ -327,7 +327,7 @@ def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, 
         maker.compete_with(other())
         maker.compete_with(student, theirs)
     maker.start(4)
-    noise = maker._begin().x.detach()
+    noise = maker._next_batch().x.detach()
     maker.step()
     inside = views[0].student_logits.detach()
     with torch.no_grad():
@@ -354,7 +354,7 @@ def test_a_student_of_other_images_or_classes_is_refused(teacher):
 def test_a_checkpoint_knows_the_students_normalisation(teacher, tmp_path):
     path, theirs = tmp_path / 'dream.pt', replace(DIGITS, mean=(0.0,), std=(1.0,))
     make(teacher, student=other()).synthesize(
-        8, checkpoint=path, callback=lambda now: True, every=3
+        8, checkpoint=path, callback=lambda now: True, log_every=3
     )
     with pytest.raises(DFKDError, match='another teacher, student'):
         make(teacher, student=other(), student_domain=theirs).synthesize(8, checkpoint=path)

@@ -167,8 +167,8 @@ def test_any_network_with_a_linear_head(name, domain, width):
     assert found.centroids.shape == (2, width)
     target_embeddings, labels, _ = found.sample(4)
     assert labels.tolist() == [0, 1, 0, 1]
-    made = ActivationMatching(teacher, found, steps=2, **CPU).seek(
-        target_embeddings, labels
+    made = ActivationMatching(teacher, found, steps=2, **CPU).synthesize(
+        len(labels), labels, target_embeddings=target_embeddings
     )
     assert made.images.shape == (4, *domain.shape) and torch.equal(made.labels, labels)
 
@@ -406,7 +406,7 @@ def test_goals_are_reached(teacher, metadata):
         embedding_distance(
             teacher,
             ActivationMatching(teacher, metadata, steps=steps, **CPU)
-            .seek(target_embeddings, labels)
+            .synthesize(len(labels), labels, target_embeddings=target_embeddings)
             .images,
             target_embeddings,
         ).mean()
@@ -417,8 +417,8 @@ def test_goals_are_reached(teacher, metadata):
 
 def test_batches_keep_goals_and_labels_together(teacher, metadata):
     target_embeddings, labels, _ = metadata.sample(10)
-    made = ActivationMatching(teacher, metadata, steps=60, batch_size=4, **CPU).seek(
-        target_embeddings, labels
+    made = ActivationMatching(teacher, metadata, steps=60, batch_size=4, **CPU).synthesize(
+        len(labels), labels, target_embeddings=target_embeddings
     )
     assert torch.equal(made.labels, labels)
     own = embedding_distance(teacher, made.images, target_embeddings)
@@ -431,21 +431,32 @@ def test_images_can_start_elsewhere(teacher, metadata, digits):
     target_embeddings, labels = metadata.sample(10)[:2]
     made = ActivationMatching(
         teacher, metadata, steps=1, batch_size=4, learning_rate=0.01, **CPU
-    ).seek(target_embeddings, labels, first)
+    ).synthesize(
+        len(labels),
+        labels,
+        target_embeddings=target_embeddings,
+        initial_images=first,
+    )
     # a step of 0.01 * 0.25 * 255
     assert (made.images.int() - first.int()).abs().max() <= 1
     with pytest.raises(DFKDError, match='3 images to start from'):
-        ActivationMatching(teacher, metadata, steps=1, **CPU).seek(
-            target_embeddings, labels, first[:3]
+        ActivationMatching(teacher, metadata, steps=1, **CPU).synthesize(
+            len(labels),
+            labels,
+            target_embeddings=target_embeddings,
+            initial_images=first[:3],
         )
     with pytest.raises(DFKDError, match='use one stage'):
-        ActivationMatching(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).seek(
-            target_embeddings, labels, first
+        ActivationMatching(teacher, metadata, stages=[(4, 1), (8, 1)], **CPU).synthesize(
+            len(labels),
+            labels,
+            target_embeddings=target_embeddings,
+            initial_images=first,
         )
 
 
 def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
-    seeker = ActivationMatching(teacher, metadata, steps=1, **CPU)
+    matching = ActivationMatching(teacher, metadata, steps=1, **CPU)
     for mistake, message in (
         (lambda: nearest_points(torch.zeros(2, 8), torch.zeros(3, 7)), 'of the same layer'),
         (lambda: nearest_points(torch.zeros(8), torch.zeros(3, 8)), 'of the same layer'),
@@ -461,9 +472,9 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
             lambda: embedding_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
             'one goal an image',
         ),
-        (lambda: traverse_component(seeker, metadata, []), 'give one or more of 0 to'),
+        (lambda: traverse_component(matching, metadata, []), 'give one or more of 0 to'),
         (
-            lambda: traverse_component(seeker, metadata, [len(metadata)]),
+            lambda: traverse_component(matching, metadata, [len(metadata)]),
             'give one or more of 0 to',
         ),
     ):
@@ -487,13 +498,13 @@ def test_a_stop_in_the_middle_changes_nothing(teacher, metadata, tmp_path):
         target_embeddings=target_embeddings,
         checkpoint=tmp_path / 'c.pt',
         callback=lambda now: (now.batch, now.step) == (1, 3),
-        every=3,
+        log_every=3,
     )
     rest = make().synthesize(
         8, labels, target_embeddings=target_embeddings, checkpoint=tmp_path / 'c.pt'
     )
     assert torch.equal(whole.images, rest.images)
-    with pytest.raises(DFKDError, match='target_embeddings'):
+    with pytest.raises(DFKDError, match='target embeddings'):
         make().synthesize(
             8, labels, target_embeddings=target_embeddings + 1, checkpoint=tmp_path / 'c.pt'
         )
@@ -512,18 +523,20 @@ def test_the_front_door(teacher, metadata):
 
 
 def test_the_paper_asks_for_the_goal_alone(teacher, metadata):
-    seeker = ActivationMatching(teacher, metadata, **CPU)
-    assert {name for name, weight in seeker.objective.weights.items() if weight} == {'goal'}
+    matching = ActivationMatching(teacher, metadata, **CPU)
+    assert {name for name, weight in matching.objective.weights.items() if weight} == {
+        'embedding'
+    }
     assert (
-        seeker.steps,
-        seeker.pixel_settings['learning_rate'],
-        seeker.pixel_settings['jitter'],
+        matching.steps,
+        matching.pixel_settings['learning_rate'],
+        matching.pixel_settings['jitter'],
     ) == (500, 0.05, 0)
     assert activation_matching_preset('book')['feature_weight'] > 0
 
 
 def test_further_terms_join(teacher, metadata):
-    seeker = ActivationMatching(
+    matching = ActivationMatching(
         teacher,
         metadata,
         steps=2,
@@ -531,8 +544,8 @@ def test_further_terms_join(teacher, metadata):
         **CPU,
     )
     target_embeddings, labels, _ = metadata.sample(2)
-    seeker.seek(target_embeddings, labels)
-    assert {'goal', 'dark'} <= seeker.history[-1].keys()
+    matching.synthesize(len(labels), labels, target_embeddings=target_embeddings)
+    assert {'embedding', 'dark'} <= matching.history[-1].keys()
 
 
 def test_a_walk_passes_the_centroid(teacher, metadata):

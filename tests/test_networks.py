@@ -287,7 +287,7 @@ def test_any_layer_can_be_measured_saved_and_dreamed_with(case, tmp_path):
         **only,
     )
     maker.start(4)
-    maker.run(every=1)
+    maker.run(log_every=1)
     paid = [row['features'] for row in maker.history]
     assert paid[-1] < paid[0] and maker.images.images.shape == (4, *where.shape)
 

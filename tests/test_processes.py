@@ -75,11 +75,11 @@ def workers(
             }
             from torch.distributed import distributed_c10d
 
-            from dfkd_nb.dreams.inversion import Batches
+            from dfkd_nb.dreams.inversion import DeepInversion
             from dfkd_nb.lab.commands import DreamWorker, main
 
             if rank == killed:
-                Batches.step = dying_after(9, Batches.step)
+                DeepInversion.step = dying_after(9, DeepInversion.step)
             if late is not None:
                 distributed_c10d.default_pg_timeout = timedelta(seconds=1)
             if rank == late:

@@ -491,7 +491,7 @@ class Competition(Turns):
         began = time.perf_counter()
         if not self.dreaming:
             self._begin_round()
-        self.maker.run(callback=tick, every=every, deadline=deadline)
+        self.maker.run(callback=tick, log_every=every, deadline=deadline)
         if self.maker.finished:
             self._end_round()
         self.seconds += time.perf_counter() - began

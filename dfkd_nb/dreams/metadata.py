@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'cluster_vectors', 'merge_small', 'principal_components', '
 
 # %% ../../nbs/dreams/07_metadata.ipynb #746e8a0c
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .inversion import DeepInversion, ImageBatch
+from .inversion import BatchPlan, DeepInversion, ImageBatch, target_classes
 from .priors import LossInputs
 from ..toolbox.core import DFKDError, load_tensors, save_tensors
 from ..toolbox.data import ImageSet, ImageSource, validate_labels
@@ -522,6 +523,8 @@ class ActivationMatching(DeepInversion):
     images than noise.
     """
 
+    initial_pixels: Tensor | None  # of the images to start from
+
     def __init__(
         self,
         teacher: Teacher,  # on which the metadata was measured
@@ -531,54 +534,82 @@ class ActivationMatching(DeepInversion):
         **settings: Any,
     ) -> None:
         metadata.check(teacher)
-        terms = {'goal': (1.0, embedding_term)} | dict(settings.pop('terms', None) or {})
+        terms = {'embedding': (1.0, embedding_term)} | dict(
+            settings.pop('terms', None) or {}
+        )
+        self.metadata = metadata
         super().__init__(
             teacher,
             **{'embedding': metadata.layer} | activation_matching_preset(source) | settings,
             terms=terms,
         )
 
-    def _forget(self) -> None:
-        super()._forget()
-        self.first: Tensor | None = None
-
-    def _begin(self) -> ImageBatch:
-        dream, first = super()._begin(), sum(self.sizes[: self.batch])
-        if self.first is not None:
-            dream._take(self.first[first : first + self.sizes[self.batch]])
-        return dream
-
-    def seek(
+    def start(
         self,
-        target_embeddings: Tensor,  # `(n, D)`
-        labels: Tensor,  # int64 `(n,)`, which the images will be labelled with
-        first: Tensor | None = None,  # uint8 `(n, C, H, W)` to start from; None: noise
-        **settings: Any,  # callback, every, deadline: see `run`
-    ) -> ImageSet:  # `n` images; fewer if stopped
-        """Images for these goals.
+        n: int,  # images
+        classes: int | str | Iterable[int | str] | None = None,  # see `target_classes`
+        target_embeddings: Tensor | None = None,  # `(n, D)`
+        # uint8 `(n, C, H, W)` to start from; None: random noise
+        initial_images: Tensor | None = None,
+    ) -> None:
+        """Forget earlier images and plan new ones: see `DeepInversion.start`.
 
-        Under torchrun the processes share the batches, and each gets all images.
+        Raises: `DFKDError` for initial images of another number, or with several stages.
         """
-        self.start(len(target_embeddings), labels, target_embeddings)
-        if first is not None and len(self.stages) > 1:
+        super().start(n, classes, target_embeddings)
+        if initial_images is None:
+            return
+        if len(self.stages) > 1:
             raise DFKDError(
                 f'images to start from have full size, the first of {len(self.stages)} '
                 'stages has not: use one stage'
             )
-        if first is not None and len(first) != len(target_embeddings):
+        if len(initial_images) != n:
             raise DFKDError(
-                f'{len(first)} images to start from, {len(target_embeddings)} goals: give'
-                ' one image a goal'
+                f'{len(initial_images)} images to start from, {n} target embeddings: give'
+                ' one image a target embedding'
             )
-        self.first = (
-            None
-            if first is None
-            else self.domain.to_pixels(self.domain.normalize(self.domain.check(first))).to(
-                self.device
+        x = self.domain.normalize(self.domain.check(initial_images))
+        self.initial_pixels = self.domain.to_pixels(x).to(self.device)
+
+    def _reset(self, plan: BatchPlan) -> None:
+        super()._reset(plan)
+        self.initial_pixels = None
+
+    def _next_batch(self) -> ImageBatch:
+        batch = super()._next_batch()
+        if self.initial_pixels is not None:
+            batch.set_pixels(self.initial_pixels[self.plan.rows(self.batch)])
+        return batch
+
+    def synthesize(
+        self,
+        n: int,  # images
+        # of the images, repeated until there are `n`; None: all that have clusters
+        classes: int | str | Iterable[int | str] | None = None,
+        *,
+        # `(n, D)`; None: drawn from the metadata
+        target_embeddings: Tensor | None = None,
+        # uint8 `(n, C, H, W)` to start from; None: random noise
+        initial_images: Tensor | None = None,
+        checkpoint: str | Path | None = None,  # a file that exists is resumed
+        **settings: Any,  # callback, log_every, deadline: see `run`
+    ) -> ImageSet:  # `n` images; fewer if stopped
+        """Images for target embeddings.
+
+        Under torchrun the processes divide the batches, and each gets all images.
+        """
+        if target_embeddings is None:
+            target_embeddings, classes, _ = self.metadata.sample(
+                n,
+                torch.Generator().manual_seed(self.seed),
+                classes=None
+                if classes is None
+                else target_classes(n, classes, self.domain),
             )
-        )
-        self.run(**settings)
-        return self.gather()
+        self.round = None
+        self.start(n, classes, target_embeddings, initial_images)
+        return self._complete(checkpoint, settings)
 
 # %% ../../nbs/dreams/07_metadata.ipynb #1f4730f5
 def dream_distillation(
@@ -742,14 +773,14 @@ def membership_report(
 
 # %% ../../nbs/dreams/07_metadata.ipynb #c4b948a4
 def traverse_component(
-    seeker: ActivationMatching,  # with all its updates at full size
+    matching: ActivationMatching,  # with all its steps at full size
     metadata: Metadata,  # where to go
     clusters: list[int],  # one picture a cluster in every frame
     component: int = 0,  # from 0, the widest
     # in standard deviations from the centroid
     positions: tuple[float, ...] = (-2.0, -1.0, 0.0, 1.0, 2.0),
-    # uint8 `(len(clusters), C, H, W)`, the centroids' dreams; None: made here
-    first: Tensor | None = None,
+    # uint8 `(len(clusters), C, H, W)`, the centroids' images; None: made here
+    initial_images: Tensor | None = None,
 ) -> list[Tensor]:  # a frame a position, uint8 `(len(clusters), C, H, W)`
     """Dreams along a component.
 
@@ -760,16 +791,19 @@ def traverse_component(
             f'clusters {clusters}: give one or more of 0 to {len(metadata) - 1}'
         )
     labels = metadata.labels[clusters]
-    if first is None:
-        first = seeker.seek(metadata.centroids[clusters], labels).images
+    if initial_images is None:
+        initial_images = matching.synthesize(
+            len(clusters), labels, target_embeddings=metadata.centroids[clusters]
+        ).images
     # (positions, clusters, D)
     target_embeddings = torch.stack(
         [metadata.along(cluster, component, list(positions)) for cluster in clusters], 1
     )
-    images = seeker.seek(
-        target_embeddings.flatten(0, 1),
+    images = matching.synthesize(
+        len(positions) * len(clusters),
         labels.repeat(len(positions)),
-        first.repeat(len(positions), 1, 1, 1),
+        target_embeddings=target_embeddings.flatten(0, 1),
+        initial_images=initial_images.repeat(len(positions), 1, 1, 1),
     ).images
     return list(images.split(len(clusters)))
 
@@ -864,13 +898,20 @@ class ClusterBrowser:
         "Dream at the place that the controls say, and show it beside the centroid's dream."
         k, label = self.cluster.value, self.metadata.labels[[self.cluster.value]]
         if k not in self.centres:
-            self.centres[k] = self.maker.seek(self.metadata.centroids[[k]], label).images
+            self.centres[k] = self.maker.synthesize(
+                1, label, target_embeddings=self.metadata.centroids[[k]]
+            ).images
         image, target_embedding = self.centres[k], self.metadata.centroids[[k]]
         if self.position.value:
             target_embedding = self.metadata.along(
                 k, self.component.value, [self.position.value]
             )
-            image = self.mover.seek(target_embedding, label, self.centres[k]).images
+            image = self.mover.synthesize(
+                1,
+                label,
+                target_embeddings=target_embedding,
+                initial_images=self.centres[k],
+            ).images
         chances = self.teacher.predict(image).softmax(1)[0]
         far = float(
             embedding_distance(self.teacher, image, target_embedding, self.metadata.layer)

@@ -1024,10 +1024,10 @@ class DreamWorker:
         path = self.dreams.file(batch, 'pt')
         targets = self.dreams.asked['targets']
         maker.start(len(targets), targets)
-        maker.own = range(batch, batch + 1)
+        maker.plan.own = range(batch, batch + 1)
         if path.is_file():
             maker.load_state_dict(load_checkpoint(path))
-        self.clock.goes_on(number, maker.dream.done if maker.dream is not None else 0)
+        self.clock.goes_on(number, maker.steps_done)
 
         def look(now: Any) -> bool:
             self.clock.tick(
@@ -1043,7 +1043,7 @@ class DreamWorker:
         with no_progress_bars():
             images = maker.run(
                 callback=look,
-                every=every,
+                log_every=every,
                 deadline=self.deadline,
                 checkpoint=path,
                 save_every=self.save_every,
@@ -1051,7 +1051,7 @@ class DreamWorker:
         if not maker.finished:
             return False
         seen = maker.teacher.predict(images.images, len(images)).softmax(1).cpu()
-        save_batch(self.dreams, batch, sum(maker.sizes[:batch]), images, seen)
+        save_batch(self.dreams, batch, maker.plan.rows(batch).start, images, seen)
         path.unlink()
         return True
 

@@ -1800,7 +1800,7 @@ def synthesize_shard(
         target_embeddings=target_embeddings,
         checkpoint=run.folder / 'parts' / f'{part:05}.pt',
         callback=callback,
-        every=every,
+        log_every=every,
         save_every=run.save_every,
     )
 

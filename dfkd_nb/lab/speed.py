@@ -121,9 +121,10 @@ def make_loss(
         precision='bfloat16' if way == 'bfloat16' else 'float32',
     )
     if way == 'channels last':
-        made.look.network = made.look.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = made.extractor.network
+        made.extractor.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if way in ('folded', 'channels last', 'compiled', 'bfloat16'):
-        return lambda x, targets: made.price(x, x, targets)
+        return lambda x, targets: made.loss(x, x, targets)
     look: Any = PlainExtractor(teacher, trainable=way == 'plain')
     if way == 'one pass':
 
