@@ -15,7 +15,8 @@ import torch
 from test_applications import TASKS, timed_once
 from test_methods import DIFFERENT, tiny
 
-from dfkd_nb.lab.runs import Recipe, Run
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox import core
 from dfkd_nb.toolbox.datasets import load_data
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors
+from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import count_parameters
 from dfkd_nb.toolbox.networks import (
     capture_input,

@@ -11,12 +11,15 @@ import pytest
 import torch
 from cases import each
 
-from dfkd_nb.lab.applications import application_images
-from dfkd_nb.lab.runs import Recipe, Run, RunStopped, read_history
-from dfkd_nb.toolbox.core import DFKDError, load_tensors
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.results import read_history
+from dfkd_nb.lab.runs import Run
+from dfkd_nb.lab.tasks.sources import application_images
+from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 from dfkd_nb.toolbox.teachers import load_teacher
 
 SMALL: dict[str, object] = {'evaluations': 1, 'picture': 2, 'batch_size': 16}

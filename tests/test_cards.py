@@ -7,7 +7,8 @@ import torch
 from cases import each
 
 from dfkd_nb.lab.cards import model_card, teacher_licence, training_images, write_card
-from dfkd_nb.lab.runs import Result, TransferSettings
+from dfkd_nb.lab.results import Result
+from dfkd_nb.lab.settings import TransferSettings
 from dfkd_nb.toolbox.core import save_tensors
 from dfkd_nb.toolbox.evaluation import wilson
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from dfkd_nb.lab.commands import main, missing_runs
-from dfkd_nb.lab.runs import Recipe, Run, compared, recipe_names
+from dfkd_nb.lab.recipes import Recipe, compared, recipe_names
+from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox.core import save_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
@@ -323,7 +324,8 @@ def test_invert_makes_what_the_library_makes(own):
     "Images come back from PNG files and from Parquet as `DeepInversion` made them."
     from dfkd_nb.dreams.inversion import DeepInversion
     from dfkd_nb.lab.commands import usual_settings
-    from dfkd_nb.lab.runs import SynthesisSettings, build_inversion
+    from dfkd_nb.lab.settings import SynthesisSettings
+    from dfkd_nb.lab.tasks.synthesis import build_inversion
     from dfkd_nb.toolbox.datasets import load_data
     from dfkd_nb.toolbox.domains import Domain
     from dfkd_nb.toolbox.teachers import Teacher

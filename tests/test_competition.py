@@ -33,8 +33,9 @@ from dfkd_nb.dreams.competition import (
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.evaluation import predict_logits
 from dfkd_nb.toolbox.teachers import Teacher
 

@@ -39,12 +39,14 @@ from dfkd_nb.applications.continual import (
     task_accuracies,
     wider_domain,
 )
-from dfkd_nb.lab.runs import Recipe, Run, RunStopped
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import ImageFiles
 from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

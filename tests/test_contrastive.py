@@ -27,8 +27,9 @@ from dfkd_nb.generators.contrastive import (
 )
 from dfkd_nb.generators.generators import Alternation, Generator
 from dfkd_nb.toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.teachers import Teacher
 
 

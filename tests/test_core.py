@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dfkd_nb.toolbox import core
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.networks import load_weights
 
 NAMES = 'stem head a b c d e f g h i j k l m n'.split()

@@ -17,10 +17,11 @@ from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.lab import diagnostics as d
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.data import ImageSet, ImageSource
 from dfkd_nb.toolbox.datasets import ImageFiles
 from dfkd_nb.toolbox.domains import Domain, resize_images
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.evaluation import wilson
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.networks import save_weights

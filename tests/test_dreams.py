@@ -38,9 +38,9 @@ from dfkd_nb.dreams.statistics import (
     find_layers,
     fuse_statistics,
 )
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.teachers import Teacher
 
 quick = settings(max_examples=15, deadline=None)

@@ -22,9 +22,10 @@ from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.lab.commands import main
-from dfkd_nb.lab.runs import Recipe, Result, Run, RunStopped, run_lock
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.results import Result
+from dfkd_nb.lab.runs import Run, run_lock
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     autocast,
     load_checkpoint,
     load_tensors,
@@ -34,6 +35,7 @@ from dfkd_nb.toolbox.core import (
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import load_data, read_folder
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.networks import load_weights, save_weights
 from dfkd_nb.toolbox.teachers import Teacher, load_teacher
@@ -886,7 +888,7 @@ def test_invert_leaves_foreign_folders_alone(fails, own):
 
 
 def test_a_result_of_a_later_revision(fails):
-    from dfkd_nb.lab.runs import REVISION
+    from dfkd_nb.lab.results import REVISION
 
     folder = Path('results/digits-teacher/quick')
     folder.mkdir(parents=True)

@@ -23,10 +23,10 @@ from PIL import Image
 
 from dfkd_nb.toolbox import core, data
 from dfkd_nb.toolbox.augmentation import Augment, mixup, random_crop
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import ImageFiles, data_root, load_data, read_folder
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.formats import read_parquet
 
 CIFAR = DOMAINS['cifar10']

@@ -28,7 +28,6 @@ from dfkd_nb.foundations.distillation import (
 )
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     load_checkpoint,
     load_tensors,
     save_checkpoint,
@@ -37,6 +36,7 @@ from dfkd_nb.toolbox.core import (
 )
 from dfkd_nb.toolbox.data import EpochSampler, ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.evaluation import evaluate
 from dfkd_nb.toolbox.models import (
     MODELS,

@@ -33,13 +33,9 @@ from dfkd_nb.generators.generators import (
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.replay import ReplayPool
 from dfkd_nb.toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    import_torchvision,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dfkd_nb.toolbox.core import import_torchvision, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import count_parameters
 from dfkd_nb.toolbox.sources import DrawnImages
 from dfkd_nb.toolbox.teachers import Teacher, load_teacher

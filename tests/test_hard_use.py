@@ -31,9 +31,9 @@ from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
 from dfkd_nb.lab.speed import fold_batchnorm
 from dfkd_nb.toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.evaluation import evaluate, predict_logits
 from dfkd_nb.toolbox.teachers import Teacher
 

@@ -13,9 +13,10 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics, batchnorm_layers
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import EFFICIENTNET_LITE, build_model, count_parameters
 from dfkd_nb.toolbox.networks import classifier_layer
 from dfkd_nb.toolbox.teachers import (

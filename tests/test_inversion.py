@@ -29,9 +29,10 @@ from dfkd_nb.dreams.inversion import (
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
 from dfkd_nb.foundations.distillation import learning_rate_at
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, same_device, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, same_device, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.figures import FilmStrip
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher

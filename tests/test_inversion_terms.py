@@ -19,7 +19,7 @@ from dfkd_nb.dreams.inversion import (
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, Watch, feature_term
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

@@ -152,7 +152,8 @@ def attempt(kind: str, out: Path) -> int:
     try:
         import torch
 
-        from dfkd_nb.lab.runs import Recipe, Run
+        from dfkd_nb.lab.recipes import Recipe
+        from dfkd_nb.lab.runs import Run
 
         torch.manual_seed(os.getpid())
         random.seed(os.getpid())
@@ -218,7 +219,7 @@ def untimed(numbers: object) -> object:
 
 def left(folder: Path) -> dict[str, object]:
     "All that a run left, by file, without its timings: bytes where no time is in them."
-    from dfkd_nb.lab.runs import read_history
+    from dfkd_nb.lab.results import read_history
 
     found: dict[str, object] = {}
     for path in sorted(folder.rglob('*')):

@@ -29,13 +29,9 @@ from dfkd_nb.generators.meta import (
     fast_preset,
     meta_gradients,
 )
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    import_torchvision,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dfkd_nb.toolbox.core import import_torchvision, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.teachers import Teacher
 
 SHAPE = (1, 8, 8)

@@ -31,10 +31,11 @@ from dfkd_nb.dreams.metadata import (
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.toolbox.core import DFKDError, load_tensors, save_tensors
+from dfkd_nb.toolbox.core import load_tensors, save_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import data_root, load_data
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

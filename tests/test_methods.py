@@ -10,22 +10,13 @@ import pytest
 import torch
 from cases import each
 
-from dfkd_nb.lab.runs import (
-    ELSEWHERE,
-    Recipe,
-    Result,
-    Run,
-    RunStopped,
-    compared,
-    compose,
-    find_task,
-    open_teacher,
-    read_history,
-    recipe_names,
-    tables,
-)
-from dfkd_nb.toolbox.core import DFKDError, load_tensors
+from dfkd_nb.lab.recipes import Recipe, compared, compose, find_task, recipe_names, tables
+from dfkd_nb.lab.results import Result, read_history
+from dfkd_nb.lab.runs import ELSEWHERE, Run
+from dfkd_nb.lab.tasks.common import open_teacher
+from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 
 PAIRS, METHODS = tables()
 GENERATIVE = sorted(

@@ -9,8 +9,9 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision
+from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.domains import Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.teachers import Teacher
 
 torchvision = import_torchvision()

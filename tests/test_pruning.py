@@ -46,10 +46,12 @@ from dfkd_nb.applications.pruning import (
 )
 from dfkd_nb.applications.quantization import quantize, to_integers
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.lab.runs import Recipe, Run
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, load_tensors, save_tensors
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
+from dfkd_nb.toolbox.core import load_tensors, save_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 

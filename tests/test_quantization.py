@@ -31,8 +31,6 @@ from dfkd_nb.applications.quantization import (
     unpack_int4,
 )
 from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
     import_torchvision,
     load_checkpoint,
     load_tensors,
@@ -40,6 +38,7 @@ from dfkd_nb.toolbox.core import (
 )
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.evaluation import evaluate
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher

@@ -30,8 +30,9 @@ from dfkd_nb.generators.replay import (
     ssd_kd_preset,
 )
 from dfkd_nb.toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.teachers import Teacher
 
 

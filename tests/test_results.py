@@ -40,8 +40,9 @@ from dfkd_nb.lab.comparison import (
     teacher_recipe,
     text_table,
 )
-from dfkd_nb.lab.runs import REVISION, SCALES, Result, recipe_names, results
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.lab.recipes import SCALES, recipe_names
+from dfkd_nb.lab.results import REVISION, Result, results
+from dfkd_nb.toolbox.errors import DFKDError
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).resolve().parents[1]

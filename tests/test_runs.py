@@ -20,33 +20,30 @@ from torch import nn
 from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.foundations import distillation
 from dfkd_nb.lab import runs
-from dfkd_nb.lab.runs import (
-    PRECISIONS,
-    SCHEDULES,
+from dfkd_nb.lab.recipes import (
     TASKS,
-    Journal,
     Recipe,
-    Result,
-    Run,
-    RunStopped,
     Task,
-    TeacherSettings,
-    check_settings,
     compared,
-    deterministic,
-    environment,
-    open_teacher,
     parse_assignment,
-    read_history,
     recipe_names,
     resolved_toml,
-    results,
-    run_lock,
+)
+from dfkd_nb.lab.reproducibility import deterministic, environment
+from dfkd_nb.lab.results import Result, read_history, results
+from dfkd_nb.lab.runs import Journal, Run, run_lock
+from dfkd_nb.lab.settings import (
+    PRECISIONS,
+    SCHEDULES,
+    TeacherSettings,
+    check_settings,
     setting,
 )
+from dfkd_nb.lab.tasks.common import open_teacher
 from dfkd_nb.toolbox import evaluation, models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors, save_checkpoint
+from dfkd_nb.toolbox.core import load_checkpoint, load_tensors, save_checkpoint
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 
 TINY = {'epochs': 1.0, 'evaluations': 2}
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dfkd_nb.foundations.distillation import Distiller, distill, learning_rate_at, train
-from dfkd_nb.toolbox.core import DFKDError, DFKDWarning, RandomStreams, same_device
+from dfkd_nb.toolbox.core import RandomStreams, same_device
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.evaluation import evaluate
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.sources import as_source

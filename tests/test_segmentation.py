@@ -21,9 +21,10 @@ from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import distillation_loss
 from dfkd_nb.generators.generators import balance_term
 from dfkd_nb.toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import DFKDError, import_torchvision, load_tensors
+from dfkd_nb.toolbox.core import import_torchvision, load_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import data_root
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.teachers import Teacher
 
 import_torchvision()
@@ -548,7 +549,9 @@ picture = 3
 
 
 def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path, monkeypatch):
-    from dfkd_nb.lab.runs import Recipe, Run, RunStopped
+    from dfkd_nb.lab.recipes import Recipe
+    from dfkd_nb.lab.runs import Run
+    from dfkd_nb.toolbox.errors import RunStopped
 
     def run(out, **more):
         recipe = Recipe.parse(TINY, 'tiny')

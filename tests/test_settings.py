@@ -15,15 +15,15 @@ from tiny import DIGITS, network
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.lab.methods import GenerativeSettings, build_pool, build_synthesizer
-from dfkd_nb.lab.runs import (
+from dfkd_nb.lab.settings import (
+    GenerativeSettings,
     SynthesisSettings,
     TrainingSettings,
     TransferSettings,
-    build_inversion,
-    recipe_classes,
-    training_arguments,
 )
+from dfkd_nb.lab.tasks.common import training_arguments
+from dfkd_nb.lab.tasks.generative import build_pool, build_synthesizer
+from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
 from dfkd_nb.toolbox.teachers import Teacher
 
 CPU = torch.device('cpu')

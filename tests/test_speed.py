@@ -31,8 +31,8 @@ from dfkd_nb.lab.speed import (
     stopwatch,
     upsampling_kernel,
 )
-from dfkd_nb.toolbox.core import DFKDError
 from dfkd_nb.toolbox.domains import DOMAINS
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

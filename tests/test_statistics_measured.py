@@ -20,7 +20,8 @@ from dfkd_nb.dreams.statistics import (
     feature_term,
     running_feature_term,
 )
-from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, save_checkpoint, save_tensors
+from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint, save_tensors
+from dfkd_nb.toolbox.errors import DFKDError
 
 quick = settings(max_examples=15, deadline=None)
 

@@ -15,11 +15,12 @@ from dfkd_nb.applications.transfer import (
     two_schemes,
 )
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.lab.runs import Recipe, shards
-from dfkd_nb.toolbox.core import DFKDError
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.tasks.synthesis import shards
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
+from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

@@ -24,10 +24,11 @@ from ..dreams.inversion import DeepInversion, deepinversion_preset
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import METHODS as GENERATIVE
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, autocast, import_torchvision, seeded
+from ..toolbox.core import autocast, import_torchvision, seeded
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from dfkd_nb.toolbox.networks import (
     capture_input,
     full_precision,

@@ -33,15 +33,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..foundations.distillation import Distiller, distillation_loss
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    atomic_path,
-    import_extra,
-    load_tensors,
-)
+from ..toolbox.core import atomic_path, import_extra, load_tensors
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.models import build_model, count_parameters
 from dfkd_nb.toolbox.networks import (
     in_eval_mode,

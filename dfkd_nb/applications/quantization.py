@@ -26,15 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..foundations.distillation import Distiller
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    import_extra,
-    load_tensors,
-    save_tensors,
-)
+from ..toolbox.core import import_extra, load_tensors, save_tensors
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.networks import in_eval_mode, logits_of
 from ..toolbox.sources import as_source
 from ..toolbox.teachers import Teacher

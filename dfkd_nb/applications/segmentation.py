@@ -33,7 +33,6 @@ from ..generators.generators import Alternation, Generator
 from ..generators.replay import ReplayPool
 from ..toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     import_torchvision,
     load_tensors,
     pick_device,
@@ -44,6 +43,7 @@ from dfkd_nb.toolbox.core import (
 from ..toolbox.data import ImageSource
 from ..toolbox.datasets import data_root
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.formats import decode_image
 from ..toolbox.models import CifarBlock, build_model
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs

@@ -17,9 +17,10 @@ from torch.func import functional_call, jvp
 
 from ..dreams.inversion import DeepInversion
 from ..foundations.distillation import Distiller
-from ..toolbox.core import DFKDError, seeded
+from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.evaluation import evaluate
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
 from ..toolbox.sources import SourceLike, as_source

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from .inversion import DeepInversion
 from .priors import LossInputs, Term
 from ..foundations.distillation import Distiller, distillation_loss
-from ..toolbox.core import DFKDError, random_state, restore_random_state, seeded
+from ..toolbox.core import random_state, restore_random_state, seeded
 from ..toolbox.data import EpochSampler, ImageSource, Sampler, validate_labels
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.evaluation import evaluate, predict_logits
 from ..toolbox.figures import COLOURS
 from ..toolbox.networks import full_precision

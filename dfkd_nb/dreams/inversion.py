@@ -43,7 +43,6 @@ from dfkd_nb.dreams.statistics import (
 )
 from ..foundations.distillation import learning_rate_at
 from dfkd_nb.toolbox.core import (
-    DFKDError,
     RandomStreams,
     autocast,
     load_checkpoint,
@@ -54,6 +53,7 @@ from dfkd_nb.toolbox.core import (
 )
 from ..toolbox.data import ImageSet, SyntheticBatch
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.figures import tile
 from dfkd_nb.toolbox.networks import (
     capture_input,

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from .inversion import BatchPlan, DeepInversion, ImageBatch, target_classes
 from .priors import LossInputs
-from ..toolbox.core import DFKDError, load_tensors, save_tensors
+from ..toolbox.core import load_tensors, save_tensors
 from ..toolbox.data import ImageSet, ImageSource, validate_labels
+from ..toolbox.errors import DFKDError
 from ..toolbox.figures import FilmStrip, tile
 from ..toolbox.teachers import Teacher
 

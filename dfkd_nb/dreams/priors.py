@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..toolbox.core import DFKDError
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/03_priors.ipynb #ece2492a
 @dataclass

@@ -23,15 +23,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from .priors import LossInputs, Term, _exact
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    load_tensors,
-    progress,
-    save_tensors,
-)
+from ..toolbox.core import load_tensors, progress, save_tensors
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.networks import (
     in_eval_mode,
     logits_of,

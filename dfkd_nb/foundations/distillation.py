@@ -17,16 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..toolbox.augmentation import Augment, mixup
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    RandomStreams,
-    autocast,
-    pick_device,
-    progress,
-    same_device,
-)
+from ..toolbox.core import RandomStreams, autocast, pick_device, progress, same_device
 from ..toolbox.data import ImageSource
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from dfkd_nb.toolbox.networks import (
     full_precision,
     in_eval_mode,

@@ -25,7 +25,8 @@ from dfkd_nb.dreams.statistics import (
 )
 from .generators import GeneratorSynthesizer
 from ..toolbox.augmentation import Augment
-from ..toolbox.core import DFKDError, seeded
+from ..toolbox.core import seeded
+from ..toolbox.errors import DFKDError
 from ..toolbox.networks import classifier_layer, full_precision, mean_over_positions
 from ..toolbox.teachers import Teacher
 

@@ -23,16 +23,10 @@ from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
 from ..foundations.distillation import Distiller
 from ..toolbox.augmentation import Augment
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    RandomStreams,
-    autocast,
-    pick_device,
-    same_device,
-    seeded,
-)
+from ..toolbox.core import RandomStreams, autocast, pick_device, same_device, seeded
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of
 from ..toolbox.teachers import Teacher
 

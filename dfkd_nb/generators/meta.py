@@ -19,7 +19,7 @@ from ..dreams.priors import LossInputs, Term
 from ..dreams.statistics import RunningStatistics, Statistics
 from .generators import GeneratorSynthesizer, _hand_over
 from ..toolbox.augmentation import Augment
-from ..toolbox.core import DFKDError
+from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/10_meta.ipynb #fcf2b11a

@@ -22,7 +22,7 @@ from ..dreams.priors import LossInputs, Term
 from ..foundations.distillation import Distiller
 from . import meta
 from .generators import DISTANCES, Alternation, student_logits_of
-from ..toolbox.core import DFKDError, load_tensors, pick_device, save_tensors
+from ..toolbox.core import load_tensors, pick_device, save_tensors
 from dfkd_nb.toolbox.data import (
     EpochSampler,
     ImageSet,
@@ -31,6 +31,7 @@ from dfkd_nb.toolbox.data import (
     validate_labels,
 )
 from ..toolbox.domains import Domain
+from ..toolbox.errors import DFKDError
 from ..toolbox.figures import COLOURS
 from ..toolbox.networks import full_precision, in_eval_mode
 from ..toolbox.teachers import Teacher

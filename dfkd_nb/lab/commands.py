@@ -36,29 +36,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from dfkd_nb.lab.runs import (
+from dfkd_nb.lab.recipes import (
     SCALES,
-    DFKDError,
     Recipe,
-    Result,
-    Run,
-    RunStopped,
-    SynthesisSettings,
-    build_inversion,
-    check_settings,
     compared,
-    deterministic,
-    environment,
-    mark_outdated,
-    open_teacher,
-    outdated_note,
     parse_assignment,
-    recipe_classes,
     recipe_names,
     resolved_toml,
-    results,
-    run_lock,
 )
+from .results import Result, mark_outdated, outdated_note, results
+from .runs import Run
+from .settings import SynthesisSettings, check_settings
+from .tasks.common import open_teacher
+from ..toolbox.errors import DFKDError, RunStopped
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
 # exit code of a run that stopped early and was saved; 2 is an error, as in argparse
@@ -178,6 +168,8 @@ def show_results(arguments: argparse.Namespace) -> int:
 # %% ../../nbs/lab/24_commands.ipynb #cd501569
 def run_recipe(arguments: argparse.Namespace) -> int:
     "`dfkd run RECIPE`: do it, or go on with it."
+    from dfkd_nb.lab.runs import Run
+
     recipe = Recipe.load(arguments.recipe)
     changes = dict(map(parse_assignment, arguments.set)) | (
         {} if arguments.seed is None else {'seed': arguments.seed}
@@ -207,11 +199,13 @@ def run_recipe(arguments: argparse.Namespace) -> int:
 
 
 def missing_runs(
-    run: Run,
+    run: 'Run',
 ) -> list[tuple[str, str]]:  # recipes and scales, in the order in which to do them
     """The recipes whose network or images this one takes, and which have not been run here
     yet.
     """
+    from dfkd_nb.lab.runs import Run
+
     if run.finished:
         return []
     found: list[tuple[str, str]] = []
@@ -264,7 +258,8 @@ def read_network(
     "The weights of a checkpoint, without running any code that is in it."
     import torch
 
-    from dfkd_nb.toolbox.core import DFKDError, load_checkpoint, load_tensors
+    from dfkd_nb.toolbox.core import load_checkpoint, load_tensors
+    from dfkd_nb.toolbox.errors import DFKDError
 
     if str(checkpoint).endswith('.safetensors'):
         return load_tensors(checkpoint)[0]
@@ -320,7 +315,7 @@ def own_teacher(
     arguments: argparse.Namespace,  # of `dfkd invert`
 ) -> 'Teacher':  # ready to dream
     "The network that the command line describes."
-    from dfkd_nb.toolbox.core import DFKDWarning
+    from dfkd_nb.toolbox.errors import DFKDWarning
     from dfkd_nb.toolbox.models import EFFICIENTNET_LITE, build_model
     from dfkd_nb.toolbox.teachers import Teacher, load_teacher
 
@@ -1089,6 +1084,7 @@ def request_of(
     import hashlib
 
     from dfkd_nb.dreams.inversion import max_batch_size
+    from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
 
     domain, settings = teacher.domain, inversion_settings(arguments, teacher.domain.size[0])
     if arguments.memory:
@@ -1128,6 +1124,7 @@ def request_of(
 # %% ../../nbs/lab/24_commands.ipynb #0b79ec16
 def invert(arguments: argparse.Namespace) -> int:
     "`dfkd invert`: what does a network of one's own remember?"
+    from dfkd_nb.lab.tasks.synthesis import build_inversion
     from dfkd_nb.toolbox.core import pick_device
 
     deadline = time.monotonic() + 60 * arguments.max_minutes
@@ -1156,6 +1153,7 @@ def folder_lock(
     without a trace of the lock.
     """
     from dfkd_nb.dreams.inversion import rank_and_world_size
+    from dfkd_nb.lab.runs import run_lock
 
     if rank_and_world_size()[0]:
         yield  # the first process holds it for all
@@ -1180,6 +1178,8 @@ def fill_folder(
     import torch
 
     from dfkd_nb.dreams.inversion import rank_and_world_size
+    from dfkd_nb.lab.reproducibility import deterministic, environment
+    from dfkd_nb.lab.runs import Run
 
     whole, threads, missing = on_first_process(
         lambda: (

@@ -23,18 +23,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from dfkd_nb.lab.runs import (
-    SCALES,
-    DFKDError,
-    Recipe,
+from .recipes import SCALES, Recipe, find_task, recipe_names
+from dfkd_nb.lab.results import (
     Result,
-    find_task,
     mark_outdated,
     outdated_note,
-    recipe_names,
     results,
     results_folder,
 )
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/21_comparison.ipynb #d97a0a07
 @dataclass(frozen=True)

@@ -39,18 +39,12 @@ from dfkd_nb.dreams.competition import (
     principal_plane,
 )
 from ..dreams.statistics import Statistics, measure_moments
-from .runs import open_teacher
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    atomic_path,
-    import_torchvision,
-    progress,
-    seeded,
-)
+from .tasks.common import open_teacher
+from ..toolbox.core import atomic_path, import_torchvision, progress, seeded
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles, load_data, read_folder
 from ..toolbox.domains import DOMAINS, Domain, resize_images
+from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.evaluation import wilson
 from ..toolbox.figures import COLOURS, book_style
 from ..toolbox.formats import read_parquet

@@ -34,9 +34,10 @@ from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch, batchnorm_layers
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import Generator, GeneratorSynthesizer
-from ..toolbox.core import DFKDError, atomic_path, seeded
+from ..toolbox.core import atomic_path, seeded
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import DOMAINS
+from ..toolbox.errors import DFKDError
 from ..toolbox.models import build_model
 from ..toolbox.networks import trial_logits
 from ..toolbox.teachers import Teacher

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import DFKDError, load_tensors, save_tensors
+from .core import load_tensors, save_tensors
 from .domains import Domain
+from .errors import DFKDError
 from .formats import images_as_uint8
 
 # %% ../../nbs/toolbox/27_data.ipynb #6f720c4d

@@ -20,15 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dfkd_nb.toolbox.core import (
-    DFKDError,
-    DFKDWarning,
-    first_line,
-    import_torchvision,
-    progress,
-)
+from .core import first_line, import_torchvision, progress
 from .data import ImageSet, ImageSource, relabelled, validate_labels
 from .domains import DOMAINS, Domain
+from .errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.formats import (
     class_names,
     decode_image,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import DFKDError
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/domains.ipynb #cbaad9f7
 def _per_channel(

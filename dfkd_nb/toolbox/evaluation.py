@@ -12,9 +12,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .core import DFKDError, DFKDWarning, import_torchvision, progress
+from .core import import_torchvision, progress
 from .data import ImageSource
 from .domains import Domain
+from .errors import DFKDError, DFKDWarning
 from .networks import in_eval_mode, logits_of, network_inputs
 from .sources import as_source
 from .teachers import Teacher

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .core import DFKDError
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/figures.ipynb #31a841ed
 # five of Okabe and Ito's colours and a dark grey: the usual lighter grey looks like the

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .core import DFKDError, first_line, import_torchvision
+from .core import first_line, import_torchvision
 from .domains import Domain
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/formats.ipynb #8852e5bf
 #| code-fold: true

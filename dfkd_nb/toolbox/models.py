@@ -17,7 +17,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import DFKDError, import_torchvision, load_checkpoint
+from .core import import_torchvision, load_checkpoint
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/28_models.ipynb #40d606ab
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .core import DFKDError, load_tensors, save_tensors
+from .core import load_tensors, save_tensors
 from .domains import Domain
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/networks.ipynb #c6a30462
 def logits_of(

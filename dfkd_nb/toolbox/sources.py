@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .core import DFKDError
 from .data import ImageSet, ImageSource, Sampler
 from .domains import Domain
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/sources.ipynb #79828480
 # where a student's images can come from

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from .core import DFKDError, DFKDWarning, load_tensors
+from .core import load_tensors
 from .data import ImageSource
 from .domains import DOMAINS, Domain
+from .errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import (
     EFFICIENTNET_LITE,
     build_model,
