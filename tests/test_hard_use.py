@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dfkd_nb.applications import continual, segmentation
 from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
+from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.metadata import Metadata
@@ -171,7 +172,7 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
         double(wide), filters, data, 'divergence', teacher
     ).items():
         torch.testing.assert_close(value, usual[name], rtol=1e-3, atol=1e-6)
-    scenes = segmentation.draw_scenes(6, (16, 16))
+    scenes = draw_scenes(6, (16, 16))
     assert segmentation.mean_iou(double(Segmenter()), scenes) == pytest.approx(
         segmentation.mean_iou(Segmenter(), scenes), abs=1e-3
     )
@@ -289,9 +290,9 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
         "'1' is class 0",
         'relabel',
     )
-    scenes = segmentation.draw_scenes(4, (16, 16))
+    scenes = draw_scenes(4, (16, 16))
     more = dataclasses.replace(scenes.domain, name='more', classes=tuple('abcdefghij'))
-    foreign = segmentation.SegmentationSet(scenes.images, scenes.masks + 4, more)
+    foreign = SegmentationSet(scenes.images, scenes.masks + 4, more)
     one_line(
         lambda: segmentation.mean_iou(Segmenter(), foreign, domain=scenes.domain),
         'label 9',
@@ -382,7 +383,7 @@ def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
     )
     one_line(lambda: evaluate(network(5), pictures(), batch_size=0), 'batches of 0')
     one_line(lambda: list(pictures().batches(0)), 'batches of 0')
-    scenes = segmentation.draw_scenes(4, (16, 16))
+    scenes = draw_scenes(4, (16, 16))
     one_line(
         lambda: segmentation.mean_iou(Segmenter(), scenes, batch_size=0), 'batches of 0'
     )

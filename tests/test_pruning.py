@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from dfkd_nb.applications import pruning
+from dfkd_nb.applications.integer_networks import to_integers
 from dfkd_nb.applications.pruning import (
     ConvKey,
     FilterGates,
@@ -44,7 +45,7 @@ from dfkd_nb.applications.pruning import (
     removed_filters,
     save_pruned,
 )
-from dfkd_nb.applications.quantization import quantize, to_integers
+from dfkd_nb.applications.quantization import quantize
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.lab.recipes import Recipe
 from dfkd_nb.lab.runs import Run

@@ -13,23 +13,25 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dfkd_nb.applications import quantization
-from dfkd_nb.applications.quantization import (
-    QuantizedNetwork,
-    calibrate,
-    capture_graph,
+from dfkd_nb.applications.integer_networks import (
     compile_x86,
-    finetune_quantized,
-    input_ranges,
-    layer_inputs,
     load_integers,
     pack_int4,
-    quantize,
-    ranges_from_batchnorm,
     save_integers,
-    signal_to_noise,
     to_integers,
     unpack_int4,
 )
+from dfkd_nb.applications.quantization import (
+    QuantizedNetwork,
+    calibrate,
+    finetune_quantized,
+    input_ranges,
+    layer_inputs,
+    quantize,
+    ranges_from_batchnorm,
+    signal_to_noise,
+)
+from dfkd_nb.applications.quantization_graph import capture_graph
 from dfkd_nb.toolbox.core import (
     import_torchvision,
     load_checkpoint,
@@ -89,7 +91,7 @@ def four(teacher):
     return quantize(teacher, pictures(64), 4)
 
 
-def test_a_captured_network_answers_alike_for_any_batch(teacher):
+def test_a_captured_network_is_the_same_for_any_batch(teacher):
     graph = capture_graph(teacher, DIGITS)
     for n in (1, 2, 7):
         x = DIGITS.normalize(pictures(n))
@@ -112,14 +114,14 @@ def test_residual_wide_and_inverted_networks(name):
         for _ in range(8):
             fresh(torch.randn(8, 3, 32, 32))
     model = Teacher(fresh, DOMAINS['cifar10'])
-    look = pictures(4, 1, (3, 32, 32))
-    x = DOMAINS['cifar10'].normalize(look)
-    dull = quantize(model, pictures(8, shape=(3, 32, 32)), 8, ranges='extremes')
+    images = pictures(4, 1, (3, 32, 32))
+    x = DOMAINS['cifar10'].normalize(images)
+    quantized = quantize(model, pictures(8, shape=(3, 32, 32)), 8, observer='min-max')
     with torch.no_grad():
-        error = (dull(x) - model(x)).norm() / model(x).norm()
+        error = (quantized(x) - model(x)).norm() / model(x).norm()
         assert 0 < error < 0.2, error
         # floats: what torchao folds must not change them
-        entering = layer_inputs(dull, look)
+        entering = layer_inputs(quantized, images)
         hooked = {}
         layers = {
             k: v
@@ -134,15 +136,17 @@ def test_residual_wide_and_inverted_networks(name):
         for k, value in entering.items():
             torch.testing.assert_close(value, hooked[k], rtol=1e-3, atol=1e-3)
         if name == 'resnet8':  # the others take long: BatchNorm in front, and many layers
-            torch.testing.assert_close(to_integers(dull)(x), dull(x), rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                to_integers(quantized)(x), quantized(x), rtol=1e-3, atol=1e-3
+            )
             assert ranges_from_batchnorm(
-                QuantizedNetwork(model, DOMAINS['cifar10'], 8), draws=8
+                QuantizedNetwork(model, DOMAINS['cifar10'], 8), samples=8
             ).calibrated
     convolutions = sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules())
-    assert len(signal_to_noise(dull, look)) == convolutions
+    assert len(signal_to_noise(quantized, images)) == convolutions
 
 
-def test_weights_and_inputs_lie_on_the_marks_that_were_asked_for(teacher, four):
+def test_weights_and_inputs_have_as_many_levels_as_asked_for(teacher, four):
     whole = to_integers(four)
     widths = [
         v.max().item() - v.min().item() + 1
@@ -161,15 +165,16 @@ def test_weights_and_inputs_lie_on_the_marks_that_were_asked_for(teacher, four):
 def test_the_first_layer_by_hand(teacher):
     "Extremes of the images give the range; PyTorch's own rounding gives what enters."
     images = pictures(64)
-    dull, x = quantize(teacher, images, 8, ranges='extremes'), DIGITS.normalize(images)
-    low, high = input_ranges(dull)['0']
+    quantized = quantize(teacher, images, 8, observer='min-max')
+    x = DIGITS.normalize(images)
+    low, high = input_ranges(quantized)['0']
     step = (x.max() - x.min()) / 255
     torch.testing.assert_close(torch.tensor(high - low), 255 * step)
     expected = torch.fake_quantize_per_tensor_affine(
         x, float(step), int((-x.min() / step).round()), 0, 255
     )
     torch.testing.assert_close(
-        layer_inputs(dull, images, rounded=True)['0'], expected, atol=1e-5, rtol=0
+        layer_inputs(quantized, images, rounded=True)['0'], expected, atol=1e-5, rtol=0
     )
 
 
@@ -191,11 +196,11 @@ def test_weights_of_a_channel_by_hand(teacher, four):
 
 
 def test_six_decibels_a_bit(teacher):
-    dull = [
-        quantize(teacher, pictures(64), 8, activation_bits=bits, ranges='extremes')
+    quantized = [
+        quantize(teacher, pictures(64), 8, activation_bits=bits, observer='min-max')
         for bits in (4, 5, 6)
     ]
-    ratios = [signal_to_noise(network, pictures(64, 1))['3'] for network in dull]
+    ratios = [signal_to_noise(network, pictures(64, 1))['3'] for network in quantized]
     assert all(4.5 < b - a < 7.5 for a, b in zip(ratios, ratios[1:]))
 
 
@@ -207,7 +212,7 @@ def test_without_images_the_range_is_batchnorms(teacher):
     bn = teacher.model[1]
     high = input_ranges(
         ranges_from_batchnorm(
-            QuantizedNetwork(teacher, DIGITS, 8, ranges='extremes'), draws=1024
+            QuantizedNetwork(teacher, DIGITS, 8, observer='min-max'), samples=1024
         )
     )['3'][1]
     assert (bn.bias + 2.5 * bn.weight).max() < high < (bn.bias + 6 * bn.weight).max()
@@ -220,23 +225,23 @@ def test_calibration_repeats_itself(teacher, four):
     other = input_ranges(calibrate(again, pictures(64) // 4))
     assert other != input_ranges(four)
     again(10 * x)
-    assert input_ranges(again) == other, 'looking at images is no calibration'
+    assert input_ranges(again) == other, 'passing images through is no calibration'
 
 
-@pytest.mark.parametrize('ranges', ['histogram', 'extremes'])
-def test_a_new_calibration_forgets_the_old_one(teacher, ranges):
+@pytest.mark.parametrize('observer', ['histogram', 'min-max'])
+def test_a_new_calibration_forgets_the_old_one(teacher, observer):
     """On noise and then on images is on images alone, bit for bit; from BatchNorm alone
     likewise, and after fine-tuning.
     """
     noise, images = pictures(64), pictures(64, 1) // 3 + 50
-    twice = quantize(teacher, noise, 4, ranges=ranges)
-    once = quantize(teacher, images, 4, ranges=ranges)
+    twice = quantize(teacher, noise, 4, observer=observer)
+    once = quantize(teacher, images, 4, observer=observer)
     assert input_ranges(twice) != input_ranges(once), 'these images ask for other ranges'
     calibrate(twice, images)
     assert_same(twice, once)
     assert_same(
         ranges_from_batchnorm(twice),
-        ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 4, ranges=ranges)),
+        ranges_from_batchnorm(QuantizedNetwork(teacher, DIGITS, 4, observer=observer)),
     )
     # its steps are learned from now on
     finetune_quantized(teacher, twice, images, steps=1, learning_rate=1e-9).run()
@@ -295,9 +300,10 @@ def scaled(lowest):
     return Teacher(nn.Sequential(nn.Flatten(), *layers), DIGITS, 'scaled')
 
 
-def test_a_collapse_is_said(teacher):
+def test_a_collapse_is_warned_of(teacher):
     with pytest.warns(
-        DFKDWarning, match="'scaled', weights of 4 bits and inputs of 8, .*mend"
+        DFKDWarning,
+        match="'scaled', weights of 4 bits and inputs of 8, .*finetune_quantized",
     ):
         quantize(scaled(1e-5), pictures(64), 4, activation_bits=8)
     with pytest.warns(DFKDWarning, match='multiply intensities'):
@@ -331,7 +337,7 @@ def test_packing_is_undone(values):
     [
         {'bits': 8},
         {'bits': 4},
-        {'bits': 3, 'activation_bits': 5, 'end_bits': 3, 'weights': 'per tensor'},
+        {'bits': 3, 'activation_bits': 5, 'end_bits': 3, 'granularity': 'per-tensor'},
     ],
 )
 def test_a_file_gives_the_same_bits_back(teacher, tmp_path, options):
@@ -364,28 +370,30 @@ def test_foreign_files(teacher, four, tmp_path):
         load_integers(tmp_path / 'b.safetensors', network(), DIGITS)
 
 
-def test_mending_lowers_the_loss_and_keeps_the_marks(teacher):
-    dull = quantize(teacher, pictures(64), 3)
+def test_fine_tuning_lowers_the_loss_and_keeps_the_levels(teacher):
+    quantized = quantize(teacher, pictures(64), 3)
     distiller = finetune_quantized(
-        teacher, dull, pictures(64), steps=60, learning_rate=1e-3
+        teacher, quantized, pictures(64), steps=60, learning_rate=1e-3
     )
     distiller.run(every=20)
     assert distiller.history[-1]['loss'] < distiller.history[0]['loss']
-    assert len(layer_inputs(dull, pictures(16), rounded=True)['3'].unique()) <= 8
+    assert len(layer_inputs(quantized, pictures(16), rounded=True)['3'].unique()) <= 8
     x = DIGITS.normalize(pictures(20, 4))
-    torch.testing.assert_close(to_integers(dull)(x), dull(x).detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        to_integers(quantized)(x), quantized(x).detach(), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize('learn_ranges', [True, False])
-def test_mending_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
+def test_fine_tuning_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
     test = ImageSet(pictures(30, 5), torch.arange(30) % 10, DIGITS)
 
     def begin():
-        dull = quantize(teacher, pictures(64), 4)
+        quantized = quantize(teacher, pictures(64), 4)
         images = ImageSet(pictures(64), None, DIGITS)
         return finetune_quantized(
             teacher,
-            dull,
+            quantized,
             images,
             steps=12,
             learning_rate=1e-3,
@@ -418,25 +426,25 @@ def test_mending_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
     platform.machine().lower() not in ('x86_64', 'amd64'),
     reason='byte kernels of oneDNN are for x86',
 )
-def test_byte_kernels_answer_alike(teacher):
+def test_integer_kernels_give_the_same_outputs(teacher):
     whole = to_integers(quantize(teacher, pictures(64), 8, activation_bits=7, end_bits=7))
     fast, x = compile_x86(whole, pictures(8, 6)), DIGITS.normalize(pictures(8, 6))
     assert (fast(x) - whole(x)).norm() < 0.1 * whole(x).norm()
-    with pytest.raises(DFKDError, match='lower it again'):
+    with pytest.raises(DFKDError, match='compile it again'):
         fast(x[:3])
     with pytest.raises(DFKDError, match='overflows'):
         compile_x86(whole, pictures(8, 6), tolerance=-1.0)
 
 
 @each('bits', [0, 1, 9, 16, 4.0, True, '4'])
-def test_widths_that_nobody_supports(teacher, bits):
+def test_numbers_of_bits_that_are_not_supported(teacher, bits):
     for name in ('bits', 'activation_bits', 'end_bits'):
         with pytest.raises(DFKDError, match='from 2 to 8'):
             QuantizedNetwork(teacher, DIGITS, **{name: bits})
 
 
 def test_what_cannot_be_quantised(teacher, four):
-    class Moody(nn.Module):
+    class DataDependent(nn.Module):
         def __init__(self):
             super().__init__()
             self.net = network()
@@ -458,8 +466,8 @@ def test_what_cannot_be_quantised(teacher, four):
 
     cases = [
         (
-            lambda: quantize(Teacher(Moody(), DIGITS, 'moody'), pictures(4)),
-            "'moody' cannot be traced",
+            lambda: quantize(Teacher(DataDependent(), DIGITS, 'dependent'), pictures(4)),
+            "'dependent' cannot be traced",
         ),
         (lambda: quantize(Teacher(Bare(), DIGITS), pictures(4)), 'nothing to quantise'),
         (lambda: quantize(teacher, pictures(0)), 'no images to calibrate on'),
@@ -482,10 +490,13 @@ def test_what_cannot_be_quantised(teacher, four):
             "'doubled' .ValueError in .*: .*export",
         ),
         (
-            lambda: QuantizedNetwork(teacher, DIGITS, ranges='guess'),
-            "unknown ranges 'guess'",
+            lambda: QuantizedNetwork(teacher, DIGITS, observer='guess'),
+            "unknown observer 'guess'",
         ),
-        (lambda: QuantizedNetwork(teacher, DIGITS, weights='all'), "unknown weights 'all'"),
+        (
+            lambda: QuantizedNetwork(teacher, DIGITS, granularity='all'),
+            "unknown granularity 'all'",
+        ),
         (
             lambda: QuantizedNetwork(teacher, DIGITS)(torch.zeros(1, 1, 8, 8)),
             'does not know its ranges',
@@ -515,7 +526,7 @@ def test_an_assertion_without_text_says_where(teacher, monkeypatch):
     def annotate(*_):
         raise AssertionError
 
-    monkeypatch.setattr(quantization, '_quantizer', annotate)
+    monkeypatch.setattr(quantization, 'x86_quantizer', annotate)
     with pytest.raises(
         DFKDError, match='AssertionError in annotate.: call each layer once'
     ) as caught:
@@ -547,14 +558,14 @@ def test_an_activation_that_is_called_twice():
 
     torch.manual_seed(0)
     model = Teacher(Thrifty(), DIGITS)
-    dull, x = quantize(model, pictures(32), 8), DIGITS.normalize(pictures(8))
-    assert list(input_ranges(dull)) == ['convs.0', 'convs.1', 'head']
-    assert (dull(x) - model(x)).norm() < 0.05 * model(x).norm()
+    quantized, x = quantize(model, pictures(32), 8), DIGITS.normalize(pictures(8))
+    assert list(input_ranges(quantized)) == ['convs.0', 'convs.1', 'head']
+    assert (quantized(x) - model(x)).norm() < 0.05 * model(x).norm()
 
 
 def test_a_linear_network_can_be_calibrated():
     torch.manual_seed(0)
     domain = Domain('toy', (1, 4, 4), (0.5,), (0.5,), ('a', 'b'))
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
-    dull = quantize(Teacher(model, domain), pictures(32, shape=(1, 4, 4)), 8)
-    assert list(input_ranges(dull)) == ['1', '3']
+    quantized = quantize(Teacher(model, domain), pictures(32, shape=(1, 4, 4)), 8)
+    assert list(input_ranges(quantized)) == ['1', '3']

@@ -17,6 +17,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dfkd_nb.applications import segmentation as seg
+from dfkd_nb.applications.segmentation_data import (
+    IGNORED,
+    SegmentationSet,
+    class_colours,
+    colour_masks,
+    dominant_class,
+    draw_scenes,
+    load_segmentation,
+    segmentation_domain,
+)
+from dfkd_nb.applications.segmenters import SEGMENTERS, build_segmenter
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import distillation_loss
 from dfkd_nb.generators.generators import balance_term
@@ -33,12 +44,12 @@ torch.set_num_threads(1)
 
 def network(seed=0, name='deeplab-tiny', classes=6):
     torch.manual_seed(seed)
-    return seg.build_segmenter(name, classes)
+    return build_segmenter(name, classes)
 
 
 @pytest.fixture(scope='module')
 def scenes():
-    return seg.draw_scenes(24, (16, 16), seed=0)
+    return draw_scenes(24, (16, 16), seed=0)
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +63,7 @@ def teacher(scenes):
 
 # scenes
 def test_the_same_seed_draws_the_same_scenes():
-    one, again, other = seg.draw_scenes(6), seg.draw_scenes(6), seg.draw_scenes(6, seed=1)
+    one, again, other = draw_scenes(6), draw_scenes(6), draw_scenes(6, seed=1)
     assert torch.equal(one.images, again.images) and torch.equal(one.masks, again.masks)
     assert not torch.equal(one.masks, other.masks)
 
@@ -60,7 +71,7 @@ def test_the_same_seed_draws_the_same_scenes():
 @settings(max_examples=10, deadline=None)
 @given(st.integers(8, 40), st.integers(8, 40), st.integers(0, 99))
 def test_every_size_has_sky_above_and_ground_below(height, width, seed):
-    found = seg.draw_scenes(3, (height, width), seed)
+    found = draw_scenes(3, (height, width), seed)
     assert found.images.shape == (3, 3, height, width) and found.masks.shape == (
         3,
         height,
@@ -73,7 +84,7 @@ def test_every_size_has_sky_above_and_ground_below(height, width, seed):
 
 
 def test_masks_are_exact():
-    drawn = seg.draw_scenes(200)
+    drawn = draw_scenes(200)
     assert drawn.masks.unique().tolist() == list(range(6))
     sky, grass = (drawn.images.movedim(1, 3)[drawn.masks == k].float() for k in (0, 1))
     assert sky[:, 2].mean() > 1.5 * grass[:, 2].mean()  # blue is above
@@ -93,12 +104,12 @@ def test_a_batch_brings_masks_and_labels_are_one_an_image(scenes):
 
 def test_scenes_survive_a_file(scenes, tmp_path):
     scenes.save(tmp_path / 'scenes.safetensors')
-    again = seg.SegmentationSet.load(tmp_path / 'scenes.safetensors')
+    again = SegmentationSet.load(tmp_path / 'scenes.safetensors')
     assert torch.equal(again.masks, scenes.masks) and again.domain == scenes.domain
     assert torch.equal(ImageSet.load(tmp_path / 'scenes.safetensors').images, scenes.images)
     ImageSet(scenes.images, None, scenes.domain).save(tmp_path / 'images.safetensors')
     with pytest.raises(DFKDError, match='holds no scenes'):
-        seg.SegmentationSet.load(tmp_path / 'images.safetensors')
+        SegmentationSet.load(tmp_path / 'images.safetensors')
 
 
 @each(
@@ -113,23 +124,23 @@ def test_scenes_survive_a_file(scenes, tmp_path):
 )
 def test_masks_that_do_not_fit_are_refused(scenes, masks, words):
     with pytest.raises(DFKDError, match=words):
-        seg.SegmentationSet(scenes.images, masks, scenes.domain)
+        SegmentationSet(scenes.images, masks, scenes.domain)
 
 
 def test_bad_sizes_and_names_are_refused():
     for call, words in (
-        (lambda: seg.draw_scenes(0), 'give 1 or more'),
-        (lambda: seg.draw_scenes(1, (4, 32)), '8 x 8 or more'),
-        (lambda: seg.segmentation_domain('kitti'), 'unknown scenes'),
-        (lambda: seg.load_segmentation('scenes', 'holdout'), 'unknown split'),
-        (lambda: seg.load_segmentation('scenes', limit=0), 'leaves no scene'),
-        (lambda: seg.build_segmenter('deeplab-huge', 6), 'unknown segmenter'),
+        (lambda: draw_scenes(0), 'give 1 or more'),
+        (lambda: draw_scenes(1, (4, 32)), '8 x 8 or more'),
+        (lambda: segmentation_domain('kitti'), 'unknown scenes'),
+        (lambda: load_segmentation('scenes', 'holdout'), 'unknown split'),
+        (lambda: load_segmentation('scenes', limit=0), 'leaves no scene'),
+        (lambda: build_segmenter('deeplab-huge', 6), 'unknown segmenter'),
         (
-            lambda: seg.build_segmenter('deeplab-tiny', 6, True),
+            lambda: build_segmenter('deeplab-tiny', 6, True),
             'with a pretrained backbone',
         ),
         (
-            lambda: seg.build_segmenter('torchvision:deeplabv3_resnet5', 6),
+            lambda: build_segmenter('torchvision:deeplabv3_resnet5', 6),
             'torchvision has no',
         ),
     ):
@@ -153,18 +164,18 @@ def test_folders_of_png_files(tmp_path):
         png(torch.zeros(30, 40, 3, dtype=torch.uint8))
     )
     with pytest.raises(DFKDError, match='has no mask: put 0001.png into'):
-        seg.load_segmentation('nyuv2', root=tmp_path)
+        load_segmentation('nyuv2', root=tmp_path)
     (tmp_path / 'nyuv2/seg13/test/0001.png').write_bytes(png(mask))
-    found = seg.load_segmentation('nyuv2', size=(30, 40), root=tmp_path)
+    found = load_segmentation('nyuv2', size=(30, 40), root=tmp_path)
     assert found.masks[0, 5, [0, 19, 20, 29, 30, 39]].tolist() == [255, 255, 0, 0, 12, 12]
     # 13 x 10, its middle cut out
-    small = seg.load_segmentation('nyuv2', size=(10, 10), root=tmp_path)
+    small = load_segmentation('nyuv2', size=(10, 10), root=tmp_path)
     assert set(small.masks.unique().tolist()) == {255, 0, 12}
     (tmp_path / 'nyuv2/seg13/test/0001.png').write_bytes(
         png(torch.zeros(30, 40, 3, dtype=torch.uint8))
     )
     with pytest.raises(DFKDError, match="mode 'RGB'"):
-        seg.load_segmentation('nyuv2', root=tmp_path)
+        load_segmentation('nyuv2', root=tmp_path)
 
 
 def test_parquet_files(tmp_path):
@@ -179,23 +190,23 @@ def test_parquet_files(tmp_path):
         pa.table({'image': [{'bytes': image}], 'mask': [png(mask)]}),
         folder / 'test.parquet',
     )
-    found = seg.load_segmentation('camvid', size=(24, 32), root=tmp_path)
+    found = load_segmentation('camvid', size=(24, 32), root=tmp_path)
     assert torch.equal(found.masks[0], mask.masked_fill(mask == 11, 255))  # void
     pq.write_table(pa.table({'image': [image]}), folder / 'test.parquet')
     with pytest.raises(DFKDError, match="needs 'image' and 'mask'"):
-        seg.load_segmentation('camvid', root=tmp_path)
+        load_segmentation('camvid', root=tmp_path)
     (folder / 'test.parquet').write_bytes(b'PAR1 not really')
     with pytest.raises(DFKDError, match='no Parquet file'):
-        seg.load_segmentation('camvid', root=tmp_path)
+        load_segmentation('camvid', root=tmp_path)
     with pytest.raises(DFKDError, match='put train.parquet'):
-        seg.load_segmentation('camvid', 'train', root=tmp_path)
+        load_segmentation('camvid', 'train', root=tmp_path)
 
 
 @pytest.mark.skipif(
     not (data_root() / 'camvid').is_dir(), reason='no CamVid under DFKD_DATA'
 )
 def test_camvid():
-    found = seg.load_segmentation('camvid', 'val', (24, 32), limit=5)
+    found = load_segmentation('camvid', 'val', (24, 32), limit=5)
     assert len(found) == 5 and found.domain.num_classes == 11
     road = (found.masks == 3).float().mean((0, 2))
     sky = (found.masks == 0).float().mean((0, 2))
@@ -203,10 +214,8 @@ def test_camvid():
 
 
 # networks
-@pytest.mark.parametrize(
-    'name', [*seg.SEGMENTERS, 'torchvision:deeplabv3_mobilenet_v3_large']
-)
-def test_a_segmenter_answers_at_every_pixel(name):
+@pytest.mark.parametrize('name', [*SEGMENTERS, 'torchvision:deeplabv3_mobilenet_v3_large'])
+def test_a_segmenter_predicts_at_every_pixel(name):
     with torch.no_grad():
         assert network(0, name, 5).eval()(torch.zeros(1, 3, 24, 40))['out'].shape == (
             1,
@@ -221,14 +230,14 @@ def test_a_segmenter_answers_at_every_pixel(name):
 @given(st.integers(0, 6), st.booleans(), st.integers(0, 10_000))
 def test_an_image_and_its_mask_move_alike(padding, flip, seed):
     masks = torch.randint(6, (5, 9, 11), generator=torch.Generator().manual_seed(seed))
-    masks[:, 4, 4] = seg.IGNORED
+    masks[:, 4, 4] = IGNORED
     # the picture is its own mask, padding 0
     images = (masks + 1).clamp_max(40).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
     moved, answer = seg.augment_segmentation(
         images, masks, Augment(padding, flip), torch.Generator().manual_seed(seed)
     )
     expected = torch.where(
-        (moved[:, 0] == 0) | (moved[:, 0] == 40), seg.IGNORED, moved[:, 0].long() - 1
+        (moved[:, 0] == 0) | (moved[:, 0] == 40), IGNORED, moved[:, 0].long() - 1
     )
     assert torch.equal(answer, expected) and answer.shape == masks.shape
 
@@ -236,9 +245,9 @@ def test_an_image_and_its_mask_move_alike(padding, flip, seed):
 def test_the_loss_at_pixels_by_hand():
     # at the first pixel 1 : 3, the second does not count
     logits = torch.tensor([[[[0.0, 5.0]], [[math.log(3), -5.0]]]])
-    masks = torch.tensor([[[1, seg.IGNORED]]])
+    masks = torch.tensor([[[1, IGNORED]]])
     assert float(seg.mask_loss(logits, masks)) == pytest.approx(math.log(4 / 3), abs=1e-6)
-    assert float(seg.mask_loss(logits, torch.full((1, 1, 2), seg.IGNORED))) == 0
+    assert float(seg.mask_loss(logits, torch.full((1, 1, 2), IGNORED))) == 0
 
 
 def test_distillation_at_pixels_is_distillation_of_pixels():
@@ -323,8 +332,8 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
     )
     for call, words in (
         (lambda: lesson(scenes, mixup_alpha=1.0), 'mixed scenes have no mask'),
-        (lambda: lesson(plain), 'give a SceneSet'),
-        (lambda: lesson(plain, teacher, label_weight=1.0), 'give a SceneSet'),
+        (lambda: lesson(plain), 'give a SegmentationSet'),
+        (lambda: lesson(plain, teacher, label_weight=1.0), 'give a SegmentationSet'),
         (
             lambda: seg.mean_iou(network(0, classes=5), scenes),
             'give a segmenter of its classes',
@@ -335,8 +344,8 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
             ),
             'no scenes to test on',
         ),
-        (lambda: seg.mean_iou(network(), plain), 'give a SceneSet'),
-        (lambda: seg.mean_iou(network(), None), 'give a SceneSet'),
+        (lambda: seg.mean_iou(network(), plain), 'give a SegmentationSet'),
+        (lambda: seg.mean_iou(network(), None), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), scenes, domain=swapped), "'sky' is class 0"),
         (lambda: lesson([scenes.images], teacher), 'ImageSet.collect'),
     ):
@@ -355,14 +364,14 @@ class Says(torch.nn.Module):
 
 
 def test_intersection_over_union_by_hand():
-    domain = seg.segmentation_domain('scenes', (8, 8))
+    domain = segmentation_domain('scenes', (8, 8))
     truth = torch.zeros(1, 8, 8, dtype=torch.long)
     answer = torch.zeros(1, 8, 8, dtype=torch.long)
     # 32 pixels of each class, 16 of the second taken for the first
     truth[:, :, 4:], answer[:, :, 6:] = 1, 1
-    truth[:, 7], answer[:, 7] = seg.IGNORED, 5  # does not count, whatever is said there
-    scenes = seg.SegmentationSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), truth, domain)
-    found = seg.intersection_over_union(seg.confusion(Says(answer), scenes))
+    truth[:, 7], answer[:, 7] = IGNORED, 5  # does not count, whatever is said there
+    scenes = SegmentationSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), truth, domain)
+    found = seg.intersection_over_union(seg.confusion_matrix(Says(answer), scenes))
     assert (
         found[:2].tolist() == pytest.approx([28 / 42, 14 / 28]) and found[2:].isnan().all()
     )
@@ -375,31 +384,29 @@ def test_mean_iou_is_that_of_torchmetrics():
     rng = torch.Generator().manual_seed(0)
     # the sixth class never occurs
     truth, answer = torch.randint(5, (2, 4, 8, 8), generator=rng)
-    truth[:, :2] = seg.IGNORED
-    scenes = seg.SegmentationSet(
+    truth[:, :2] = IGNORED
+    scenes = SegmentationSet(
         torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
         truth,
-        seg.segmentation_domain('scenes', (8, 8)),
+        segmentation_domain('scenes', (8, 8)),
     )
-    theirs = MulticlassJaccardIndex(6, average='macro', ignore_index=seg.IGNORED)(
-        answer, truth
-    )
+    theirs = MulticlassJaccardIndex(6, average='macro', ignore_index=IGNORED)(answer, truth)
     assert seg.mean_iou(Says(answer), scenes, batch_size=4) == pytest.approx(
         float(theirs), abs=1e-6
     )
 
 
-def test_borders_by_hand():
+def test_boundaries_by_hand():
     masks = torch.tensor([[[0, 0, 0], [0, 0, 1], [0, 0, 0]]])
     assert seg.mask_boundaries(masks).int().tolist() == [[[0, 0, 1], [0, 1, 1], [0, 0, 1]]]
 
 
 def test_pictures_of_masks():
-    colours = seg.class_colours(20)
+    colours = class_colours(20)
     assert len({tuple(c) for c in colours.tolist()}) == 20 and torch.equal(
-        colours[:6], seg.class_colours(6)
+        colours[:6], class_colours(6)
     )
-    drawn = seg.colour_masks(torch.tensor([[[0, 5], [255, -1]]]), 6)
+    drawn = colour_masks(torch.tensor([[[0, 5], [255, -1]]]), 6)
     assert drawn[0, :, 0, 0].tolist() == colours[0].tolist() and drawn[0, :, 1].sum() == 0
 
 
@@ -459,7 +466,7 @@ def test_a_race_goes_on_to_the_same_bits(teacher, replay):
     assert (
         torch.equal(
             whole.pool.labels,
-            seg.dominant_class(teacher.predict(whole.pool.images).argmax(1), 6),
+            dominant_class(teacher.predict(whole.pool.images).argmax(1), 6),
         )
         or not replay
     )
@@ -488,7 +495,7 @@ def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
         )
     torch.testing.assert_close(pool.priorities, apart, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(pool.confidences, known.softmax(1).amax(1).mean((1, 2)))
-    assert torch.equal(pool.labels, seg.dominant_class(known.argmax(1), 6))
+    assert torch.equal(pool.labels, dominant_class(known.argmax(1), 6))
     pool.sample(4, torch.Generator().manual_seed(0))
     pool.report(said[:4], known[:4])
     pool.add(scenes.images[8:12])
@@ -502,7 +509,7 @@ def test_a_buffer_of_scenes(teacher, scenes, tmp_path):
         seg.SegmentationPool(scenes.domain, 4).add(scenes.images[:2])
 
 
-def test_a_layout_is_dreamed(teacher, scenes):
+def test_images_from_masks(teacher, scenes):
     masks = scenes.masks[:3]
 
     def seen(some):
@@ -515,7 +522,7 @@ def test_a_layout_is_dreamed(teacher, scenes):
     assert seen(last) > max(seen(first) + 0.1, 0.7) and torch.equal(last.masks, masks)
     with pytest.raises(DFKDError, match='give one number a pixel'):
         seg.synthesize_from_masks(teacher, masks[:, :8], device='cpu')
-    with pytest.raises(DFKDError, match='nothing is drawn'):
+    with pytest.raises(DFKDError, match='no target masks'):
         seg.mask_term((16, 16))(
             LossInputs(torch.zeros(1, 3, 16, 16), torch.zeros(1, 6, 16, 16), torch.zeros(1))
         )

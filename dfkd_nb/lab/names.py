@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..applications.segmentation import build_segmenter
+from ..applications.segmenters import build_segmenter
 from ..toolbox.core import autocast
 from ..toolbox.domains import DOMAINS
 from ..toolbox.errors import DFKDError, closest_word

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
+from ...applications.integer_networks import compile_x86, save_integers, to_integers
 from dfkd_nb.applications.quantization import (
-    compile_x86,
     finetune_quantized,
     input_ranges,
     quantize,
-    save_integers,
     signal_to_noise,
-    to_integers,
 )
 from ..recipes import task
 from ..runs import Run

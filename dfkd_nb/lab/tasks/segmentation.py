@@ -13,19 +13,21 @@ import torch
 
 from dfkd_nb.applications.segmentation import (
     SegmentationDistiller,
-    SegmentationSet,
-    build_segmenter,
-    colour_masks,
-    confusion,
-    draw_scenes,
+    confusion_matrix,
     intersection_over_union,
-    load_segmentation,
     mean_iou,
     segmentation_ssd_kd,
     segmentation_statistics,
-    show_rows,
     synthesize_from_masks,
 )
+from dfkd_nb.applications.segmentation_data import (
+    SegmentationSet,
+    colour_masks,
+    draw_scenes,
+    load_segmentation,
+    show_rows,
+)
+from ...applications.segmenters import build_segmenter
 from ..recipes import task
 from ..runs import Run
 from ..settings import SEGMENTATION_SOURCES, SegmentationSettings
@@ -306,7 +308,7 @@ def segmentation(
 
     def each() -> dict[str, Any]:
         ious = {
-            name: intersection_over_union(confusion(net, test)).tolist()
+            name: intersection_over_union(confusion_matrix(net, test)).tolist()
             for name, net in {'teacher': teacher, **students}.items()
         }
         return {
