@@ -477,13 +477,6 @@ class ReplayPool(ImageSource, Sampler):
 
     def save(self, path: str | Path) -> None:
         "One safetensors file; `ImageSet.load` reads its images as well."
-        domain = self.domain
-        about = {
-            'name': domain.name,
-            'mean': ' '.join(map(str, domain.mean)),
-            'std': ' '.join(map(str, domain.std)),
-            'classes': '\n'.join(domain.classes),
-        }
         settings = {
             name: repr(getattr(self, name)) for name in ('size', 'added', *_SETTINGS)
         }
@@ -491,6 +484,7 @@ class ReplayPool(ImageSource, Sampler):
             name: getattr(self, name)
             for name in ('images', 'labels', 'confidences', 'priorities', 'draws')
         }
+        about = self.domain.to_metadata()
         save_tensors(path, tensors | {'largest': self.largest}, about | settings)
 
     @classmethod

@@ -7,10 +7,10 @@ __all__ = ['STOPPED', 'INTERRUPTED', 'LARGE', 'REAL', 'ASKED', 'PATIENCE', 'Pars
            'show_recipe', 'show_results', 'run_recipe', 'missing_runs', 'print_result', 'read_network', 'load_state',
            'own_teacher', 'own_domain', 'assumed_imagenet_defaults', 'parse_numbers', 'chosen_classes',
            'usual_settings', 'inversion_settings', 'DreamFolder', 'read_lines', 'check_same_request', 'open_dreams',
-           'remove_files', 'save_batch', 'encode_png', 'parquet_table', 'finish_folder', 'draw_grid',
-           'joined_processes', 'all_gather_objects', 'on_first_process', 'Clock', 'DreamWorker', 'no_progress_bars',
-           'request_of', 'invert', 'folder_lock', 'fill_folder', 'inspect', 'bench', 'parser', 'warnings_in_one_line',
-           'main', 'saved_progress', 'kept_images', 'print_error']
+           'remove_files', 'save_batch', 'finish_folder', 'draw_grid', 'joined_processes', 'all_gather_objects',
+           'on_first_process', 'Clock', 'DreamWorker', 'no_progress_bars', 'request_of', 'invert', 'folder_lock',
+           'fill_folder', 'inspect', 'bench', 'parser', 'warnings_in_one_line', 'main', 'saved_progress', 'kept_images',
+           'print_error']
 
 # %% ../../nbs/lab/24_commands.ipynb #9ec9ccbe
 import argparse
@@ -49,6 +49,7 @@ from .runs import Run
 from .settings import SynthesisSettings, check_settings
 from .tasks.common import open_teacher
 from ..toolbox.errors import DFKDError, RunStopped
+from ..toolbox.formats import encode_png, parquet_table
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
 # exit code of a run that stopped early and was saved; 2 is an error, as in argparse
@@ -716,52 +717,6 @@ def save_batch(
                 path,
             )
     dreams.write(dreams.file(batch, 'json').name, {'images': lines})
-
-
-def encode_png(
-    image: 'torch.Tensor',  # uint8 `(C, H, W)`
-) -> bytes:  # a file's content
-    "An image as a PNG file."
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(
-        image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-    ).save(buffer, format='PNG')
-    return buffer.getvalue()
-
-
-def parquet_table(
-    encoded: list[bytes],  # image files
-    names: list[str],  # of those files
-    labels: list[int],  # class numbers
-    classes: Sequence[str],  # their names
-) -> Any:  # a pyarrow table
-    """Columns `image` (bytes and path) and `label`, with the class names where the Hugging
-    Face hub keeps them.
-    """
-    import pyarrow as pa
-
-    features = {
-        'image': {'_type': 'Image'},
-        'label': {'names': list(classes), '_type': 'ClassLabel'},
-    }
-    schema = pa.schema(
-        [
-            ('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])),
-            ('label', pa.int64()),
-        ],
-        metadata={'huggingface': json.dumps({'info': {'features': features}})},
-    )
-    return pa.table(
-        {
-            'image': [{'bytes': b, 'path': n} for b, n in zip(encoded, names)],
-            'label': labels,
-        },
-        schema=schema,
-    )
 
 # %% ../../nbs/lab/24_commands.ipynb #78cb1512
 def finish_folder(

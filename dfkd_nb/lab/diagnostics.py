@@ -45,7 +45,7 @@ from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles, load_data, read_folder
 from ..toolbox.domains import DOMAINS, Domain, resize_images
 from ..toolbox.errors import DFKDError, DFKDWarning
-from ..toolbox.evaluation import wilson
+from ..toolbox.evaluation import wilson_interval
 from ..toolbox.figures import COLOURS, book_style
 from ..toolbox.formats import read_parquet
 from ..toolbox.models import build_model
@@ -323,7 +323,7 @@ class Verification(Finding):
         return {
             name: {
                 'accuracy': self.accuracy[name],
-                'interval': list(wilson(int(right.sum()), len(right))),
+                'interval': list(wilson_interval(int(right.sum()), len(right))),
                 'images': len(right),
                 'per_class': {
                     f'{c} {self.classes[c]}': v for c, v in self.per_class[name].items()
