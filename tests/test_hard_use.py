@@ -92,7 +92,7 @@ def learned(
     who: Teacher, student: nn.Module, source: Any, **settings: Any
 ) -> tuple[float, Tensor]:
     "The last loss, and all that the student has become."
-    done = Distiller(who, student, source, **QUICK | settings).run(every=1)
+    done = Distiller(who, student, source, **QUICK | settings).run(log_every=1)
     return done.history[-1]['loss'], torch.cat(
         [v.flatten().float() for v in done.student.state_dict().values()]
     )
@@ -384,7 +384,7 @@ def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
             'give',
         )
     one_line(
-        lambda: Distiller(teacher, network(5), pictures(), **QUICK).run(every=0),
+        lambda: Distiller(teacher, network(5), pictures(), **QUICK).run(log_every=0),
         'every is 0',
     )
     one_line(lambda: evaluate(network(5), pictures(), batch_size=0), 'batches of 0')
