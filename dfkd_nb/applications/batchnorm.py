@@ -40,7 +40,8 @@ class _Moments:
 @torch.no_grad()
 def reestimate_batchnorm(
     network: nn.Module,  # with BatchNorm layers; their running statistics are replaced
-    images: SourceLike,  # an `ImageSet` or what `as_source` makes one of; labels are not used
+    # an `ImageSet` or what `as_source` makes one of; labels are not used
+    images: SourceLike,
     # what the network expects; a `Teacher` or a set knows its own
     domain: Domain | None = None,
     batch_size: int = 100,  # images at a time
