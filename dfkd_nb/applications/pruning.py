@@ -247,8 +247,9 @@ class PruningDistiller(Distiller):
         ...     steps=4,
         ...     batch_size=10,
         ... ).run()
-        >>> distiller.pruned_network()[0].out_channels < student[0].out_channels
+        >>> distiller.reached
         True
+        >>> smaller = distiller.pruned_network()
     """
 
     def __init__(
