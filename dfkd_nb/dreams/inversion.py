@@ -46,11 +46,20 @@ from ..toolbox.teachers import Teacher
 # %% ../../nbs/dreams/05_inversion.ipynb #603bd6f0
 def deepinversion_preset(
     method: str,  # 'noise', 'deepdream' or 'deepinversion'
-    # 'book': chosen here for some hundred updates; 'paper': its section 4.1, for 2,000;
+    # 'book': chosen here for some hundred steps; 'paper': its section 4.1, for 2,000;
     # 'imagenet': for 224 pixels, chosen here
     source: str = 'book',
 ) -> dict[str, Any]:  # weights, as keywords of `DeepInversion`
-    "Three methods are three sets of weights."
+    """The weights of noise, DeepDream and DeepInversion.
+
+    Raises: `DFKDError` for an unknown method or source.
+
+    Source: Yin et al., 2020 (DeepInversion), section 4.1, for `source='paper'`.
+
+    Example:
+    >>> deepinversion_preset('deepdream')['feature_weight']
+    0.0
+    """
     left_out = {
         'noise': {'tv_l2', 'tv_l1', 'l2', 'feature_weight'},
         'deepdream': {'feature_weight'},
@@ -92,12 +101,12 @@ class DeepInversion:
     Source: Yin et al., 2020 (DeepInversion), Eq. 2 to 7.
 
     Example:
-    >>> from dfkd_nb.toolbox.models import load_teacher
-    >>> teacher = load_teacher('digits')
-    >>> inversion = DeepInversion(teacher, steps=5, batch_size=10, device='cpu')
-    >>> images = inversion.synthesize(20)
-    >>> images.images.shape, images.labels[:3].tolist()
-    (torch.Size([20, 1, 8, 8]), [0, 1, 2])
+    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> teacher = load_teacher('cifar10-resnet20')
+    >>> inversion = DeepInversion(teacher, steps=2, batch_size=4, device='cpu')
+    >>> images = inversion.synthesize(4, ['cat', 'ship'])
+    >>> images.images.shape, images.labels.tolist()
+    (torch.Size([4, 3, 32, 32]), [3, 8, 3, 8])
     """
 
     def __init__(
@@ -147,8 +156,7 @@ class DeepInversion:
         embedding: str = '',
     ) -> None:
         self.device, self.domain = pick_device(device), teacher.domain
-        not_negative = {
-            'learning_rate': learning_rate,
+        weights = {
             'class_weight': class_weight,
             'tv_l2': tv_l2,
             'tv_l1': tv_l1,
@@ -157,7 +165,7 @@ class DeepInversion:
             'first_layer_weight': first_layer_weight,
         }
         check_ranges(
-            not_negative,
+            {'learning_rate': learning_rate} | weights,
             {'steps': steps, 'batch_size': batch_size, 'learning_rate': learning_rate},
             {'seed': seed, 'jitter': jitter},
         )
@@ -176,19 +184,7 @@ class DeepInversion:
         # given ones are measured also where only `terms` ask for them
         if statistics is None and feature_weight:
             statistics = Statistics.from_batchnorm(self.teacher)
-        objective = inversion_objective(
-            {
-                'class': class_weight,
-                'tv_l2': tv_l2,
-                'tv_l1': tv_l1,
-                'l2': l2,
-                'features': feature_weight,
-            },
-            statistics,
-            feature_scale,
-            first_layer_weight,
-            terms,
-        )
+        objective = inversion_objective(weights, statistics, feature_scale, terms)
         extractor = FeatureExtractor(self.teacher, statistics, precision, embedding)
         self.loss = InversionLoss(self.teacher, extractor, objective, compile)
         if student is not None:

@@ -22,9 +22,12 @@ from ..toolbox.teachers import Teacher
 def cluster_vectors(
     vectors: Tensor,  # `(N, D)`, of one class
     clusters: int,  # how many to look for, at most N
-    seed: int = 0,  # of the first guess
+    seed: int = 0,  # of the initialisation
 ) -> Tensor:  # int64 `(N,)`, from 0: the cluster of each vector
-    "k-means by scikit-learn, the best of four first guesses."
+    """k-means by scikit-learn, the best of four initialisations.
+
+    Raises: `DFKDError` for more clusters than vectors.
+    """
     from sklearn.cluster import KMeans
 
     if not 1 <= clusters <= len(vectors):
@@ -42,9 +45,7 @@ def merge_small(
     vectors: Tensor,  # `(N, D)`
     smallest: int,  # members that a cluster must have
 ) -> Tensor:  # int64 `(N,)`, numbered from 0 again
-    """Dissolve the smallest cluster, send its members to the nearest other centroid, until
-    all are large enough or one is left.
-    """
+    "Give the members of clusters that are too small to the nearest other centroid."
     assigned = assigned.clone()
     while True:
         names, counts = assigned.unique(return_counts=True)
@@ -65,7 +66,7 @@ def principal_components(
     # 'centroids' `(D,)`, 'components' `(m, D)`, 'variances' `(m,)`, 'rest' scalar: the
     # variance outside
 ]:
-    "Where a cluster is, the lines along which it spreads most, and how far (scikit-learn)."
+    "Centroid, principal components and variances of a cluster (scikit-learn)."
     from sklearn.decomposition import PCA
 
     points = vectors.cpu().double()
@@ -94,10 +95,7 @@ _WORDS = ('domain', 'layer', 'teacher')
 
 
 def _noise_embedding(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
-    """What enters the layer for an image of random bytes, always the same.
-
-    It says nothing of any data, and differs from teacher to teacher.
-    """
+    "The embedding of one fixed image of random noise: it identifies the teacher."
     noise = torch.randint(
         0,
         256,
@@ -108,10 +106,75 @@ def _noise_embedding(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
     return teacher.embed(noise, layer)[0].cpu().float()
 
 # %% ../../nbs/dreams/07_metadata.ipynb #0d58ebc4
-@dataclass(frozen=True, eq=False)  # tensors have no one answer to ==
+def _check_vectors(
+    teacher: Teacher,
+    vectors: Tensor,  # `(N, D)`
+    labels: Tensor,  # int64 `(N,)`
+    width: int,  # D, as the teacher has it
+    layer: str,
+) -> Tensor:  # the labels, checked
+    if vectors.ndim != 2 or vectors.shape[1] != width or len(vectors) != len(labels):
+        raise DFKDError(
+            f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: give one label'
+            f" a vector, and the {width} numbers of '{teacher.name}' at '{layer}'"
+        )
+    if not vectors.isfinite().all():
+        raise DFKDError(
+            'vectors with NaN or infinity: look for the image or layer that made them'
+        )
+    checked = validate_labels(labels, len(vectors), teacher.domain)
+    if checked is None or not len(vectors):
+        raise DFKDError('no vectors with labels: give one class a vector, and at least one')
+    return checked
+
+
+def _fit_class(
+    name: str,  # of the class, for messages
+    vectors: Tensor,  # `(n, D)`, its members
+    clusters: int,
+    components: int,
+    smallest: int,
+    seed: int,
+) -> list[dict[str, Tensor]]:  # one a cluster, with 'counts'
+    "Cluster the vectors of one class, and fit each cluster."
+    if len(vectors) < max(clusters, smallest):
+        raise DFKDError(
+            f'{name} has {len(vectors)} images: give at least {max(clusters, smallest)}, or'
+            f' lower clusters ({clusters}) or smallest ({smallest})'
+        )
+    assigned = merge_small(cluster_vectors(vectors, clusters, seed), vectors, smallest)
+    found = []
+    for members in (vectors[assigned == k] for k in range(int(assigned.max()) + 1)):
+        # n points spread along n - 1 lines at most
+        if len(members) <= components:
+            raise DFKDError(
+                f'a cluster of {name} has {len(members)} images for {components}'
+                ' components: lower components or clusters, or merge it with'
+                f' smallest={components + 1}'
+            )
+        count = {'counts': torch.tensor(len(members))}
+        found.append(principal_components(members, components) | count)
+    return found
+
+
+@dataclass(frozen=True, eq=False)  # tensors cannot be compared by one ==
 class Metadata:
-    """What is kept of the data: where each cluster of activations is, and along which lines
-    it spreads (Bhardwaj et al., 2019, section 3.1).
+    """Clusters of activations: their centroids, and the principal components of each.
+
+    Raises: `DFKDError` for tensors whose shapes do not fit, and for NaN.
+
+    Source: Bhardwaj et al., 2019 (Dream Distillation), section 3.1.
+
+    Example:
+    >>> from dfkd_nb.toolbox.datasets import load_data
+    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
+    >>> metadata = Metadata.measure(
+    ...     teacher, images.subset(200), clusters=1, components=2, smallest=3
+    ... )
+    >>> target_embeddings, labels, clusters = metadata.sample(4)
+    >>> target_embeddings.shape, labels.tolist()
+    (torch.Size([4, 64]), [0, 1, 2, 3])
     """
 
     centroids: Tensor  # `(K, D)`
@@ -120,7 +183,7 @@ class Metadata:
     rest: Tensor  # `(K,)`, the variance outside of the components
     labels: Tensor  # int64 `(K,)`, the class of each cluster
     counts: Tensor  # int64 `(K,)`, how many images are behind it
-    # `(D,)`, the teacher's activation for one image of noise: tells teachers apart
+    # `(D,)`, the teacher's activation for one image of random noise: tells teachers apart
     probe: Tensor
     domain: str  # name of the images' domain
     layer: str  # whose input was measured, see `capture_input`
@@ -173,8 +236,9 @@ class Metadata:
         batch_size: int = 100,  # images at a time
         seed: int = 0,  # of k-means
     ) -> Self:
-        """Pass images through the teacher, cluster the activations of each class, keep
-        centroids and principal components.
+        """Cluster the teacher's activations for images, class by class.
+
+        Raises: `DFKDError` for images without labels, of other classes, or too few.
         """
         if images.labels is None:
             raise DFKDError(
@@ -211,7 +275,7 @@ class Metadata:
     def fit(
         cls,
         teacher: Teacher,  # whose activations they are
-        vectors: Tensor,  # `(N, D)`, what `teacher.embed` said
+        vectors: Tensor,  # `(N, D)`, what `teacher.embed` returned
         labels: Tensor,  # int64 `(N,)`
         *,
         clusters: int = 3,  # in each class
@@ -220,33 +284,17 @@ class Metadata:
         layer: str = 'classifier',  # where they were taken
         seed: int = 0,  # of k-means
     ) -> Self:
-        "`measure` for activations that are at hand already."
+        """`measure` for activations that are at hand already.
+
+        Raises: `DFKDError` for vectors and labels that do not fit, and for too few.
+        """
         probe = _noise_embedding(teacher, layer)
         if clusters < 1 or components < 0 or smallest < 1:
             raise DFKDError(
                 f'clusters {clusters}, components {components}, smallest {smallest}: give'
                 ' at least 1, 0 and 1'
             )
-        if (
-            vectors.ndim != 2
-            or vectors.shape[1] != len(probe)
-            or len(vectors) != len(labels)
-        ):
-            raise DFKDError(
-                f'vectors of shape {tuple(vectors.shape)}, {len(labels)} labels: give one'
-                f" label a vector, and the {len(probe)} numbers of '{teacher.name}' at"
-                f" '{layer}'"
-            )
-        if not vectors.isfinite().all():
-            raise DFKDError(
-                'vectors with NaN or infinity: look for the image or layer that made them'
-            )
-        checked = validate_labels(labels, len(vectors), teacher.domain)
-        if checked is None or not len(vectors):
-            raise DFKDError(
-                'no vectors with labels: give one class a vector, and at least one'
-            )
-        labels = checked
+        labels = _check_vectors(teacher, vectors, labels, len(probe), layer)
         if components > len(probe):
             raise DFKDError(
                 f"{components} components, but '{teacher.name}' has {len(probe)} numbers at"
@@ -255,29 +303,9 @@ class Metadata:
         found: list[dict[str, Tensor]] = []
         for label in labels.unique().tolist():
             name = f"class '{teacher.domain.classes[label]}'"
-            mine = vectors[labels == label]
-            if len(mine) < max(clusters, smallest):
-                raise DFKDError(
-                    f'{name} has {len(mine)} images: give at least'
-                    f' {max(clusters, smallest)}, or lower clusters ({clusters}) or'
-                    f' smallest ({smallest})'
-                )
-            assigned = merge_small(cluster_vectors(mine, clusters, seed), mine, smallest)
-            for members in (mine[assigned == k] for k in range(int(assigned.max()) + 1)):
-                # n points spread along n - 1 lines at most
-                if len(members) <= components:
-                    raise DFKDError(
-                        f'a cluster of {name} has {len(members)} images for {components}'
-                        ' components: lower components or clusters, or merge it with'
-                        f' smallest={components + 1}'
-                    )
-                found.append(
-                    principal_components(members, components)
-                    | {
-                        'labels': torch.tensor(label),
-                        'counts': torch.tensor(len(members)),
-                    }
-                )
+            own = vectors[labels == label]
+            groups = _fit_class(name, own, clusters, components, smallest, seed)
+            found += [group | {'labels': torch.tensor(label)} for group in groups]
         tensors: dict[str, Any] = {
             key: torch.stack([one[key] for one in found]) for key in found[0]
         }
@@ -300,12 +328,15 @@ class Metadata:
         clamp: bool = False,  # no number below 0: what a layer behind a ReLU can be
     ) -> tuple[
         Tensor, Tensor, Tensor
-    ]:  # goals `(n, D)`; int64 `(n,)`: their classes; int64 `(n,)`: their clusters
-        """Targets near the centroids, t = c + sum of eps_j p_j, eps_j ~ N(0, variance_j);
-        within a class, clusters come up as often as they had images.
+    ]:  # target embeddings `(n, D)`; int64 `(n,)`: classes; int64 `(n,)`: clusters
+        """Target embeddings near the centroids; clusters in proportion to their images.
+
+        t = c + sum of eps_j p_j, eps_j ~ N(0, variance_j).
+
+        Raises: `DFKDError` for a class without clusters.
         """
         if n < 1:
-            raise DFKDError(f'{n} goals: give 1 or more')
+            raise DFKDError(f'{n} target embeddings: give 1 or more')
         if not 0 <= spread < float('inf'):
             raise DFKDError(f'spread is {spread}: give a finite number, 0 or more')
         generator = generator or torch.Generator().manual_seed(0)
@@ -335,13 +366,16 @@ class Metadata:
             clusters,
         )
 
-    def along(
+    def along_component(
         self,
         cluster: int,  # from 0
         component: int,  # from 0, the widest
         positions: list[float],  # in standard deviations from the centroid
     ) -> Tensor:  # `(len(positions), D)`
-        "Points on the line of one component of one cluster."
+        """Points on the line of one component of one cluster.
+
+        Raises: `DFKDError` for a cluster or component that it has not.
+        """
         clusters, lines = self.variances.shape
         if not 0 <= cluster < clusters or not 0 <= component < lines:
             raise DFKDError(
@@ -357,13 +391,11 @@ class Metadata:
 
     @property
     def explained(self) -> Tensor:  # `(K,)`, from 0 to 1
-        "Share of each cluster's variance that its components hold."
+        "Fraction of each cluster's variance that its components explain."
         return self.variances.sum(1) / (self.variances.sum(1) + self.rest).clamp(min=1e-12)
 
     def check(self, teacher: Teacher) -> None:
-        """A `DFKDError` unless this is what was measured on the teacher, or on one that
-        answers noise alike.
-        """
+        "A `DFKDError` unless it was measured on this teacher, told by a probe image."
         own = f"metadata of '{self.teacher}' on '{self.domain}'"
         width = self.centroids.shape[1]
         if self.domain != teacher.domain.name:
@@ -394,8 +426,9 @@ class Metadata:
         path: str | Path,  # a .safetensors file
         half: bool = False,  # numbers in half precision
     ) -> int:  # its size in bytes
-        """One safetensors file, atomically; its header says domain, layer, teacher and
-        format.
+        """Write one safetensors file; its header has domain, layer, teacher and format.
+
+        Raises: `DFKDError` for numbers too large for half precision.
         """
         tensors = {name: getattr(self, name) for name in _TENSORS}
         if half:
@@ -426,8 +459,10 @@ class Metadata:
         path: str | Path,  # what `save` wrote
         teacher: Teacher | None = None,  # checked against it if given
     ) -> Self:
-        """Read metadata, in single precision; a missing, truncated or foreign file, or one
-        of another teacher, is a `DFKDError`.
+        """Read metadata, in single precision.
+
+        Raises: `DFKDError` for a missing, truncated or foreign file, and for one of another
+        teacher.
         """
         tensors, about = load_tensors(path)
         if (

@@ -21,46 +21,65 @@ from ..toolbox.errors import DFKDError
 # %% ../../nbs/dreams/03_priors.ipynb #ece2492a
 @dataclass
 class LossInputs:
-    "One look at a batch in the making: all that a term of the objective may ask for."
+    """What the terms of an objective may use: images, logits, targets and features.
+
+    Raises: `DFKDError` where images, logits and targets are not as many.
+
+    Example:
+    >>> import torch
+    >>> x, logits = torch.zeros(2, 1, 8, 8), torch.zeros(2, 10)
+    >>> float(class_loss(LossInputs(x, logits, torch.tensor([3, 5]))))  # log 10
+    2.3025851249694824
+    """
 
     # the images that are optimised, `(N, C, H, W)`, in pixel units: black -2, white 2
     x: Tensor
-    logits: Tensor  # the teacher's answer to them, `(N, K)`
-    targets: Tensor  # the wished classes, `(N,)`, or probabilities, `(N, K)`
+    logits: Tensor  # the teacher's, `(N, K)`
+    targets: Tensor  # target classes, `(N,)`, or probabilities, `(N, K)`
     # layer name to mean and variance of what entered it
     features: Mapping[str, tuple[Tensor, Tensor]] | None = None
-    # the student's answer, where one competes, `(N, K)`
+    # of the student, where one competes, `(N, K)`
     student_logits: Tensor | None = None
-    # what entered the teacher's classifier, `(N, D)`, where it was asked for
+    # what entered the teacher's classifier, `(N, D)`, where an extractor captures it
     embedding: Tensor | None = None
-    # the wished embeddings, `(N, D)`, where there are any
+    # `(N, D)`, where there are any
     target_embeddings: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.x) == len(self.logits) == len(self.targets):
             raise DFKDError(
-                f'{len(self.x)} images, {len(self.logits)} answers, {len(self.targets)}'
-                ' wishes: give one of each an image'
+                f'{len(self.x)} images, {len(self.logits)} logits, {len(self.targets)}'
+                ' targets: give one of each an image'
             )
 
 # %% ../../nbs/dreams/03_priors.ipynb #0eb4edff
-Term = Callable[[LossInputs], Tensor]  # a price, averaged over the batch: a scalar
+# a loss or penalty, averaged over the batch: a scalar
+Term = Callable[[LossInputs], Tensor]
 
 # %% ../../nbs/dreams/03_priors.ipynb #6c73ca41
 def class_loss(
     inputs: LossInputs,  # needs `logits` and `targets`
 ) -> Tensor:  # scalar
-    """Cross-entropy of the teacher's answer with the wish (the loss in DeepInversion's Eq.
-    2).
+    """Cross-entropy of the teacher's logits with the target classes.
+
+    Source: Yin et al., 2020 (DeepInversion), the loss in Eq. 2.
     """
-    return F.cross_entropy(
-        inputs.logits.float() if inputs.logits.dtype != torch.float64 else inputs.logits,
-        inputs.targets,
-    )
+    logits = inputs.logits
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits, inputs.targets)
 
 # %% ../../nbs/dreams/03_priors.ipynb #499bdda1
 class Objective:
-    "A weighted sum of named terms that remembers the value of each."
+    """A weighted sum of named terms, with the value of each.
+
+    Raises: `DFKDError` for a weight that is not finite, and where all weights are 0.
+
+    Example:
+    >>> objective = Objective({'class': (1, class_loss), 'tv': (0.1, tv_term())})
+    >>> objective.reweigh(tv=0.2)
+    Objective(1 class + 0.2 tv)
+    """
 
     def __init__(
         self,
@@ -83,7 +102,10 @@ class Objective:
         return {name: weight for name, (weight, _) in self.terms.items()}
 
     def reweigh(self, **weights: float) -> 'Objective':
-        "The same terms with some weights changed."
+        """The same terms with some weights changed.
+
+        Raises: `DFKDError` for a name that is no term.
+        """
         for name in weights:
             if name not in self.terms:
                 raise DFKDError(f"no term '{name}': use {', '.join(self.terms)}")
@@ -99,16 +121,12 @@ class Objective:
         values = {
             name: term(inputs) for name, (weight, term) in self.terms.items() if weight
         }
-        return torch.stack(
-            [self.terms[name][0] * value for name, value in values.items()]
-        ).sum(), values
+        weighted = [self.terms[name][0] * value for name, value in values.items()]
+        return torch.stack(weighted).sum(), values
 
     def __repr__(self) -> str:
-        return (
-            'Objective('
-            + ' + '.join(f'{weight:g} {name}' for name, weight in self.weights.items())
-            + ')'
-        )
+        terms = (f'{weight:g} {name}' for name, weight in self.weights.items())
+        return f'Objective({" + ".join(terms)})'
 
 # %% ../../nbs/dreams/03_priors.ipynb #9b44dd81
 def _neighbours(
@@ -116,7 +134,7 @@ def _neighbours(
 ) -> tuple[
     Tensor, ...
 ]:  # right, down, down-right and down-left neighbour minus the pixel itself
-    "Differences in four directions, one pixel apart; nothing wraps around the border."
+    "Differences in four directions, one pixel apart; nothing wraps around the edges."
     right = x[..., :, 1:] - x[..., :, :-1]
     down = x[..., 1:, :] - x[..., :-1, :]
     falling = x[..., 1:, 1:] - x[..., :-1, :-1]
@@ -125,19 +143,26 @@ def _neighbours(
 
 # %% ../../nbs/dreams/03_priors.ipynb #0546c607
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """Sums of half-precision numbers are kept in float32; float32 and float64 stay what
-    they are.
-    """
+    "The type for sums: float32 for half-precision numbers, else the tensor's own."
     return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 # %% ../../nbs/dreams/03_priors.ipynb #93991de1
 def total_variation(
     x: Tensor,  # images, `(N, C, H, W)`, at least 2 x 2 pixels
-    # 'l2': Euclidean norm in each direction; 'l1': mean absolute jump in each
+    # 'l2': Euclidean norm in each direction; 'l1': mean absolute difference in each
     norm: str = 'l2',
-) -> Tensor:  # one price an image, `(N,)`
-    """The size of all jumps between neighbouring pixels, summed over four directions
-    (DeepInversion, Eq. 3 and B.1).
+) -> Tensor:  # one number an image, `(N,)`
+    """Differences between neighbouring pixels, summed over four directions.
+
+    Raises: `DFKDError` for another shape or an unknown norm.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 3 and supplement B.1.
+
+    Example:
+    >>> import torch
+    >>> edge = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[None, None]
+    >>> total_variation(edge, 'l1')  # horizontal 1, vertical 0, both diagonals 1
+    tensor([3.])
     """
     if x.ndim != 4 or min(x.shape[2:]) < 2:
         raise DFKDError(
@@ -160,8 +185,9 @@ def per_image_weight(
     weight: float,  # on the norm of a whole batch, as in the paper's CIFAR settings
     batch_size: int,  # images in that batch
 ) -> float:  # on the mean of per-image norms, as here
-    """The weight that gives our per-image prices the pull that `weight` has on one norm
-    over the whole batch.
+    """The weight on per-image norms that has the effect of `weight` on one norm per batch.
+
+    Raises: `DFKDError` for a batch without images.
     """
     if batch_size < 1:
         raise DFKDError(f'a batch of {batch_size} images: give 1 or more')
@@ -171,7 +197,16 @@ def per_image_weight(
 def tv_term(
     norm: str = 'l2',  # see `total_variation`
 ) -> Term:  # the mean of `total_variation` over the batch
-    "Total variation as a term of an objective."
+    """Total variation as a term of an objective.
+
+    Raises: `DFKDError` for an unknown norm.
+
+    Example:
+    >>> import torch
+    >>> inputs = LossInputs(torch.ones(1, 1, 4, 4), torch.zeros(1, 2), torch.tensor([0]))
+    >>> tv_term('l1')(inputs)  # a constant image
+    tensor(0.)
+    """
 
     def total_variation_term(inputs: LossInputs) -> Tensor:
         return total_variation(inputs.x, norm).mean()
@@ -183,8 +218,11 @@ def tv_term(
 # %% ../../nbs/dreams/03_priors.ipynb #468a698e
 def l2_norm(
     x: Tensor,  # images, `(N, C, H, W)`, in pixel units
-) -> Tensor:  # one price an image, `(N,)`
-    "Euclidean distance from an even grey (DeepInversion, Eq. 3)."
+) -> Tensor:  # one number an image, `(N,)`
+    """Euclidean distance from an even grey.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 3.
+    """
     return torch.linalg.vector_norm(
         x, dim=tuple(range(1, x.ndim)), dtype=accumulation_dtype(x)
     )
@@ -202,7 +240,10 @@ def clip_to_domain(
     x: Tensor,  # normalised images, `(N, C, H, W)`; changed in place
     domain: Domain,  # says what black and white are
 ) -> Tensor:  # `x` itself
-    "Move every value to the nearest one that a picture can hold (DeepInversion, Eq. 16)."
+    """Clip every value to the valid pixel range.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 16.
+    """
     low, high = domain.limits(x.device)
     return x.clamp_(low.to(x.dtype), high.to(x.dtype))
 
@@ -212,8 +253,9 @@ def jitter(
     pixels: int,  # largest shift in each direction; 0 for none
     generator: torch.Generator | None = None,  # a CPU generator
 ) -> Tensor:  # a view of the same images, `(N, C, H, W)`
-    """Roll the whole batch by one random offset; what leaves on one side enters on the
-    other.
+    """Roll the whole batch by one random offset; what leaves on one side enters opposite.
+
+    Raises: `DFKDError` for a negative number of pixels.
     """
     if pixels < 0:
         raise DFKDError(f'jitter by {pixels} pixels: use 0 or more')

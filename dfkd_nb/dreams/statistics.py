@@ -43,7 +43,7 @@ def _sums(
     x: Tensor,  # any shape, one dimension of which is channels
     channel_dim: int,  # which one
 ) -> Moments:  # sum and sum of squares of each channel, in float32 at least
-    "Two sums that do not wait for each other."
+    "Sum and sum of squares, each in one pass."
     dtype = accumulation_dtype(x)
     channel_dim %= x.ndim
     # one image's channel lies in one piece: sum that first
@@ -61,6 +61,7 @@ def broadcast_channels(
     x: Tensor,  # whose shape to fit
     channel_dim: int,  # where its channels are
 ) -> Tensor:  # `v` in the shape that multiplies `x`
+    "One number a channel, shaped to be broadcast over features."
     shape = [1] * x.ndim
     shape[channel_dim] = -1
     return v.view(shape)
@@ -72,15 +73,15 @@ def moments_around(
     point: Tensor | None,
     channel_dim: int,  # which dimension
 ) -> tuple[Tensor, Tensor, Tensor]:  # `x - point`; its mean and variance, `(C,)`
-    """Mean and variance of the distances from a point.
+    """Mean and variance of the differences from a point.
 
-    Nothing is lost where the mean of `x` is near it.
+    Exact where the mean of `x` is near it.
     """
-    away = x if point is None else x - broadcast_channels(point, x, channel_dim)
-    total, squares = _sums(away, channel_dim)
+    centred = x if point is None else x - broadcast_channels(point, x, channel_dim)
+    total, squares = _sums(centred, channel_dim)
     count = x.numel() // x.shape[channel_dim]
     rest = total / count
-    return away, rest, (squares / count - rest.square()).clamp_min(0)
+    return centred, rest, (squares / count - rest.square()).clamp_min(0)
 
 
 def channel_affine(
@@ -88,9 +89,7 @@ def channel_affine(
     scale: Tensor,  # `(C,)`
     shift: Tensor,  # `(C,)`
 ) -> Tensor:  # `scale * x + shift`, channel by channel, in one pass
-    """BatchNorm in eval mode, with mean 0 and variance 1, is the affine map that every
-    backend has made fast.
-    """
+    "An affine map per channel, as BatchNorm in eval mode: fast on every backend."
     return F.batch_norm(
         x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0
     )
@@ -114,13 +113,13 @@ class _BatchMoments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         x, mean = ctx.saved_tensors
         scale, shift = 2 * grad_var / ctx.count, grad_mean / ctx.count
-        away = x.to(mean.dtype) - broadcast_channels(mean, x, ctx.channel_dim)
+        centred = x.to(mean.dtype) - broadcast_channels(mean, x, ctx.channel_dim)
         if ctx.channel_dim == 1 and x.ndim > 2:
-            return channel_affine(away, scale, shift).to(x.dtype), None
+            return channel_affine(centred, scale, shift).to(x.dtype), None
         scale, shift = (
-            broadcast_channels(v, away, ctx.channel_dim) for v in (scale, shift)
+            broadcast_channels(v, centred, ctx.channel_dim) for v in (scale, shift)
         )
-        return (away * scale + shift).to(x.dtype), None
+        return (centred * scale + shift).to(x.dtype), None
 
 # %% ../../nbs/dreams/04_statistics.ipynb #2750f012
 def batch_moments(
@@ -128,8 +127,11 @@ def batch_moments(
     # where the channels are; -1 for the tokens of a transformer, `(N, T, C)`
     channel_dim: int = 1,
 ) -> Moments:  # mean and biased variance of each channel, `(C,)`, float32 at least
-    """First two moments of every channel over all the rest, however far from zero; keeps
-    only `x`.
+    """Mean and variance of every channel, accurate however far from zero.
+
+    The backward pass keeps nothing but `x`.
+
+    Raises: `DFKDError` for integers, for an empty batch and for a wrong `channel_dim`.
     """
     if not x.is_floating_point() or x.ndim < 2:
         raise DFKDError(
@@ -151,10 +153,7 @@ def batch_moments(
 def mean_moments(
     calls: Sequence[Moments],  # of one layer, at least one
 ) -> Moments:  # their mean
-    """What a layer reports that was called several times.
-
-    What its running statistics would average.
-    """
+    "Moments of a layer that was called several times, averaged as BatchNorm would."
     if len(calls) == 1:
         return calls[0]
     means, variances = zip(*calls)
@@ -166,7 +165,20 @@ _KEEP_INPUT = _BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm
 
 # %% ../../nbs/dreams/04_statistics.ipynb #c9f3c772
 class Watch:
-    "Records the moments of what enters (or leaves) layers, while the `with` block lasts."
+    """Records the moments of what enters (or leaves) layers, inside a `with` block.
+
+    Raises: `DFKDError` for an unknown layer or place, and for a network without BatchNorm
+    where no layers are named.
+
+    Example:
+    >>> import torch
+    >>> from torch import nn
+    >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    >>> with Watch(network) as watch:
+    ...     y = network(torch.zeros(2, 1, 8, 8))
+    >>> {name: mean.shape for name, (mean, var) in watch.moments.items()}
+    {'1': torch.Size([4])}
+    """
 
     def __init__(
         self,
@@ -184,19 +196,15 @@ class Watch:
 
     @property
     def moments(self) -> dict[str, Moments]:  # by layer name
-        """Of the last forward pass; the mean over its calls where it called a layer several
-        times.
-        """
+        "Of the last forward pass; of a layer that was called several times, their mean."
         return {
             name: mean_moments([m for m, _ in calls]) for name, calls in self.calls.items()
         }
 
     def _record(self, name: str, layer: nn.Module, passed: Any) -> None:
-        x = (
-            next((v for v in passed if isinstance(v, Tensor)), None)
-            if isinstance(passed, (tuple, list))
-            else passed
-        )
+        x = passed
+        if isinstance(passed, (tuple, list)):
+            x = next((v for v in passed if isinstance(v, Tensor)), None)
         if not isinstance(x, Tensor):
             raise DFKDError(
                 f"layer '{name}' passes on a {type(x).__name__}, not a tensor: watch"
@@ -266,8 +274,11 @@ def check_moments(name: str, mean: Tensor, var: Tensor) -> None:
 def read_batchnorm(
     model: nn.Module,  # a trained network
 ) -> dict[str, Moments]:  # running mean and variance of every BatchNorm layer, by name
-    """What BatchNorm remembers of the training data (DeepInversion, Eq. 5 and the one after
-    it).
+    """The running statistics of all BatchNorm layers.
+
+    Raises: `DFKDError` where there is no BatchNorm, or one without running statistics.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 5 and 6.
     """
     moments, found = {}, batchnorm_layers(model)
     if not found:
@@ -304,7 +315,7 @@ def _called_layers(
 ) -> list[
     str
 ]:  # those that work when it answers: not the heads that only helped in training
-    "Two black images tell which layers take part."
+    "Layers that take part in a forward pass, tried with two black images."
     images = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8)
     black = next(normalized_batches(teacher, images))
     with torch.no_grad(), Watch(teacher, list(layers)) as watch:
@@ -313,17 +324,14 @@ def _called_layers(
 
 # %% ../../nbs/dreams/04_statistics.ipynb #d993f7f2
 class _MomentSum:
-    """Mean and variance of all that was added, on the CPU.
-
-    Not every accelerator has float64.
-    """
+    "Mean and variance of a union, in float64 on the CPU: not every accelerator has it."
 
     def __init__(self) -> None:
         self.count, self.mean = 0, torch.zeros(()).double()
         self.squares = torch.zeros(()).double()  # squared distances from the mean, summed
 
     def add(self, mean: Tensor, var: Tensor, count: int) -> None:
-        "So many more numbers a channel."
+        "Moments of `count` more numbers a channel."
         total = self.count + count
         step = mean.cpu().double() - self.mean
         self.mean = self.mean + step * count / total
@@ -345,7 +353,22 @@ def measure_moments(
     layers: Sequence[str] | None = None,  # by name; None for every BatchNorm layer
     at: str = 'input',  # of these layers, or their 'output'
 ) -> dict[str, Moments]:  # as if all images had been one batch
-    "Moments of all images together, from batches of any size: the law of total variance."
+    """Moments of all images together, from batches of any size.
+
+    Raises: `DFKDError` without images, and for a layer that the network does not call.
+
+    Source: the law of total variance.
+
+    Example:
+    >>> import torch
+    >>> from torch import nn
+    >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    >>> images = torch.randn(6, 1, 8, 8)
+    >>> one = measure_moments(network, images)['1']
+    >>> two = measure_moments(network, [images[:1], images[1:]])['1']
+    >>> bool((one[1] - two[1]).abs().max() < 1e-5)
+    True
+    """
     unions: dict[str, list[_MomentSum]] = {}  # one for each call of a layer
     watch, seen = Watch(model, layers, at), 0
     with in_eval_mode(model), watch:
@@ -373,9 +396,14 @@ def measure_moments(
 
 # %% ../../nbs/dreams/04_statistics.ipynb #0e53d130
 class Statistics(Mapping[str, Moments]):
-    """What a data set looks like to a network.
+    """Feature statistics of a data set: channel means and variances by layer name.
 
-    Mean and variance of every channel of some layers, by layer name.
+    Raises: `DFKDError` for no layer, for NaN, and for negative variances.
+
+    Example:
+    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> Statistics.from_batchnorm(load_teacher('cifar10-resnet20'))
+    Statistics(19 layers, 688 channels)
     """
 
     def __init__(
@@ -401,17 +429,16 @@ class Statistics(Mapping[str, Moments]):
 
     @classmethod
     def from_batchnorm(cls, model: nn.Module) -> Self:
-        """Read from a trained network's BatchNorm layers; a network without any is a
-        `DFKDError`.
+        """Read from a trained network's BatchNorm layers.
 
-        A teacher's layers that its answers do not pass are left out.
+        A teacher's layers that its forward pass does not call are left out.
+
+        Raises: `DFKDError` for a network without BatchNorm.
         """
         moments = read_batchnorm(model)
-        return cls(
-            {name: moments[name] for name in _called_layers(model, moments)}
-            if isinstance(model, Teacher)
-            else moments
-        )
+        if isinstance(model, Teacher):
+            moments = {name: moments[name] for name in _called_layers(model, moments)}
+        return cls(moments)
 
     @classmethod
     def measure(
@@ -458,7 +485,10 @@ class Statistics(Mapping[str, Moments]):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        "Read what `save` wrote."
+        """Read what `save` wrote.
+
+        Raises: `DFKDError` for another file.
+        """
         tensors, about = load_tensors(path)
         try:
             return cls(
@@ -474,9 +504,7 @@ class Statistics(Mapping[str, Moments]):
             ) from None
 
     def row(self, device: torch.device) -> Tensor:
-        """All means and variances, one after the other, kept on the device after the first
-        time.
-        """
+        "All means and variances in one tensor, kept on the device after the first time."
         if device not in self._targets:
             self._targets[device] = torch.cat(
                 [v.to(device) for pair in self.values() for v in pair]
@@ -488,8 +516,11 @@ class Statistics(Mapping[str, Moments]):
         # of a batch, by layer name; layers not in these statistics are left out
         moments: Mapping[str, Moments],
     ) -> Tensor:  # one distance a layer, `(L,)`
-        """How far a batch is from the data, layer by layer (the summands of DeepInversion's
-        Eq. 4).
+        """How far a batch is from the data, layer by layer.
+
+        Raises: `DFKDError` for a layer without moments, or with other channels.
+
+        Source: Yin et al., 2020 (DeepInversion), the summands of Eq. 4.
         """
         for name, (mean, _) in self.items():
             if name not in moments:
@@ -503,8 +534,8 @@ class Statistics(Mapping[str, Moments]):
                     f' {len(mean)}: they belong to another network'
                 )
         found = torch.cat([v for name in self for v in moments[name]])
-        away = found - self.row(found.device)
-        parts = away.split([len(v) for pair in self.values() for v in pair])
+        differences = found - self.row(found.device)
+        parts = differences.split([len(v) for pair in self.values() for v in pair])
         # at length 0 its gradient is 0
         lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts])
         return lengths.view(len(self), 2).sum(1)
@@ -516,8 +547,16 @@ def feature_loss(
     # extra weight of the first layer; the ImageNet settings use 10
     first_layer_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor]:  # total, a scalar, and what each layer adds to it, `(L,)`
-    """Distance of a batch's feature statistics from the data's (DeepInversion, Eq. 4; norms
-    are not squared).
+    """Distance of a batch's feature statistics from the data's; norms are not squared.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 4.
+
+    Example:
+    >>> import torch
+    >>> zeros, ones = torch.zeros(2), torch.ones(2)
+    >>> statistics = Statistics({'layer': (zeros, ones)})
+    >>> feature_loss({'layer': (torch.tensor([3.0, 4.0]), ones)}, statistics)[0]
+    tensor(5.)
     """
     layers = statistics.distance(moments)
     if first_layer_weight != 1:
@@ -541,7 +580,18 @@ def feature_term(
     statistics: Statistics,  # of the data
     first_layer_weight: float = 1.0,  # see `feature_loss`
 ) -> Term:  # needs `features`
-    "`feature_loss` as a term of an objective."
+    """`feature_loss` as a term of an objective.
+
+    Raises: `DFKDError` where the inputs have no features.
+
+    Example:
+    >>> import torch
+    >>> zeros, ones = torch.zeros(2), torch.ones(2)
+    >>> term = feature_term(Statistics({'layer': (zeros, ones)}))
+    >>> x, logits, targets = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2), torch.tensor([0])
+    >>> term(LossInputs(x, logits, targets, {'layer': (ones, ones)}))
+    tensor(1.4142)
+    """
 
     def term(inputs: LossInputs) -> Tensor:
         features = features_of(inputs)
