@@ -444,7 +444,7 @@ def test_an_interruption_says_what_is_kept(own, monkeypatch):
         )
     assert own(*BATCHES, '--out', 'dreams', '--resume')[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(commands, 'Run', interrupt)
+        patch.setattr('dfkd_nb.lab.runs.Run', interrupt)
         code, _, err = own('run', 'digits-teacher', *TINY)
         assert code == 130 and 'before anything was saved' in err
 

@@ -325,7 +325,6 @@ def main(words: list[str]) -> int:
     import sklearn.datasets  # noqa: F401
     import torch
 
-    from dfkd_nb.lab import applications, methods  # noqa: F401
     from dfkd_nb.toolbox.core import import_torchvision
 
     import_torchvision()

@@ -10,9 +10,17 @@ import pytest
 import torch
 from cases import each
 
-from dfkd_nb.lab.recipes import Recipe, compared, compose, find_task, recipe_names, tables
+from dfkd_nb.lab.recipes import (
+    SHIPPED,
+    Recipe,
+    compared,
+    compose,
+    find_task,
+    recipe_names,
+    tables,
+)
 from dfkd_nb.lab.results import Result, read_history
-from dfkd_nb.lab.runs import ELSEWHERE, Run
+from dfkd_nb.lab.runs import Run
 from dfkd_nb.lab.tasks.common import open_teacher
 from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
@@ -363,7 +371,7 @@ def test_an_untrained_teacher_is_told(tmp_path: Path) -> None:
         open_teacher('run:digits-teacher', tmp_path, 'quick')
 
 
-@each('name', ['transfer', 'dream', 'teacher', *ELSEWHERE])
+@each('name', [*SHIPPED])
 def test_no_two_parts_of_a_task_mean_different_things_by_one_word(name: str) -> None:
     """A word that two bases define would be one field, and one of them would get the
     other's value.

@@ -19,18 +19,18 @@ from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.foundations import distillation
-from dfkd_nb.lab import runs
 from dfkd_nb.lab.recipes import (
     TASKS,
     Recipe,
     Task,
     compared,
     parse_assignment,
+    recipe_folder,
     recipe_names,
     resolved_toml,
 )
 from dfkd_nb.lab.reproducibility import deterministic, environment
-from dfkd_nb.lab.results import Result, read_history, results
+from dfkd_nb.lab.results import REVISION, Result, read_history, results
 from dfkd_nb.lab.runs import Journal, Run, run_lock
 from dfkd_nb.lab.settings import (
     PRECISIONS,
@@ -39,7 +39,8 @@ from dfkd_nb.lab.settings import (
     check_settings,
     setting,
 )
-from dfkd_nb.lab.tasks.common import open_teacher
+from dfkd_nb.lab.tasks.common import describe_images, open_teacher
+from dfkd_nb.lab.tasks.dream import verified
 from dfkd_nb.toolbox import evaluation, models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.toolbox.core import load_checkpoint, load_tensors, save_checkpoint
@@ -82,7 +83,7 @@ def test_every_recipe_is_whole(name):
     )
     # those are composed; their tables' heads say how they are called
     if name not in compared():
-        text = (runs.recipe_folder() / f'{name}.toml').read_text()
+        text = (recipe_folder() / f'{name}.toml').read_text()
         assert text.startswith('#') and f'dfkd run {name}' in text, (
             'its head says what it is and how to run it'
         )
@@ -335,7 +336,7 @@ def draw(run):
     first = []
 
     def work(state, spent):
-        first.extend_classifier(state['drawn'] if state else [])
+        first.extend(state['drawn'] if state else [])
         while len(first) < run.settings.to:
             first.append(global_draws())
             run.journal.add('drawing', len(first), value=first[-1][0])
@@ -348,7 +349,7 @@ def draw(run):
     late = []
 
     def again(state, spent):
-        late.extend_classifier(state['drawn'] if state else [])
+        late.extend(state['drawn'] if state else [])
         while len(late) < 3:
             late.append(global_draws())
             run.tick('again', lambda: {'drawn': late})
@@ -441,7 +442,7 @@ def test_a_result_knows_its_revision(counting):
     folder = counting().folder
     assert (
         result.revision
-        == runs.REVISION
+        == REVISION
         == json.loads((folder / 'result.json').read_text())['revision']
     )
     assert not result.outdated and Result.load(folder) == result
@@ -455,7 +456,7 @@ def test_a_result_knows_its_revision(counting):
 
 
 def test_a_run_that_began_before_a_mend_stays_older_than_it(counting, monkeypatch):
-    monkeypatch.setattr(runs, 'REVISION', 1)
+    monkeypatch.setattr('dfkd_nb.lab.reproducibility.REVISION', 1)
     with pytest.raises(RunStopped):
         counting().start(max_minutes=1e-9)
     monkeypatch.undo()
@@ -576,8 +577,8 @@ def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
 def test_a_lock_ends_with_its_holder(tmp_path):
     code = (
         'import os, pathlib\n'
-        'from dfkd_nb.lab.runs import locked\n'
-        f'with locked(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)'
+        'from dfkd_nb.lab.runs import run_lock\n'
+        f'with run_lock(pathlib.Path({str(tmp_path)!r})): os.kill(os.getpid(), 9)'
     )
     assert (
         subprocess.run([sys.executable, '-c', code], timeout=60).returncode
@@ -753,7 +754,7 @@ def test_labels_of_another_order_are_refused(taught):
     with pytest.raises(
         DFKDError, match="'truck' is class 0 of 'other' and class 9 of 'cifar10'"
     ):
-        runs.describe_images(images, open_teacher('cifar10-resnet20'))
+        describe_images(images, open_teacher('cifar10-resnet20'))
     asked = types.SimpleNamespace(
         settings=types.SimpleNamespace(verifiers='cifar10-resnet20'),
         root=taught,
@@ -761,7 +762,7 @@ def test_labels_of_another_order_are_refused(taught):
         device='cpu',
     )
     with pytest.raises(DFKDError, match="'truck' is class 0"):
-        runs.verified(asked, images)
+        verified(asked, images)
 
 
 def test_verifiers_say_what_they_see(taught):

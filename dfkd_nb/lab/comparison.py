@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .recipes import SCALES, Recipe, find_task, recipe_names
+from .recipes import SCALES, Recipe, recipe_names, task_settings
 from dfkd_nb.lab.results import (
     Result,
     mark_outdated,
@@ -220,8 +220,7 @@ def _usual(task: str) -> dict[str, Any]:
     "The defaults of a task's settings; nothing for a task that is not known here."
     try:
         return {
-            f.name: f.default
-            for f in dataclasses.fields(find_task(task, 'a result').settings)
+            f.name: f.default for f in dataclasses.fields(task_settings(task, 'a result'))
         }
     except ValueError:
         return {}
