@@ -475,7 +475,7 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
         ),
         (
             lambda: embedding_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
-            'one goal an image',
+            'give one an image',
         ),
         (lambda: traverse_component(matching, metadata, []), 'give one or more of 0 to'),
         (
