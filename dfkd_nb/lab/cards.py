@@ -133,7 +133,7 @@ def model_card(
     """One page about a network: teacher, method, numbers, limits, how to load it and how to
     make it again.
     """
-    from dfkd_nb.toolbox.evaluation import wilson
+    from dfkd_nb.toolbox.evaluation import wilson_interval
 
     settings = result['settings']
     numbers = result['numbers']
@@ -152,7 +152,7 @@ def model_card(
     rows = [
         f'| {k.replace("_", " ")} | {100 * v:.2f} % |'
         + (
-            f' {100 * (span := wilson(round(v * tested), tested))[0]:.1f} to'
+            f' {100 * (span := wilson_interval(round(v * tested), tested))[0]:.1f} to'
             f' {100 * span[1]:.1f} % |'
             if 'accuracy' in k and tested and 0 <= v <= 1
             else ' |'
