@@ -21,9 +21,7 @@ from importlib import resources
 from typing import Any
 
 from .recipes import SCALES, task_settings
-from dfkd_nb.lab.results import (
-    Result,
-)
+from .results import Result
 from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/21_comparison.ipynb #d97a0a07

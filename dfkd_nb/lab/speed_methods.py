@@ -19,7 +19,8 @@ from torch.fx.experimental.optimization import fuse
 
 from ..dreams.priors import LossInputs
 from ..foundations.distillation import Distiller, distillation_loss
-from ..generators.generators import Generator, GeneratorSynthesizer
+from ..generators.generators import Generator
+from ..generators.synthesizer import GeneratorSynthesizer
 from .speed import PlainExtractor, fresh_teacher
 from .timing import compare_variants, count_flops
 from ..toolbox.core import seeded
@@ -174,33 +175,33 @@ class SynthesizerRound:
         network.transposed = channels_last or variant == 'transposed'
         moved: tuple[Any, ...] = ()
         if channels_last:
-            moved = network, synthesizer.student, synthesizer.look.network
+            moved = network, synthesizer.student, synthesizer.extractor.network
         for module in moved:
             module.to(memory_format=torch.channels_last)
 
     def reset(self) -> None:
         "The first weights and latents, and fresh optimisers."
         network = self.synthesizer.network
-        self.synthesizer._set(
+        self.synthesizer._set_tensors(
             dict(network.named_parameters()), dict(network.named_buffers())
         )
-        self.synthesizer.start()
+        self.synthesizer.begin_batch()
         with torch.no_grad():
             self.synthesizer.latents.copy_(self.first_latents)
 
     def __call__(self) -> Tensor:  # the batch of the smallest loss, uint8
         "All steps of a round."
         self.reset()
-        while self.synthesizer.left:
+        while self.synthesizer.steps_left:
             self.synthesizer.step()
-        return self.synthesizer.finish().images
+        return self.synthesizer.pop().images
 
     # total with its graph; each term, by name
     def compute_loss(self) -> tuple[Tensor, dict[str, Tensor]]:
         "Loss of the first batch."
         self.reset()
-        images = self.synthesizer.paint(self.synthesizer.latents)
-        total, values, _ = self.synthesizer.judge(images, None)
+        images = self.synthesizer.generate(self.synthesizer.latents)
+        total, values, _ = self.synthesizer.compute_loss(images, None)
         return total, values
 
     def first_loss(self) -> Tensor:  # scalar, with its graph
