@@ -10,7 +10,7 @@ from dfkd_nb.lab.cards import model_card, teacher_licence, training_images, writ
 from dfkd_nb.lab.results import Result
 from dfkd_nb.lab.settings import TransferSettings
 from dfkd_nb.toolbox.core import save_tensors
-from dfkd_nb.toolbox.evaluation import wilson
+from dfkd_nb.toolbox.evaluation import wilson_interval
 
 
 def result(changed=(), **settings):
@@ -39,7 +39,7 @@ def result(changed=(), **settings):
 
 def test_numbers_come_with_the_interval_of_their_number_of_images():
     card = model_card(result())
-    low, high = wilson(70, 100)
+    low, high = wilson_interval(70, 100)
     assert f'| student accuracy | 70.00 % | {100 * low:.1f} to {100 * high:.1f} % |' in card
     assert (
         '| images | 512 | |' in card

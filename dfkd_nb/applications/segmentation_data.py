@@ -158,18 +158,9 @@ class SegmentationSet(ImageSource):
 
         `ImageSet.load` reads its images as well.
         """
-        domain, labels = self.domain, self.labels
+        labels = self.labels
         tensors = {'images': self.images, 'masks': self.masks, 'labels': labels}
-        save_tensors(
-            path,
-            tensors,  # type: ignore[arg-type]
-            {
-                'name': domain.name,
-                'mean': ' '.join(map(str, domain.mean)),
-                'std': ' '.join(map(str, domain.std)),
-                'classes': '\n'.join(domain.classes),
-            },
-        )
+        save_tensors(path, tensors, self.domain.to_metadata())  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> 'SegmentationSet':
@@ -178,17 +169,11 @@ class SegmentationSet(ImageSource):
         Raises: `DFKDError` for any other file.
         """
         tensors, about = load_tensors(path)
-        if (
-            not {'images', 'masks'} <= tensors.keys()
-            or not {'name', 'mean', 'std', 'classes'} <= about.keys()
-        ):
+        if not {'images', 'masks'} <= tensors.keys() or 'classes' not in about:
             raise DFKDError(
                 f'{path} holds no scenes: give a file that SegmentationSet.save wrote'
             )
-        mean, std = (tuple(map(float, about[k].split())) for k in ('mean', 'std'))
-        shape = tuple(tensors['images'].shape[1:])
-        classes = tuple(about['classes'].split('\n'))
-        domain = Domain(about['name'], shape, mean, std, classes)  # type: ignore[arg-type]
+        domain = Domain.from_metadata(about, tensors['images'].shape[1:])
         return cls(tensors['images'], tensors['masks'], domain)
 
 # %% ../../nbs/applications/segmentation_data.ipynb #130bc7d1

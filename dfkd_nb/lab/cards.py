@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..toolbox.core import atomic_path
-from ..toolbox.evaluation import wilson
+from ..toolbox.evaluation import wilson_interval
 
 # %% ../../nbs/lab/25_cards.ipynb #5326bb9c
 def training_images(
@@ -233,7 +233,7 @@ def _rows(numbers: Mapping[str, Any]) -> list[str]:
         if isinstance(value, float) and ('accuracy' in key or 'miou' in key):
             interval = ''
             if 'accuracy' in key and tested and 0 <= value <= 1:
-                low, high = wilson(round(value * tested), tested)
+                low, high = wilson_interval(round(value * tested), tested)
                 interval = f' {100 * low:.1f} to {100 * high:.1f} %'
             fractions.append(f'| {name} | {100 * value:.2f} % |{interval} |')
         elif isinstance(value, float):
