@@ -126,7 +126,8 @@ def pruned_start(
             kept = prune_filters(filters, plan, importance)
             save(remove_filters(teacher, filters, kept), kept)
             run.say(
-                f'{name}: {filters.removed_fraction(kept):.1%} of the filters, {spent():.0f} s'
+                f'{name}: {filters.removed_fraction(kept):.1%} of the filters,'
+                f' {spent():.0f} s'
             )
             return {'filters_removed': filters.removed_fraction(kept)}
 
@@ -149,7 +150,10 @@ def pruned_start(
             steps=steps,
             temperature=settings.temperature,
             **training_arguments(settings, run.device)
-            | {'schedule': 'constant', 'warmup': 0.0},
+            | {
+                'schedule': 'constant',
+                'warmup': 0.0,
+            },
         )
         train_student(
             run,
