@@ -45,9 +45,7 @@ from dfkd_nb.lab.recipes import (
     resolved_toml,
 )
 from .results import Result, mark_outdated, outdated_note, results
-from .runs import Run
 from .settings import SynthesisSettings, check_settings
-from .tasks.common import open_teacher
 from ..toolbox.errors import DFKDError, RunStopped
 
 # %% ../../nbs/lab/24_commands.ipynb #8504fc38
@@ -247,6 +245,7 @@ if TYPE_CHECKING:
     import torch
 
     from dfkd_nb.dreams.inversion import DeepInversion
+    from dfkd_nb.lab.runs import Run
     from dfkd_nb.toolbox.data import ImageSet
     from dfkd_nb.toolbox.domains import Domain
     from dfkd_nb.toolbox.teachers import Teacher
@@ -315,6 +314,7 @@ def own_teacher(
     arguments: argparse.Namespace,  # of `dfkd invert`
 ) -> 'Teacher':  # ready to dream
     "The network that the command line describes."
+    from dfkd_nb.lab.tasks.common import open_teacher
     from dfkd_nb.toolbox.errors import DFKDWarning
     from dfkd_nb.toolbox.models import EFFICIENTNET_LITE, build_model
     from dfkd_nb.toolbox.teachers import Teacher, load_teacher
