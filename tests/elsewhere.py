@@ -49,9 +49,9 @@ def main(library: str, folder: Path) -> None:
         there if str(name).startswith('elsewhere') else pick(name)
     )
     # only now: other modules take `pick_device` when they are imported
-    from dfkd_nb.applications import pruning
+    from dfkd_nb.applications import latency
 
-    pruning.fastest = timed_once
+    latency.shortest_call = timed_once
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, object]] = {name: {} for name in RUNS}
     for device in ('cpu', 'elsewhere'):

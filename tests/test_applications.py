@@ -36,13 +36,22 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         'digits-pruning',
         DIGITS
         | PRUNED
-        | {'shares': '0.3', 'updates': 6, 'sources': 'static=noise, real=digits'},
+        | {
+            'shares': '0.3',
+            'updates': 6,
+            'sources': 'static=noise, real=digits',
+        },
     ),
     'pruning while learning': (
         'digits-pruning',
         DIGITS
         | PRUNED
-        | {'shares': '0.2', 'updates': 8, 'sources': 'static=noise', 'every': 2},
+        | {
+            'shares': '0.2',
+            'updates': 8,
+            'sources': 'static=noise',
+            'every': 2,
+        },
     ),
     'continual': (
         'cifar10-continual-split',
@@ -182,7 +191,7 @@ def untimed(numbers: object) -> object:
 
 
 def timed_once(call: Callable[[], object], *_: object) -> float:
-    """In place of `fastest`: a tenth of a second for each network is not needed to see
+    """In place of `shortest_call`: a tenth of a second for each network is not needed to see
     whether a run goes on.
     """
     call()
@@ -234,7 +243,7 @@ CHECKS = {
 def test_stopped_and_resumed_and_still_the_same_bits(
     root: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr('dfkd_nb.applications.pruning.fastest', timed_once)
+    monkeypatch.setattr('dfkd_nb.applications.latency.shortest_call', timed_once)
     recipe, changes = TASKS[name]
     where = {'device': 'cpu', 'quiet': True}
     whole = Run(Recipe.load(recipe), 'quick', changes, out=tmp_path / 'whole', **where)

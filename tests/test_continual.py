@@ -13,31 +13,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dfkd_nb.applications.class_growth import (
+    classifier_to_extend,
+    extend_classifier,
+    wider_domain,
+)
+from dfkd_nb.applications.class_sets import (
+    balanced,
+    concatenate,
+    first_class_of,
+    only_classes,
+    renumber_labels,
+)
 from dfkd_nb.applications.continual import (
     CONTINUAL_LOSSES,
     ContinualDistiller,
     ContinualLoss,
-    TaskAccuracies,
     add_classes,
-    balanced,
     binary_trainer,
-    classifier_to_extend,
-    concatenate,
     conditional_loss,
-    extend_classifier,
-    first_class_of,
-    forgetting,
     generated_images,
     log_class_mass,
     lwf_mc_loss,
     memory_loss,
     old_images,
-    only_classes,
-    renumber_labels,
     replay_generator,
     step_schedule,
+)
+from dfkd_nb.applications.continual_metrics import (
+    TaskAccuracies,
+    forgetting,
     task_accuracies,
-    wider_domain,
 )
 from dfkd_nb.lab.recipes import Recipe
 from dfkd_nb.lab.runs import Run
@@ -189,8 +195,8 @@ def headless():
         (twice, 'is used 2 times'),
         (two_names, "shares its weights with 'inner.alias"),
         (computed, 'parametrisation'),
-        (scaled, 'is not the last word'),
-        (centred, 'change the old answers'),
+        (scaled, 'is not the last layer'),
+        (centred, 'change the old logits'),
         (headless, 'cannot be found'),
         (
             lambda: nn.Sequential(
@@ -490,7 +496,7 @@ def test_batchnorm_stays_and_everything_else_moves(teacher):
 
 
 def test_gradients_are_clipped_and_the_step_size_falls(teacher):
-    done, seen = learner(teacher, steps=6, clip=0.01), []
+    done, seen = learner(teacher, steps=6, max_grad_norm=0.01), []
     done.optimizer.register_step_pre_hook(
         lambda *_: seen.append(
             torch.stack(
@@ -512,7 +518,7 @@ def test_gradients_are_clipped_and_the_step_size_falls(teacher):
 
 
 def test_one_look_at_both_batches_is_two_looks(teacher):
-    made = learner(teacher, clip=0.0)
+    made = learner(teacher, max_grad_norm=0.0)
     images, labels = made.sampler.sample(8, made.generator)
     state = made.state_dict()
     generator, position = made.generator.get_state().clone(), copy.deepcopy(state['old'])
@@ -540,7 +546,7 @@ def test_what_a_step_needs_is_told(teacher):
     cases = [
         (
             lambda: add_classes(teacher, new, 'deepinversion', steps=2),
-            'needs images of old classes',
+            'need images of old classes',
         ),
         (
             lambda: add_classes(teacher, new, 'dreams', old, steps=2),
@@ -564,11 +570,17 @@ def test_what_a_step_needs_is_told(teacher):
             'resize them',
         ),
         (lambda: add_classes(teacher, new, 'lwf', steps=2, mixup_alpha=1.0), 'mixup'),
-        (lambda: add_classes(teacher, new, 'lwf', steps=2, clip=-1.0), 'clip is -1.0'),
-        (lambda: add_classes(teacher, new, 'lwf', steps=2, rows='zero'), 'unknown rows'),
+        (
+            lambda: add_classes(teacher, new, 'lwf', steps=2, max_grad_norm=-1.0),
+            'max_grad_norm is -1.0',
+        ),
+        (
+            lambda: add_classes(teacher, new, 'lwf', steps=2, row_init='zero'),
+            'unknown row_init',
+        ),
         (
             lambda: ContinualDistiller(
-                teacher, network(), pictures(OLD), None, domain=OLD, lesson='lwf', steps=2
+                teacher, network(), pictures(OLD), None, domain=OLD, losses='lwf', steps=2
             ),
             'extend it first',
         ),
@@ -579,7 +591,7 @@ def test_what_a_step_needs_is_told(teacher):
                 pictures(OLD),
                 None,
                 domain=OLD,
-                lesson=ContinualLoss('dreams'),
+                losses=ContinualLoss('dreams'),
                 steps=2,
             ),
             'unknown words',
@@ -591,7 +603,7 @@ def test_what_a_step_needs_is_told(teacher):
 
 
 def test_fitted_rows_leave_the_rest_alone_and_cost_less(teacher):
-    random, fitted = (learner(teacher, rows=rows) for rows in ('random', 'fitted'))
+    random, fitted = (learner(teacher, row_init=init) for init in ('random', 'fitted'))
     for name, value in random.student.state_dict().items():
         other = fitted.student.state_dict()[name]
         assert (
@@ -617,7 +629,7 @@ def test_fitted_rows_leave_the_rest_alone_and_cost_less(teacher):
 
 def test_decay_keeps_fitted_rows_small(teacher):
     sizes = [
-        learner(teacher, 'lwf-mc', rows='fitted', rows_decay=decay)
+        learner(teacher, 'lwf-mc', row_init='fitted', row_init_decay=decay)
         .student[5]
         .weight[3:]
         .norm()
@@ -762,14 +774,14 @@ def test_measures_by_hand():
     }
     found = task_accuracies(Table(), wider_domain(OLD, NEW.classes), tests)
     assert found.accuracy == (0.5, 0.5) and found.combined == 0.5
-    assert found.crossed == ((0.5, 0.5), (0.25, 0.75))
+    assert found.confusion == ((0.5, 0.5), (0.25, 0.75))
     # told that it is new, the third image's even zeros name the first class
     assert found.within[1] == 0.75
     only_old = task_accuracies(
         Table(), wider_domain(OLD, NEW.classes), {'old': tests['old']}
     )
     # what is put elsewhere belongs to no set that is looked at
-    assert only_old.crossed == ((0.5,),)
+    assert only_old.confusion == ((0.5,),)
     with pytest.raises(DFKDError, match='are not among'):
         task_accuracies(Table(), OLD, tests)
 
@@ -804,7 +816,9 @@ def test_two_steps_end_with_all_classes(teacher):
         second.domain,
         {'one': pictures(OLD), 'two': pictures(NEW), 'three': pictures(last)},
     )
-    assert len(sets.accuracy) == 3 and all(abs(sum(row) - 1) < 1e-6 for row in sets.crossed)
+    assert len(sets.accuracy) == 3 and all(
+        abs(sum(row) - 1) < 1e-6 for row in sets.confusion
+    )
 
 
 # --- the task

@@ -18,7 +18,11 @@ from tiny import DIGITS, network, stirred
 from torch import Tensor, nn
 
 from dfkd_nb.applications import continual, segmentation
-from dfkd_nb.applications.pruning import filter_importance, find_filters, remove_filters
+from dfkd_nb.applications.class_growth import extend_classifier
+from dfkd_nb.applications.class_sets import renumber_labels
+from dfkd_nb.applications.continual_metrics import task_accuracies
+from dfkd_nb.applications.filters import find_filters, remove_filters
+from dfkd_nb.applications.importance import filter_importance
 from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool
@@ -147,14 +151,14 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
         fidelity(teacher, double(model), data)['agreement']
         == fidelity(teacher, model, data)['agreement']
     )
-    assert continual.task_accuracies(
-        double(model), DIGITS, {'old': data}
-    ) == continual.task_accuracies(model, DIGITS, {'old': data})
+    assert task_accuracies(double(model), DIGITS, {'old': data}) == task_accuracies(
+        model, DIGITS, {'old': data}
+    )
     long = copy.deepcopy(teacher).double()
     torch.testing.assert_close(observe(data, long).logits, observe(data, teacher).logits)
     for who in (teacher, long):
         learner = continual.add_classes(
-            who, pictures(20, new), old=data, rows='fitted', **QUICK
+            who, pictures(20, new), old=data, row_init='fitted', **QUICK
         )
         assert learner.run().done == 3
     wide = stirred(
@@ -167,9 +171,9 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
         )
     )
     filters = find_filters(wide, DIGITS)
-    usual = filter_importance(wide, filters, data, 'divergence', teacher)
+    usual = filter_importance(wide, filters, data, 'kl', teacher)
     for name, value in filter_importance(
-        double(wide), filters, data, 'divergence', teacher
+        double(wide), filters, data, 'kl', teacher
     ).items():
         torch.testing.assert_close(value, usual[name], rtol=1e-3, atol=1e-6)
     scenes = draw_scenes(6, (16, 16))
@@ -278,13 +282,15 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
     one_line(lambda: evaluate(teacher, beyond), 'label 19', '10 classes')
     one_line(lambda: evaluate(network(5), beyond, domain=DIGITS), 'label 19', '10 classes')
     one_line(
-        lambda: filter_importance(wide, filters, beyond, 'labels'), 'label 19', '10 classes'
+        lambda: filter_importance(wide, filters, beyond, 'cross-entropy'),
+        'label 19',
+        '10 classes',
     )
     one_line(
-        lambda: filter_importance(wide, filters, beyond.batches(100), 'labels'),
+        lambda: filter_importance(wide, filters, beyond.batches(100), 'cross-entropy'),
         'labels from 0 to 19',
     )
-    one_line(lambda: filter_importance(wide, filters, shuffled, 'labels'), 'relabel')
+    one_line(lambda: filter_importance(wide, filters, shuffled, 'cross-entropy'), 'relabel')
     one_line(
         lambda: Metadata.measure(teacher, shuffled, clusters=1, components=2),
         "'1' is class 0",
@@ -298,14 +304,14 @@ def test_labels_are_numbers_of_the_networks_own_classes(teacher: Teacher) -> Non
         'label 9',
         '6 classes',
     )
-    lesson = continual.continual_loss('oracle-classify')
-    student, domain = continual.extend_classifier(teacher, ['new'])
-    new = continual.renumber_labels(
+    losses = continual.continual_loss('oracle-classify')
+    student, domain = extend_classifier(teacher, ['new'])
+    new = renumber_labels(
         pictures(20, dataclasses.replace(DIGITS, name='n', classes=('new',))), domain
     )
     one_line(
         lambda: continual.ContinualDistiller(
-            teacher, student, new, beyond, domain=domain, lesson=lesson, **QUICK
+            teacher, student, new, beyond, domain=domain, losses=losses, **QUICK
         ),
         'label 19',
     )

@@ -17,32 +17,37 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from dfkd_nb.applications import pruning
-from dfkd_nb.applications.integer_networks import to_integers
-from dfkd_nb.applications.pruning import (
-    ConvKey,
-    FilterGates,
-    Filters,
-    LatencyTable,
-    Plan,
-    PruningDistiller,
-    answer_direction,
-    compare_latencies,
+from dfkd_nb.applications import filter_groups, latency
+from dfkd_nb.applications.batchnorm import reestimate_batchnorm
+from dfkd_nb.applications.export import export_network, network_cost
+from dfkd_nb.applications.filter_groups import FilterGates
+from dfkd_nb.applications.filters import (
+    ConvShape,
+    PrunableFilters,
     conv_shapes,
-    export_network,
-    filter_importance,
     find_filters,
-    fraction_recovered,
-    gate_gradients,
-    latencies_in_turn,
-    linear_fit,
-    load_pruned,
-    network_cost,
-    prune_filters,
-    rank_agreement,
-    reestimate_batchnorm,
     remove_filters,
     removed_filters,
+)
+from dfkd_nb.applications.importance import (
+    filter_importance,
+    fisher_direction,
+    gate_gradients,
+    rank_agreement,
+)
+from dfkd_nb.applications.integer_networks import to_integers
+from dfkd_nb.applications.latency import (
+    LatencyTable,
+    compare_latencies,
+    interleaved_latencies,
+    linear_fit,
+)
+from dfkd_nb.applications.pruning import (
+    PruningDistiller,
+    PruningPlan,
+    fraction_recovered,
+    load_pruned,
+    prune_filters,
     save_pruned,
 )
 from dfkd_nb.applications.quantization import quantize
@@ -92,8 +97,8 @@ def pool():
     return ImageSet(images, torch.randint(10, (120,), generator=rng), DIGITS)
 
 
-def some(filters: Filters, seed=0):
-    "Filters kept at random, the first of each layer among them."
+def some(filters: PrunableFilters, seed=0):
+    "PrunableFilters kept at random, the first of each layer among them."
     rng = torch.Generator().manual_seed(seed)
     kept = {
         name: torch.rand(group.count, generator=rng) > 0.4
@@ -127,9 +132,9 @@ def test_removal_is_what_closed_gates_compute(name):
         assert not torch.allclose(model(x), masked), (
             'the gates are gone again, and they mattered'
         )
-    assert list(conv_shapes(small.float(), domain).values()) == filters.keys(kept), (
-        'sizes are as the table is asked'
-    )
+    assert list(conv_shapes(small.float(), domain).values()) == filters.remaining_shapes(
+        kept
+    ), 'sizes are as the table is asked'
 
 
 SMALL = Domain('small', (3, 8, 8), (0.5,) * 3, (0.5,) * 3, tuple('abcd'))
@@ -204,8 +209,8 @@ def test_any_choice_of_what_is_removable_can_be_removed(kind, seed):
     filters, model = stand_in(kind)
     rng, kept = torch.Generator().manual_seed(seed), {}
     for name, group in filters.groups.items():
-        part = torch.rand(group.parts, generator=rng) > torch.rand(1, generator=rng)
-        part[torch.randint(group.parts, (1,), generator=rng)] = True
+        part = torch.rand(group.num_blocks, generator=rng) > torch.rand(1, generator=rng)
+        part[torch.randint(group.num_blocks, (1,), generator=rng)] = True
         kept[name] = part[group.blocks]
     small = remove_filters(model, filters, kept)
     x = torch.randn(2, 3, 8, 8, dtype=torch.double, generator=rng)
@@ -217,7 +222,7 @@ def test_any_choice_of_what_is_removable_can_be_removed(kind, seed):
         assert torch.allclose(
             small(x), masked, rtol=1e-9, atol=1e-9 * float(masked.abs().max())
         )
-    assert list(conv_shapes(small, SMALL).values()) == filters.keys(kept)
+    assert list(conv_shapes(small, SMALL).values()) == filters.remaining_shapes(kept)
     assert {type(layer) for layer in small.modules()} <= {
         type(layer) for layer in model.modules()
     }
@@ -235,7 +240,7 @@ def test_a_grouped_convolution_goes_by_whole_groups(tmp_path):
     assert [
         g.blocks.bincount().tolist() for g in stand_in('two groupings')[0].groups.values()
     ].count([12, 12]) == 1
-    kept = filters.all()
+    kept = filters.keep_all()
     kept[name][[0, 1, 2]] = False
     for act in (
         lambda: remove_filters(model, filters, kept),
@@ -243,7 +248,8 @@ def test_a_grouped_convolution_goes_by_whole_groups(tmp_path):
     ):
         save_pruned(tmp_path / 'part.safetensors', model, 'x', removed_filters(kept), SMALL)
         with pytest.raises(
-            DFKDError, match=r"filter 0 of '.*' cannot go alone: .*all of \[0, 1, 2, 3\]"
+            DFKDError,
+            match=r"filter 0 of '.*' cannot be removed alone: .*all of \[0, 1, 2, 3\]",
         ) as error:
             act()
         assert '\n' not in str(error.value)
@@ -252,7 +258,7 @@ def test_a_grouped_convolution_goes_by_whole_groups(tmp_path):
         for n, g in filters.groups.items()
     }
     planned = prune_filters(
-        filters, Plan(0.4, per_removal=4, group_size=1), lambda kept: worth
+        filters, PruningPlan(0.4, filters_per_removal=4, group_size=1), lambda kept: worth
     )
     gone = (~planned[name]).view(6, 4)
     assert gone.any() and (gone.all(1) == gone.any(1)).all(), 'a plan takes whole groups'
@@ -262,7 +268,7 @@ def test_a_grouped_convolution_goes_by_whole_groups(tmp_path):
         torch.randn(1, 3, 8, 8).double()
     ).shape == (1, 4)
     table = LatencyTable(seconds=0.0)
-    table.scan(filters, 2, passes=1)  # sizes that exist only
+    table.measure_all(filters, 2, passes=1)  # sizes that exist only
     grouped = {key for key in table.measured if key.groups > 1}
     assert {(key.outputs, key.groups) for key in grouped} == {
         (4 * n, n) for n in range(2, 7)
@@ -274,13 +280,13 @@ def test_acceptance_tries_more_than_every_second_filter(monkeypatch):
 
     Without every second filter it runs, without others it does not.
     """
-    monkeypatch.setattr(pruning, '_tied', lambda layer: False)
+    monkeypatch.setattr(filter_groups, '_removed_by_groups', lambda layer: False)
     found = find_filters(StandIn('grouped').eval(), SMALL)
-    assert list(found.groups) == ['c.0'] and {'a.0', 'b.0'} <= set(found.left_alone)
+    assert list(found.groups) == ['c.0'] and {'a.0', 'b.0'} <= set(found.excluded)
 
 
 def test_what_is_refused_and_why():
-    left = stand_in('uneven')[0].left_alone
+    left = stand_in('uneven')[0].excluded
     assert any(
         "'extra.0' has 12 groups that make 36 of 24 channels" in reason
         for reason in left.values()
@@ -302,7 +308,7 @@ def test_the_padded_stream_is_left_alone():
     teacher = load_teacher('cifar10-resnet20')
     filters = find_filters(teacher, teacher.domain)
     assert (
-        list(filters.left_alone) == ['conv']
+        list(filters.excluded) == ['conv']
         and len(filters.groups) == 9
         and filters.total == 3 * (16 + 32 + 64)
     )
@@ -318,24 +324,25 @@ def test_the_padded_stream_is_left_alone():
 def test_what_layers_added_up_lose_counts_as_often(digits):
     model, domain = network('wrn16-1')
     filters = find_filters(model, domain)
-    shared = [name for name in filters.groups if filters.weight(name) > 1]
+    shared = [name for name in filters.groups if filters.coupled(name) > 1]
     assert shared, 'shortcuts add layers up'
     name = shared[0]
-    kept = filters.all()
+    kept = filters.keep_all()
     kept[name][0] = False
     small = remove_filters(model, filters, kept)
     lost = sum(k.outputs for k in filters.shapes.values()) - sum(
         k.outputs for k in conv_shapes(small, domain).values()
     )
     assert (
-        lost == filters.weight(name) and filters.removed_share(kept) == lost / filters.total
+        lost == filters.coupled(name)
+        and filters.removed_fraction(kept) == lost / filters.total
     )
-    weight = filters.weight(name)
-    worth = {layer: torch.ones(len(still)) for layer, still in filters.all().items()}
+    weight = filters.coupled(name)
+    worth = {layer: torch.ones(len(still)) for layer, still in filters.keep_all().items()}
     worth[name] = torch.zeros(len(worth[name]))  # the cheapest
-    plan = Plan(0.9, per_removal=2 * weight, group_size=1)
-    left = plan.remove(filters, filters.all(), worth)
-    assert int((~left[name]).sum()) == 2 and filters.removed_share(
+    plan = PruningPlan(0.9, filters_per_removal=2 * weight, group_size=1)
+    left = plan.remove(filters, filters.keep_all(), worth)
+    assert int((~left[name]).sum()) == 2 and filters.removed_fraction(
         left
     ) * filters.total == pytest.approx(2 * weight)
 
@@ -420,7 +427,7 @@ def test_a_shared_layer_does_not_keep_the_others(digits):
             return super().forward(self.e(self.d(x)))
 
     filters = find_filters(Mixed(), DIGITS)
-    assert list(filters.groups) == ['d'] and 'b' in ' '.join(filters.left_alone)
+    assert list(filters.groups) == ['d'] and 'b' in ' '.join(filters.excluded)
 
 
 # importance
@@ -464,7 +471,9 @@ def test_importance_by_hand():
     filters = find_filters(model, DIGITS)
     images = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
     a = float(DIGITS.normalize(images).mean())
-    found = filter_importance(model, filters, [(images, torch.tensor([0]))], 'labels')['0']
+    found = filter_importance(
+        model, filters, [(images, torch.tensor([0]))], 'cross-entropy'
+    )['0']
     # of the cross-entropy by the first logit, 3 a
     slope = math.exp(3 * a) / (math.exp(3 * a) + 9) - 1
     assert torch.allclose(
@@ -494,7 +503,7 @@ def test_the_divergence_from_oneself_has_no_first_order(digits, pool):
 def test_the_direction_has_the_covariance_of_drawn_labels(seed, classes):
     rng = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, 1, classes, generator=rng, dtype=torch.double)
-    draws = answer_direction(a.expand(4000, -1), b.expand(4000, -1), rng)
+    draws = fisher_direction(a.expand(4000, -1), b.expand(4000, -1), rng)
     p, q = a.softmax(1)[0], b.softmax(1)[0]
     # minus the gradient of each label's cross-entropy
     labels = torch.eye(classes, dtype=torch.double) - q
@@ -523,7 +532,7 @@ def test_importance_refuses_and_repeats(digits, pool):
         with pytest.raises(DFKDError, match=text):
             filter_importance(teacher, filters, pool.batches(60), **arguments)
     with pytest.raises(DFKDError, match='needs labelled images'):
-        filter_importance(teacher, filters, [(pool.images, None)], 'labels')
+        filter_importance(teacher, filters, [(pool.images, None)], 'cross-entropy')
     with pytest.raises(DFKDError, match='no images'):
         filter_importance(teacher, filters, [])
     assert math.isclose(rank_agreement(first, {k: -v for k, v in first.items()}), -1)
@@ -594,23 +603,23 @@ def test_the_clock_waits_for_the_device_that_computes(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, 'synchronize', lambda device=None: waited.append(device)
     )
-    pruning.fastest(lambda: None, seconds=0.0, device='cuda:1')
+    latency.shortest_call(lambda: None, seconds=0.0, device='cuda:1')
     assert set(waited) == {torch.device('cuda:1')}
 
 
 def test_a_clock_that_stands_still_measures_nothing(monkeypatch):
     # the second call seems to take no time
     ticks = iter([0.0, 0.0, 1.0, 1.0, 1.0, 2.0, *map(float, range(2, 99))])
-    monkeypatch.setattr(pruning.time, 'thread_time', lambda: next(ticks))
-    assert pruning.fastest(lambda: None, seconds=1.0) == 1000.0
+    monkeypatch.setattr(latency.time, 'thread_time', lambda: next(ticks))
+    assert latency.shortest_call(lambda: None, seconds=1.0) == 1000.0
 
 
 def keyed(inputs, outputs, groups=1):
-    return ConvKey(inputs, outputs, '3', '1', '8', groups)
+    return ConvShape(inputs, outputs, '3', '1', '8', groups)
 
 
 def test_interpolation_and_depthwise():
-    table = LatencyTable(step=4)
+    table = LatencyTable(channel_step=4)
     table.measured = {keyed(a, b): float(a * b) for a in (4, 8) for b in (4, 8)}
     assert table(keyed(6, 8)) == 48 and table(keyed(6, 5)) == 30 and table(keyed(0, 8)) == 0
     table.measured[keyed(4, 4, 4)], table.measured[keyed(8, 8, 8)] = 1.0, 3.0
@@ -622,10 +631,10 @@ def test_interpolation_and_depthwise():
 
 def test_a_table_is_kept_and_belongs_to_its_machine(tmp_path):
     table = LatencyTable(seconds=0.0)
-    assert table(ConvKey(2, 3, '1x3', '2x1', '8x6')) > 0, (
+    assert table(ConvShape(2, 3, '1x3', '2x1', '8x6')) > 0, (
         'kernels, strides and maps need not be square'
     )
-    table.again()
+    table.remeasure()
     table.save(path := tmp_path / 'table.json')
     again = LatencyTable.load(path)
     assert again.measured == table.measured and again.machine == table.machine
@@ -651,7 +660,7 @@ def test_a_table_is_kept_and_belongs_to_its_machine(tmp_path):
 )
 def test_damaged_tables(tmp_path, change):
     table = LatencyTable(seconds=0.0)
-    table.measured = {ConvKey(3, 5, '3', '1', '8'): 0.5}
+    table.measured = {ConvShape(3, 5, '3', '1', '8'): 0.5}
     table.save(path := tmp_path / 'table.json')
     before = path.read_text()
     path.write_text(change(before))
@@ -683,7 +692,7 @@ def test_the_table_is_compared_with_networks(digits):
 def test_networks_take_turns(digits):
     teacher, _ = digits
     deep, threads = build_model('resnet20', 10, 1).train(), torch.get_num_threads()
-    times = latencies_in_turn([teacher.model, deep, teacher.model], DIGITS, rounds=20)
+    times = interleaved_latencies([teacher.model, deep, teacher.model], DIGITS, rounds=20)
     assert times[1] > 2 * max(times[0], times[2]), (
         'twenty layers take longer than four, whenever they are asked'
     )
@@ -695,7 +704,7 @@ def test_networks_take_turns(digits):
     )
     for arguments in (([], DIGITS), ([deep], DIGITS, 1, 0)):
         with pytest.raises(DFKDError, match='1 or more of each'):
-            latencies_in_turn(*arguments)
+            interleaved_latencies(*arguments)
 
 
 # plans
@@ -712,10 +721,10 @@ def test_a_plan_is_kept(share, group_size, per_removal, seed):
     }
     kept = prune_filters(
         filters,
-        Plan(share, per_removal=per_removal, group_size=group_size),
+        PruningPlan(share, filters_per_removal=per_removal, group_size=group_size),
         lambda kept: worth,
     )
-    removed = filters.removed_share(kept)
+    removed = filters.removed_fraction(kept)
     assert share <= removed <= share + group_size / filters.total + 1e-9
     for name, still in kept.items():
         assert still.any(), 'a layer keeps at least one filter'
@@ -740,10 +749,12 @@ def test_a_share_is_met_or_the_difference_is_said(share):
     with warnings.catch_warnings():
         warnings.simplefilter('error', DFKDWarning)
         kept = prune_filters(
-            filters, Plan(share), lambda kept: {k: v / len(v) for k, v in kept.items()}
+            filters,
+            PruningPlan(share),
+            lambda kept: {k: v / len(v) for k, v in kept.items()},
         )
-    assert share <= filters.removed_share(kept) <= 1.1 * share + 0.5 / filters.total
-    assert Plan(share).portion(filters) == {0.01: 1, 0.1: 2, 0.5: 16}[share]
+    assert share <= filters.removed_fraction(kept) <= 1.1 * share + 0.5 / filters.total
+    assert PruningPlan(share).size_of_groups(filters) == {0.01: 1, 0.1: 2, 0.5: 16}[share]
     if share < 0.5:
         with pytest.warns(
             DFKDWarning,
@@ -751,25 +762,25 @@ def test_a_share_is_met_or_the_difference_is_said(share):
         ):
             prune_filters(
                 filters,
-                Plan(share, group_size=16),
+                PruningPlan(share, group_size=16),
                 lambda kept: {k: v / len(v) for k, v in kept.items()},
             )
 
 
 def test_plans_that_cannot_be(digits):
     for arguments, text in (
-        ({'share': 1.5}, 'between 0 and 1'),
-        ({'measure': 'size'}, 'unknown measure'),
+        ({'fraction': 1.5}, 'between 0 and 1'),
+        ({'fraction_of': 'size'}, 'unknown fraction_of'),
         ({'group_size': 0}, '1 or more'),
         ({'latency_weight': -1.0}, '0 or more'),
-        ({'measure': 'latency'}, 'no table'),
+        ({'fraction_of': 'latency'}, 'no table'),
     ):
         with pytest.raises(DFKDError, match=text):
-            Plan(**arguments)
+            PruningPlan(**arguments)
     with pytest.raises(DFKDError, match='all that can be removed'):
         prune_filters(
             TINY,
-            Plan(0.95, group_size=16),
+            PruningPlan(0.95, group_size=16),
             lambda kept: {k: v.float() for k, v in kept.items()},
         )
 
@@ -785,12 +796,15 @@ def test_latency_moves_the_choice():
                     slow[name] * outputs * inputs / key.inputs
                 )
     worth = {name: torch.full((group.count,), 1.0) for name, group in TINY.groups.items()}
-    aware = Plan(
-        0.05, per_removal=2, group_size=2, latency_weight=10.0, table=table
-    ).remove(TINY, TINY.all(), worth)
+    aware = PruningPlan(
+        0.05, filters_per_removal=2, group_size=2, latency_weight=10.0, latency_table=table
+    ).remove(TINY, TINY.keep_all(), worth)
     assert removed_filters(aware).keys() == {'0'}
-    reached = Plan(0.3, 'latency', 4, 2, 1.0, table)
-    assert reached.removed(TINY, prune_filters(TINY, reached, lambda kept: worth)) >= 0.3
+    reached = PruningPlan(0.3, 'latency', 4, 2, 1.0, table)
+    assert (
+        reached.removed_fraction(TINY, prune_filters(TINY, reached, lambda kept: worth))
+        >= 0.3
+    )
 
 
 # learning
@@ -798,11 +812,11 @@ def test_latency_moves_the_choice():
 
 def distiller(teacher, pool, **changes):
     student = copy.deepcopy(teacher.model).requires_grad_(True)
-    plan = Plan(0.5, per_removal=16, group_size=2)
+    plan = PruningPlan(0.5, filters_per_removal=16, group_size=2)
     arguments = {
         'filters': TINY,
         'plan': plan,
-        'every': 3,
+        'removal_interval': 3,
         'importance_batches': 1,
         'steps': 16,
         'batch_size': 30,
@@ -821,14 +835,16 @@ def test_closed_gates_learn_like_the_smaller_network(digits, pool):
     settings_ = {'steps': 5, 'batch_size': 30, 'learning_rate': 0.05, 'device': 'cpu'}
     small = remove_filters(teacher, filters, kept)
     Distiller(teacher, small, copy.deepcopy(pool), **settings_).run()
-    masked = distiller(teacher, pool, plan=Plan(0.5, per_removal=1), **settings_)
-    masked.close(kept)
-    masked.plan = Plan(1e-6)  # has been reached
+    masked = distiller(
+        teacher, pool, plan=PruningPlan(0.5, filters_per_removal=1), **settings_
+    )
+    masked.mask_filters(kept)
+    masked.plan = PruningPlan(1e-6)  # has been reached
     masked.run()
     small.eval()
     x = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
-        assert torch.allclose(masked.smaller().eval()(x), small(x), atol=1e-4)
+        assert torch.allclose(masked.pruned_network().eval()(x), small(x), atol=1e-4)
 
 
 def hooks(model):
@@ -874,7 +890,13 @@ def test_the_student_carries_no_hooks(digits, pool):
         computed = copy.deepcopy(learner.student)
         nn.utils.parametrizations.weight_norm(computed[3])
         PruningDistiller(
-            teacher, computed, pool, filters=TINY, plan=Plan(0.5), steps=1, device='cpu'
+            teacher,
+            computed,
+            pool,
+            filters=TINY,
+            plan=PruningPlan(0.5),
+            steps=1,
+            device='cpu',
         )
 
 
@@ -893,9 +915,11 @@ def test_pruning_resumes_to_the_same_bits(digits, pool):
         assert torch.equal(value, rest.student.state_dict()[name])
     x = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
-        assert torch.allclose(whole.smaller().eval()(x), whole.student.eval()(x), atol=1e-5)
+        assert torch.allclose(
+            whole.pruned_network().eval()(x), whole.student.eval()(x), atol=1e-5
+        )
     with pytest.raises(DFKDError, match='1 or more of each'):
-        distiller(teacher, pool, every=0)
+        distiller(teacher, pool, removal_interval=0)
 
 
 # files

@@ -430,9 +430,9 @@ class PruningSettings(TrainingSettings, ImageSourceSettings):
     table: str = setting('', 'a latency table to use; empty: measure one')
     table_step: int = setting(1, 'channels between its entries', low=1)
     criterion: str = setting(
-        'answers',
+        'fisher',
         'what importance is measured on',
-        choices=('labels', 'answers', 'divergence'),
+        choices=('cross-entropy', 'fisher', 'kl'),
     )
     judged_images: int = setting(256, 'images that filters are ranked on', low=1)
     per_removal: int = setting(32, 'filters removed at once', low=1)
@@ -477,7 +477,7 @@ class ContinualSettings(TrainingSettings, SynthesisSettings):
     )
     updates: int = setting(1000, 'of the network in each step', low=1)
     falls: str = setting(
-        'fifths', 'how the step size moves in them', choices=('fifths', *SCHEDULES)
+        'step', 'how the step size moves in them', choices=('step', *SCHEDULES)
     )
     rows: str = setting(
         'random',

@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 
+from ...applications.class_sets import balanced, concatenate, only_classes
 from dfkd_nb.applications.continual import (
     CONTINUAL_LOSSES,
     add_classes,
-    balanced,
     binary_trainer,
-    concatenate,
     continual_loss,
     generated_images,
-    only_classes,
     replay_generator,
-    task_accuracies,
 )
+from ...applications.continual_metrics import task_accuracies
 from ...foundations.distillation import Distiller
 from ..names import find_data
 from ..recipes import task
@@ -146,7 +144,7 @@ def shown_images(
 ) -> ImageSet | None:  # None where the method needs none
     "What a method shows in place of old images: made once, kept in a file."
     settings: ContinualSettings = run.settings
-    if not continual_loss(method).on_old:
+    if continual_loss(method).on_old == 'none':
         return None
     if method.startswith('oracle'):
         return balanced(real, min(settings.images, len(real)), settings.seed)
@@ -231,7 +229,7 @@ def continual_method(
         ) -> dict[str, Any]:
             sets = task_accuracies(network, network.domain, tests)
             return {
-                k: list(map(list, v)) if k == 'crossed' else list(v)
+                k: list(map(list, v)) if k == 'confusion' else list(v)
                 for k, v in asdict(sets).items()
             } | {'combined': sets.combined}
 
@@ -249,15 +247,15 @@ def continual_method(
             lesson |= {
                 'learning_rate': settings.binary_learning_rate,
                 'steps': settings.binary_steps or settings.updates,
-                'rows_decay': settings.binary_decay,
+                'row_init_decay': settings.binary_decay,
             }
         learner = add_classes(
             known,
             train,
             method,
             shown,
-            rows=settings.rows,
-            clip=settings.gradient_clip,
+            row_init=settings.rows,
+            max_grad_norm=settings.gradient_clip,
             freeze_batchnorm=settings.freeze_batchnorm,
             temperature=settings.temperature,
             **lesson,

@@ -13,21 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...applications.export import network_cost
+from ...applications.filters import find_filters, remove_filters, removed_filters
+from ...applications.importance import filter_importance, rank_agreement
+from ...applications.latency import LatencyTable, compare_latencies, linear_fit
 from dfkd_nb.applications.pruning import (
-    LatencyTable,
-    Plan,
     PruningDistiller,
-    compare_latencies,
-    filter_importance,
-    find_filters,
+    PruningPlan,
     fraction_recovered,
-    linear_fit,
     load_pruned,
-    network_cost,
     prune_filters,
-    rank_agreement,
-    remove_filters,
-    removed_filters,
     save_pruned,
 )
 from ...foundations.distillation import Distiller
@@ -52,7 +47,7 @@ def pruning_plan(
     run: Run,  # with `PruningSettings`
     share: float,  # that is to go
     ranking: str,  # 'error' or 'error and latency'
-) -> Any:  # a `Plan`, with the run's table where it needs one
+) -> Any:  # a `PruningPlan`, with the run's table where it needs one
     "How much shall go, and at what price."
     settings, path = run.settings, run.folder / 'latency.json'
     weight = settings.latency_weight if ranking == 'error and latency' else 0.0
@@ -61,9 +56,9 @@ def pruning_plan(
         table = (
             LatencyTable.load(settings.table or path)
             if settings.table or path.is_file()
-            else LatencyTable(run.device, step=settings.table_step)
+            else LatencyTable(run.device, channel_step=settings.table_step)
         )
-    return Plan(
+    return PruningPlan(
         share, settings.measure, settings.per_removal, settings.group_size, weight, table
     )
 
@@ -95,13 +90,13 @@ def pruned_start(
             teacher.domain,
             {'recipe': run.recipe.name, 'scale': run.scale},
         )
-        if plan.table is not None:
-            plan.table.save(run.folder / 'latency.json')
+        if plan.latency_table is not None:
+            plan.latency_table.save(run.folder / 'latency.json')
 
     def judge(
         student: Any, test: Any, domain: Any
     ) -> float:  # of the network as it is once the closed filters are gone
-        small = distiller.smaller()
+        small = distiller.pruned_network()
         save(small, distiller.kept)
         return evaluate(small, test, domain=domain)
 
@@ -131,9 +126,9 @@ def pruned_start(
             kept = prune_filters(filters, plan, importance)
             save(remove_filters(teacher, filters, kept), kept)
             run.say(
-                f'{name}: {filters.removed_share(kept):.1%} of the filters, {spent():.0f} s'
+                f'{name}: {filters.removed_fraction(kept):.1%} of the filters, {spent():.0f} s'
             )
-            return {'filters_removed': filters.removed_share(kept)}
+            return {'filters_removed': filters.removed_fraction(kept)}
 
         run.phase(name, choose)
     elif name not in run.state['phases']:
@@ -148,7 +143,7 @@ def pruned_start(
             images,
             filters=filters,
             plan=plan,
-            every=settings.every,
+            removal_interval=settings.every,
             criterion=settings.criterion,
             importance_batches=-(-settings.judged_images // settings.batch_size),
             steps=steps,
@@ -228,11 +223,11 @@ def pruning(
         table = (
             LatencyTable.load(settings.table)
             if settings.table
-            else LatencyTable(run.device, step=settings.table_step)
+            else LatencyTable(run.device, channel_step=settings.table_step)
         )
         cost = network_cost(teacher, teacher.domain, 1.0)
         if settings.measure == 'latency' and not settings.table:
-            table.scan(filters, settings.group_size)
+            table.measure_all(filters, settings.group_size)
         numbers: dict[str, Any] = {
             'teacher_parameters': cost.parameters,
             'teacher_flops': cost.flops,
@@ -268,17 +263,17 @@ def pruning(
                 seed=settings.seed,
             )
             for kind, images in sets.items()
-            for criterion in ('labels', 'answers')
+            for criterion in ('cross-entropy', 'fisher')
         }
         return {
             'kendall_dreams_labels': rank_agreement(
-                ranked['dreams_answers'], ranked['real_labels']
+                ranked['dreams_fisher'], ranked['real_cross-entropy']
             ),
             'kendall_real_labels': rank_agreement(
-                ranked['real_answers'], ranked['real_labels']
+                ranked['real_fisher'], ranked['real_cross-entropy']
             ),
             'kendall_dreams_real': rank_agreement(
-                ranked['dreams_answers'], ranked['real_answers']
+                ranked['dreams_fisher'], ranked['real_fisher']
             ),
         }
 
@@ -347,7 +342,7 @@ def pruning(
                 gone = json.loads(about['removed'])
                 removed = (
                     sum(
-                        filters.weight(layer) * len(missing)
+                        filters.coupled(layer) * len(missing)
                         for layer, missing in gone.items()
                     )
                     / filters.total
