@@ -14,7 +14,7 @@ from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.dreams.competition import GrowingPool
-from dfkd_nb.dreams.statistics import fuse_statistics
+from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.contrastive import (
     PRESETS,

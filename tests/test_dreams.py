@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dfkd_nb.dreams.extractor import FusedBatchNorm, fuse_statistics
 from dfkd_nb.dreams.inversion import deepinversion_preset
+from dfkd_nb.dreams.layers import find_layers
 from dfkd_nb.dreams.priors import (
     LossInputs,
     Objective,
@@ -29,14 +31,11 @@ from dfkd_nb.dreams.priors import (
     tv_term,
 )
 from dfkd_nb.dreams.statistics import (
-    FusedBatchNorm,
     Statistics,
     Watch,
     batch_moments,
     feature_loss,
     feature_term,
-    find_layers,
-    fuse_statistics,
 )
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS

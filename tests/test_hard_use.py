@@ -26,8 +26,9 @@ from dfkd_nb.applications.importance import filter_importance
 from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 from dfkd_nb.applications.transfer import fidelity
 from dfkd_nb.dreams.competition import GrowingPool
+from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.dreams.metadata import Metadata
-from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
+from dfkd_nb.dreams.statistics import Statistics, Watch
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import GeneratorSynthesizer

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.dreams.statistics import Statistics, batchnorm_layers
+from dfkd_nb.dreams.layers import batchnorm_layers
+from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import DOMAINS

@@ -18,17 +18,13 @@ from tiny import DIGITS, used
 from torch import nn
 
 from dfkd_nb.dreams import inversion
-from dfkd_nb.dreams.inversion import (
-    DeepInversion,
-    Explorer,
-    FeatureExtractor,
-    deepinversion_preset,
-    resolution_stages,
-    target_classes,
-)
+from dfkd_nb.dreams.extractor import FeatureExtractor, fuse_statistics
+from dfkd_nb.dreams.image_batch import resolution_stages, target_classes
+from dfkd_nb.dreams.inversion import DeepInversion, deepinversion_preset
 from dfkd_nb.dreams.priors import LossInputs
-from dfkd_nb.dreams.statistics import Statistics, fuse_statistics
+from dfkd_nb.dreams.statistics import Statistics
 from dfkd_nb.foundations.distillation import learning_rate_at
+from dfkd_nb.lab.explorers import DeepInversionExplorer
 from dfkd_nb.toolbox.core import load_checkpoint, same_device, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain
@@ -155,8 +151,8 @@ def test_presets_differ_in_weights_alone(teacher):
     assert all(
         k.startswith('weight of ') for k in a if a[k] != c.get(k) or b.get(k) != c.get(k)
     )
-    assert make(teacher, **deepinversion_preset('noise')).loss_names == ['total', 'class']
-    assert make(teacher, **deepinversion_preset('deepdream')).loss_names == [
+    assert make(teacher, **deepinversion_preset('noise')).loss.names == ['total', 'class']
+    assert make(teacher, **deepinversion_preset('deepdream')).loss.names == [
         'total',
         'class',
         'tv_l2',
@@ -417,7 +413,7 @@ def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
         plain, 0.2 * torch.randn(64, 1, 8, 8), layers=['model.0', 'model.3'], at='output'
     )
     maker = make(plain, statistics=measured, steps=30, class_weight=0.0, tv_l2=0.0)
-    assert not maker.extractor.fused
+    assert not maker.loss.extractor.fused
     maker.synthesize(4, log_every=1)
     assert maker.history[-1]['features'] < maker.history[0]['features']
 
@@ -576,35 +572,37 @@ def test_film_is_small_and_needs_nothing():
 
 def test_explorer_without_a_browser(teacher):
     ipywidgets = pytest.importorskip('ipywidgets')
-    inputs = Explorer(teacher, images=4, steps=40, every=2, device='cpu', jitter=0)
+    inputs = DeepInversionExplorer(
+        teacher, images=4, steps=40, log_every=2, device='cpu', jitter=0
+    )
     assert isinstance(inputs.widget, ipywidgets.Widget) and not inputs.running
     inputs.classes.value = (3, 7)
     inputs.sliders['features'].value = 1.0
     inputs.go.click()  # start
     for _ in range(600):
-        if inputs.dreamer.history:
+        if inputs.inversion.history:
             break
         time.sleep(0.05)
     inputs.sliders['tv_l2'].value = 0.1  # while it runs
     inputs.go.click()  # stop
     inputs.wait()
     assert inputs.error is None and not inputs.running and inputs.go.description == 'start'
-    stopped = inputs.dreamer.steps_done
+    stopped = inputs.inversion.steps_done
     assert 0 < stopped <= 40 and inputs.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
-    assert inputs.dreamer.plan.targets.tolist() == [3, 7, 3, 7]
+    assert inputs.inversion.plan.targets.tolist() == [3, 7, 3, 7]
     inputs.go.click()  # on to the end
     inputs.wait()
-    assert inputs.dreamer.finished and '40 of 40' in inputs.status.value
-    assert inputs.dreamer.objective.weights['features'] == 1.0
+    assert inputs.inversion.finished and '40 of 40' in inputs.status.value
+    assert inputs.inversion.objective.weights['features'] == 1.0
     inputs.sliders['features'].value = 0.0
     inputs.again.click()  # from noise, without the feature term
     inputs.wait()
-    assert inputs.dreamer.finished and 'features' not in inputs.dreamer.history[0]
+    assert inputs.inversion.finished and 'features' not in inputs.inversion.history[0]
 
 
 def test_explorer_shows_an_error_instead_of_dying(teacher):
     pytest.importorskip('ipywidgets')
-    inputs = Explorer(teacher, steps=2, device='cpu')
+    inputs = DeepInversionExplorer(teacher, steps=2, device='cpu')
     for slider in inputs.sliders.values():
         slider.value = 0.0
     inputs.go.click()
@@ -615,7 +613,7 @@ def test_explorer_shows_an_error_instead_of_dying(teacher):
 def test_explorer_without_ipywidgets(teacher, monkeypatch):
     monkeypatch.setitem(sys.modules, 'ipywidgets', None)
     with pytest.raises(DFKDError, match='pip install'):
-        Explorer(teacher)
+        DeepInversionExplorer(teacher)
 
 
 def test_bench_command(tmp_path, capsys):

@@ -10,13 +10,9 @@ import torch
 from test_inversion import DIGITS, make, network
 from torch import nn
 
-from dfkd_nb.dreams.inversion import (
-    DeepInversion,
-    activation_bytes,
-    deepinversion_preset,
-    max_batch_size,
-    relative_feature_term,
-)
+from dfkd_nb.dreams.inversion import DeepInversion, deepinversion_preset
+from dfkd_nb.dreams.inversion_loss import relative_feature_term
+from dfkd_nb.dreams.memory import activation_bytes, max_batch_size
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, Watch, feature_term
 from dfkd_nb.toolbox.errors import DFKDError

@@ -10,27 +10,31 @@ from cases import each
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.dreams.metadata import (
+from dfkd_nb.dreams.activation_matching import (
     ActivationMatching,
-    ClusterBrowser,
-    Metadata,
     TraversalStrip,
     activation_matching_preset,
-    cluster_vectors,
     dream_distillation,
     embedding_distance,
     embedding_term,
+    traverse_component,
+)
+from dfkd_nb.dreams.membership import (
     membership_auc,
     membership_report,
     membership_score,
-    merge_small,
     nearest_distance_ratio,
     nearest_points,
+)
+from dfkd_nb.dreams.metadata import (
+    Metadata,
+    cluster_vectors,
+    merge_small,
     principal_components,
-    traverse_component,
 )
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.lab.explorers import ClusterBrowser
 from dfkd_nb.toolbox.core import load_tensors, save_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import data_root, load_data

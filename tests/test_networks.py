@@ -7,8 +7,9 @@ import torch
 from cases import each
 from torch import nn
 
+from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.dreams.statistics import Statistics, Watch, fuse_statistics
+from dfkd_nb.dreams.statistics import Statistics, Watch
 from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.domains import Domain
 from dfkd_nb.toolbox.errors import DFKDError

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfkd_nb.dreams.statistics import batchnorm_layers
+from dfkd_nb.dreams.layers import batchnorm_layers
 from dfkd_nb.generators.generators import Generator
 from dfkd_nb.lab import speed
 from dfkd_nb.lab.speed import (

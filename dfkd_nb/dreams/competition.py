@@ -410,7 +410,7 @@ class Competition(Turns):
         self.history: list[dict[str, float]] = []  # one row a round
         if self.weight:  # a competition against oneself is told now
             maker.compete_with(distiller.student, distiller.domain)
-            maker.student = None
+            maker.loss.student = None
 
     @property
     def mark(self) -> int:

@@ -16,13 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dreams.extractor import FusedBatchNorm, FusedTeacher, ObservedBatchNorm
+from ..dreams.layers import batchnorm_layers
 from ..dreams.priors import LossInputs
-from dfkd_nb.dreams.statistics import (
-    FusedBatchNorm,
-    FusedTeacher,
-    _Observed,
-    batchnorm_layers,
-)
 from .generators import GeneratorSynthesizer
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
@@ -155,7 +151,7 @@ class PooledFeatures:
 
     def _take(self, layer: str, x: Tensor) -> None:
         module = self.modules[layer]
-        of_maps = x.ndim > 2 and isinstance(module, (FusedBatchNorm, _Observed))
+        of_maps = x.ndim > 2 and isinstance(module, (FusedBatchNorm, ObservedBatchNorm))
         self.parts[layer] = (
             x.flatten(2).mean(2) if of_maps else mean_over_positions(module, x)
         ).float()

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..dreams.competition import Turns, jensen_shannon
-from ..dreams.inversion import FEATURE_TERMS, FeatureExtractor
+from ..dreams.extractor import FeatureExtractor
+from ..dreams.inversion_loss import FEATURE_TERMS
 from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
 from ..dreams.statistics import Statistics
 from ..foundations.distillation import Distiller

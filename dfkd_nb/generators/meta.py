@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.priors import LossInputs, Term
-from ..dreams.statistics import RunningStatistics, Statistics
+from ..dreams.running_statistics import RunningStatistics
+from ..dreams.statistics import Statistics
 from .generators import GeneratorSynthesizer, _hand_over
 from ..toolbox.augmentation import Augment
 from ..toolbox.errors import DFKDError

@@ -862,7 +862,7 @@ def all_gather_objects(
     value: Any,  # of this process
 ) -> list[Any]:  # of all processes, in order
     "What every process has to say; all must call it."
-    from dfkd_nb.dreams.inversion import rank_and_world_size
+    from dfkd_nb.dreams.image_batch import rank_and_world_size
 
     rank, processes = rank_and_world_size()
     if processes == 1:
@@ -886,7 +886,7 @@ def on_first_process(
     """Done once, for all: the first process acts, the others hear of it; its error is
     everybody's.
     """
-    from dfkd_nb.dreams.inversion import rank_and_world_size
+    from dfkd_nb.dreams.image_batch import rank_and_world_size
 
     result, error = None, None
     if rank_and_world_size()[0] == 0:
@@ -1083,7 +1083,7 @@ def request_of(
     "All that decides the images' bits, but for the number of threads."
     import hashlib
 
-    from dfkd_nb.dreams.inversion import max_batch_size
+    from dfkd_nb.dreams.memory import max_batch_size
     from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
 
     domain, settings = teacher.domain, inversion_settings(arguments, teacher.domain.size[0])
@@ -1152,7 +1152,7 @@ def folder_lock(
     """Keep other programs out of a folder; one that is finished or somebody else's is left
     without a trace of the lock.
     """
-    from dfkd_nb.dreams.inversion import rank_and_world_size
+    from dfkd_nb.dreams.image_batch import rank_and_world_size
     from dfkd_nb.lab.runs import run_lock
 
     if rank_and_world_size()[0]:
@@ -1177,7 +1177,7 @@ def fill_folder(
     "Open the folder, make what is missing, finish it."
     import torch
 
-    from dfkd_nb.dreams.inversion import rank_and_world_size
+    from dfkd_nb.dreams.image_batch import rank_and_world_size
     from dfkd_nb.lab.reproducibility import deterministic, environment
     from dfkd_nb.lab.runs import Run
 

@@ -29,9 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dreams.inversion import DeepInversion, activation_bytes, deepinversion_preset
+from ..dreams.inversion import DeepInversion, deepinversion_preset
+from ..dreams.layers import batchnorm_layers
+from ..dreams.memory import activation_bytes
 from ..dreams.priors import LossInputs
-from ..dreams.statistics import Watch, batchnorm_layers
+from ..dreams.statistics import Watch
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import Generator, GeneratorSynthesizer
 from ..toolbox.core import atomic_path, seeded
@@ -122,8 +124,8 @@ def make_loss(
         precision='bfloat16' if way == 'bfloat16' else 'float32',
     )
     if way == 'channels last':
-        network = made.extractor.network
-        made.extractor.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = made.loss.extractor.network
+        made.loss.extractor.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if way in ('folded', 'channels last', 'compiled', 'bfloat16'):
         return lambda x, targets: made.loss(x, x, targets)
     look: Any = PlainExtractor(teacher, trainable=way == 'plain')

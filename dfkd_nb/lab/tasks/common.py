@@ -21,7 +21,8 @@ from dfkd_nb.dreams.competition import (
     precision_recall,
     principal_plane,
 )
-from ...dreams.statistics import Statistics, Watch, batchnorm_layers, feature_loss
+from ...dreams.layers import batchnorm_layers
+from ...dreams.statistics import Statistics, Watch, feature_loss
 from ...foundations.distillation import Distiller
 from ..runs import Run
 from ...toolbox import evaluation

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ...dreams.activation_matching import embedding_distance, embedding_term
 from ...dreams.inversion import DeepInversion
-from ...dreams.metadata import Metadata, embedding_distance, embedding_term
+from ...dreams.metadata import Metadata
 from ...dreams.statistics import Statistics
 from ..runs import Run
 from .common import describe_images, real_images, run_images, save_picture
