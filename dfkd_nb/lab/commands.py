@@ -208,7 +208,7 @@ def missing_runs(
         return []
     found: list[tuple[str, str]] = []
     for key, value in dataclasses.asdict(run.settings).items():
-        for name in re.findall(r'run:([\w./-]+)', value) if isinstance(value, str) else ():
+        for name in re.findall(r'run:([\w./-]+)', json.dumps(value)):
             recipe, _, scale = name.partition('/')
             scale, file = scale or run.scale, 'weights' if key == 'teacher' else 'images'
             if (run.root / recipe / scale / f'{file}.safetensors').is_file() or (
@@ -469,9 +469,9 @@ LARGE = 96  # pixels from which on a network is treated like ImageNet's
 REAL = (
     'source',
     'real_data',
-    'measured_images',
-    'measured_data',
-    'goal_weight',
+    'statistics_images',
+    'statistics_data',
+    'embedding_weight',
     'metadata_images',
     'metadata_clusters',
     'metadata_components',

@@ -8,7 +8,6 @@ __all__ = ['SCALES', 'HEAD', 'TASKS', 'SHIPPED', 'Recipe', 'package_folder', 're
            'task']
 
 # %% ../../nbs/lab/17_recipes.ipynb #60190e0b
-import dataclasses
 import difflib
 import importlib
 import tomllib
@@ -19,17 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import dfkd_nb
-from dfkd_nb.lab.settings import (
-    WORDS,
+from dfkd_nb.lab.application_settings import (
     ContinualSettings,
-    DreamSettings,
-    GenerativeSettings,
     PruningSettings,
     QuantizationSettings,
     SegmentationSettings,
+)
+from dfkd_nb.lab.settings import (
+    WORDS,
+    DreamSettings,
+    GenerativeSettings,
     TeacherSettings,
     TransferSettings,
     check_settings,
+    setting_values,
     toml_value,
 )
 from ..toolbox.errors import DFKDError, closest_word
@@ -157,10 +159,10 @@ class Recipe:
             )
         values = self.settings | self.scales[scale]
         kind = task_settings(self.task, f"recipe '{self.name}'")
-        check_settings(kind, values, f"recipe '{self.name}' ({scale})")
-        return check_settings(
-            kind, values | (overrides or {}), f"recipe '{self.name}' ({scale}), --set"
-        )
+        where = f"recipe '{self.name}' ({scale})"
+        check_settings(kind, values, where)
+        typed = overrides or {}
+        return check_settings(kind, values | typed, f'{where}, --set', typed)
 
 # %% ../../nbs/lab/17_recipes.ipynb #c6f5442b
 def package_folder() -> Path:  # of the installed package
@@ -288,7 +290,7 @@ def resolved_toml(
     "Everything that decides a run's numbers, as a recipe again."
     head = {'title': recipe.title, 'task': recipe.task, 'paper': recipe.paper}
     lines = [f'{k} = {toml_value(v)}' for k, v in head.items()] + ['', f'[{scale}]']
-    lines += [f'{k} = {toml_value(v)}' for k, v in dataclasses.asdict(settings).items()]
+    lines += [f'{k} = {toml_value(v)}' for k, v in setting_values(settings).items()]
     return '\n'.join(lines) + '\n'
 
 # %% ../../nbs/lab/17_recipes.ipynb #83265bc6

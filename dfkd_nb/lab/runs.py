@@ -7,7 +7,6 @@ __all__ = ['run_lock', 'Journal', 'RunFolder', 'SavedRun', 'Run', 'publish']
 
 # %% ../../nbs/lab/18_runs.ipynb #af343dca
 import csv
-import dataclasses
 import io
 import json
 import math
@@ -29,7 +28,7 @@ from .names import check_names
 from .recipes import Recipe, find_task, resolved_toml
 from .reproducibility import deterministic, environment, own_streams
 from .results import Result, read_json
-from .settings import toml_value
+from .settings import setting_values, toml_value
 from dfkd_nb.toolbox.core import (
     atomic_path,
     load_checkpoint,
@@ -183,7 +182,7 @@ class RunFolder:
         does not.
         """
         ours, usual = (
-            dataclasses.asdict(s) for s in (self.settings, self.recipe.resolve(self.scale))
+            setting_values(s) for s in (self.settings, self.recipe.resolve(self.scale))
         )
         return sorted(key for key in ours if ours[key] != usual[key])
 
@@ -228,7 +227,7 @@ class RunFolder:
         now = tomllib.loads(resolved_toml(self.recipe, self.scale, self.settings))
         old, new = before.get(self.scale, {}), now[self.scale]
         # settings that are younger than the run
-        old = {f.name: f.default for f in dataclasses.fields(self.settings)} | old
+        old = setting_values(type(self.settings)()) | old
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if before.get('task') != now['task']:
             changed.append('task')
@@ -503,7 +502,7 @@ class Run(SavedRun):
             task=recipe.task,
             title=recipe.title,
             paper=recipe.paper,
-            settings=dataclasses.asdict(self.settings),
+            settings=setting_values(self.settings),
             numbers=numbers,
             seconds=seconds | {'total': round(sum(seconds.values()), 2)},
             environment=self.environment,

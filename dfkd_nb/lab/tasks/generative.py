@@ -53,7 +53,6 @@ def build_synthesizer(
 ) -> GeneratorSynthesizer:  # of chapter 8, 9 or 10
     "The part of a recipe that a synthesizer is made with."
     same = (
-        'reuse',
         'labels',
         'class_weight',
         'balance_weight',
@@ -107,7 +106,9 @@ def build_synthesizer(
 
     return MetaSynthesizer(
         teacher,
-        meta=settings.meta,
+        meta={'fomaml-sum': 'sum', 'fomaml': 'last', 'reptile': 'reptile'}[
+            settings.meta_update
+        ],
         momentum=settings.feature_momentum if settings.feature_momentum < 1 else None,
         reset_first_layer_at=settings.reset_round or None,
         **keywords,
@@ -123,7 +124,7 @@ def build_pool(
     "The pool of a recipe."
     if settings.pool == 'none':
         return None
-    if settings.pool == 'grows':
+    if settings.pool == 'growing':
         return GrowingPool(teacher.domain, newest_first=False, device=device)
     return ReplayPool(
         teacher.domain,
@@ -167,7 +168,7 @@ def generative(
     pool = build_pool(settings, teacher, student, run.device)
     maker = build_synthesizer(settings, teacher, student, pool, run.device)
     source: ImageSource = DrawnImages(maker.draw, teacher.domain) if pool is None else pool
-    steps = (settings.rounds - settings.warmup_rounds) * settings.updates_per_round
+    steps = (settings.rounds - settings.warmup_rounds) * settings.steps_per_round
     distiller = Distiller(
         teacher,
         student,
@@ -180,7 +181,7 @@ def generative(
         maker,
         distiller,
         rounds=settings.rounds,
-        updates_per_round=settings.updates_per_round,
+        updates_per_round=settings.steps_per_round,
         warmup_rounds=settings.warmup_rounds,
     )
     about = {'model': settings.student, 'domain': teacher.domain.name}
@@ -201,7 +202,7 @@ def generative(
         ),
     )
     # a growing pool begins with what an untrained generator made
-    first = max(0, len(images) - settings.picture) if settings.pool == 'grows' else 0
+    first = max(0, len(images) - settings.picture) if settings.pool == 'growing' else 0
     save_picture(
         run.folder, images.subset(torch.arange(first, len(images))), settings.picture
     )
@@ -212,7 +213,7 @@ def generative(
     )
     return (
         numbers
-        | {'images': made, 'synthesis_updates': settings.rounds * settings.synthesis_steps}
+        | {'images': made, 'synthesis_steps': settings.rounds * settings.synthesis_steps}
         | student_metrics(learned, teacher, student, test, settings.temperature)
     )
 

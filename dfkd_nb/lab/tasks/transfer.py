@@ -65,7 +65,7 @@ class Rounds:
             distiller,
             rounds=settings.rounds,
             images_per_round=self.per_round,
-            every=settings.updates_between_rounds,
+            every=settings.steps_per_round,
         )
         self.owner = run
         self.teacher = teacher
@@ -142,7 +142,9 @@ def check_transfer(
 ) -> None:
     "What does not go together in a transfer is a `DFKDError`."
     if settings.rounds > 1 and (
-        settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'
+        settings.embedding_weight
+        or settings.source == 'real'
+        or settings.learn_from == 'labels'
     ):
         raise DFKDError(
             'rounds answer to a student that learns from its teacher, by dreams without'
@@ -182,7 +184,7 @@ def transfer(
         teacher if settings.learn_from == 'teacher' else None,
         student,
         images,
-        steps=settings.updates,
+        steps=settings.steps,
         **lesson,
         **training_arguments(settings, run.device),
     )
