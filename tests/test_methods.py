@@ -42,7 +42,7 @@ TINY: dict[str, object] = {'picture': 2, 'evaluations': 1, 'test_limit': 100}
 TINY |= {
     'rounds': 4,
     'warmup_rounds': 1,
-    'updates_per_round': 3,
+    'steps_per_round': 3,
     'synthesis_batch_size': 16,
     'batch_size': 16,
 }
@@ -77,12 +77,12 @@ def tiny(name: str) -> dict[str, object]:
         'picture': 2,
         'evaluations': 1,
         'test_limit': 100,
-        'updates': 8,
+        'steps': 8,
         'batch_size': 16,
         'images': 32,
     }
     if name == 'adaptive':
-        changes |= {'rounds': 2, 'updates_between_rounds': 4}
+        changes |= {'rounds': 2, 'steps_per_round': 4}
     return changes | (
         {'synthesis_batch_size': 16, 'synthesis_steps': 6}
         if name in ('adaptive', 'deepinversion')
@@ -222,9 +222,9 @@ def test_stopped_and_resumed_and_still_the_same_bits(
 SCENES: dict[str, object] = {
     'limit': 20,
     'test_limit': 4,
-    'teacher_updates': 2,
-    'updates': 4,
-    'arms': 'labels, real, dreams',
+    'teacher_steps': 2,
+    'steps': 4,
+    'sources': 'labels, real, dreams',
 }
 SCENES |= {
     'rounds': 3,
@@ -316,7 +316,7 @@ def test_seeds_stand_side_by_side(root: Path, tmp_path: Path) -> None:
         changes = tiny('dafl') | {
             'rounds': 2,
             'warmup_rounds': 0,
-            'updates_per_round': 2,
+            'steps_per_round': 2,
             'seed': seed,
         }
         run = Run(Recipe.load('digits-dafl'), 'quick', changes, **where)
@@ -353,7 +353,7 @@ def test_a_seed_alone_is_published(tmp_path: Path) -> None:
 
 def test_modulation_without_a_replay_buffer_is_refused(root: Path) -> None:
     with pytest.raises(DFKDError, match="set pool to 'replay'"):
-        changes = tiny('ssd-kd-10') | {'pool': 'grows', 'seed': 9}
+        changes = tiny('ssd-kd-10') | {'pool': 'growing', 'seed': 9}
         Run(
             Recipe.load('digits-ssd-kd-10'),
             'quick',

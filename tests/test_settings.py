@@ -110,13 +110,13 @@ def test_dreams_are_made_as_the_recipe_says(
         'images_from',
         'images',
         'classes',
-        'single_share',
+        'single_fraction',
         'single_size_steps',
     }
     # real images; a size too small here
-    elsewhere |= {'measured_images', 'measured_data', 'quarter_size_steps'}
+    elsewhere |= {'statistics_images', 'statistics_data', 'quarter_size_steps'}
     elsewhere |= {
-        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'goal'))
+        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'embedding'))
     }
     assert (
         ignored(
@@ -193,16 +193,16 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
         'method',
         'teacher',
         'student',
-        'student_start',
+        'student_init',
         'temperature',
         'picture',
     }
-    names -= {'rounds', 'warmup_rounds', 'updates_per_round'}  # of the alternation
+    names -= {'rounds', 'warmup_rounds', 'steps_per_round'}  # of the alternation
     names -= {'synthesizer', 'pool', 'modulated'}  # decide what is made at all
     names -= (
         {'contrastive_weight', 'contrastive_temperature'}
         if meta
-        else {'meta', 'feature_momentum', 'reset_round'}
+        else {'meta_update', 'feature_momentum', 'reset_round'}
     )
     assert ignored(GenerativeSettings, base, names, made) == []
 
@@ -211,7 +211,7 @@ def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
     few = {'images': 5, 'classes': 'spread'}
     assert recipe_classes(SynthesisSettings(**few), 100).tolist() == [0, 20, 40, 60, 80]
     assert recipe_classes(
-        SynthesisSettings(**few | {'classes': 'in turn'}), 100
+        SynthesisSettings(**few | {'classes': 'in-turn'}), 100
     ).tolist() == [
         0,
         1,
