@@ -59,7 +59,11 @@ def test_numbers_come_with_the_interval_of_their_number_of_images():
         ),
         ({'source': 'real'}, 'Real images: 256 training images of cifar10', True),
         ({'statistics_images': 100}, 'measured on 100 real images', True),
-        ({'embedding_weight': 1.0}, 'metadata of 5000 real training images took part', True),
+        (
+            {'embedding_weight': 1.0},
+            'metadata of 5000 real training images took part',
+            True,
+        ),
     ],
 )
 def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
@@ -82,7 +86,9 @@ def test_several_networks_of_one_run_are_told_apart():
         and 'real images of the new classes, digits' in told
     )
     assert 'run:a, noise' in training_images({'images_from': 'run:a, noise'})
-    assert 'labels, dreams' in training_images({'sources': 'labels, dreams', 'data': 'scenes'})
+    assert 'labels, dreams' in training_images(
+        {'sources': 'labels, dreams', 'data': 'scenes'}
+    )
 
 
 def test_licences():

@@ -344,12 +344,12 @@ def learner(teacher, method='deepinversion', seed=0, **settings):
 
 @pytest.mark.parametrize('method', CONTINUAL_LOSSES)
 def test_every_method_resumes_to_the_same_bits(method, teacher, tmp_path):
-    whole = learner(teacher, method, augment=Augment(1, False)).run(every=5)
-    half = learner(teacher, method, augment=Augment(1, False)).run(until=7, every=5)
+    whole = learner(teacher, method, augment=Augment(1, False)).run(log_every=5)
+    half = learner(teacher, method, augment=Augment(1, False)).run(until=7, log_every=5)
     save_checkpoint(tmp_path / 'state.pt', half.state_dict())
     rest = learner(teacher, method, seed=9, augment=Augment(1, False))
     rest.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
-    rest.run(every=5)
+    rest.run(log_every=5)
     assert all(
         torch.equal(a, b)
         for a, b in zip(
@@ -506,14 +506,14 @@ def test_gradients_are_clipped_and_the_step_size_falls(teacher):
             .item()
         )
     )
-    done.run(every=1)
+    done.run(log_every=1)
     assert max(seen) <= 0.01 + 1e-6
     assert [row['learning_rate'] for row in done.history] == pytest.approx(
         [0.3 * step_schedule(i, 6) for i in range(6)]
     )
     assert [
         row['learning_rate']
-        for row in learner(teacher, steps=3, schedule='constant').run(every=1).history
+        for row in learner(teacher, steps=3, schedule='constant').run(log_every=1).history
     ] == [0.3] * 3
 
 
@@ -648,7 +648,7 @@ def test_binary_training_teaches_yes_and_no(teacher):
     )
     made = binary_trainer(
         teacher, bright, steps=60, batch_size=20, learning_rate=0.1, device='cpu'
-    ).run(every=20)
+    ).run(log_every=20)
     assert made.history[-1]['binary'] < 0.8 * made.history[0]['binary']
     assert torch.equal(teacher.model[-1].weight, network()[-1].weight)
 

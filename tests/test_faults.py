@@ -225,7 +225,7 @@ LATE = {  # recipe, setting, words: all of it is known before the first update
         'learn_from=labels',
         'set rounds to 1',
     ),
-    'modulation without a buffer': ('digits-ssd-kd-10', 'pool=growing', "'replay'"),
+    'modulation without a buffer': ('digits-ssd-kd-10', 'pool=grows', "'replay'"),
     'nothing but warming up': ('digits-fast-5', 'warmup_rounds=100000', 'at least one'),
     'share of filters': ('digits-pruning', 'fractions=1.5', 'give at most'),
     'source without a name': ('digits-pruning', 'sources=noise', 'NAME = "VALUE"'),

@@ -497,16 +497,16 @@ def learner(seed: int = 0, student_seed: int = 0, **changes: Any) -> Distiller:
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, cut: int) -> None:
     straight = learner()
     seed_everything(3)  # of dropout
-    straight.run(until=cut, every=5)
+    straight.run(until=cut, log_every=5)
     save_checkpoint(
         tmp_path / 'c.pt', straight.state_dict() | {'random': torch.get_rng_state()}
     )
-    straight.run(every=5)
+    straight.run(log_every=5)
     resumed = learner(seed=9, student_seed=9)
     state = load_checkpoint(tmp_path / 'c.pt')
     resumed.load_state_dict(state)
     torch.set_rng_state(state['random'])
-    resumed.run(every=5)
+    resumed.run(log_every=5)
     assert same(resumed.student, straight.student)
     assert resumed.history == straight.history and [
         row['step'] for row in straight.history
@@ -535,7 +535,7 @@ def test_history_is_the_mean_of_its_updates() -> None:
     seed_everything(0)
     single = [float(one.step()['loss']) for _ in range(12)]
     seed_everything(0)
-    rows = other.run(every=5).history
+    rows = other.run(log_every=5).history
     assert [row['loss'] for row in rows] == pytest.approx(
         [sum(single[:5]) / 5, sum(single[5:10]) / 5, sum(single[10:]) / 2]
     )
@@ -543,7 +543,7 @@ def test_history_is_the_mean_of_its_updates() -> None:
 
 def test_a_deadline_and_a_callback_stop_cleanly() -> None:
     assert learner().run(deadline=0.0).done == 0
-    assert learner().run(callback=lambda run: run.done >= 4, every=2).done == 4
+    assert learner().run(callback=lambda run: run.done >= 4, log_every=2).done == 4
 
 
 def test_any_source_of_images_teaches_the_same() -> None:
@@ -640,7 +640,7 @@ SHORT: dict[str, Any] = dict(steps=2, batch_size=4, device='cpu')
         (lambda: as_source(images().images), ('domain',)),
         (lambda: len(as_source(lambda n, g: torch.rand(n, 1, 8, 8), TOY)), ('no number',)),
         (
-            lambda: learner(learning_rate=1e12, warmup=0.0).run(every=4),
+            lambda: learner(learning_rate=1e12, warmup=0.0).run(log_every=4),
             ('the loss is', 'lower learning_rate'),
         ),
     ],
@@ -680,7 +680,7 @@ def test_accuracy_leaves_no_trace() -> None:
 
 
 def test_bfloat16_learns_too() -> None:
-    run = learner(precision='bfloat16').run(every=6)
+    run = learner(precision='bfloat16').run(log_every=6)
     assert all(p.dtype == torch.float32 for p in run.student.parameters())
     assert run.history[-1]['loss'] < float('inf')
 
@@ -730,10 +730,10 @@ def test_inheriting_leaves_what_has_no_partner() -> None:
 
 def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
     class Listening(EpochSampler):
-        wants_report = True
+        wants_update = True
         heard: list[tuple[Tensor, Tensor]] = []
 
-        def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        def update(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
             self.heard.append((student_logits, teacher_logits))
             self.loss_weights = torch.zeros(len(student_logits))
 

@@ -25,17 +25,18 @@ from dfkd_nb.applications.filters import find_filters, remove_filters
 from dfkd_nb.applications.importance import filter_importance
 from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 from dfkd_nb.applications.transfer import fidelity
-from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
-from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
-from dfkd_nb.lab.commands import main, read_network
-from dfkd_nb.lab.diagnostics import observe
-from dfkd_nb.lab.speed import fold_batchnorm
+from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
+from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.invert_settings import read_network
+from dfkd_nb.lab.observations import observe
+from dfkd_nb.lab.speed_methods import fold_batchnorm
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain
@@ -93,7 +94,7 @@ def learned(
     who: Teacher, student: nn.Module, source: Any, **settings: Any
 ) -> tuple[float, Tensor]:
     "The last loss, and all that the student has become."
-    done = Distiller(who, student, source, **QUICK | settings).run(every=1)
+    done = Distiller(who, student, source, **QUICK | settings).run(log_every=1)
     return done.history[-1]['loss'], torch.cat(
         [v.flatten().float() for v in done.student.state_dict().values()]
     )
@@ -385,7 +386,7 @@ def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
             'give',
         )
     one_line(
-        lambda: Distiller(teacher, network(5), pictures(), **QUICK).run(every=0),
+        lambda: Distiller(teacher, network(5), pictures(), **QUICK).run(log_every=0),
         'every is 0',
     )
     one_line(lambda: evaluate(network(5), pictures(), batch_size=0), 'batches of 0')
@@ -427,7 +428,7 @@ def test_a_generator_of_any_precision_paints(
     def made(generator: nn.Module) -> Tensor:
         return (
             kind(teacher, generator=generator, class_weight=1.0, batch_size=4, device='cpu')
-            .synthesize(2)
+            .synthesize(8)
             .images
         )
 
@@ -492,7 +493,7 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
             class_weight=1.0,
             batch_size=4,
             device='cpu',
-            reuse='restart',
+            init='scratch',
         )
 
     half = learner(network(5)).run(until=2).state_dict()

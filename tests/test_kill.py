@@ -129,7 +129,12 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     ),
     'pruning while learning': (
         'digits-pruning',
-        PRUNED | {'fractions': '0.2', 'sources': {'static': 'noise'}, 'removal_interval': 4},
+        PRUNED
+        | {
+            'fractions': '0.2',
+            'sources': {'static': 'noise'},
+            'removal_interval': 4,
+        },
     ),
     'quantization': ('digits-quantization', BITS),
     'continual': (

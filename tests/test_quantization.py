@@ -375,7 +375,7 @@ def test_fine_tuning_lowers_the_loss_and_keeps_the_levels(teacher):
     distiller = finetune_quantized(
         teacher, quantized, pictures(64), steps=60, learning_rate=1e-3
     )
-    distiller.run(every=20)
+    distiller.run(log_every=20)
     assert distiller.history[-1]['loss'] < distiller.history[0]['loss']
     assert len(layer_inputs(quantized, pictures(16), rounded=True)['3'].unique()) <= 8
     x = DIGITS.normalize(pictures(20, 4))
@@ -401,13 +401,13 @@ def test_fine_tuning_resumes_to_the_same_bits(teacher, tmp_path, learn_ranges):
             batch_size=16,
         )
 
-    whole = begin().run(every=4)
-    first = begin().run(until=5, every=4)
+    whole = begin().run(log_every=4)
+    first = begin().run(until=5, log_every=4)
     evaluate(first.student, test)  # looking does not change it
     save_checkpoint(tmp_path / 'c.pt', first.state_dict())
     second = begin()
     second.load_state_dict(load_checkpoint(tmp_path / 'c.pt'))
-    second.run(every=4)
+    second.run(log_every=4)
     for a, b in zip(
         whole.student.state_dict().values(), second.student.state_dict().values()
     ):

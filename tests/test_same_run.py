@@ -160,20 +160,20 @@ def test_rows_are_means_of_their_updates_also_when_every_changes() -> None:
     single = Distiller(teacher, network(1), images(), **SHORT)
     losses = [float(single.step()['loss']) for _ in range(6)]
     mixed = Distiller(teacher, network(1), images(), **SHORT)
-    mixed.run(until=2, every=5)  # two updates that no row has yet
+    mixed.run(until=2, log_every=5)  # two updates that no row has yet
     state = copy.deepcopy(mixed.state_dict())
     again = Distiller(teacher, network(1), images(), **SHORT)
     again.load_state_dict(state)
-    again.run(every=3)
+    again.run(log_every=3)
     assert [row['loss'] for row in again.history] == pytest.approx(
         [sum(losses[:3]) / 3, sum(losses[3:]) / 3], rel=1e-6
     )
     changed = Distiller(teacher, network(1), images(), **SHORT)
-    changed.run(until=2, every=4)
-    changed.run(every=3)
+    changed.run(until=2, log_every=4)
+    changed.run(log_every=3)
     changed = Distiller(teacher, network(1), images(), **SHORT)
-    changed.run(until=4, every=3)  # a row after 3, one update waits
-    changed.run(every=5)  # the row after 5 holds updates 4 and 5
+    changed.run(until=4, log_every=3)  # a row after 3, one update waits
+    changed.run(log_every=5)  # the row after 5 holds updates 4 and 5
     assert [row['loss'] for row in changed.history] == pytest.approx(
         [sum(losses[:3]) / 3, sum(losses[3:5]) / 2, losses[5]], rel=1e-6
     )

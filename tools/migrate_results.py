@@ -121,7 +121,6 @@ VALUES: dict[tuple[str, str], Convert] = {
     ('generative', 'init'): chosen({'continue': 'sequential', 'restart': 'scratch'}),
     ('generative', 'meta_update'): chosen({'last': 'fomaml', 'sum': 'fomaml-sum'}),
     ('generative', 'labels'): chosen({'answers': 'teacher', 'wishes': 'sampled'}),
-    ('generative', 'pool'): chosen({'grows': 'growing'}),
     ('pruning', 'fractions'): numbers_in(float),
     ('pruning', 'sources'): table,
     ('pruning', 'rankings'): lambda value: [ranking(word) for word in words(value)],

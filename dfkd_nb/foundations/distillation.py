@@ -184,7 +184,7 @@ class Distiller:
                 'the student has no weight that may change: switch requires_grad on'
             )
         self.sampler = self.source.sampler()
-        if mixup_alpha and self.sampler.wants_report:
+        if mixup_alpha and self.sampler.wants_update:
             raise DFKDError(
                 f'mixup_alpha is {mixup_alpha}, but a {type(self.sampler).__name__} learns'
                 ' from the answers to its own images: set it to 0'
@@ -350,7 +350,7 @@ class Distiller:
             total = answer.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
                 known = self.teacher_logits(x)
-                self.sampler.report(answer.detach(), known)
+                self.sampler.update(answer.detach(), known)
                 parts['distillation'] = distillation_loss(
                     answer, known, self.temperature, self.sampler.loss_weights
                 )
@@ -393,18 +393,18 @@ class Distiller:
     def run(
         self,
         until: int | None = None,  # stop after so many updates in all; None: to the end
-        # called every `every` updates; True stops
+        # called every `log_every` updates; True stops
         callback: Callable[['Distiller'], bool | None] | None = None,
-        every: int = 100,  # updates between rows of the history
+        log_every: int = 100,  # updates between rows of the history
         deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
     ) -> 'Distiller':  # itself
         """Train on, from wherever it stands, and write a row of mean losses every so many
-        updates.
+        steps.
 
         A loss that is not finite is a `DFKDError`.
         """
-        if every < 1:
-            raise DFKDError(f'every is {every}: give 1 or more updates')
+        if log_every < 1:
+            raise DFKDError(f'log_every is {log_every}: give 1 or more steps')
         end = min(self.steps, until if until is not None else self.steps)
 
         def late() -> bool:
@@ -424,9 +424,9 @@ class Distiller:
                             )
                         self._summed += 1
                         bar.update()
-                        if self.done % every == 0 or self.done >= end or late():
+                        if self.done % log_every == 0 or self.done >= end or late():
                             break
-                if self.done % every and self.done < self.steps:
+                if self.done % log_every and self.done < self.steps:
                     continue
                 means = {k: float(v) / self._summed for k, v in self._sums.items()}
                 self._sums, self._summed = {}, 0

@@ -429,9 +429,9 @@ class PoolSettings:
     "The pool from which the student is trained."
 
     pool: str = setting(
-        'growing',
+        'grows',
         'keep every batch, draw fresh images each time, or replay by priority',
-        choices=('growing', 'none', 'replay'),
+        choices=('grows', 'none', 'replay'),
     )
     pool_size: int = setting(5000, 'images in a replay pool', low=1)
     prioritised: bool = setting(True, 'draw from it by priority')

@@ -25,7 +25,7 @@ from dfkd_nb.applications.quantization import (
 from ..application_settings import QuantizationSettings
 from ..recipes import task
 from ..runs import Run
-from ..speed import fold_batchnorm, stopwatch
+from ..speed_methods import fold_batchnorm
 from dfkd_nb.lab.tasks.common import (
     open_teacher,
     real_images,
@@ -33,6 +33,7 @@ from dfkd_nb.lab.tasks.common import (
     training_arguments,
 )
 from .sources import application_images, check_source
+from ..timing import stopwatch
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
@@ -106,7 +107,7 @@ def quantization_source(
         if state is not None:
             distiller.load_state_dict(state)
         distiller.run(
-            every=max(1, min(20, settings.steps // 2)),
+            log_every=max(1, min(20, settings.steps // 2)),
             callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None,
         )
         finetuned, loss = evaluate(network, test), distiller.history[-1]['loss']
