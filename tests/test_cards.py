@@ -79,15 +79,19 @@ def test_other_peoples_images_are_real_and_static_is_not():
 
 def test_several_networks_of_one_run_are_told_apart():
     told = training_images(
-        {'methods': 'lwf-mc, oracle-distill', 'new_data': 'digits', 'source': 'dreams'}
+        {
+            'methods': ['lwf-mc', 'oracle-distill'],
+            'new_data': ['digits'],
+            'source': 'dreams',
+        }
     )
     assert (
         'One network for each of: lwf-mc, oracle-distill' in told
         and 'real images of the new classes, digits' in told
     )
-    assert 'run:a, noise' in training_images({'images_from': 'run:a, noise'})
+    assert 'run:a, noise' in training_images({'images_from': ['run:a', 'noise']})
     assert 'labels, dreams' in training_images(
-        {'sources': 'labels, dreams', 'data': 'scenes'}
+        {'sources': ['labels', 'dreams'], 'data': 'scenes'}
     )
 
 

@@ -40,7 +40,7 @@ from dfkd_nb.lab.settings import (
     setting,
 )
 from dfkd_nb.lab.tasks.common import describe_images, open_teacher
-from dfkd_nb.lab.tasks.dream import verified
+from dfkd_nb.lab.tasks.dream import verifier_accuracies
 from dfkd_nb.toolbox import evaluation, models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.toolbox.core import load_checkpoint, load_tensors, save_checkpoint
@@ -756,13 +756,13 @@ def test_labels_of_another_order_are_refused(taught):
     ):
         describe_images(images, open_teacher('cifar10-resnet20'))
     asked = types.SimpleNamespace(
-        settings=types.SimpleNamespace(verifiers='cifar10-resnet20'),
+        settings=types.SimpleNamespace(verifiers=('cifar10-resnet20',)),
         root=taught,
         scale='quick',
         device='cpu',
     )
     with pytest.raises(DFKDError, match="'truck' is class 0"):
-        verified(asked, images)
+        verifier_accuracies(asked, images)
 
 
 def test_verifiers_say_what_they_see(taught):
@@ -771,7 +771,7 @@ def test_verifiers_say_what_they_see(taught):
     task = "dream"
     [quick]
     teacher = "run:digits-teacher/quick"
-    verifiers = "run:digits-teacher/quick"
+    verifiers = ["run:digits-teacher/quick"]
     images = 40
     synthesis_steps = 20
     synthesis_batch_size = 20

@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 import tomllib
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .cards import write_card
 from .names import check_names
@@ -47,36 +47,23 @@ def run_lock(
     """Hold a run's folder; the operating system lets go when the process ends, however it
     ends.
     """
+    lock = FileLock(folder / 'lock', timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / 'lock', 'a+')
+        lock.acquire()
+    except Timeout:
+        raise DFKDError(
+            f'{folder} is in use by another process: wait for it, or choose another'
+            ' folder with --out'
+        ) from None
     except OSError as error:
         raise DFKDError(
             f'cannot write to {folder} ({error.strerror}): choose another folder with --out'
         ) from None
     try:
-        try:
-            _lock(file)
-        except OSError:
-            raise DFKDError(
-                f'{folder} is in use by another process: wait for it, or choose another'
-                ' folder with --out'
-            ) from None
         yield
     finally:
-        file.close()
-
-# %% ../../nbs/lab/18_runs.ipynb #8290c575
-def _lock(file: Any) -> None:
-    "Take the lock or raise `OSError` at once."
-    if sys.platform == 'win32':
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.release()
 
 # %% ../../nbs/lab/18_runs.ipynb #4a0e351a
 class Journal:
