@@ -172,7 +172,7 @@ def test_one_budget_for_all_methods(pair: str) -> None:
     assert {s.rounds * s.synthesis_steps for s in generative} == {80}
     assert {(s.rounds - s.warmup_rounds) * s.steps_per_round for s in generative} == {120}
     assert {(s.synthesis_batch_size, s.batch_size) for s in generative} == {(64, 64)}
-    assert {(s.updates, s.batch_size) for s in found.values()} == {(120, 64)}
+    assert {(s.steps, s.batch_size) for s in found.values()} == {(120, 64)}
     assert {
         found[name].images * found[name].synthesis_steps
         for name in ('deepinversion', 'adaptive')
