@@ -51,15 +51,19 @@ def test_numbers_come_with_the_interval_of_their_number_of_images():
 @each(
     ('settings', 'claim', 'real'),
     [
-        ({}, 'no real image was shown to the network.', False),
+        ({}, 'the network was trained on no real image.', False),
         (
             {'images_from': 'run:cifar10-dream-pool'},
             'the run `cifar10-dream-pool` made',
             False,
         ),
         ({'source': 'real'}, 'Real images: 256 training images of cifar10', True),
-        ({'measured_images': 100}, 'measured on 100 real images', True),
-        ({'goal_weight': 1.0}, 'metadata of 5000 real training images took part', True),
+        ({'statistics_images': 100}, 'measured on 100 real images', True),
+        (
+            {'embedding_weight': 1.0},
+            'metadata of 5000 real training images took part',
+            True,
+        ),
     ],
 )
 def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
@@ -68,21 +72,27 @@ def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
     assert (told.startswith('Real') or ', but ' in told) == real
 
 
-def test_other_peoples_images_are_real_and_static_is_not():
+def test_other_peoples_images_are_real_and_noise_is_not():
     assert training_images({'images_from': 'flowers'}) == 'Real images of flowers.'
-    assert 'static' in training_images({'images_from': 'noise'})
+    assert 'Random noise' in training_images({'images_from': 'noise'})
 
 
 def test_several_networks_of_one_run_are_told_apart():
     told = training_images(
-        {'methods': 'lwf-mc, oracle-distill', 'new_data': 'digits', 'source': 'dreams'}
+        {
+            'methods': ['lwf-mc', 'oracle-distill'],
+            'new_data': ['digits'],
+            'source': 'dreams',
+        }
     )
     assert (
         'One network for each of: lwf-mc, oracle-distill' in told
         and 'real images of the new classes, digits' in told
     )
-    assert 'run:a, noise' in training_images({'images_from': 'run:a, noise'})
-    assert 'labels, dreams' in training_images({'arms': 'labels, dreams', 'data': 'scenes'})
+    assert 'run:a, noise' in training_images({'images_from': ['run:a', 'noise']})
+    assert 'labels, dreams' in training_images(
+        {'sources': ['labels', 'dreams'], 'data': 'scenes'}
+    )
 
 
 def test_licences():

@@ -303,7 +303,6 @@ class SegmentationPool(ReplayPool):
     def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return super()._distance(student_logits, teacher_logits).flatten(1).mean(1)
 
-
 # %% ../../nbs/applications/16_segmentation.ipynb #5cfb3465
 def segmentation_preset(
     name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': steps for each batch
@@ -382,7 +381,6 @@ def segmentation_ssd_kd(
         distiller_options=distiller,
         device=device,
     )
-
 
 # %% ../../nbs/applications/16_segmentation.ipynb #9c3d9119
 def mask_term(
