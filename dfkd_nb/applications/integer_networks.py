@@ -275,8 +275,9 @@ def compile_x86(
     Example:
         >>> import torch
         >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
-        >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
+        >>> from dfkd_nb import DOMAINS, Teacher
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> teacher = Teacher(network, DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)
         >>> import platform  # the kernels are for x86
