@@ -10,7 +10,7 @@ from dfkd_nb.lab.cards import model_card, teacher_licence, training_images, writ
 from dfkd_nb.lab.results import Result
 from dfkd_nb.lab.settings import TransferSettings
 from dfkd_nb.toolbox.core import save_tensors
-from dfkd_nb.toolbox.evaluation import wilson
+from dfkd_nb.toolbox.evaluation import wilson_interval
 
 
 def result(changed=(), **settings):
@@ -39,7 +39,7 @@ def result(changed=(), **settings):
 
 def test_numbers_come_with_the_interval_of_their_number_of_images():
     card = model_card(result())
-    low, high = wilson(70, 100)
+    low, high = wilson_interval(70, 100)
     assert f'| student accuracy | 70.00 % | {100 * low:.1f} to {100 * high:.1f} % |' in card
     assert (
         '| images | 512 | |' in card
@@ -51,7 +51,7 @@ def test_numbers_come_with_the_interval_of_their_number_of_images():
 @each(
     ('settings', 'claim', 'real'),
     [
-        ({}, 'no real image was shown to the network.', False),
+        ({}, 'the network was trained on no real image.', False),
         (
             {'images_from': 'run:cifar10-dream-pool'},
             'the run `cifar10-dream-pool` made',
@@ -72,9 +72,9 @@ def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
     assert (told.startswith('Real') or ', but ' in told) == real
 
 
-def test_other_peoples_images_are_real_and_static_is_not():
+def test_other_peoples_images_are_real_and_noise_is_not():
     assert training_images({'images_from': 'flowers'}) == 'Real images of flowers.'
-    assert 'static' in training_images({'images_from': 'noise'})
+    assert 'Random noise' in training_images({'images_from': 'noise'})
 
 
 def test_several_networks_of_one_run_are_told_apart():

@@ -32,7 +32,7 @@ from dfkd_nb.toolbox.data import ImageSet, ImageSource
 from dfkd_nb.toolbox.datasets import ImageFiles
 from dfkd_nb.toolbox.domains import Domain, resize_images
 from dfkd_nb.toolbox.errors import DFKDError
-from dfkd_nb.toolbox.evaluation import wilson
+from dfkd_nb.toolbox.evaluation import wilson_interval
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.networks import save_weights
 from dfkd_nb.toolbox.teachers import Teacher
@@ -148,9 +148,11 @@ def test_accuracy_by_network_and_class_is_what_counting_gives(teacher):
 def test_intervals_hold_the_share_and_shrink_with_the_number():
     for count in (1, 10, 1000):
         for right in {0, 1, count // 2, count}:
-            low, high = wilson(right, count)
+            low, high = wilson_interval(right, count)
             assert 0 <= low <= right / count + 1e-12 and right / count - 1e-12 <= high <= 1
-    widths = [high - low for low, high in (wilson(n // 2, n) for n in (10, 100, 1000))]
+    widths = [
+        high - low for low, high in (wilson_interval(n // 2, n) for n in (10, 100, 1000))
+    ]
     assert widths == sorted(widths, reverse=True)
 
 

@@ -158,18 +158,9 @@ class SegmentationSet(ImageSource):
 
         `ImageSet.load` reads its images as well.
         """
-        domain, labels = self.domain, self.labels
+        labels = self.labels
         tensors = {'images': self.images, 'masks': self.masks, 'labels': labels}
-        save_tensors(
-            path,
-            tensors,  # type: ignore[arg-type]
-            {
-                'name': domain.name,
-                'mean': ' '.join(map(str, domain.mean)),
-                'std': ' '.join(map(str, domain.std)),
-                'classes': '\n'.join(domain.classes),
-            },
-        )
+        save_tensors(path, tensors, self.domain.to_metadata())  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> 'SegmentationSet':
@@ -178,17 +169,11 @@ class SegmentationSet(ImageSource):
         Raises: `DFKDError` for any other file.
         """
         tensors, about = load_tensors(path)
-        if (
-            not {'images', 'masks'} <= tensors.keys()
-            or not {'name', 'mean', 'std', 'classes'} <= about.keys()
-        ):
+        if not {'images', 'masks'} <= tensors.keys() or 'classes' not in about:
             raise DFKDError(
                 f'{path} holds no scenes: give a file that SegmentationSet.save wrote'
             )
-        mean, std = (tuple(map(float, about[k].split())) for k in ('mean', 'std'))
-        shape = tuple(tensors['images'].shape[1:])
-        classes = tuple(about['classes'].split('\n'))
-        domain = Domain(about['name'], shape, mean, std, classes)  # type: ignore[arg-type]
+        domain = Domain.from_metadata(about, tensors['images'].shape[1:])
         return cls(tensors['images'], tensors['masks'], domain)
 
 # %% ../../nbs/applications/segmentation_data.ipynb #130bc7d1
@@ -295,11 +280,11 @@ def _draw_car(c: Canvas, horizon: Tensor) -> None:
     base = horizon + c.uniform(0.12, 0.45)
     middle = c.uniform(0, c.width)
     # near cars are large
-    size, paint = 0.12 + 0.5 * (base - horizon), torch.rand(c.n, 3, 1, 1, generator=c.rng)
+    size, colour = 0.12 + 0.5 * (base - horizon), torch.rand(c.n, 3, 1, 1, generator=c.rng)
     c.fill(
         present & c.box(middle - 0.5 * size, middle + 0.5 * size, base - 0.3 * size, base),
         5,
-        paint,
+        colour,
         0.02,
     )
     c.fill(
@@ -308,7 +293,7 @@ def _draw_car(c: Canvas, horizon: Tensor) -> None:
             middle - 0.3 * size, middle + 0.3 * size, base - 0.55 * size, base - 0.3 * size
         ),
         5,
-        0.5 * paint + 0.35,
+        0.5 * colour + 0.35,
         0.02,
     )
     for side in (-0.3, 0.3):

@@ -461,13 +461,6 @@ class ReplayPool(Pool):
 
     def save(self, path: str | Path) -> None:
         "One safetensors file; `ImageSet.load` reads its images as well."
-        domain = self.domain
-        about = {
-            'name': domain.name,
-            'mean': ' '.join(map(str, domain.mean)),
-            'std': ' '.join(map(str, domain.std)),
-            'classes': '\n'.join(domain.classes),
-        }
         settings = {
             name: repr(getattr(self, name)) for name in ('size', 'added', *_SETTINGS)
         }
@@ -475,6 +468,7 @@ class ReplayPool(Pool):
             name: getattr(self, name)
             for name in ('images', 'labels', 'confidences', 'priorities', 'sample_counts')
         }
+        about = self.domain.to_metadata()
         save_tensors(path, tensors | {'max_priority': self.max_priority}, about | settings)
 
     @classmethod

@@ -31,7 +31,7 @@ from .scores import shannon_entropy
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.domains import Domain, resize_images
 from ..toolbox.errors import DFKDError
-from ..toolbox.evaluation import wilson
+from ..toolbox.evaluation import wilson_interval
 from ..toolbox.figures import COLOURS
 from ..toolbox.networks import network_inputs
 from ..toolbox.teachers import Teacher
@@ -71,7 +71,7 @@ class Verification(Finding):
         return {
             name: {
                 'accuracy': accuracy[name],
-                'interval': list(wilson(int(correct.sum()), len(correct))),
+                'interval': list(wilson_interval(int(correct.sum()), len(correct))),
                 'images': len(correct),
                 'per_class': {
                     f'{k} {self.classes[k]}': v for k, v in per_class[name].items()
@@ -164,8 +164,9 @@ def verify(
         >>> from dfkd_nb.toolbox.datasets import load_data
         >>> from dfkd_nb.toolbox.teachers import load_teacher
         >>> images = load_data('cifar10-mini', limit=20)
-        >>> verify(images, {'ResNet-20': load_teacher('cifar10-resnet20')}).accuracy
-        {'ResNet-20': 0.8999999761581421}
+        >>> found = verify(images, {'ResNet-20': load_teacher('cifar10-resnet20')})
+        >>> round(found.accuracy['ResNet-20'], 2)
+        0.8
     """
     if not networks:
         raise DFKDError('there is no network: give at least one, by name')

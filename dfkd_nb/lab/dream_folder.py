@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['REQUEST', 'DreamFolder', 'read_json', 'unfinished_images', 'check_same_request', 'open_dreams', 'remove_files',
-           'save_batch', 'encode_png', 'parquet_table', 'finish_folder', 'draw_grid']
+           'save_batch', 'finish_folder', 'draw_grid']
 
 # %% ../../nbs/lab/dream_folder.ipynb #c99a589c
 import csv
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..toolbox.core import atomic_path
@@ -26,7 +24,7 @@ from ..toolbox.datasets import ImageFiles
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.figures import show_images
-from ..toolbox.formats import read_parquet
+from ..toolbox.formats import encode_png, parquet_table, read_parquet
 
 # %% ../../nbs/lab/dream_folder.ipynb #a98141a6
 REQUEST = 'unfinished.json'  # the file with the request
@@ -231,43 +229,6 @@ def save_batch(
         with atomic_path(dreams.file(batch, 'parquet')) as path:
             pq.write_table(parquet_table(encoded, files, labels, dreams.classes), path)
     dreams.write(dreams.file(batch, 'json').name, {'images': lines})
-
-
-def encode_png(
-    image: Tensor,  # uint8 `(C, H, W)`
-) -> bytes:  # a file's content
-    "An image as a PNG file."
-    buffer = io.BytesIO()
-    array = image[0] if len(image) == 1 else image.permute(1, 2, 0)
-    Image.fromarray(array.numpy()).save(buffer, format='PNG')
-    return buffer.getvalue()
-
-
-def parquet_table(
-    encoded: list[bytes],  # image files
-    names: list[str],  # of those files
-    labels: list[int],  # class numbers
-    classes: Sequence[str],  # their names
-) -> Any:  # a pyarrow table
-    """Images and labels as a table that the Hugging Face hub understands.
-
-    Columns `image` (bytes and path) and `label`, with the class names in the metadata.
-    """
-    import pyarrow as pa
-
-    features = {
-        'image': {'_type': 'Image'},
-        'label': {'names': list(classes), '_type': 'ClassLabel'},
-    }
-    schema = pa.schema(
-        [
-            ('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())])),
-            ('label', pa.int64()),
-        ],
-        metadata={'huggingface': json.dumps({'info': {'features': features}})},
-    )
-    images = [{'bytes': b, 'path': n} for b, n in zip(encoded, names)]
-    return pa.table({'image': images, 'label': labels}, schema=schema)
 
 # %% ../../nbs/lab/dream_folder.ipynb #78cb1512
 def finish_folder(

@@ -6,6 +6,7 @@
 __all__ = ['ImageSource', 'Sampler', 'EpochSampler', 'relabelled', 'validate_labels', 'ImageSet', 'SyntheticBatch']
 
 # %% ../../nbs/toolbox/27_data.ipynb #8013829d
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,12 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from .core import load_tensors, save_tensors
+from .core import atomic_path, load_tensors, save_tensors
 from .domains import Domain
 from .errors import DFKDError
-from .formats import images_as_uint8
+from dfkd_nb.toolbox.formats import (
+    class_names,
+    decode_image,
+    encode_png,
+    images_as_uint8,
+    list_folder,
+    parquet_files,
+    parquet_notes,
+    parquet_table,
+    read_parquet,
+)
 
 # %% ../../nbs/toolbox/27_data.ipynb #6f720c4d
 class ImageSource(ABC):
@@ -192,9 +205,24 @@ def validate_labels(
     return labels.long()
 
 # %% ../../nbs/toolbox/27_data.ipynb #5422ca29
-class ImageSet(ImageSource):
-    """Images as uint8 on one device, a quarter of the floats' memory, normalised only when
-    a batch is used.
+class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
+    """Images and labels in memory, as bytes; also a `Dataset` of PyTorch.
+
+    Bytes take a quarter of the floats' memory and are normalised only when a batch is used.
+    As a `Dataset` it gives normalised images for loops that are not from this package.
+
+    Raises: `DFKDError` for images that are not uint8 or do not fit the domain, and for labels
+    that are not one class number an image.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ImageSet
+        >>> images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+        >>> black = ImageSet(images, torch.tensor([0, 1, 2]), DOMAINS['digits'])
+        >>> loader = torch.utils.data.DataLoader(black, batch_size=3)
+        >>> x, labels = next(iter(loader))
+        >>> tuple(x.shape), labels.tolist()
+        ((3, 1, 8, 8), [0, 1, 2])
     """
 
     def __init__(
@@ -214,6 +242,11 @@ class ImageSet(ImageSource):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | Tensor:
+        "Normalised image `(C, H, W)` and label; the image alone where there are no labels."
+        image = self.domain.normalize(self.images[index][None])[0]
+        return image if self.labels is None else (image, self.labels[index])
 
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, C, H, W)`."
@@ -254,19 +287,7 @@ class ImageSet(ImageSource):
         """
         images: list[Tensor] = []
         labels: list[int] = []
-        walk = (
-            (items[i] for i in range(len(items)))
-            if hasattr(items, '__getitem__') and hasattr(items, '__len__')
-            else items
-        )
-        try:
-            iterator = iter(walk)
-        except TypeError:
-            raise DFKDError(
-                f'no images in a {type(items).__name__}: give a Dataset, a DataLoader or a'
-                ' list of images'
-            ) from None
-        for item in iterator:
+        for item in _walk(items):
             image, *rest = item if isinstance(item, (tuple, list)) else (item,)
             batch = images_as_uint8(image, domain, f'image {len(images)} (from 0)')
             images += batch
@@ -288,37 +309,137 @@ class ImageSet(ImageSource):
 
     def save(self, path: str | Path) -> None:
         "One safetensors file with images, labels and the domain."
-        tensors = {'images': self.images} | (
-            {} if self.labels is None else {'labels': self.labels}
-        )
-        domain = self.domain
-        save_tensors(
-            path,
-            tensors,
-            {
-                'name': domain.name,
-                'mean': ' '.join(map(str, domain.mean)),
-                'std': ' '.join(map(str, domain.std)),
-                'classes': '\n'.join(domain.classes),
-            },
-        )
+        labels = {} if self.labels is None else {'labels': self.labels}
+        save_tensors(path, {'images': self.images} | labels, self.domain.to_metadata())
 
     @classmethod
     def load(cls, path: str | Path) -> 'ImageSet':
-        "Read what `save` wrote; anything else is a `DFKDError`."
+        """Read what `save` wrote.
+
+        Raises: `DFKDError` for any other file.
+        """
         tensors, about = load_tensors(path)
-        if (
-            'images' not in tensors
-            or not {'name', 'mean', 'std', 'classes'} <= about.keys()
-        ):
+        if 'images' not in tensors or 'classes' not in about:
             raise DFKDError(
                 f'{path} holds no image set: give a file that ImageSet.save wrote'
             )
-        mean, std = (tuple(map(float, about[k].split())) for k in ('mean', 'std'))
-        _, *shape = tensors['images'].shape
-        classes = tuple(about['classes'].split('\n'))
-        domain = Domain(about['name'], tuple(shape), mean, std, classes)  # type: ignore[arg-type]
+        domain = Domain.from_metadata(about, tensors['images'].shape[1:])
         return cls(tensors['images'], tensors.get('labels'), domain)
+
+    def to_folder(
+        self,
+        path: str | Path,  # a folder that is not there yet
+    ) -> None:
+        """PNG files in one sub-folder a class, as torchvision's `ImageFolder` reads them.
+
+        Sub-folders have the names of the classes, or their numbers in four digits where two
+        names are equal or cannot be the name of a folder.
+
+        Raises: `DFKDError` where there are no labels, and for a folder that is not empty.
+        """
+        labels = self._labels_for_files()
+        names = list(self.domain.classes)
+        if len(set(names)) < len(names) or not all(map(_is_file_name, names)):
+            names = [f'{number:04d}' for number in range(len(names))]
+        folder = Path(path)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DFKDError(f'{folder} is not empty: give a folder that is not there yet')
+        for index, (image, label) in enumerate(zip(self.images, labels)):
+            with atomic_path(folder / names[label] / f'{index:06d}.png') as file:
+                file.write_bytes(encode_png(image))
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,  # a folder with one sub-folder of images a class
+        domain: Domain,  # size, normalisation, and the order of the classes
+    ) -> 'ImageSet':  # in the order of sub-folders, then file names
+        """All images of a folder, in memory; `to_folder` writes one.
+
+        Sub-folders that are named as the domain's classes, or numbered in four digits, keep
+        their class numbers. Other names are numbered as they are sorted.
+
+        Raises: `DFKDError` where there is no such folder or an image cannot be read.
+        """
+        files, labels, found = list_folder(path, domain, some=True)
+        images = [decode_image(file, found, str(file)) for file in files]
+        return cls(torch.stack(images), labels, found)
+
+    def to_parquet(
+        self,
+        path: str | Path,  # a .parquet file
+    ) -> None:
+        """One table of PNG images and labels, as the Hugging Face hub keeps them.
+
+        `datasets.load_dataset('parquet', data_files=path)` reads it, class names included.
+
+        Raises: `DFKDError` where there are no labels.
+        """
+        import pyarrow.parquet as pq
+
+        table = parquet_table(
+            [encode_png(image) for image in self.images],
+            [f'{index:06d}.png' for index in range(len(self))],
+            self._labels_for_files(),
+            self.domain.classes,
+            self.domain.to_metadata(),
+        )
+        with atomic_path(path) as file:
+            pq.write_table(table, file)
+
+    @classmethod
+    def from_parquet(
+        cls,
+        path: str | Path,  # a .parquet file, or a folder of them
+        # size and normalisation; None: as `to_parquet` wrote
+        domain: Domain | None = None,
+    ) -> 'ImageSet':
+        """All images of a table, in memory, with the class names that it carries.
+
+        Raises: `DFKDError` where a file cannot be read, or says nothing of the normalisation
+        and no domain is given.
+        """
+        files = parquet_files(Path(path))
+        encoded, labels = read_parquet(files)
+        if domain is None:
+            picture = Image.open(io.BytesIO(encoded[0]))
+            shape = (1 if picture.mode == 'L' else 3, picture.height, picture.width)
+            try:
+                domain = Domain.from_metadata(parquet_notes(files[0]), shape)
+            except DFKDError:
+                raise DFKDError(
+                    f'{files[0]} does not say how its images are normalised: give domain='
+                ) from None
+        domain = replace(domain, classes=class_names(files[0]) or domain.classes)
+        images = [decode_image(b, domain, f'image {i}') for i, b in enumerate(encoded)]
+        return cls(torch.stack(images), labels, domain)
+
+    def _labels_for_files(self) -> list[int]:
+        if self.labels is None:
+            raise DFKDError(
+                'these images have no labels, which such files need: use save(path)'
+            )
+        return self.labels.tolist()
+
+
+def _is_file_name(name: str) -> bool:
+    return name not in ('', '.', '..') and not set('/\\:*?"<>|\0') & set(name)
+
+
+def _walk(
+    items: Any,  # a Dataset, a DataLoader or a list
+) -> Iterator[Any]:  # its items
+    if isinstance(items, ImageSource):  # its items as a Dataset would be normalised
+        return iter(pair[:1] if pair[1] is None else pair for pair in items.batches())
+    if hasattr(items, '__getitem__') and hasattr(items, '__len__'):
+        return (items[i] for i in range(len(items)))
+    try:
+        return iter(items)
+    except TypeError:
+        raise DFKDError(
+            f'no images in a {type(items).__name__}: give a Dataset, a DataLoader or a'
+            ' list of images'
+        ) from None
 
 # %% ../../nbs/toolbox/27_data.ipynb #5e7b1a90
 @dataclass

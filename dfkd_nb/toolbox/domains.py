@@ -7,7 +7,7 @@ __all__ = ['DOMAINS', 'Domain', 'resize_images']
 
 # %% ../../nbs/toolbox/domains.ipynb #64127702
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -94,6 +94,33 @@ class Domain:
     @property
     def size(self) -> tuple[int, int]:
         return self.shape[1:]
+
+    def to_metadata(self) -> dict[str, str]:
+        "Text for a file's header; the images beside it carry the shape."
+        return {
+            'name': self.name,
+            'mean': ' '.join(map(str, self.mean)),
+            'std': ' '.join(map(str, self.std)),
+            'classes': '\n'.join(self.classes),
+        }
+
+    @classmethod
+    def from_metadata(
+        cls,
+        metadata: Mapping[str, str],  # what `to_metadata` wrote
+        shape: Sequence[int],  # channels, height, width
+    ) -> 'Domain':
+        """The domain in a file's header.
+
+        Raises: `DFKDError` where the header has none.
+        """
+        missing = {'name', 'mean', 'std', 'classes'} - metadata.keys()
+        if missing:
+            raise DFKDError(f"no '{min(missing)}' in this header: it describes no images")
+        mean, std = (tuple(map(float, metadata[k].split())) for k in ('mean', 'std'))
+        classes = tuple(metadata['classes'].split('\n'))
+        channels, height, width = shape
+        return cls(metadata['name'], (channels, height, width), mean, std, classes)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bytes, or intensities in [0, 1], of shape `(N, C, H, W)`, any H and W, to the
@@ -185,20 +212,13 @@ class Domain:
             return images
         if not (math.isfinite(low) and math.isfinite(high)):
             raise DFKDError('the images hold NaN or infinity: repair what made them')
-        way = (
-            'divide by 255, or give uint8'
-            if low >= 0 and high > 16
-            else (
-                'clamp them to [0, 1]'
-                if -0.25 < low and high < 1.25
-                else (
-                    'they look normalised already: undo it with'
-                    f" DOMAINS['{self.name}'].denormalize(x)"
-                    if self.name in DOMAINS
-                    else 'they look normalised already: undo it with domain.denormalize(x)'
-                )
-            )
-        )
+        if low >= 0 and high > 16:
+            way = 'divide by 255, or give uint8'
+        elif -0.25 < low and high < 1.25:
+            way = 'clamp them to [0, 1]'
+        else:
+            owner = f"DOMAINS['{self.name}']" if self.name in DOMAINS else 'domain'
+            way = f'they look normalised already: undo it with {owner}.denormalize(x)'
         raise DFKDError(
             f'float images from {low:.3g} to {high:.3g}, expected intensities in [0, 1]:'
             f' {way}'
