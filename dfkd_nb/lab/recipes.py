@@ -4,32 +4,37 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'HEAD', 'TASKS', 'SHIPPED', 'Recipe', 'package_folder', 'recipe_folder', 'recipe_names', 'compared',
-           'compose', 'runs_at', 'parse_assignment', 'resolved_toml', 'Task', 'task_settings', 'find_task', 'task']
+           'compose', 'runs_at', 'parse_assignment', 'resolved_toml', 'Task', 'task_settings', 'find_task', 'task',
+           'import_plugin']
 
 # %% ../../nbs/lab/17_recipes.ipynb #60190e0b
-import dataclasses
 import difflib
 import importlib
+import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import dfkd_nb
 from ..foundations.method_tables import method_tables
-from dfkd_nb.lab.settings import (
-    WORDS,
+from dfkd_nb.lab.application_settings import (
     ContinualSettings,
-    DreamSettings,
-    GenerativeSettings,
     PruningSettings,
     QuantizationSettings,
     SegmentationSettings,
+)
+from dfkd_nb.lab.settings import (
+    WORDS,
+    DreamSettings,
+    GenerativeSettings,
     TeacherSettings,
     TransferSettings,
     check_settings,
+    setting_values,
     toml_value,
 )
 from ..toolbox.errors import DFKDError, closest_word
@@ -44,6 +49,7 @@ HEAD = {
     'hardware': str,
     'hours': float,
     'expected': str,
+    'plugins': list,
 }
 
 # %% ../../nbs/lab/17_recipes.ipynb #585b30c1
@@ -61,12 +67,16 @@ class Recipe:
     hardware: str = ''  # what the full scale was meant for
     hours: float = 0.0  # of the full scale on that hardware
     expected: str = ''  # what should come out at full scale
+    # modules with tasks of one's own, imported before the recipe is checked
+    plugins: tuple[str, ...] = ()
 
     @classmethod
     def parse(
         cls,
         text: str,  # TOML
         name: str,  # of the recipe
+        # where its plugins may be, beside the working directory
+        folder: Path | None = None,
     ) -> 'Recipe':  # checked, all scales
         "Read TOML and check every key and value of every scale."
         try:
@@ -75,13 +85,14 @@ class Recipe:
             raise DFKDError(
                 f"recipe '{name}' is not valid TOML ({error}): correct that line"
             ) from None
-        return cls.check(document, name)
+        return cls.check(document, name, folder)
 
     @classmethod
     def check(
         cls,
         document: dict[str, Any],  # what a recipe's file says
         name: str,  # of the recipe
+        folder: Path | None = None,  # where its plugins may be
     ) -> 'Recipe':  # checked, all scales
         "A recipe out of its parts; every key and value is checked."
         where = f"recipe '{name}'"
@@ -106,6 +117,9 @@ class Recipe:
         for key in ('title', 'task'):
             if key not in document:
                 raise DFKDError(f"{where} has no '{key}': add it")
+        document['plugins'] = tuple(document.get('plugins', ()))
+        for module in document['plugins']:
+            import_plugin(module, where, folder)
         task_settings(document['task'], where)
         scales = {s: document.pop(s) for s in SCALES if s in document}
         if not scales:
@@ -138,7 +152,7 @@ class Recipe:
             raise DFKDError(
                 f'cannot read recipe {path} ({error}): check the file'
             ) from None
-        return cls.parse(text, path.stem)
+        return cls.parse(text, path.stem, path.parent)
 
     def resolve(
         self,
@@ -157,10 +171,10 @@ class Recipe:
             )
         values = self.settings | self.scales[scale]
         kind = task_settings(self.task, f"recipe '{self.name}'")
-        check_settings(kind, values, f"recipe '{self.name}' ({scale})")
-        return check_settings(
-            kind, values | (overrides or {}), f"recipe '{self.name}' ({scale}), --set"
-        )
+        where = f"recipe '{self.name}' ({scale})"
+        check_settings(kind, values, where)
+        typed = overrides or {}
+        return check_settings(kind, values | typed, f'{where}, --set', typed)
 
 # %% ../../nbs/lab/17_recipes.ipynb #c6f5442b
 def package_folder() -> Path:  # of the installed package
@@ -273,9 +287,15 @@ def resolved_toml(
     settings: Any,  # resolved, all of them
 ) -> str:  # TOML
     "Everything that decides a run's numbers, as a recipe again."
-    head = {'title': recipe.title, 'task': recipe.task, 'paper': recipe.paper}
+    head: dict[str, Any] = {
+        'title': recipe.title,
+        'task': recipe.task,
+        'paper': recipe.paper,
+    }
+    if recipe.plugins:
+        head['plugins'] = recipe.plugins
     lines = [f'{k} = {toml_value(v)}' for k, v in head.items()] + ['', f'[{scale}]']
-    lines += [f'{k} = {toml_value(v)}' for k, v in dataclasses.asdict(settings).items()]
+    lines += [f'{k} = {toml_value(v)}' for k, v in setting_values(settings).items()]
     return '\n'.join(lines) + '\n'
 
 # %% ../../nbs/lab/17_recipes.ipynb #83265bc6
@@ -314,6 +334,10 @@ def task_settings(
         return TASKS[name].settings
     if name in SHIPPED:
         return SHIPPED[name][0]
+    for installed in entry_points(group='dfkd_nb.tasks', name=name):
+        installed.load()
+    if name in TASKS:
+        return TASKS[name].settings
     raise DFKDError(
         f"{where}: unknown task '{name}'{closest_word(name, [*TASKS, *SHIPPED])}"
     )
@@ -345,3 +369,22 @@ def task(
         return function
 
     return register
+
+# %% ../../nbs/lab/17_recipes.ipynb #02bcd398
+def import_plugin(
+    module: str,  # a dotted name
+    where: str,  # for the message
+    folder: Path | None = None,  # of the recipe; the working directory is looked at too
+) -> None:
+    "Import a module that registers tasks."
+    before = list(sys.path)
+    sys.path[:0] = [str(Path(place).resolve()) for place in (folder or '.', '.')]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise DFKDError(
+            f"{where}: cannot import plugin '{module}' ({error}): put it beside the recipe,"
+            ' or into the working directory'
+        ) from None
+    finally:
+        sys.path[:] = before
