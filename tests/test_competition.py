@@ -14,25 +14,24 @@ from hypothesis import strategies as st
 from tiny import DIGITS, network
 
 from dfkd_nb.dreams.competition import (
-    Competition,
-    CompetitionToy,
-    GrowingPool,
-    ToyExplorer,
+    AdaptiveDeepInversion,
     competition_loss,
     competition_term,
     coverage,
     density,
-    draw_toy,
     enclosed_area,
     jensen_shannon,
     k_nearest,
     neighbour_distances,
     precision_recall,
     principal_plane,
+    round_metrics,
 )
+from dfkd_nb.dreams.competition_toy import CompetitionToy, ToyExplorer, draw_toy
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.errors import DFKDError
@@ -53,21 +52,33 @@ def compete(
     steps=14,
     domain=DIGITS,
     student=None,
-    maker=None,
     terms=None,
+    test=None,
+    images=6,
     **settings,
 ):
-    terms = {'competition': (weight, competition_term(3.0))} | (terms or {})
-    maker = maker or DeepInversion(
-        teacher, steps=5, batch_size=4, jitter=1, device='cpu', terms=terms
-    )
-    pool, shared = (
-        GrowingPool(DIGITS, **settings),
-        {'batch_size': 4, 'learning_rate': 0.05, 'device': 'cpu'},
-    )
     student = student or network(1)
+    settings = {'steps': 5, 'batch_size': 4, 'jitter': 1} | settings
+    synthesizer = AdaptiveDeepInversion(
+        teacher,
+        student,
+        images_per_round=images,
+        competition_weight=weight,
+        terms=terms,
+        device='cpu',
+        **settings,
+    )
+    shared = {'batch_size': 4, 'learning_rate': 0.05, 'device': 'cpu'}
+    pool = GrowingPool(DIGITS)
     distiller = Distiller(teacher, student, pool, steps=steps, domain=domain, **shared)
-    return Competition(maker, distiller, rounds=rounds, images_per_round=6, every=every)
+    return AlternatingTrainer(
+        synthesizer,
+        distiller,
+        rounds=rounds,
+        steps_per_round=every,
+        final_steps=steps - (rounds - 1) * every,
+        measure=round_metrics(test),
+    )
 
 
 def forgetful(model):
@@ -265,7 +276,7 @@ def test_a_pool_without_its_images_says_so():
             torch.zeros(0, dtype=torch.long),
             'no images to add',
         ),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, 'give the wished classes'),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, 'give the target classes'),
         (
             torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
             torch.tensor([0.0, 1.0]),
@@ -284,7 +295,7 @@ def test_a_pool_refuses_what_does_not_fit(images, labels, message):
 
 def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
     contest = compete(teacher).run()
-    assert [row['updates'] for row in contest.history] == [0, 4, 8]
+    assert [row['steps'] for row in contest.history] == [0, 4, 8]
     assert [row['images'] for row in contest.history] == [6, 12, 18]
     assert contest.finished and contest.done == 14 and len(contest.pool) == 18
     assert torch.bincount(contest.pool.labels, minlength=10).tolist() == [2] * 8 + [1, 1]
@@ -296,28 +307,30 @@ def test_rounds_come_when_they_are_due_and_the_rows_say_what_was_fresh(teacher):
 
 
 def test_the_first_round_has_no_rival_and_later_ones_have(teacher):
-    contest, weight = (
-        compete(teacher),
-        lambda: contest.maker.objective.weights['competition'],
-    )
+    contest = compete(teacher)
+    synthesizer = contest.synthesizer
     contest.step()
-    assert contest.dreaming and contest.maker.student is None and weight() == 0
+    assert synthesizer.underway and synthesizer.student is None
+    assert synthesizer.objective.weights['competition'] == 0
     contest.run(until=4)
     contest.step()
-    assert contest.dreaming and contest.maker.student is not None and weight() == 10
+    assert synthesizer.underway and synthesizer.student is not None
+    assert synthesizer.objective.weights['competition'] == 10
     contest.run(until=5)
     plain = compete(teacher, 0.0).run()
-    assert plain.maker.student is None
+    assert plain.synthesizer.student is None
     assert torch.equal(plain.pool.images[:6], contest.pool.images[:6])
     assert not torch.equal(plain.pool.images[6:12], contest.pool.images[6:12])
 
 
-def test_weight_zero_is_deepinversion_without_the_term(teacher):
-    with_term, without = compete(teacher, 0.0).run(), compete(teacher, 0.0)
-    without.maker = DeepInversion(teacher, steps=5, batch_size=4, jitter=1, device='cpu')
-    without.run()
-    assert torch.equal(with_term.pool.images, without.pool.images)
-    assert torch.equal(weights(with_term.student), weights(without.student))
+def test_weight_zero_is_deepinversion(teacher):
+    with_term = compete(teacher, 0.0).run()
+    for index in range(3):
+        plain = DeepInversion(
+            teacher, steps=5, batch_size=4, jitter=1, device='cpu', seed=index
+        )
+        made = plain.synthesize(6, (torch.arange(6 * index, 6 * index + 6) % 10).tolist())
+        assert torch.equal(with_term.pool.images[6 * index : 6 * index + 6], made.images)
 
 
 @pytest.mark.parametrize('turns', [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
@@ -344,23 +357,19 @@ def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
 
 
 def test_every_round_begins_with_its_own_noise(teacher):
-    contest = compete(teacher, weight=1e-6, rounds=2)
     # the same classes in every round
-    contest.images_per_round, contest.maker.stages = 10, [((8, 8), 1)]
-    contest.run()
-    first, second = contest.pool.images.split(10)
+    contest = compete(teacher, weight=1e-6, rounds=2, images=10)
+    first, second = contest.run().pool.images.split(10)
     assert not torch.equal(first, second)
 
 
-def test_a_maker_is_put_back_for_whoever_comes_next(teacher):
-    whole, other = compete(teacher).run(), compete(teacher)
-    for updates in (1, 6):  # the first round has no competition, the next another seed
-        other.run(until=updates)
-        again = compete(teacher, maker=other.maker)
-        assert (again.seed, again.weight) == (whole.seed, whole.weight) == (0, 10.0)
-    again.run()
-    assert torch.equal(again.pool.images, whole.pool.images)
-    assert torch.equal(weights(again.student), weights(whole.student))
+def test_a_synthesizer_is_put_back_after_every_round(teacher):
+    contest = compete(teacher)
+    for steps in (1, 6):  # the first round has no competition, the next another seed
+        contest.run(until=steps)
+        synthesizer = contest.synthesizer
+        assert not synthesizer.underway and synthesizer.seed == 0
+        assert synthesizer.objective.weights['competition'] == 10.0
 
 
 def test_each_network_is_asked_on_its_own_scale(teacher):
@@ -374,17 +383,15 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
         seen.append([inputs.x.detach().clone(), inputs.logits, inputs.student_logits])
         return inputs.x.mean()
 
-    terms = {'competition': (10.0, competition_term(3.0)), 'remember': (1.0, remember)}
-    shared = {'steps': 5, 'batch_size': 4, 'jitter': 0, 'flip': False, 'device': 'cpu'}
-    maker = DeepInversion(teacher, terms=terms, **shared)
-    contest = compete(teacher, domain=other, maker=maker, rounds=2, steps=8)
+    settings = {'jitter': 0, 'flip': False, 'terms': {'remember': (1.0, remember)}}
+    contest = compete(teacher, domain=other, rounds=2, steps=8, **settings)
     contest.run(until=4)
     seen.clear()
     contest.student.eval()
     unseen = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
         answers = contest.student(other.normalize(unseen)).argmax(1)
-    contest.test = ImageSet(unseen, answers, DIGITS)
+    contest.measure = round_metrics(ImageSet(unseen, answers, DIGITS))
     contest.step()  # the first update of the second round
     pixels, known, guessed = seen[0]
     close = {'rtol': 1e-4, 'atol': 1e-5}
@@ -392,7 +399,7 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
         torch.testing.assert_close(known, teacher(DIGITS.from_pixels(pixels)), **close)
         said = contest.student(other.from_pixels(pixels))
         torch.testing.assert_close(guessed, said, **close)
-    while contest.dreaming:
+    while contest.synthesizer.underway:
         contest.step()
     fresh, wished = contest.pool.images[6:], contest.pool.labels[6:]
     with torch.no_grad():
@@ -405,7 +412,7 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
 
 
 def test_a_callback_stops_it_and_it_goes_on(teacher):
-    whole, stopped, calls = compete(teacher).run(every=2), compete(teacher), 0
+    whole, stopped, calls = compete(teacher).run(log_every=2), compete(teacher), 0
 
     def stop(contest):
         nonlocal calls
@@ -413,7 +420,7 @@ def test_a_callback_stops_it_and_it_goes_on(teacher):
         return True
 
     while not stopped.finished:
-        stopped.run(callback=stop, every=2)
+        stopped.run(callback=stop, log_every=2)
     assert calls > 10
     assert torch.equal(weights(stopped.student), weights(whole.student))
     assert stopped.history == whole.history
@@ -426,38 +433,45 @@ def test_a_deadline_in_the_past_does_nothing(teacher):
 
 def test_another_setting_is_not_resumed(teacher):
     state = compete(teacher).state_dict()
-    with pytest.raises(DFKDError, match='competition'):
+    with pytest.raises(DFKDError, match='competition_weight'):
         compete(teacher, 5.0).load_state_dict(state)
-    with pytest.raises(DFKDError, match='every'):
+    with pytest.raises(DFKDError, match='steps_per_round'):
         compete(teacher, every=3).load_state_dict(state)
-    with pytest.raises(DFKDError, match='not written by this kind of race .competition'):
+    with pytest.raises(DFKDError, match='not written by an AlternatingTrainer'):
         compete(teacher).load_state_dict({'kind': 'synthesis'})
+    with pytest.raises(DFKDError, match='not saved by an AdaptiveDeepInversion'):
+        compete(teacher).synthesizer.load_state_dict({'kind': 'synthesis'})
 
 
 def test_what_cannot_be_a_competition_is_refused(teacher):
     with pytest.raises(DFKDError, match='the student is the teacher'):
         compete(teacher, student=network())
-    with pytest.raises(DFKDError, match='fewer rounds'):
+    with pytest.raises(DFKDError, match='1 or more'):
         compete(teacher, rounds=5)
-    with pytest.raises(DFKDError, match='1 or more of each'):
+    with pytest.raises(DFKDError, match='1 or more'):
         compete(teacher, rounds=0)
-    maker = DeepInversion(teacher, steps=2, device='cpu')
+    contest = compete(teacher)
     images = ImageSet(*filled(1, 4), DIGITS)
     with pytest.raises(DFKDError, match='give its Distiller a GrowingPool'):
-        Competition(
-            maker,
-            Distiller(teacher, network(1), images, steps=4, device='cpu'),
+        AlternatingTrainer(
+            contest.synthesizer,
+            Distiller(teacher, contest.student, images, steps=4, device='cpu'),
             rounds=1,
-            images_per_round=2,
-            every=1,
+            steps_per_round=4,
+        )
+    with pytest.raises(DFKDError, match='give both the same student'):
+        AlternatingTrainer(
+            contest.synthesizer,
+            Distiller(teacher, network(2), GrowingPool(DIGITS), steps=4, device='cpu'),
+            rounds=1,
+            steps_per_round=4,
         )
     with pytest.raises(DFKDError, match='no images to ask about'):
         predict_logits(teacher, GrowingPool(DIGITS), DIGITS)
-    with pytest.raises(DFKDError, match='every is 0'):
-        compete(teacher).run(every=0)
-    contest = compete(teacher).run()
-    with pytest.raises(DFKDError, match='all its updates'):
-        contest.step()
+    with pytest.raises(DFKDError, match='log_every is 0'):
+        contest.run(log_every=0)
+    with pytest.raises(DFKDError, match='taken all its steps'):
+        contest.run().step()
 
 
 def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher):
@@ -465,10 +479,10 @@ def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher
     contest.run(until=4)
     before = weights(contest.student)
     contest.step()
-    assert contest.dreaming and not any(
-        m.training for m in contest.maker.student.model.modules()
+    assert contest.synthesizer.underway and not any(
+        m.training for m in contest.synthesizer.student.model.modules()
     )
-    while contest.dreaming:
+    while contest.synthesizer.underway:
         contest.step()
     assert torch.equal(before, weights(contest.student))
 
@@ -478,7 +492,7 @@ def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher
 
 def test_the_toy_dreams_where_the_student_is_wrong():
     def ratio(weight):
-        toy = CompetitionToy(weight=weight, every=60)
+        toy = CompetitionToy(weight=weight, steps_per_round=60)
         toy.step()
         toy.step()
         fresh, real = (
@@ -493,7 +507,7 @@ def test_the_toy_dreams_where_the_student_is_wrong():
 
 def test_the_toy_explorer_plays_rounds_and_starts_again():
     pytest.importorskip('ipywidgets')
-    play = ToyExplorer(every=2)
+    play = ToyExplorer(steps_per_round=2)
     play.weight.value = 0.0
     play.next.click()
     assert play.toy.weight == 0 and len(play.pictures) == 2 and play.look.value == 2

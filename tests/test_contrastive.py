@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
 from dfkd_nb.generators.contrastive import (
-    PRESETS,
+    CMI_PRESETS,
     ContrastiveSynthesizer,
     LocalView,
     MemoryBank,
@@ -25,7 +25,7 @@ from dfkd_nb.generators.contrastive import (
     cmi_preset,
     info_nce,
 )
-from dfkd_nb.generators.generators import Alternation, Generator
+from dfkd_nb.generators.generators import Generator
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.domains import Domain
@@ -70,7 +70,7 @@ def maker_of(teacher, **change):
         'learning_rate': 5e-3,
         'latent_learning_rate': 5e-3,
     }
-    chosen |= {'class_weight': 1.0, 'feature_weight': 1.0, 'labels': 'wishes'}
+    chosen |= {'class_weight': 1.0, 'feature_weight': 1.0, 'labels': 'sampled'}
     chosen |= {
         'augment': Augment(1, False),
         'bank_size': 16,
@@ -275,11 +275,13 @@ class Named(nn.Module):
 def test_the_right_layer_is_read(norm):
     torch.manual_seed(0)
     teacher, images = Teacher(used(Named(norm)), DIGITS), torch.rand(5, *DIGITS.shape)
-    maker = maker_of(teacher, feature_weight=float(norm), layers=['fc', 'se.fc', 'same'])
+    synthesizer = maker_of(
+        teacher, feature_weight=float(norm), layers=['fc', 'se.fc', 'same']
+    )
     x = DIGITS.normalize(images)
-    with torch.no_grad(), maker.summary:
-        maker.look(x)
-        found = maker.summary.vectors()
+    with torch.no_grad(), synthesizer.summary:
+        synthesizer.extractor(x)
+        found = synthesizer.summary.vectors()
     with torch.no_grad():
         entered = teacher.model.norm(teacher.model.conv(x)).relu()
         wanted = [
@@ -364,107 +366,118 @@ def test_a_bank_that_does_not_fit_is_refused():
 
 
 def test_batches_fill_the_bank_and_each_begins_anew(teacher):
-    maker = maker_of(teacher)
-    images = maker.synthesize(4)
-    assert len(images) == 24 and len(maker.bank) == 16 and maker.bank.added == 24
-    assert maker.features == 11 and not maker.bank.kept.requires_grad
-    assert all(row['contrast'] > 0 for row in maker.history)
-    weights = {k: v.clone() for k, v in maker.weights.items()}
-    head = [p.clone() for p in maker.head.parameters()]
-    maker.start()
-    assert all((maker.weights[k] != v).any() for k, v in weights.items() if v.ndim > 1)
-    assert all((a != b).any() for a, b in zip(maker.head.parameters(), head, strict=True))
+    synthesizer = maker_of(teacher)
+    images = synthesizer.synthesize(24)
+    assert (
+        len(images) == 24 and len(synthesizer.bank) == 16 and synthesizer.bank.added == 24
+    )
+    assert synthesizer.features == 11 and not synthesizer.bank.kept.requires_grad
+    assert all(row['contrast'] > 0 for row in synthesizer.history)
+    weights = {k: v.clone() for k, v in synthesizer.weights.items()}
+    head = [p.clone() for p in synthesizer.head.parameters()]
+    synthesizer.begin_batch()
+    assert all(
+        (synthesizer.weights[k] != v).any() for k, v in weights.items() if v.ndim > 1
+    )
+    assert all(
+        (a != b).any() for a, b in zip(synthesizer.head.parameters(), head, strict=True)
+    )
     assert not any(
-        m._forward_pre_hooks for m in (*teacher.modules(), *maker.look.network.modules())
+        m._forward_pre_hooks
+        for m in (*teacher.modules(), *synthesizer.extractor.network.modules())
     )
 
 
 def test_the_head_learns_and_keys_stand_still(teacher):
-    maker = maker_of(teacher)
-    maker.synthesize()
-    maker.step()
-    before = [p.clone() for p in maker.head.parameters()]
-    maker.step()
-    assert all((a != b).any() for a, b in zip(maker.head.parameters(), before, strict=True))
-    images = maker.paint(maker.latents).detach().requires_grad_()
-    maker.local = lambda images, generator: images.detach()
-    _, values, _ = maker.judge(images, maker.targets)
+    synthesizer = maker_of(teacher)
+    synthesizer.synthesize(6)
+    synthesizer.step()
+    before = [p.clone() for p in synthesizer.head.parameters()]
+    synthesizer.step()
+    assert all(
+        (a != b).any() for a, b in zip(synthesizer.head.parameters(), before, strict=True)
+    )
+    images = synthesizer.generate(synthesizer.latents).detach().requires_grad_()
+    synthesizer.local = lambda images, generator: images.detach()
+    _, values, _ = synthesizer.compute_loss(images, synthesizer.targets)
     assert torch.autograd.grad(values['contrast'], images, allow_unused=True)[0] is None
 
 
 def test_the_head_learns_from_anchors_alone(teacher):
     "The gradient of the head is that of InfoNCE with keys that are numbers."
-    maker = maker_of(teacher)
-    maker.synthesize()
-    maker.step()
-    images, seen = maker.paint(maker.latents), {}
-    maker.local = lambda images, generator: seen.setdefault('part', images.flip(3))
-    maker.bank.draw = lambda n, generator: seen.setdefault('old', maker.bank.kept[:4])
-    maker.augment = None
-    _, values, _ = maker.judge(images, maker.targets)
-    found = torch.autograd.grad(values['contrast'], list(maker.head.parameters()))
+    synthesizer = maker_of(teacher)
+    synthesizer.synthesize(6)
+    synthesizer.step()
+    images, seen = synthesizer.generate(synthesizer.latents), {}
+    synthesizer.local = lambda images, generator: seen.setdefault('part', images.flip(3))
+    synthesizer.bank.draw = lambda n, generator: seen.setdefault(
+        'old', synthesizer.bank.kept[:4]
+    )
+    synthesizer.augment = None
+    _, values, _ = synthesizer.compute_loss(images, synthesizer.targets)
+    found = torch.autograd.grad(values['contrast'], list(synthesizer.head.parameters()))
     vectors = []
-    with maker.summary, torch.no_grad():
+    with synthesizer.summary, torch.no_grad():
         for shown in (seen['part'], images):
-            maker.look(DIGITS.normalize(shown))
-            vectors.append(maker.summary.vectors())
-    anchors = maker.head(torch.cat([vectors[0], seen['old'][:, 0]]))
-    keys = maker.head(torch.cat([vectors[1], seen['old'][:, 1]])).detach()
-    prices = info_nce(anchors, keys, maker.contrastive_temperature)
+            synthesizer.extractor(DIGITS.normalize(shown))
+            vectors.append(synthesizer.summary.vectors())
+    anchors = synthesizer.head(torch.cat([vectors[0], seen['old'][:, 0]]))
+    keys = synthesizer.head(torch.cat([vectors[1], seen['old'][:, 1]])).detach()
+    prices = info_nce(anchors, keys, synthesizer.contrastive_temperature)
     wanted = torch.autograd.grad(
-        prices[:6].mean() + prices[6:].mean(), list(maker.head.parameters())
+        prices[:6].mean() + prices[6:].mean(), list(synthesizer.head.parameters())
     )
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_some_steps_lower_the_contrast_of_a_batch(teacher):
-    def price(maker, latents):
+    def price(synthesizer, latents):
         with torch.no_grad():
             return sum(
                 float(
-                    maker.judge(maker.paint(latents), torch.zeros(32, dtype=torch.long))[1][
-                        'contrast'
-                    ]
+                    synthesizer.compute_loss(
+                        synthesizer.generate(latents), torch.zeros(32, dtype=torch.long)
+                    )[1]['contrast']
                 )
                 for _ in range(10)
             )
 
     alone = {'class_weight': 0.0, 'feature_weight': 0.0, 'contrastive_weight': 1.0}
-    maker = maker_of(teacher, **alone, steps=30, batch_size=32, initialisation='default')
-    maker.start()
-    maker.bank.added, latents = 0, maker.latents.detach().clone()
-    before = price(maker, latents)
+    synthesizer = maker_of(teacher, **alone, steps=30, batch_size=32, weight_init='default')
+    synthesizer.begin_batch()
+    synthesizer.bank.added, latents = 0, synthesizer.latents.detach().clone()
+    before = price(synthesizer, latents)
     for _ in range(29):
-        maker.step()
-    assert price(maker, maker.latents.detach()) < before
+        synthesizer.step()
+    assert price(synthesizer, synthesizer.latents.detach()) < before
 
 
 def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty(teacher):
-    maker = maker_of(teacher, contrastive_weight=0.0)
-    maker.synthesize(2)
-    assert not len(maker.bank) and 'contrast' not in maker.history[0]
+    synthesizer = maker_of(teacher, contrastive_weight=0.0)
+    synthesizer.synthesize(64)
+    assert not len(synthesizer.bank) and 'contrast' not in synthesizer.history[0]
 
 
 @pytest.mark.parametrize('left', [0, 1, 2])
-@pytest.mark.parametrize('reuse', ['restart', 'continue'])
+@pytest.mark.parametrize('init', ['scratch', 'sequential'])
 def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
-    teacher, tmp_path, reuse, left
+    teacher, tmp_path, init, left
 ):
-    whole = maker_of(teacher, reuse=reuse)
-    part = maker_of(teacher, reuse=reuse)
-    resumed = maker_of(teacher, reuse=reuse, weights=9)
-    wanted = whole.synthesize(4)
-    part.synthesize(1)
+    whole = maker_of(teacher, init=init)
+    part = maker_of(teacher, init=init)
+    resumed = maker_of(teacher, init=init, weights=9)
+    wanted = whole.synthesize(24)
+    part.synthesize(6)
     part.step()
-    while part.left > left:
+    while part.steps_left > left:
         part.step()
     save_checkpoint(tmp_path / 'state.pt', part.state_dict())
     resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
-    while resumed.left:
+    while resumed.steps_left:
         resumed.step()
     assert torch.equal(
-        torch.cat([resumed.finish().images, resumed.synthesize(2).images]),
+        torch.cat([resumed.pop().images, resumed.synthesize(12).images]),
         wanted.images[6:],
     )
     assert resumed.history == whole.history and torch.equal(
@@ -473,9 +486,11 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
 
 
 def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
-    def race():
+    def trainer():
         student = forgetful(network(1))
-        maker = maker_of(teacher, student=student, adversarial_weight=0.5, agreement=True)
+        synthesizer = maker_of(
+            teacher, student=student, adversarial_weight=0.5, agreement=True
+        )
         distiller = Distiller(
             teacher,
             student,
@@ -485,20 +500,22 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
             learning_rate=0.05,
             device='cpu',
         )
-        return Alternation(maker, distiller, rounds=2, updates_per_round=4)
+        return AlternatingTrainer(synthesizer, distiller, rounds=2, steps_per_round=4)
 
-    whole = race().run()
+    whole = trainer().run()
     for turns in (0, 2, 5, 8, 12):
-        part, resumed = race(), race()
+        part, resumed = trainer(), trainer()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
+        save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
         assert torch.equal(resumed.pool.images, whole.pool.images), turns
-        assert torch.equal(resumed.maker.bank.kept, whole.maker.bank.kept), turns
-        states = (race.student.state_dict().values() for race in (resumed, whole))
+        assert torch.equal(resumed.synthesizer.bank.kept, whole.synthesizer.bank.kept), (
+            turns
+        )
+        states = (trainer.student.state_dict().values() for trainer in (resumed, whole))
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
 
 
@@ -508,9 +525,9 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         ({'contrastive_weight': -1.0}, 'give 0 or more'),
         ({'contrastive_temperature': 0.0}, 'a positive one'),
         ({'bank_size': 0}, '1 or more of each'),
-        ({'initialisation': 'ones'}, 'use normal or default'),
+        ({'weight_init': 'ones'}, 'use normal or default'),
         ({'layers': ['9']}, "no layer '9'"),
-        ({'reuse': 'meta'}, 'use continue, restart'),
+        ({'init': 'meta'}, 'use sequential, scratch'),
     ],
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
@@ -535,13 +552,13 @@ def test_a_state_of_other_settings_is_refused(teacher):
 
 
 def test_presets_are_settings(teacher):
-    for name in PRESETS:
+    for name in CMI_PRESETS:
         chosen = cmi_preset(name) | {'steps': 1, 'batch_size': 4, 'student': network(1)}
         assert (
             len(
                 ContrastiveSynthesizer(
                     teacher, generator=Generator(DIGITS.shape, 8, 4), device='cpu', **chosen
-                ).synthesize()
+                ).synthesize(4)
             )
             == 4
         )
@@ -552,5 +569,8 @@ def test_presets_are_settings(teacher):
 def test_a_foreign_network_without_batchnorm_is_summarised_before_its_classifier():
     domain = Domain('wide', (3, 24, 40), (0.5,) * 3, (0.3,) * 3, ('yes', 'no', 'perhaps'))
     teacher = Teacher(network(0, domain, norm=False), domain)
-    maker = maker_of(teacher, feature_weight=0.0)
-    assert maker.synthesize(2).images.shape == (12, 3, 24, 40) and maker.features == 5
+    synthesizer = maker_of(teacher, feature_weight=0.0)
+    assert (
+        synthesizer.synthesize(12).images.shape == (12, 3, 24, 40)
+        and synthesizer.features == 5
+    )

@@ -730,10 +730,10 @@ def test_inheriting_leaves_what_has_no_partner() -> None:
 
 def test_a_source_hears_what_came_of_its_batch_and_weighs_it() -> None:
     class Listening(EpochSampler):
-        wants_report = True
+        wants_update = True
         heard: list[tuple[Tensor, Tensor]] = []
 
-        def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        def update(self, student_logits: Tensor, teacher_logits: Tensor) -> None:
             self.heard.append((student_logits, teacher_logits))
             self.loss_weights = torch.zeros(len(student_logits))
 

@@ -1,4 +1,4 @@
-"""Generators: sizes, terms against definitions, batches that forget nothing, races that
+"""Generators: sizes, terms against definitions, batches that forget nothing, trainers that
 resume to the same bits, networks of one's own.
 """
 
@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 from tiny import DIGITS, network
 from torch import nn
 
-from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.generators import (
     DISTANCES,
     METHODS,
-    Alternation,
     Generator,
-    GeneratorSynthesizer,
     Pixels,
     activation_term,
     adversarial_term,
@@ -32,6 +30,7 @@ from dfkd_nb.generators.generators import (
 )
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.replay import ReplayPool
+from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import import_torchvision, load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.domains import Domain
@@ -71,9 +70,11 @@ def race_of(teacher, weights, pooled=False, rounds=3, warmup=0, **settings):
     if weights.get('adversarial_weight'):
         settings = {'student': student} | settings
     torch.manual_seed(5)
-    maker = maker_of(teacher, weights, **settings)
+    synthesizer = maker_of(teacher, weights, **settings)
     source = (
-        GrowingPool(teacher.domain) if pooled else DrawnImages(maker.draw, teacher.domain)
+        GrowingPool(teacher.domain)
+        if pooled
+        else DrawnImages(synthesizer.sample_images, teacher.domain)
     )
     distiller = Distiller(
         teacher,
@@ -84,18 +85,18 @@ def race_of(teacher, weights, pooled=False, rounds=3, warmup=0, **settings):
         learning_rate=0.05,
         device='cpu',
     )
-    return Alternation(
-        maker, distiller, rounds=rounds, updates_per_round=4, warmup_rounds=warmup
+    return AlternatingTrainer(
+        synthesizer, distiller, rounds=rounds, steps_per_round=4, warmup_rounds=warmup
     )
 
 
-def bits(race):
-    maker = race.maker
+def bits(trainer):
+    synthesizer = trainer.synthesizer
     return [
-        *race.student.state_dict().values(),
-        *maker.weights.values(),
-        *maker.buffers.values(),
-        maker.latents.detach(),
+        *trainer.student.state_dict().values(),
+        *synthesizer.weights.values(),
+        *synthesizer.buffers.values(),
+        synthesizer.latents.detach(),
     ]
 
 
@@ -230,10 +231,10 @@ def test_terms_say_what_they_lack():
 
 def test_the_same_seed_paints_the_same_and_another_another(teacher):
     torch.manual_seed(3)
-    one = maker_of(teacher).synthesize(2)
+    one = maker_of(teacher).synthesize(12)
     torch.manual_seed(3)
-    two = maker_of(teacher).synthesize(2)
-    other = maker_of(teacher, seed=1).synthesize(2)
+    two = maker_of(teacher).synthesize(12)
+    other = maker_of(teacher, seed=1).synthesize(12)
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, other.images)
 
 
@@ -242,27 +243,32 @@ def test_every_method_lowers_its_own_price(teacher, method):
     weights = METHODS[method] | (
         {'student': network(1)} if 'adversarial_weight' in METHODS[method] else {}
     )
-    maker = maker_of(teacher, weights, batch_size=32, learning_rate=3e-3)
+    synthesizer = maker_of(teacher, weights, batch_size=32, learning_rate=3e-3)
     latents = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
-    before = float(maker.judge(maker.paint(latents), None)[0].detach())
+    before = float(
+        synthesizer.compute_loss(synthesizer.generate(latents), None)[0].detach()
+    )
     for _ in range(15):
-        maker.step()
-        if not maker.left:
-            maker.finish()
-    assert float(maker.judge(maker.paint(latents), None)[0].detach()) < before
+        synthesizer.step()
+        if not synthesizer.steps_left:
+            synthesizer.pop()
+    assert (
+        float(synthesizer.compute_loss(synthesizer.generate(latents), None)[0].detach())
+        < before
+    )
 
 
 def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
-    maker = maker_of(teacher, latent_learning_rate=0.1, steps=4)
-    maker.start()
-    leaves = [*maker.weights.values(), maker.latents]
+    synthesizer = maker_of(teacher, latent_learning_rate=0.1, steps=4)
+    synthesizer.begin_batch()
+    leaves = [*synthesizer.weights.values(), synthesizer.latents]
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     adams = [
-        torch.optim.Adam(copies[:-1], maker.learning_rate, betas=(0.5, 0.999)),
+        torch.optim.Adam(copies[:-1], synthesizer.learning_rate, betas=(0.5, 0.999)),
         torch.optim.Adam(copies[-1:], 0.1, betas=(0.5, 0.999)),
     ]
     for _ in range(3):
-        maker.step()
+        synthesizer.step()
         for leaf, copied in zip(leaves, copies, strict=True):
             copied.grad = leaf.grad.clone()
         for adam in adams:
@@ -272,17 +278,17 @@ def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
 
 
 def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
-    maker, prices, pictures = maker_of(teacher, steps=6, learning_rate=0.5), [], []
+    synthesizer, prices, pictures = maker_of(teacher, steps=6, learning_rate=0.5), [], []
     for _ in range(6):
-        latents = maker.latents if maker.left else None
-        maker.step()
-        prices.append(maker.best['cost'])
-        pictures.append(maker.best['images'].clone())
-        assert latents is None or torch.equal(latents, maker.latents)
+        latents = synthesizer.latents if synthesizer.steps_left else None
+        synthesizer.step()
+        prices.append(synthesizer.best['loss'])
+        pictures.append(synthesizer.best['images'].clone())
+        assert latents is None or torch.equal(latents, synthesizer.latents)
     assert prices == sorted(prices, reverse=True)
-    assert torch.equal(maker.finish().images, pictures[-1])
+    assert torch.equal(synthesizer.pop().images, pictures[-1])
     with pytest.raises(DFKDError, match='not finished'):
-        maker.finish()
+        synthesizer.pop()
 
 
 def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
@@ -290,7 +296,9 @@ def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
     before = [
         v.clone() for v in (*teacher.state_dict().values(), *student.state_dict().values())
     ]
-    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(2)
+    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(
+        12
+    )
     assert same(before, (*teacher.state_dict().values(), *student.state_dict().values()))
     assert student.training and all(p.grad is None for p in student.parameters())
     assert not any(
@@ -306,23 +314,23 @@ def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
         generator=Pixels(DIGITS.shape),
         latent_learning_rate=0.1,
     )
-    assert pixels.synthesize(2).images.shape == (12, 1, 8, 8)
+    assert pixels.synthesize(12).images.shape == (12, 1, 8, 8)
     with pytest.raises(DFKDError, match='latent_learning_rate above 0'):
         maker_of(teacher, {'class_weight': 1.0}, generator=Pixels(DIGITS.shape))
-    fresh = maker_of(teacher, reuse='restart', steps=1)
+    fresh = maker_of(teacher, init='scratch', steps=1)
     fresh.step()
     weight = fresh.weights['last.weight'].clone()
-    fresh.finish()
-    fresh.start()
+    fresh.pop()
+    fresh.begin_batch()
     assert (fresh.weights['last.weight'] != weight).all()
 
 
 def test_wishes_are_drawn_and_answers_are_taken(teacher):
     wished = maker_of(
-        teacher, {'class_weight': 1.0}, labels='wishes', batch_size=64, steps=1
-    ).synthesize()
+        teacher, {'class_weight': 1.0}, labels='sampled', batch_size=64, steps=1
+    ).synthesize(64)
     assert wished.labels.unique().numel() == 10
-    answered = maker_of(teacher, {'class_weight': 1.0}, steps=1).synthesize()
+    answered = maker_of(teacher, {'class_weight': 1.0}, steps=1).synthesize(6)
     assert answered.labels.max() < 10
 
 
@@ -333,12 +341,12 @@ def test_augmentation_and_further_terms_take_part(teacher):
         seen.append(inputs.x.shape)
         return inputs.x.square().mean()
 
-    maker = maker_of(
+    synthesizer = maker_of(
         teacher, {}, terms={'size': (1.0, remember)}, augment=Augment(2, False)
     )
-    assert set(maker.synthesize().images.shape) and set(maker.history[0]) == {
+    assert set(synthesizer.synthesize(6).images.shape) and set(synthesizer.history[0]) == {
         'batch',
-        'updates',
+        'steps',
         'total',
         'size',
     }
@@ -400,8 +408,8 @@ class Stubborn(Pixels):
         ),
         ({'student': network(1), 'student_domain': SWAPPED}, 'number the labels alike'),
         ({'generator': Computed()}, 'cannot be copied'),
-        ({'reuse': 'never'}, 'use continue, restart'),
-        ({'labels': 'none'}, "'answers' or 'wishes'"),
+        ({'init': 'never'}, 'use sequential, scratch'),
+        ({'labels': 'none'}, "'teacher' or 'sampled'"),
         ({'adversarial_weight': 1.0}, 'give a student'),
         ({'adversarial_weight': 1.0, 'student': network()}, 'the student is the teacher'),
         ({'feature_weight': 1.0, 'feature_scale': 'huge'}, 'unknown feature_scale'),
@@ -426,20 +434,20 @@ def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
         maker_of(teacher, generator=Stubborn()).step()
     with pytest.raises(DFKDError, match="'burst' is not finite"):
         maker_of(teacher, terms={'burst': (1.0, lambda inputs: inputs.x.mean() / 0)}).step()
-    with pytest.raises(DFKDError, match='give 1 or more'):
+    with pytest.raises(DFKDError, match='ask for 1 or more'):
         maker_of(teacher).synthesize(0)
 
 
 # --- what is handed in ---
 
 KINDS = {
-    'continue': (GeneratorSynthesizer, {}),
-    'restart': (GeneratorSynthesizer, {'reuse': 'restart'}),
+    'sequential': (GeneratorSynthesizer, {}),
+    'scratch': (GeneratorSynthesizer, {'init': 'scratch'}),
     'meta': (
         MetaSynthesizer,
-        {'reset_first_layer_at': 2, 'latent_learning_rate': 0.1, 'latent_life': 2},
+        {'reset_first_layer_at': 2, 'latent_learning_rate': 0.1, 'latent_reuse': 2},
     ),
-    'meta restart': (MetaSynthesizer, {'reuse': 'restart'}),
+    'meta restart': (MetaSynthesizer, {'init': 'scratch'}),
     'contrast': (ContrastiveSynthesizer, {'bank_size': 8, 'negatives': 4, 'head_size': 8}),
 }
 
@@ -482,7 +490,7 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     before = [snapshot(m) for m in handed_in]
     maker_class, settings = KINDS[kind]
     weights = {'class_weight': 1.0, 'feature_weight': 1.0, 'adversarial_weight': 1.0}
-    maker = maker_class(
+    synthesizer = maker_class(
         teacher,
         generator=generator,
         student=student,
@@ -491,22 +499,24 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
         device='cpu',
         **weights | settings,
     )
-    maker.synthesize(2)
+    synthesizer.synthesize(12)
     assert all(unchanged(m, b) for m, b in zip(handed_in, before, strict=True))
     trained, latents = (
-        maker.generator,
+        synthesizer.generator,
         torch.randn(3, 8, generator=torch.Generator().manual_seed(2)),
     )
     assert not any(m.training for m in trained.modules())
-    assert torch.equal(trained(latents), maker.draw(3, torch.Generator().manual_seed(2)))
+    assert torch.equal(
+        trained(latents), synthesizer.sample_images(3, torch.Generator().manual_seed(2))
+    )
     assert all(
         (p != q).any()
         for p, q in zip(trained.parameters(), generator.parameters(), strict=True)
     )
     kept = [v.clone() for v in trained.state_dict().values()]
-    maker.synthesize(1)
+    synthesizer.synthesize(6)
     assert same(trained.state_dict().values(), kept), 'later updates do not reach it'
-    assert not torch.equal(maker.generator(latents), trained(latents))
+    assert not torch.equal(synthesizer.generator(latents), trained(latents))
 
 
 class Elsewhere(Teacher):
@@ -526,47 +536,47 @@ class Elsewhere(Teacher):
 def test_a_teacher_on_another_device_is_copied_and_one_on_this_device_is_not(teacher):
     assert maker_of(teacher).teacher is teacher
     away = Elsewhere(network(), DIGITS)
-    maker = maker_of(away, {'class_weight': 1.0})
-    assert Elsewhere.moved == [maker.teacher] and maker.teacher is not away
+    synthesizer = maker_of(away, {'class_weight': 1.0})
+    assert Elsewhere.moved == [synthesizer.teacher] and synthesizer.teacher is not away
 
 
 def test_frozen_weights_stay_and_resume(teacher, tmp_path):
     "All frozen: only codes learn. Some frozen: the others learn, also from fresh weights."
     some = {'last.bias'}
-    for reuse, trained in (('continue', some), ('restart', some), ('continue', set())):
+    for init, trained in (('sequential', some), ('scratch', some), ('sequential', set())):
         torch.manual_seed(1)
         generator = Generator(DIGITS.shape, 8, 4)
         generator.norm.running_mean.normal_()
         for name, weight in generator.named_parameters():
             weight.requires_grad_(name in trained)
 
-        def make(generator=generator, reuse=reuse):
+        def make(generator=generator, init=init):
             return maker_of(
                 teacher,
                 generator=copy.deepcopy(generator),
-                reuse=reuse,
+                init=init,
                 latent_learning_rate=0.1,
             )
 
         whole, part, resumed = make(), make(), make()
-        wanted = whole.synthesize(3).images
-        part.synthesize(1)
+        wanted = whole.synthesize(18).images
+        part.synthesize(6)
         part.step()
         save_checkpoint(tmp_path / 'state.pt', part.state_dict())
         resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
-        while resumed.left:
+        while resumed.steps_left:
             resumed.step()
         assert torch.equal(
-            torch.cat([resumed.finish().images, resumed.synthesize(1).images]), wanted[6:]
+            torch.cat([resumed.pop().images, resumed.synthesize(6).images]), wanted[6:]
         )
         now = dict(resumed.generator.named_parameters())
         changed = {
             name for name, p in generator.named_parameters() if (now[name] != p).any()
         }
         assert changed == trained
-        if reuse == 'restart':  # a frozen layer keeps its statistics as well
-            resumed.start()
-        if reuse == 'restart' or not trained:  # nothing to train: eval mode
+        if init == 'scratch':  # a frozen layer keeps its statistics as well
+            resumed.begin_batch()
+        if init == 'scratch' or not trained:  # nothing to train: eval mode
             assert same(resumed.generator.buffers(), generator.buffers())
     with pytest.raises(DFKDError, match='no weights that may change'):
         maker_of(teacher, generator=generator)
@@ -584,10 +594,10 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
         network(1),
         torch.rand(5, *DIGITS.shape, generator=torch.Generator().manual_seed(0)),
     )
-    maker = maker_of(
+    synthesizer = maker_of(
         teacher, METHODS['dfq'], student=student, student_domain=OTHER, augment=augment
     )
-    _, values, inputs = maker.judge(images, None)
+    _, values, inputs = synthesizer.compute_loss(images, None)
     shown = images if augment is None else augment(images, torch.Generator().manual_seed(0))
     with torch.no_grad():
         known, said, wrong = (
@@ -613,31 +623,32 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
 def test_a_race_shows_the_student_one_scale(teacher):
     def parts(domain, maker_domain=None, pool_domain=None):
         student = network(1)
-        maker = maker_of(
+        synthesizer = maker_of(
             teacher, METHODS['dfq'], student=student, student_domain=maker_domain
         )
         pool = ReplayPool(DIGITS, 20, teacher, student, student_domain=pool_domain)
         settings = {'steps': 4, 'batch_size': 4, 'device': 'cpu', 'domain': domain}
-        return Alternation(
-            maker,
+        return AlternatingTrainer(
+            synthesizer,
             Distiller(teacher, student, pool, **settings),
             rounds=1,
-            updates_per_round=4,
+            steps_per_round=4,
         )
 
-    race = parts(OTHER)
-    assert race.maker.student_domain == race.pool.student_domain == OTHER
-    race.step()
-    while race.maker.left:
-        race.step()
+    trainer = parts(OTHER)
+    assert trainer.synthesizer.student_domain == trainer.pool.student_domain == OTHER
+    trainer.step()
+    while trainer.synthesizer.steps_left:
+        trainer.step()
     with torch.no_grad():
         known, said = (
-            teacher.predict(race.pool.images),
-            race.student.eval()(OTHER.normalize(race.pool.images)),
+            teacher.predict(trainer.pool.images),
+            trainer.student.eval()(OTHER.normalize(trainer.pool.images)),
         )
     wanted = F.kl_div(said.log_softmax(1), known.softmax(1), reduction='none').sum(1)
-    torch.testing.assert_close(race.pool.priorities, wanted, rtol=1e-3, atol=1e-5)
-    assert parts(None).maker.student_domain == DIGITS
+    # those that the synthesizer knows: of intensities before they were rounded to bytes
+    torch.testing.assert_close(trainer.pool.priorities, wanted, rtol=1e-2, atol=1e-3)
+    assert parts(None).synthesizer.student_domain == DIGITS
     for change in ({'maker_domain': DIGITS}, {'pool_domain': DIGITS}):
         with pytest.raises(
             DFKDError, match='make student_domain and the domain of the Distiller agree'
@@ -673,15 +684,15 @@ def test_bfloat16_is_finite_and_close(kind):
             'precision': precision,
             'student': network(1, teacher.domain),
         }
-        maker = maker_class(
+        synthesizer = maker_class(
             teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings
         )
-        maker.step()
-        prices.append(maker.best['cost'])
-        while maker.left:
-            maker.step()
-        assert maker.best['cost'] < prices[-1], 'some updates later it costs less'
-        maker.finish()
+        synthesizer.step()
+        prices.append(synthesizer.best['loss'])
+        while synthesizer.steps_left:
+            synthesizer.step()
+        assert synthesizer.best['loss'] < prices[-1], 'some updates later it costs less'
+        synthesizer.pop()
     assert prices[1] == pytest.approx(prices[0], rel=0.02)
 
 
@@ -693,7 +704,7 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
     settings = {
         'latent_learning_rate': 0.01,
         'augment': Augment(1, False),
-        'labels': 'wishes',
+        'labels': 'sampled',
     }
 
     def fresh():
@@ -701,19 +712,19 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
         return maker_of(teacher, METHODS['dafl'], **settings)
 
     whole, part = fresh(), fresh()
-    wanted = whole.synthesize(3)
-    part.synthesize(1)
+    wanted = whole.synthesize(18)
+    part.synthesize(6)
     part.step()
-    while part.left > left:
+    while part.steps_left > left:
         part.step()
     save_checkpoint(tmp_path / 'state.pt', part.state_dict())
     torch.manual_seed(99)
     resumed = maker_of(teacher, METHODS['dafl'], **settings)
     resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
-    while resumed.left:
+    while resumed.steps_left:
         resumed.step()
     assert torch.equal(
-        torch.cat([resumed.finish().images, resumed.synthesize().images]), wanted.images[6:]
+        torch.cat([resumed.pop().images, resumed.synthesize(6).images]), wanted.images[6:]
     )
     assert resumed.history == whole.history
 
@@ -724,10 +735,10 @@ def test_what_was_loaded_is_not_shared(teacher):
     other.load_state_dict(part.state_dict())
     other.step()
     other.step()
-    images = other.finish().images
+    images = other.pop().images
     part.step()
     part.step()
-    assert torch.equal(part.finish().images, images)
+    assert torch.equal(part.pop().images, images)
 
 
 def test_a_state_of_other_settings_is_refused(teacher):
@@ -748,7 +759,7 @@ def test_a_state_of_other_settings_is_refused(teacher):
             maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
 
 
-# --- the race ---
+# --- the trainer ---
 
 
 @pytest.mark.parametrize('pooled', [False, True], ids=['drawn', 'pooled'])
@@ -756,49 +767,49 @@ def test_a_state_of_other_settings_is_refused(teacher):
 def test_a_race_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
     "Wherever it was cut; student and generator draw from the global streams."
 
-    def race():
+    def trainer():
         torch.manual_seed(5)
         return race_of(
             teacher, METHODS[method], pooled, generator=Noisy(DIGITS.shape, 8, 4)
         )
 
-    whole = race().run()
+    whole = trainer().run()
     for turns in (1, 3, 5, 9, 17):
-        part, resumed = race(), race()
+        part, resumed = trainer(), trainer()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
+        save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
         assert same(bits(resumed), bits(whole)), turns
-        assert resumed.maker.history == whole.maker.history
+        assert resumed.synthesizer.history == whole.synthesizer.history
         assert not pooled or torch.equal(resumed.pool.images, whole.pool.images)
 
 
 def test_turns_are_as_planned_and_nobody_competes_while_warming_up(teacher):
-    race = race_of(teacher, METHODS['dfq'], True, rounds=4, warmup=2, steps=1)
+    trainer = race_of(teacher, METHODS['dfq'], True, rounds=4, warmup=2, steps=1)
     turns = ''
     competed = []
-    while not race.finished:
-        turns += 'G' if race.due else 's'
-        race.step()
+    while not trainer.finished:
+        turns += 'G' if trainer.synthesis_due else 's'
+        trainer.step()
         if turns[-1] == 'G':
-            competed.append('adversarial' in race.maker.history[-1])
+            competed.append('adversarial' in trainer.synthesizer.history[-1])
     assert turns == 'GGG' + 'ssss' + 'G' + 'ssss'
     assert competed == [False, False, True, True]
-    assert len(race.pool) == 24
-    with pytest.raises(DFKDError, match='all its updates'):
-        race.step()
+    assert len(trainer.pool) == 24
+    with pytest.raises(DFKDError, match='taken all its steps'):
+        trainer.step()
 
 
 def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
-    race = race_of(teacher, METHODS['dafl'])
-    race.run(callback=lambda now: now.maker.updates == 2)
-    assert (race.maker.updates, race.done) == (2, 0)
-    race.run(deadline=0.0)
-    assert (race.maker.updates, race.done) == (2, 0)
-    assert race.run(until=5).done == 5 and race.run().finished and race.seconds > 0
+    trainer = race_of(teacher, METHODS['dafl'])
+    trainer.run(callback=lambda now: now.synthesizer.steps_done == 2)
+    assert (trainer.synthesizer.steps_done, trainer.done) == (2, 0)
+    trainer.run(deadline=0.0)
+    assert (trainer.synthesizer.steps_done, trainer.done) == (2, 0)
+    assert trainer.run(until=5).done == 5 and trainer.run().finished and trainer.seconds > 0
 
 
 @each(
@@ -806,24 +817,26 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
     [
         ({'rounds': 0}, 'give 1 or more'),
         ({'warmup_rounds': 3}, 'fewer to warm up'),
-        ({'updates_per_round': 5}, 'make them agree'),
-        ({'warmup_rounds': 1, 'rounds': 4}, 'nothing to paint for'),
+        ({'steps_per_round': 5}, 'make them agree'),
+        ({'warmup_rounds': 1, 'rounds': 4}, 'nothing to optimise without'),
     ],
 )
 def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
-    race = race_of(teacher, METHODS['zskt'])
+    trainer = race_of(teacher, METHODS['zskt'])
     with pytest.raises(DFKDError, match=message):
-        Alternation(
-            race.maker, race.distiller, **{'rounds': 3, 'updates_per_round': 4} | change
+        AlternatingTrainer(
+            trainer.synthesizer,
+            trainer.distiller,
+            **{'rounds': 3, 'steps_per_round': 4} | change,
         )
 
 
 def test_a_checkpoint_of_another_race_is_refused(teacher):
-    race = race_of(teacher, METHODS['dafl'])
-    with pytest.raises(DFKDError, match='not written by this kind of race .alternation'):
-        race.load_state_dict({'kind': 'competition'})
+    trainer = race_of(teacher, METHODS['dafl'])
+    with pytest.raises(DFKDError, match='not written by an AlternatingTrainer'):
+        trainer.load_state_dict({'kind': 'competition'})
     with pytest.raises(DFKDError, match=r'rounds \(was 2, now 3\)'):
-        race.load_state_dict(race_of(teacher, METHODS['dafl'], rounds=2).state_dict())
+        trainer.load_state_dict(race_of(teacher, METHODS['dafl'], rounds=2).state_dict())
 
 
 # --- networks of one's own ---
@@ -841,15 +854,18 @@ def test_a_foreign_network_with_its_own_size_mean_and_classes():
     with torch.no_grad():
         model(torch.randn(4, 3, 40, 40))  # BatchNorm has seen something
     teacher = Teacher(model, domain, 'resnet18')
-    race = race_of(
+    trainer = race_of(
         teacher, METHODS['dfq'], True, rounds=2, steps=1, augment=Augment(4, True)
     )
-    race.run()
+    trainer.run()
     assert (
-        race.pool.images.shape == (12, 3, 40, 40) and race.pool.images.dtype == torch.uint8
+        trainer.pool.images.shape == (12, 3, 40, 40)
+        and trainer.pool.images.dtype == torch.uint8
     )
-    assert race.pool.labels.max() < 7
-    assert {'class', 'balance', 'features', 'adversarial'} <= set(race.maker.history[0])
+    assert trainer.pool.labels.max() < 7
+    assert {'class', 'balance', 'features', 'adversarial'} <= set(
+        trainer.synthesizer.history[0]
+    )
 
 
 def test_a_foreign_size_without_batchnorm_is_painted_by_answers_alone():
@@ -865,7 +881,7 @@ def test_a_foreign_size_without_batchnorm_is_painted_by_answers_alone():
         ),
         domain,
     )
-    made = maker_of(teacher, METHODS['dafl'], steps=2).synthesize()
+    made = maker_of(teacher, METHODS['dafl'], steps=2).synthesize(6)
     assert made.images.shape == (6, 3, 64, 64) and made.domain is domain
     with pytest.raises(DFKDError):
         maker_of(teacher, METHODS['dfq'], student=network(1, domain))
@@ -888,7 +904,7 @@ def test_gradients_in_another_order_of_memory_reach_their_own_weights() -> None:
     laid out like its weight.
     """
     teacher = load_teacher('cifar10-resnet20')
-    makers = []
+    synthesizers = []
     for fused in (True, False):
         torch.manual_seed(1)
         settings = {
@@ -898,15 +914,18 @@ def test_gradients_in_another_order_of_memory_reach_their_own_weights() -> None:
             'feature_weight': 1.0,
             'device': 'cpu',
         }
-        maker = GeneratorSynthesizer(
+        synthesizer = GeneratorSynthesizer(
             teacher, generator=ChannelsLast((3, 32, 32), 8, 4), **settings
         )
         if not fused:
-            maker.optimizer = torch.optim.Adam(
-                maker.weights.values(), maker.learning_rate, betas=(0.5, 0.999), fused=False
+            synthesizer.optimizer = torch.optim.Adam(
+                synthesizer.weights.values(),
+                synthesizer.learning_rate,
+                betas=(0.5, 0.999),
+                fused=False,
             )
-        maker.synthesize()
-        makers.append(maker)
-    for name, weight in makers[0].weights.items():
+        synthesizer.synthesize(4)
+        synthesizers.append(synthesizer)
+    for name, weight in synthesizers[0].weights.items():
         # Adam's first steps are 1e-3 in some direction
-        assert (weight - makers[1].weights[name]).abs().max() < 2e-4, name
+        assert (weight - synthesizers[1].weights[name]).abs().max() < 2e-4, name

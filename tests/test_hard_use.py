@@ -25,14 +25,14 @@ from dfkd_nb.applications.filters import find_filters, remove_filters
 from dfkd_nb.applications.importance import filter_importance
 from dfkd_nb.applications.segmentation_data import SegmentationSet, draw_scenes
 from dfkd_nb.applications.transfer import fidelity
-from dfkd_nb.dreams.competition import GrowingPool
 from dfkd_nb.dreams.extractor import fuse_statistics
 from dfkd_nb.dreams.metadata import Metadata
 from dfkd_nb.dreams.statistics import Statistics, Watch
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
-from dfkd_nb.generators.generators import GeneratorSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
+from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.lab.commands import main, read_network
 from dfkd_nb.lab.diagnostics import observe
 from dfkd_nb.lab.speed import fold_batchnorm
@@ -427,7 +427,7 @@ def test_a_generator_of_any_precision_paints(
     def made(generator: nn.Module) -> Tensor:
         return (
             kind(teacher, generator=generator, class_weight=1.0, batch_size=4, device='cpu')
-            .synthesize(2)
+            .synthesize(8)
             .images
         )
 
@@ -492,7 +492,7 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
             class_weight=1.0,
             batch_size=4,
             device='cpu',
-            reuse='restart',
+            init='scratch',
         )
 
     half = learner(network(5)).run(until=2).state_dict()

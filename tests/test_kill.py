@@ -38,7 +38,7 @@ GOALS: Settings = {
     'metadata_components': 5,
 }
 GENERATOR: Settings = {'generator_width': 8, 'latent_size': 16}
-PAINTED = SMALL | GENERATOR | {'rounds': 12, 'warmup_rounds': 2, 'updates_per_round': 6}
+PAINTED = SMALL | GENERATOR | {'rounds': 12, 'warmup_rounds': 2, 'steps_per_round': 6}
 PAINTED |= {'synthesis_steps': 3, 'synthesis_batch_size': 24}
 PRUNED = SMALL | {
     'teacher': 'run:digits-teacher',

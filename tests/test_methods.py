@@ -42,7 +42,7 @@ TINY: dict[str, object] = {'picture': 2, 'evaluations': 1, 'test_limit': 100}
 TINY |= {
     'rounds': 4,
     'warmup_rounds': 1,
-    'updates_per_round': 3,
+    'steps_per_round': 3,
     'synthesis_batch_size': 16,
     'batch_size': 16,
 }
@@ -136,7 +136,7 @@ def test_settings_of_the_public_code() -> None:
         fast.feature_momentum,
     ) == (0.4, 10.0, 1.1, 0.1)
     assert fast.momentum == 0.9  # the student's
-    assert (fast.rounds - fast.warmup_rounds) * fast.updates_per_round == 80_000
+    assert (fast.rounds - fast.warmup_rounds) * fast.steps_per_round == 80_000
     assert (
         Recipe.load('cifar10-resnet34-resnet18-fast-5').resolve('full').adversarial_weight
         == 1.33
@@ -170,7 +170,7 @@ def test_one_budget_for_all_methods(pair: str) -> None:
     }
     generative = [found.pop(name) for name in GENERATIVE]
     assert {s.rounds * s.synthesis_steps for s in generative} == {80}
-    assert {(s.rounds - s.warmup_rounds) * s.updates_per_round for s in generative} == {120}
+    assert {(s.rounds - s.warmup_rounds) * s.steps_per_round for s in generative} == {120}
     assert {(s.synthesis_batch_size, s.batch_size) for s in generative} == {(64, 64)}
     assert {(s.updates, s.batch_size) for s in found.values()} == {(120, 64)}
     assert {
@@ -316,7 +316,7 @@ def test_seeds_stand_side_by_side(root: Path, tmp_path: Path) -> None:
         changes = tiny('dafl') | {
             'rounds': 2,
             'warmup_rounds': 0,
-            'updates_per_round': 2,
+            'steps_per_round': 2,
             'seed': seed,
         }
         run = Run(Recipe.load('digits-dafl'), 'quick', changes, **where)

@@ -17,18 +17,13 @@ from tiny import DIGITS
 
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
-from dfkd_nb.generators.generators import Alternation, Generator, GeneratorSynthesizer
-from dfkd_nb.generators.replay import (
-    ReplayPool,
-    draw_buffer,
-    importance_weights,
-    modulated_class_term,
-    modulation,
-    replay_explorer,
-    sampling_probabilities,
-    ssd_kd,
-    ssd_kd_preset,
-)
+from dfkd_nb.foundations.loop import AlternatingTrainer
+from dfkd_nb.generators.generators import Generator
+from dfkd_nb.generators.methods import ssd_kd
+from dfkd_nb.generators.replay import ReplayPool, importance_weights, sampling_probabilities
+from dfkd_nb.generators.replay_explorer import draw_buffer, replay_explorer
+from dfkd_nb.generators.ssd_kd import modulated_class_term, modulation, ssd_kd_preset
+from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
@@ -242,7 +237,7 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
             )
             assert labels.tolist() == [plain.slots[i]['class'] for i in chosen]
             answers = torch.randn(2, 20, 10, generator=noise)
-            pool.report(answers[0], answers[1])
+            pool.update(answers[0], answers[1])
             plain.report(chosen, divergence(answers[1], answers[0]).tolist())
         assert pool.probabilities.tolist() == pytest.approx(plain.probabilities(), rel=1e-4)
         assert pool.priorities.tolist() == pytest.approx(
@@ -293,8 +288,8 @@ def test_drawn_frequencies_are_the_probabilities(alpha):
     for _ in range(draws // 1000):
         pool.sample(1000, generator)
     expected = draws * pool.probabilities
-    assert pool.draws.sum() == draws and expected.min() > 5
-    chi_square = float(((pool.draws - expected).square() / expected).sum())
+    assert pool.sample_counts.sum() == draws and expected.min() > 5
+    chi_square = float(((pool.sample_counts - expected).square() / expected).sum())
     assert abs(chi_square - (size - 1)) < 4 * math.sqrt(2 * (size - 1)), (
         'mean K - 1, variance 2 (K - 1)'
     )
@@ -306,13 +301,15 @@ def test_the_statistical_test_can_fail():
     for _ in range(40):
         pool.sample(1000, generator)
     wrong = 40_000 * sampling_probabilities(pool.priorities, 0.5, pool.epsilon)
-    assert float(((pool.draws - wrong).square() / wrong).sum()) > 39 + 10 * math.sqrt(78)
+    assert float(
+        ((pool.sample_counts - wrong).square() / wrong).sum()
+    ) > 39 + 10 * math.sqrt(78)
 
 
 def test_no_number_below_one_draws_beyond_the_last_image():
     pool = filled(3, 3, [1.0, 1.0, 0.0], epsilon=1e-12)
     pool.sample(200_000, torch.Generator().manual_seed(1))
-    assert int(pool.chosen.max()) <= 2 and int(pool.chosen.min()) >= 0
+    assert int(pool.last_indices.max()) <= 2 and int(pool.last_indices.min()) >= 0
 
 
 def test_draws_add_whole_numbers(monkeypatch):
@@ -343,7 +340,7 @@ def test_draws_add_whole_numbers(monkeypatch):
         share.tolist(),
         torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     )
-    for index, ticket in zip(pool.chosen.tolist(), (numbers * 2**53).long().tolist()):
+    for index, ticket in zip(pool.last_indices.tolist(), (numbers * 2**53).long().tolist()):
         assert sum(shares[:index]) <= ticket < sum(shares[: index + 1])
 
 
@@ -353,11 +350,11 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
     for n in range(1, 4):
         for _ in range(2):
             pool.sample(5, generator)
-            pool.report(
+            pool.update(
                 torch.randn(5, 10, generator=generator),
                 torch.randn(5, 10, generator=generator),
             )
-        assert pool.draws.tolist() == [n] * 10
+        assert pool.sample_counts.tolist() == [n] * 10
     assert pool.probabilities.tolist() == pytest.approx([0.1] * 10)
     assert torch.equal(pool.weights(torch.arange(10)), torch.ones(10))
 
@@ -368,19 +365,21 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
 
 def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0])
-    pool.update(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
+    pool.set_priorities(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
     assert pool.priorities.tolist() == [1.0, 0.5, 3.0, 9.0, 5.0]
-    pool.update(torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0]))
+    pool.set_priorities(
+        torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0])
+    )
     assert pool.priorities.tolist() == [1.0, 0.5, 7.0, 9.0, 5.0]
 
 
 def test_duplicates_are_weighed_by_the_probabilities_they_were_drawn_with():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0], beta=1.0)
     pool.sample(200, torch.Generator().manual_seed(0))
-    chosen, weights = pool.chosen.clone(), pool.weights(torch.arange(5))
+    chosen, weights = pool.last_indices.clone(), pool.weights(torch.arange(5))
     known, said = torch.randn(2, 200, 10, generator=torch.Generator().manual_seed(1))
     apart = divergence(known, said)
-    pool.report(said, known)
+    pool.update(said, known)
     for i in range(5):
         assert float(pool.priorities[i]) == pytest.approx(
             float(weights[i] * apart[chosen == i].mean()), rel=1e-4
@@ -392,7 +391,7 @@ def test_first_priorities(teacher):
     alone = ReplayPool(DIGITS, 6, teacher)
     alone.add(fresh)
     assert alone.priorities.tolist() == [1.0] * 6
-    alone.update(torch.tensor([2]), torch.tensor([4.0]))
+    alone.set_priorities(torch.tensor([2]), torch.tensor([4.0]))
     alone.add(fresh[:2])
     assert alone.priorities.tolist() == [4.0, 4.0, 4.0, 1.0, 1.0, 1.0], 'the largest so far'
     student = network(1).train()
@@ -443,7 +442,7 @@ def test_fixed_point_softens_alpha():
         pool.insert(pictures(8), torch.arange(8), torch.ones(8), apart)
         every = torch.arange(8)
         for _ in range(80):
-            pool.update(every, pool.weights(every) * apart)
+            pool.set_priorities(every, pool.weights(every) * apart)
         expected = apart.double() ** (alpha / (1 + alpha * beta))
         assert pool.probabilities.tolist() == pytest.approx(
             (expected / expected.sum()).tolist(), rel=1e-4
@@ -459,9 +458,9 @@ def test_a_loss_may_be_weighed(teacher):
         pool.add(pictures(8))
         pool.sample(5, torch.Generator().manual_seed(0))
     assert plain.loss_weights is None
-    assert torch.equal(weighing.loss_weights, weighing.weights(weighing.chosen))
+    assert torch.equal(weighing.loss_weights, weighing.weights(weighing.last_indices))
     assert weighing.loss_weights.tolist() == pytest.approx(
-        (1 / (8 * weighing.probabilities[weighing.chosen])).tolist(), rel=1e-5
+        (1 / (8 * weighing.probabilities[weighing.last_indices])).tolist(), rel=1e-5
     )
 
 
@@ -520,7 +519,7 @@ def test_the_term_counts_what_the_buffer_holds_now(teacher):
 # ------------------------------------------------------------------------------------------------------
 
 
-def race(teacher, size=20, seed=0, **options):
+def trainer(teacher, size=20, seed=0, **options):
     student = forgetful(network(seed + 1))
     pool = ReplayPool(DIGITS, size, teacher, student, **options)
     shared = {'batch_size': 8, 'device': 'cpu', 'seed': seed}
@@ -536,7 +535,7 @@ def race(teacher, size=20, seed=0, **options):
     terms = {'modulated': (1.0, modulated_class_term(pool))}
     generator = Generator((1, 8, 8), 4, 4)
     weights = {'feature_weight': 1.0, 'adversarial_weight': 1.0, 'terms': terms}
-    maker = GeneratorSynthesizer(
+    synthesizer = GeneratorSynthesizer(
         teacher,
         generator=generator,
         steps=3,
@@ -545,7 +544,7 @@ def race(teacher, size=20, seed=0, **options):
         **weights,
         **shared,
     )
-    return Alternation(maker, distiller, rounds=6, updates_per_round=4)
+    return AlternatingTrainer(synthesizer, distiller, rounds=6, steps_per_round=4)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +552,7 @@ def race(teacher, size=20, seed=0, **options):
 )
 def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
     torch.manual_seed(0)
-    whole = race(teacher, **options)
+    whole = trainer(teacher, **options)
     for turn in range(42):
         if turn in (13, 26):
             save_checkpoint(tmp_path / f'{turn}.pt', whole.state_dict())
@@ -561,7 +560,7 @@ def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
     assert whole.finished
     for turn in (13, 26):
         torch.manual_seed(99)
-        second = race(teacher, **options)
+        second = trainer(teacher, **options)
         second.load_state_dict(load_checkpoint(tmp_path / f'{turn}.pt'))
         for _ in range(42 - turn):
             second.step()
@@ -574,10 +573,10 @@ def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
             'labels',
             'confidences',
             'priorities',
-            'draws',
+            'sample_counts',
             'counts',
             'probabilities',
-            'largest',
+            'max_priority',
         ):
             assert torch.equal(getattr(whole.pool, name), getattr(second.pool, name)), name
 
@@ -595,14 +594,14 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
         answers = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(turn))
         if turn:
             save_checkpoint(tmp_path / 'pool.pt', first.state_dict())
-        first.report(*answers)
+        first.update(*answers)
     second = ReplayPool(DIGITS, 9, teacher, network(1), **options)
     second.load_state_dict(load_checkpoint(tmp_path / 'pool.pt'))
     if options.get('weighs_loss'):
         assert torch.equal(second.loss_weights, first.loss_weights)
-    second.report(*answers)
+    second.update(*answers)
     assert torch.equal(first.priorities, second.priorities) and torch.equal(
-        first.largest, second.largest
+        first.max_priority, second.max_priority
     )
     with pytest.raises(DFKDError, match=r'alpha \(was 0.6, now 0.5\)'):
         ReplayPool(DIGITS, 9, **options | {'alpha': 0.5}).load_state_dict(
@@ -611,7 +610,7 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
 
 
 def test_one_file_holds_the_buffer(teacher, tmp_path):
-    pool = race(teacher, size=9, alpha=0.3, normalised=True).run(until=12).pool
+    pool = trainer(teacher, size=9, alpha=0.3, normalised=True).run(until=12).pool
     pool.save(tmp_path / 'pool.safetensors')
     again = ReplayPool.load(tmp_path / 'pool.safetensors', teacher)
     for name in (
@@ -619,10 +618,10 @@ def test_one_file_holds_the_buffer(teacher, tmp_path):
         'labels',
         'confidences',
         'priorities',
-        'draws',
+        'sample_counts',
         'counts',
         'probabilities',
-        'largest',
+        'max_priority',
     ):
         assert torch.equal(getattr(pool, name), getattr(again, name)), name
     assert (again.size, again.added, again.alpha, again.normalised, again.weighs_loss) == (
@@ -680,10 +679,13 @@ def test_the_buffer_in_numbers():
             r'priorities of shape \(2, 1\)',
         ),
         (
-            lambda: filled().update(torch.tensor([5]), torch.ones(1)),
+            lambda: filled().set_priorities(torch.tensor([5]), torch.ones(1)),
             'a buffer that holds 5',
         ),
-        (lambda: filled().update(torch.tensor([-1]), torch.ones(1)), 'count from 0'),
+        (
+            lambda: filled().set_priorities(torch.tensor([-1]), torch.ones(1)),
+            'count from 0',
+        ),
         (
             lambda: modulation(
                 torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan
@@ -708,12 +710,15 @@ def test_the_buffer_in_numbers():
             '0 to 9',
         ),
         (
-            lambda: filled().report(torch.zeros(2, 10), torch.zeros(2, 10)),
+            lambda: filled().update(torch.zeros(2, 10), torch.zeros(2, 10)),
             'sample one first',
         ),
-        (lambda: filled().update(torch.tensor([0, 1]), torch.ones(1)), 'give one of each'),
+        (
+            lambda: filled().set_priorities(torch.tensor([0, 1]), torch.ones(1)),
+            'give one of each',
+        ),
         (lambda: filled().load_state_dict({'size': 7}), 'same size'),
-        (lambda: setattr(filled(), 'labels', torch.zeros(5)), "teacher's answers"),
+        (lambda: setattr(filled(), 'labels', torch.zeros(5)), "teacher's predictions"),
         (
             lambda: modulation(torch.tensor([0]), torch.ones(1), torch.ones(2), 2, -1.0),
             'give 0 or more',
@@ -735,12 +740,12 @@ def test_a_report_belongs_to_its_batch(teacher):
     pool = filled()
     pool.sample(3, torch.Generator().manual_seed(0))
     with pytest.raises(DFKDError, match='batch of 3 images'):
-        pool.report(torch.zeros(2, 10), torch.zeros(2, 10))
+        pool.update(torch.zeros(2, 10), torch.zeros(2, 10))
     with pytest.raises(DFKDError, match='both the same classes'):
-        pool.report(torch.zeros(3, 10), torch.zeros(3, 9))
-    pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
+        pool.update(torch.zeros(3, 10), torch.zeros(3, 9))
+    pool.update(torch.zeros(3, 10), torch.zeros(3, 10))
     with pytest.raises(DFKDError, match='sample one first'):
-        pool.report(torch.zeros(3, 10), torch.zeros(3, 10))
+        pool.update(torch.zeros(3, 10), torch.zeros(3, 10))
     with pytest.raises(DFKDError, match='mixup_alpha'):
         Distiller(
             teacher,
@@ -767,13 +772,15 @@ SMALL = {
 
 
 def together(teacher, student, **changes):
-    maker = SMALL | {'generator': Generator((1, 8, 8), 4, 4)} | changes.pop('maker', {})
+    synthesizer = (
+        SMALL | {'generator': Generator((1, 8, 8), 4, 4)} | changes.pop('synthesizer', {})
+    )
     settings = {
         'size': 12,
         'rounds': 4,
-        'updates_per_round': 2,
+        'steps_per_round': 2,
         'device': 'cpu',
-        'maker': maker,
+        'synthesizer': synthesizer,
         'distiller': {'batch_size': 8},
     }
     return ssd_kd(teacher, student, **settings | changes)
@@ -786,24 +793,24 @@ def test_the_settings_are_the_papers():
         and ssd_kd_preset('ssd-kd-2')['steps'] == 2
     )
     assert (
-        ssd_kd_preset()['labels'] == 'answers'
+        ssd_kd_preset()['labels'] == 'teacher'
         and ssd_kd_preset('ssd-kd', 'resnet34')['adversarial_weight'] == 1.33
     )
     with pytest.raises(DFKDError, match='unknown preset'):
         ssd_kd_preset('ssd-kd-3')
 
 
-@pytest.mark.parametrize('reuse', ['meta', 'continue', 'restart'])
-def test_parts_come_together(teacher, reuse):
-    race = together(
+@pytest.mark.parametrize('init', ['meta', 'sequential', 'scratch'])
+def test_parts_come_together(teacher, init):
+    trainer = together(
         teacher,
         network(1),
-        maker={'reuse': reuse},
+        synthesizer={'init': init},
         warmup_rounds=1,
         gamma=2.0,
         pool={'alpha': 0.3},
     )
-    weights = race.maker.objective.weights
+    weights = trainer.synthesizer.objective.weights
     assert (
         weights['modulated'] == 0.4
         and weights['class'] == 0
@@ -811,18 +818,19 @@ def test_parts_come_together(teacher, reuse):
         and weights['features'] == 10
     )
     assert (
-        race.maker.student is race.student is race.pool.student and race.pool.alpha == 0.3
+        trainer.synthesizer.student is trainer.student is trainer.pool.student
+        and trainer.pool.alpha == 0.3
     )
-    race.run()
+    trainer.run()
     assert (
-        race.finished
-        and race.pool.added == 32
-        and len(race.pool) == 12
-        and race.pool.draws.sum() > 0
+        trainer.finished
+        and trainer.pool.added == 32
+        and len(trainer.pool) == 12
+        and trainer.pool.sample_counts.sum() > 0
     )
     assert (
-        race.maker.history[-1]['modulated'] >= 0
-        and race.maker.history[-1]['adversarial'] <= 0
+        trainer.synthesizer.history[-1]['modulated'] >= 0
+        and trainer.synthesizer.history[-1]['adversarial'] <= 0
     )
 
 
@@ -830,8 +838,8 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
     "With all that a meta-generator remembers, and a student with dropout on its own scale."
     domain = dataclasses.replace(DIGITS, mean=(0.6,), std=(0.15,))
 
-    def race():
-        maker = {
+    def trainer():
+        synthesizer = {
             'momentum': 0.1,
             'reset_first_layer_at': 2,
             'augment': Augment(1, False),
@@ -844,35 +852,35 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
             student,
             size=12,
             rounds=4,
-            updates_per_round=2,
+            steps_per_round=2,
             device='cpu',
             **shared,
             distiller={'batch_size': 8, 'domain': domain},
-            maker=SMALL | maker | {'generator': copy.deepcopy(GENERATOR)},
+            synthesizer=SMALL | synthesizer | {'generator': copy.deepcopy(GENERATOR)},
         )
         assert (
-            built.maker.seed == 3
-            and built.maker.student_domain is built.pool.student_domain is domain
+            built.synthesizer.seed == 3
+            and built.synthesizer.student_domain is built.pool.student_domain is domain
         )
         return built
 
-    whole = race().run()
+    whole = trainer().run()
     for turns in (1, 3, 5, 7, 10, 13):
-        part, resumed = race(), race()
+        part, resumed = trainer(), trainer()
         for _ in range(turns):
             part.step()
-        save_checkpoint(tmp_path / 'race.pt', part.state_dict())
+        save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
-        resumed.load_state_dict(load_checkpoint(tmp_path / 'race.pt'))
+        resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
-        for name in ('images', 'priorities', 'draws'):
+        for name in ('images', 'priorities', 'sample_counts'):
             assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
                 turns,
                 name,
             )
-        states = (race.student.state_dict().values() for race in (resumed, whole))
+        states = (trainer.student.state_dict().values() for trainer in (resumed, whole))
         assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
-        assert resumed.maker.history == whole.maker.history
+        assert resumed.synthesizer.history == whole.synthesizer.history
 
 
 def test_a_picture_of_the_buffer(teacher):
@@ -891,32 +899,32 @@ def test_the_explorer_turns_what_runs(teacher):
     settings = {
         'size': 12,
         'rounds': 3,
-        'updates_per_round': 2,
+        'steps_per_round': 2,
         'device': 'cpu',
         'distiller': {'batch_size': 8},
     }
     play = replay_explorer(
         teacher,
         lambda: network(1),
-        maker=SMALL | {'generator': Generator((1, 8, 8), 4, 4)},
+        synthesizer=SMALL | {'generator': Generator((1, 8, 8), 4, 4)},
         **settings,
     )
-    assert play.race.round == 1 and bytes(play.picture.value).startswith(b'\x89PNG')
-    before, even = bytes(play.picture.value), play.race.pool.probabilities.max()
+    assert play.trainer.round == 1 and bytes(play.picture.value).startswith(b'\x89PNG')
+    before, even = bytes(play.picture.value), play.trainer.pool.probabilities.max()
     play.alpha.value = 2.0
     assert (
-        play.race.pool.alpha == 2.0
+        play.trainer.pool.alpha == 2.0
         and bytes(play.picture.value) != before
-        and play.race.pool.probabilities.max() > even
+        and play.trainer.pool.probabilities.max() > even
     )
     play.gamma.value, play.beta.value = 4.0, 0.0
     logits = torch.eye(10)[:2] * 3
-    _, term = play.race.maker.objective.terms['modulated']
+    _, term = play.trainer.synthesizer.objective.terms['modulated']
     torch.testing.assert_close(
-        term(inputs(logits)), modulated_class_term(play.race.pool, 4.0)(inputs(logits))
+        term(inputs(logits)), modulated_class_term(play.trainer.pool, 4.0)(inputs(logits))
     )
     for _ in range(4):
         play.step()
-    assert play.race.finished and 'round 3 of 3' in play.status.value
+    assert play.trainer.finished and 'round 3 of 3' in play.status.value
     play.again.click()
-    assert play.race.round == 1 and play.race.pool.alpha == 2.0
+    assert play.trainer.round == 1 and play.trainer.pool.alpha == 2.0

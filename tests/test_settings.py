@@ -15,6 +15,7 @@ from tiny import DIGITS, network
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.generators.methods import build_method
 from dfkd_nb.lab.settings import (
     GenerativeSettings,
     SynthesisSettings,
@@ -22,7 +23,6 @@ from dfkd_nb.lab.settings import (
     TransferSettings,
 )
 from dfkd_nb.lab.tasks.common import training_arguments
-from dfkd_nb.lab.tasks.generative import build_pool, build_synthesizer
 from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
 from dfkd_nb.toolbox.teachers import Teacher
 
@@ -139,32 +139,32 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
     )
 
     def made(settings: GenerativeSettings) -> tuple[Any, ...]:
-        pool = build_pool(settings, teacher, student, CPU)
+        trainer = build_method(settings, teacher, student, device=CPU)
+        pool, synthesizer = trainer.pool, trainer.synthesizer
         if hasattr(pool, 'insert'):
             pool.insert(
                 torch.zeros(6, 1, 8, 8, dtype=torch.uint8),
                 torch.arange(6) // 2,
                 torch.full((6,), 0.5),
             )
-        maker = build_synthesizer(settings, teacher, student, pool, CPU)
-        shapes = [tuple(v.shape) for v in maker.weights.values()]
+        shapes = [tuple(v.shape) for v in synthesizer.weights.values()]
         terms = {
-            name: float(maker.objective.terms[name][1](inputs))
-            for name in ('task', 'adversarial')
+            name: float(synthesizer.objective.terms[name][1](inputs))
+            for name in ('modulated', 'adversarial')
         }
-        extra = maker._made_with | {
-            'augment': maker.augment,
-            'seed': maker.seed,
+        extra = synthesizer._made_with | {
+            'augment': synthesizer.augment,
+            'seed': synthesizer.seed,
             'shapes': shapes,
-            'scale': maker.look.precision,
+            'scale': synthesizer.extractor.precision,
         }
-        features = maker.objective.terms['features'][1].__qualname__
+        features = synthesizer.objective.terms['features'][1].__qualname__
         return (
             known_of(pool),
             repr(extra),
             repr(terms),
             features,
-            repr(getattr(maker, 'meta', None)),
+            repr(getattr(synthesizer, 'meta_update', None)),
         )
 
     meta = kind == 'meta'
@@ -197,12 +197,12 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
         'temperature',
         'picture',
     }
-    names -= {'rounds', 'warmup_rounds', 'updates_per_round'}  # of the alternation
+    names -= {'rounds', 'warmup_rounds', 'steps_per_round'}  # of the alternation
     names -= {'synthesizer', 'pool', 'modulated'}  # decide what is made at all
     names -= (
         {'contrastive_weight', 'contrastive_temperature'}
         if meta
-        else {'meta', 'feature_momentum', 'reset_round'}
+        else {'meta_update', 'feature_momentum', 'reset_round'}
     )
     assert ignored(GenerativeSettings, base, names, made) == []
 

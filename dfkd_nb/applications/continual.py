@@ -22,7 +22,8 @@ from .class_sets import balanced, renumber_labels
 from ..dreams.inversion import DeepInversion, deepinversion_preset
 from ..foundations.distillation import Distiller, distillation_loss
 from ..generators.generators import METHODS as GENERATIVE
-from ..generators.generators import Generator, GeneratorSynthesizer
+from ..generators.generators import Generator
+from ..generators.synthesizer import GeneratorSynthesizer
 from ..toolbox.core import autocast, seeded
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.domains import Domain
@@ -507,7 +508,7 @@ def replay_generator(
     width: int = 32,  # channels
     seed: int = 0,  # of everything random
     **settings: Any,  # of `GeneratorSynthesizer`
-) -> GeneratorSynthesizer:  # untrained: `synthesize(batches)` teaches it
+) -> GeneratorSynthesizer:  # untrained: `synthesize(n)` trains it
     """A generator for replay: DAFL's terms and the feature statistics; there is no student
     to compete with yet.
     """
@@ -522,19 +523,23 @@ def replay_generator(
 
 
 def generated_images(
-    maker: GeneratorSynthesizer,  # with a generator that has learned
+    synthesizer: GeneratorSynthesizer,  # with a generator that has learned
     images: int,  # how many
     seed: int = 0,  # of the codes
 ) -> ImageSet:  # labelled with the teacher's answers
     "What a generator paints, as bytes."
     pixels = torch.cat(
         [
-            maker.draw(min(500, images - i), torch.Generator().manual_seed(seed + i))
+            synthesizer.sample_images(
+                min(500, images - i), torch.Generator().manual_seed(seed + i)
+            )
             for i in range(0, images, 500)
         ]
     )
     found = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
-    return ImageSet(found, maker.teacher.predict(found).argmax(1), maker.teacher.domain)
+    return ImageSet(
+        found, synthesizer.teacher.predict(found).argmax(1), synthesizer.teacher.domain
+    )
 
 # %% ../../nbs/applications/14_continual.ipynb #ac9d08bf
 def old_images(
@@ -554,9 +559,9 @@ def old_images(
     if continual_loss(method).on_old == 'none':
         return None
     if method == 'generator':
-        maker = replay_generator(teacher, **settings)
-        maker.synthesize(rounds)
-        return generated_images(maker, images, maker.seed)
+        synthesizer = replay_generator(teacher, **settings)
+        synthesizer.synthesize(rounds * synthesizer.batch_size)
+        return generated_images(synthesizer, images, synthesizer.seed)
     if not method.startswith('oracle'):
         return DeepInversion(teacher, **deepinversion_preset(method) | settings).synthesize(
             images

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .segmentation_data import IGNORED, SegmentationSet, dominant_class
-from ..dreams.competition import GrowingPool
 from ..dreams.inversion import DeepInversion
 from ..dreams.priors import LossInputs, Term
 from ..foundations.distillation import Distiller
-from ..generators import meta
-from ..generators.generators import Alternation, Generator
+from ..foundations.loop import AlternatingTrainer
+from ..generators.meta import MetaSynthesizer, fast_preset
+from ..generators.methods import build_method
 from ..generators.replay import ReplayPool
 from ..toolbox.augmentation import Augment
-from ..toolbox.core import import_torchvision, pick_device, progress, seeded
+from ..toolbox.core import import_torchvision, progress
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_inputs
@@ -255,39 +255,33 @@ def segmentation_balance_term(
     return (log_mean.exp() * log_mean).sum()
 
 
-class SegmentationSynthesizer(meta.MetaSynthesizer):
-    """A generator that paints for a segmenter.
-
-    Its images are labelled with the class that most of them has.
-    """
+class SegmentationSynthesizer(MetaSynthesizer):
+    """A generator for a segmenter: an image's label is the class that most of it has."""
 
     def __init__(
         self,
         teacher: Teacher,  # a segmenter
         *,
-        # as elsewhere; a class wished for an image says nothing about its pixels
-        labels: str = 'answers',
+        # as elsewhere; a class sampled for an image says nothing about its pixels
+        labels: str = 'teacher',
         balance_weight: float = 0.0,  # of `segmentation_balance_term`
         terms: Mapping[str, tuple[float, Term]] | None = None,  # further terms
         **settings: Any,  # see `MetaSynthesizer`
     ) -> None:
-        if labels != 'answers':
+        if labels != 'teacher':
             raise DFKDError(
-                f"labels '{labels}': a segmenter is asked about pixels, not images; use"
-                " 'answers', or dream_layouts to wish for a whole mask"
+                f"labels '{labels}': a segmenter predicts pixels, not images; use"
+                " 'teacher', or synthesize_from_masks to ask for a whole mask"
             )
+        balance = {'balance': (balance_weight, segmentation_balance_term)}
         super().__init__(
-            teacher,
-            labels=labels,
-            terms={'balance': (balance_weight, segmentation_balance_term)}
-            | dict(terms or {}),
-            **settings,
+            teacher, labels=labels, terms=balance | dict(terms or {}), **settings
         )
 
-    def _finished(self, best: dict[str, Any]) -> None:
+    def _batch_finished(self, best: dict[str, Any]) -> None:
         "A pool's labels are one an image."
         best['labels'] = dominant_class(best['labels'], self.domain.num_classes)
-        super()._finished(best)
+        super()._batch_finished(best)
 
 
 class SegmentationPool(ReplayPool):
@@ -295,98 +289,67 @@ class SegmentationPool(ReplayPool):
     its pixels.
     """
 
-    @torch.no_grad()
-    def add(self, images: Tensor, labels: Tensor | None = None) -> None:
-        "Ask teacher and student about new images and keep them; the oldest make room."
-        if self.teacher is None:
-            raise DFKDError(
-                'nobody to ask about the images: give the pool a teacher, or use insert'
-            )
-        found: list[tuple[Tensor, ...]] = []
-        for part in self.domain.check(images).split(100):
-            known = full_precision(self.teacher.predict(part))
-            confidences, answers = known.softmax(1).max(1)
-            apart = confidences.new_empty(0)
-            if self.student is not None:
-                with in_eval_mode(self.student):
-                    apart = self._distance(self.ask_student(part), known)
-            found.append(
-                (
-                    dominant_class(answers, self.domain.num_classes),
-                    confidences.flatten(1).mean(1),
-                    apart,
-                )
-            )
-        classes, confidences, priorities = (torch.cat(column) for column in zip(*found))
-        self.insert(
-            images, classes, confidences, priorities if self.student is not None else None
-        )
+    def _summary(
+        self, teacher_logits: Tensor, student_logits: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        classes, confidences, priorities = super()._summary(teacher_logits, student_logits)
+        classes = dominant_class(classes, self.domain.num_classes)
+        return classes, confidences.flatten(1).mean(1), priorities
 
     def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return super()._distance(student_logits, teacher_logits).flatten(1).mean(1)
 
 # %% ../../nbs/applications/16_segmentation.ipynb #5cfb3465
 def segmentation_preset(
-    name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': updates for each batch
+    name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': steps for each batch
 ) -> dict[str, Any]:  # keywords of `SegmentationSynthesizer`; the student is to be added
     """FastDFKD for scenes: statistics and competition only, no class loss (its section on
     segmentation); the other settings are those for CIFAR.
     """
-    return meta.fast_preset(name) | {
-        'labels': 'answers',
+    return fast_preset(name) | {
+        'labels': 'teacher',
         'class_weight': 0.0,
         'reset_first_layer_at': None,
     }
 
 
 def segmentation_ssd_kd(
-    teacher: Teacher,  # a segmenter, who knows
-    student: nn.Module,  # a segmenter, who learns, in place
+    teacher: Teacher,  # a segmenter; neither changed nor moved
+    student: nn.Module,  # a segmenter, trained in place
     *,
     rounds: int,  # batches of images
-    updates_per_round: int,  # of the student, after each batch
+    steps_per_round: int,  # of the student, after each batch
     warmup_rounds: int = 0,  # first rounds without them
     replay: int = 0,  # images in a `SegmentationPool`; 0: a pool that grows
     generator_width: int = 64,  # channels of the generator
-    latent_size: int = 256,  # numbers in a code
+    latent_size: int = 256,  # numbers in a latent
     # keywords of `SegmentationSynthesizer`, instead of some of `segmentation_preset()`
-    maker: Mapping[str, Any] | None = None,
+    synthesizer: Mapping[str, Any] | None = None,
     distiller: Mapping[str, Any] | None = None,  # keywords of `SegmentationDistiller`
     device: str | torch.device = 'auto',  # where everything happens
     seed: int = 0,  # of everything random but the student's weights
-) -> Alternation:  # call `run()`; `.pool` holds the images
+) -> AlternatingTrainer:  # call `run()`; `.pool` holds the images
     "Generator, pool and student of chapters 8 to 11, for pixels that have classes."
-    place = pick_device(device)
-    student = student.to(place)
-    with seeded(seed):
-        network = Generator(teacher.domain.shape, latent_size, generator_width)
-    pool = (
-        SegmentationPool(teacher.domain, replay, teacher, student, device=place)
-        if replay
-        else GrowingPool(teacher.domain, newest_first=False, device=place)
-    )
-    painter = SegmentationSynthesizer(
-        teacher,
-        student=student,
-        device=place,
-        seed=seed,
-        **segmentation_preset() | {'generator': network} | dict(maker or {}),
-    )
-    learner = SegmentationDistiller(
+    row = {
+        'rounds': rounds,
+        'steps_per_round': steps_per_round,
+        'warmup_rounds': warmup_rounds,
+        'pool_size': replay,
+        'generator_width': generator_width,
+        'latent_size': latent_size,
+        'augment': False,
+        'seed': seed,
+    }
+    return build_method(
+        row,
         teacher,
         student,
-        pool,
-        steps=(rounds - warmup_rounds) * updates_per_round,
-        device=place,
-        seed=seed,
-        **dict(distiller or {}),
-    )
-    return Alternation(
-        painter,
-        learner,
-        rounds=rounds,
-        updates_per_round=updates_per_round,
-        warmup_rounds=warmup_rounds,
+        synthesizer=SegmentationSynthesizer,
+        pool=SegmentationPool if replay else 'grows',
+        distiller=SegmentationDistiller,
+        synthesizer_options=segmentation_preset() | dict(synthesizer or {}),
+        distiller_options=distiller,
+        device=device,
     )
 
 # %% ../../nbs/applications/16_segmentation.ipynb #9c3d9119

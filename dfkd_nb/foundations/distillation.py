@@ -328,7 +328,7 @@ class Distiller:
             raise DFKDError(
                 'the student has no weight that may change: switch requires_grad on'
             )
-        if self.mixup_alpha and self.sampler.wants_report:
+        if self.mixup_alpha and self.sampler.wants_update:
             raise DFKDError(
                 f'mixup_alpha is {self.mixup_alpha}, but a {type(self.sampler).__name__}'
                 ' learns from the predictions of its own images: set it to 0'
@@ -473,7 +473,7 @@ class Distiller:
             total = logits.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
                 teacher_logits = self.teacher_logits(x)
-                self.sampler.report(logits.detach(), teacher_logits)
+                self.sampler.update(logits.detach(), teacher_logits)
                 parts['distillation'] = distillation_loss(
                     logits, teacher_logits, self.temperature, self.sampler.loss_weights
                 )

@@ -301,13 +301,15 @@ class GeneratorSettings:
     latent_learning_rate: float = setting(
         0.0, 'step size of Adam on the codes; 0 leaves them as drawn', low=0
     )
-    reuse: str = setting(
-        'continue', 'what a batch begins from', choices=('continue', 'restart', 'meta')
+    init: str = setting(
+        'sequential',
+        'what a batch begins from',
+        choices=('sequential', 'scratch', 'meta'),
     )
-    meta: str = setting(
-        'sum',
+    meta_update: str = setting(
+        'fomaml-sum',
         'first-order gradient of the meta-weights',
-        choices=('sum', 'last', 'reptile'),
+        choices=('fomaml-sum', 'fomaml', 'reptile'),
     )
     feature_momentum: float = setting(
         1.0,
@@ -319,9 +321,9 @@ class GeneratorSettings:
         0, "the round before which the generator's first layers begin anew; 0: never", low=0
     )
     labels: str = setting(
-        'answers',
-        "classes: the teacher's answers, or wishes",
-        choices=('answers', 'wishes'),
+        'teacher',
+        "classes: the teacher's predictions, or sampled at random",
+        choices=('teacher', 'sampled'),
     )
     class_weight: float = setting(0.0, 'of the class loss', low=0)
     balance_weight: float = setting(0.0, "of the batch's class balance", low=0)
@@ -387,7 +389,7 @@ class GenerativeSettings(TrainingSettings, GeneratorSettings, PoolSettings):
     temperature: float = setting(4.0, 'of distillation', low=0.01)
     rounds: int = setting(100, 'batches of images', low=1)
     warmup_rounds: int = setting(0, 'first rounds in which the student waits', low=0)
-    updates_per_round: int = setting(10, 'of the student', low=1)
+    steps_per_round: int = setting(10, 'of the student', low=1)
     picture: int = setting(40, 'images in the picture', low=1)
 
 # %% ../../nbs/lab/settings.ipynb #c045d754

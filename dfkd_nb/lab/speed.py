@@ -35,7 +35,8 @@ from ..dreams.memory import activation_bytes
 from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch
 from ..foundations.distillation import Distiller, distillation_loss
-from ..generators.generators import Generator, GeneratorSynthesizer
+from ..generators.generators import Generator
+from ..generators.synthesizer import GeneratorSynthesizer
 from ..toolbox.core import atomic_path, seeded
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import DOMAINS
@@ -562,22 +563,27 @@ class ReferenceRound:
         self,
         way: str,  # 'plain' or 'frozen'
         # whose teacher, student, objective and settings to take
-        maker: GeneratorSynthesizer,
+        synthesizer: GeneratorSynthesizer,
         latents: Tensor,  # first codes, `(N, latent_size)`
     ) -> None:
-        self.way, self.maker, self.first, self.device = way, maker, latents, latents.device
-        self.look = PlainExtractor(maker.teacher, trainable=way == 'plain')
-        self.student = copy.deepcopy(maker.student).eval().requires_grad_(way == 'plain')  # type: ignore[union-attr]
+        self.way = way
+        self.synthesizer = synthesizer
+        self.first = latents
+        self.device = latents.device
+        self.look = PlainExtractor(synthesizer.teacher, trainable=way == 'plain')
+        self.student = (
+            copy.deepcopy(synthesizer.student).eval().requires_grad_(way == 'plain')
+        )  # type: ignore[union-attr]
 
     def begin(self) -> None:
         "A fresh copy of the generator, fresh codes, fresh optimisers."
-        self.network = copy.deepcopy(self.maker.network).train()
+        self.network = copy.deepcopy(self.synthesizer.network).train()
         self.latents = self.first.clone().requires_grad_()
         self.optimizers = [
             torch.optim.Adam(leaves, rate, (0.5, 0.999))
             for leaves, rate in (
-                (self.network.parameters(), self.maker.learning_rate),
-                ([self.latents], self.maker.latent_learning_rate),
+                (self.network.parameters(), self.synthesizer.learning_rate),
+                ([self.latents], self.synthesizer.latent_learning_rate),
             )
         ]
 
@@ -588,9 +594,9 @@ class ReferenceRound:
     ]:  # total with its graph; the total and each term without; images
         "What the batch in hand costs."
         images = self.network(self.latents)
-        x = self.maker.domain.normalize(images)
+        x = self.synthesizer.domain.normalize(images)
         logits, features = self.look(x)
-        total, values = self.maker.objective(
+        total, values = self.synthesizer.objective(
             LossInputs(x, logits, logits.detach().argmax(1), features, self.student(x))
         )
         return (
@@ -603,7 +609,7 @@ class ReferenceRound:
         "All updates of a round."
         self.begin()
         best: tuple[float, Tensor] | None = None
-        for _ in range(self.maker.steps):
+        for _ in range(self.synthesizer.steps):
             total, losses, images = self.price()
             for network in (self.network, self.look, self.student):
                 network.zero_grad()
@@ -644,45 +650,58 @@ class SynthesizerRound:
     def __init__(
         self,
         way: str,  # 'folded', 'transposed', 'channels last' or 'bfloat16'
-        maker: GeneratorSynthesizer,  # with a `UpsamplingGenerator` generator
+        synthesizer: GeneratorSynthesizer,  # with a `UpsamplingGenerator` generator
         latents: Tensor,  # first codes, `(N, latent_size)`
     ) -> None:
-        self.way, self.maker, self.first, self.device = way, maker, latents, latents.device
-        maker.network.transposed = way in ('transposed', 'channels last')  # type: ignore[assignment]
+        self.way = way
+        self.synthesizer = synthesizer
+        self.first = latents
+        self.device = latents.device
+        synthesizer.network.transposed = way in ('transposed', 'channels last')  # type: ignore[assignment]
         if way == 'channels last':
-            for network in (maker.network, maker.student, maker.look.network):
+            for network in (
+                synthesizer.network,
+                synthesizer.student,
+                synthesizer.extractor.network,
+            ):
                 network.to(memory_format=torch.channels_last)  # type: ignore[union-attr, call-overload]
 
     def begin(self) -> None:
         "The first weights and codes, and fresh optimisers."
-        self.maker._set(
-            dict(self.maker.network.named_parameters()),
-            dict(self.maker.network.named_buffers()),
+        self.synthesizer._set_tensors(
+            dict(self.synthesizer.network.named_parameters()),
+            dict(self.synthesizer.network.named_buffers()),
         )
-        self.maker.start()
+        self.synthesizer.begin_batch()
         with torch.no_grad():
-            self.maker.latents.copy_(self.first)
+            self.synthesizer.latents.copy_(self.first)
 
     def __call__(self) -> Tensor:  # the best batch, uint8
         "All updates of a round."
         self.begin()
-        while self.maker.left:
-            self.maker.step()
-        return self.maker.finish().images
+        while self.synthesizer.steps_left:
+            self.synthesizer.step()
+        return self.synthesizer.pop().images
 
     def total(self) -> Tensor:  # with its graph
         "What the first batch costs."
         self.begin()
-        return self.maker.judge(self.maker.paint(self.maker.latents), None)[0]
+        return self.synthesizer.compute_loss(
+            self.synthesizer.generate(self.synthesizer.latents), None
+        )[0]
 
     def gradient(
         self,
     ) -> tuple[Tensor, Tensor]:  # losses; the gradient of weights and codes in a row
         "What this way computes before the first update."
         self.begin()
-        total, values, _ = self.maker.judge(self.maker.paint(self.maker.latents), None)
+        total, values, _ = self.synthesizer.compute_loss(
+            self.synthesizer.generate(self.synthesizer.latents), None
+        )
         return torch.stack([v.detach() for v in (total, *values.values())]), _in_a_row(
-            torch.autograd.grad(total, [*self.maker.weights.values(), self.maker.latents])
+            torch.autograd.grad(
+                total, [*self.synthesizer.weights.values(), self.synthesizer.latents]
+            )
         )
 
 # %% ../../nbs/lab/23_speed.ipynb #dd7d1ad5
@@ -710,7 +729,7 @@ def make_round(
     """
     if way not in SYNTHESIS_VARIANTS:
         raise DFKDError(f"unknown way '{way}': use {', '.join(SYNTHESIS_VARIANTS)}")
-    maker = GeneratorSynthesizer(
+    synthesizer = GeneratorSynthesizer(
         teacher,
         generator=copy.deepcopy(generator),
         steps=steps,
@@ -725,7 +744,7 @@ def make_round(
         device=latents.device,
     )
     return (ReferenceRound if way in ('plain', 'frozen') else SynthesizerRound)(
-        way, maker, latents
+        way, synthesizer, latents
     )
 
 # %% ../../nbs/lab/23_speed.ipynb #4d2cc3b6

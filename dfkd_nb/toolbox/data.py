@@ -75,7 +75,7 @@ class Sampler(ABC):
 
     # `(n,)`, how much each image of the last batch counts for a student; None: all alike
     loss_weights: Tensor | None = None
-    wants_report = False  # whether `report` does anything
+    wants_update = False  # whether `update` does anything
 
     @abstractmethod
     def sample(
@@ -87,7 +87,7 @@ class Sampler(ABC):
         """
 
     # - may stay as it is
-    def report(self, student_logits: Tensor, teacher_logits: Tensor) -> None:  # noqa: B027
+    def update(self, student_logits: Tensor, teacher_logits: Tensor) -> None:  # noqa: B027
         """What student and teacher answered to the last batch.
 
         Pools that learn from it override this (Chapter 11).

@@ -24,6 +24,7 @@ from dfkd_nb.dreams.competition import (
 from ...dreams.layers import batchnorm_layers
 from ...dreams.statistics import Statistics, Watch, feature_loss
 from ...foundations.distillation import Distiller
+from ...foundations.loop import AlternatingTrainer
 from ..runs import Run
 from ...toolbox import evaluation
 from ...toolbox.augmentation import Augment
@@ -132,27 +133,28 @@ def train_student(
     distiller: Distiller,  # ready to start
     test: Any,  # real images, as `evaluate` takes them
     about: dict[str, str],  # model and domain, for the weights' file
-    # who decides when the distiller may go on: see `Rounds`; None: it always may
-    turns: Any = None,
+    # alternates images and the distiller's steps; None: the images are there
+    trainer: AlternatingTrainer | None = None,
     # (network, test, domain=) -> one number; None: top-1 accuracy
     evaluate: Callable[..., float] | None = None,
     metric: str = 'accuracy',  # what that number is called
     weights: str = 'weights',  # the file of the last weights, without .safetensors
     # writes what else is alive at the end, before the phase counts as done
     keep: Callable[[], Any] | None = None,
+    # `save()` what a checkpoint leaves out, `restore(state)` it before one is loaded
+    files: Any = None,
 ) -> dict[str, Any]:  # the metric and the loss, first and last
-    """Drive a `Distiller` update by update.
+    """Drive a `Distiller` step by step.
 
     Test now and then, save, stop when asked to, go on after a kill.
     """
-    turns = turns or distiller
-
+    learner: Any = trainer or distiller
     judge = evaluate or evaluation.evaluate
     marks = [
         max(1, round(distiller.steps * i / run.settings.evaluations))
         for i in range(1, run.settings.evaluations + 1)
     ]
-    every = min(20, marks[0])  # updates between two looks at the clock
+    log_every = min(20, marks[0])  # steps between two looks at the clock
 
     def report(seconds: float) -> None:
         found = judge(distiller.student, test, domain=distiller.domain)
@@ -169,11 +171,15 @@ def train_student(
 
     def work(state: dict[str, Any] | None, spent: Callable[[], float]) -> dict[str, Any]:
         if state is not None:
-            turns.load_state_dict(state)
+            if files is not None:
+                files.restore(state)
+            learner.load_state_dict(state)
 
         def tick(_: Any) -> None:
+            if files is not None:
+                files.save()
             spent()
-            run.tick(phase, turns.state_dict)
+            run.tick(phase, learner.state_dict)
 
         if distiller.done == 0:
             report(spent())
@@ -181,12 +187,14 @@ def train_student(
             # at equality a stop may have come before the report
             if mark < distiller.done:
                 continue
-            turns.run(until=mark, every=every, callback=tick)
+            learner.run(until=mark, log_every=log_every, callback=tick)
+            if files is not None:
+                files.save()
             report(spent())
         rows = [row for row in run.journal.rows.values() if row['phase'] == phase]
         # part of this phase's, see `Run.finish`
-        if turns is not distiller:
-            run.state['seconds']['synthesis'] = turns.seconds
+        if trainer is not None:
+            run.state['seconds']['synthesis'] = trainer.seconds
         path = run.folder / f'{weights}.safetensors'
         save_weights(
             path,

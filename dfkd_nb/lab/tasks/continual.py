@@ -189,7 +189,7 @@ def _painted(
 ) -> ImageSet:
     "What a generator paints that has learned from this network."
     settings: ContinualSettings = run.settings
-    maker = replay_generator(
+    synthesizer = replay_generator(
         teacher,
         seed=settings.seed,
         device=run.device,
@@ -197,13 +197,13 @@ def _painted(
         learning_rate=settings.generator_learning_rate,
     )
     if state is not None:
-        maker.load_state_dict(state)
-    while maker.batches < settings.generator_rounds:
-        maker.step()
-        if not maker.left:
-            maker.finish()
-        run.tick(phase, maker.state_dict)
-    return generated_images(maker, settings.images, settings.seed)
+        synthesizer.load_state_dict(state)
+    while synthesizer.batches < settings.generator_rounds:
+        synthesizer.step()
+        if synthesizer.batch_done:
+            synthesizer.pop()
+        run.tick(phase, synthesizer.state_dict)
+    return generated_images(synthesizer, settings.images, settings.seed)
 
 # %% ../../../nbs/lab/tasks/continual.ipynb #6ac52c5f
 def continual_method(

@@ -96,7 +96,7 @@ def quantization_source(
         if state is not None:
             distiller.load_state_dict(state)
         distiller.run(
-            every=max(1, min(20, settings.updates // 2)),
+            log_every=max(1, min(20, settings.updates // 2)),
             callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None,
         )
         mended = evaluate(network, test)

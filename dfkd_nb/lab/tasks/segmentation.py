@@ -98,7 +98,7 @@ def segmentation_arm(
     torch.nn.Module, dict[str, Any]
 ]:  # the student, and what can be said of it and of its images
     "One student, from fresh weights to its test."
-    settings, turns, distiller = run.settings, None, None  # type: Any, Any, Any
+    settings, trainer, distiller = run.settings, None, None  # type: Any, Any, Any
     seed_everything(settings.seed)  # every arm begins with the same student
     student = build_segmenter(settings.student, teacher.domain.num_classes).to(run.device)
     lesson: dict[str, Any] = {'temperature': settings.temperature} | {
@@ -128,7 +128,7 @@ def segmentation_arm(
                 'agreement',
             )
         }
-        maker = (
+        synthesizer = (
             same
             | {
                 'steps': settings.synthesis_steps,
@@ -139,28 +139,28 @@ def segmentation_arm(
             | SEGMENTATION_SOURCES[arm]
         )
         # without statistics there is nothing to warm up for
-        warmup = settings.warmup_rounds if maker['feature_weight'] else 0
-        turns = segmentation_ssd_kd(
+        warmup = settings.warmup_rounds if synthesizer['feature_weight'] else 0
+        trainer = segmentation_ssd_kd(
             teacher,
             student,
             rounds=learned_rounds + warmup,
-            updates_per_round=settings.updates // learned_rounds,
+            steps_per_round=settings.updates // learned_rounds,
             warmup_rounds=warmup,
             replay=settings.pool_size if arm == 'replay' else 0,
             generator_width=settings.generator_width,
             latent_size=settings.latent_size,
-            maker=maker,
+            synthesizer=synthesizer,
             distiller=lesson,
             device=run.device,
             seed=settings.seed,
         )
-        distiller = turns.distiller
+        distiller = trainer.distiller
     path = run.folder / f'images-{arm}.safetensors'
 
     def keep() -> None:  # the last painted images; the pool does not outlive this process
-        if turns is None or not len(turns.pool):
+        if trainer is None or not len(trainer.pool):
             return
-        images = turns.pool.images[-256:].cpu()
+        images = trainer.pool.images[-256:].cpu()
         SegmentationSet(
             images, teacher.predict(images, 100).argmax(1).cpu(), teacher.domain
         ).save(path)
@@ -172,7 +172,7 @@ def segmentation_arm(
         distiller,
         test,
         about,
-        turns,
+        trainer,
         evaluate=mean_iou,
         metric='miou',
         weights=f'student-{arm}',
@@ -180,7 +180,7 @@ def segmentation_arm(
     )
     # also where an earlier process has trained it
     load_weights(run.folder / f'student-{arm}.safetensors', student)
-    if turns is None:
+    if trainer is None:
         return student, numbers
     seconds = run.state['seconds']
     if 'synthesis' in seconds:  # counted with the phase: each gets its own

@@ -30,8 +30,9 @@ def build_inversion(
     device: torch.device,  # where to compute
     seed: int,  # of the first batch
     single: bool = False,  # at full size alone
-    **more: Any,  # further keywords of `DeepInversion`
-) -> DeepInversion:  # makes images
+    kind: Callable[..., Any] = DeepInversion,  # also a subclass
+    **more: Any,  # further keywords of it
+) -> Any:  # makes images
     "The part of a recipe that a `DeepInversion` is made with."
     names = (
         'class_weight',
@@ -57,7 +58,7 @@ def build_inversion(
     ]
     if single:
         stages = [((height, width), settings.single_size_steps)]
-    return DeepInversion(
+    return kind(
         teacher,
         stages=stages,
         learning_rate=settings.synthesis_learning_rate,
@@ -215,7 +216,7 @@ def synthesize_images(
     folder = run.folder / 'parts'
     targets = recipe_classes(settings, teacher.domain.num_classes)
     target_embeddings = None
-    more = {}
+    more: dict[str, Any] = {}
     if settings.goal_weight:
         target_embeddings, targets, _ = drawn_goals(run, teacher)
         more = {
