@@ -470,7 +470,8 @@ def test_what_holds_no_images_says_how_to_make_a_set(teacher):
         lambda images: add_classes(teacher, new, 'deepinversion', images, steps=1),
     ]
     for images in (loader, loader.dataset, [new.images], None, new.images):
-        for act in acts if images is not new.images else acts[:-1]:
+        # images of old classes may come in any form
+        for act in acts if images is None else acts[:-1]:
             with pytest.raises(DFKDError, match='ImageS(et|ource)|give `old`') as caught:
                 act(images)
             assert '\n' not in str(caught.value)
