@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dfkd_nb.lab.commands import main, missing_runs
+from dfkd_nb.lab.commands import main
 from dfkd_nb.lab.recipes import Recipe, compared, recipe_names
+from dfkd_nb.lab.run_command import required_runs
 from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox.core import save_tensors
 from dfkd_nb.toolbox.data import ImageSet
@@ -109,21 +110,21 @@ def test_images_of_another_run(dfkd):
         out=dfkd.folder / 'runs',
     )
     # the dream's own teacher comes first, once
-    assert missing_runs(run) == [('digits-teacher', 'quick'), ('digits-dream', 'quick')]
+    assert required_runs(run) == [('digits-teacher', 'quick'), ('digits-dream', 'quick')]
     network = build_model('digits-net', 10, 1)
     save_weights(
         dfkd.folder / 'runs/digits-teacher/quick/weights.safetensors',
         network,
         {'model': 'digits-net', 'domain': 'digits'},
     )
-    assert missing_runs(run) == [('digits-dream', 'quick')]
+    assert required_runs(run) == [('digits-dream', 'quick')]
     images = ImageSet(
         torch.randint(256, (30, 1, 8, 8), dtype=torch.uint8),
         torch.arange(30) % 10,
         DOMAINS['digits'],
     )
     images.save(dfkd.folder / 'runs/digits-dream/quick/images.safetensors')
-    assert missing_runs(run) == []
+    assert required_runs(run) == []
     words = [
         'run',
         'digits-transfer-noise',
@@ -298,13 +299,15 @@ def test_invert_leaves_images_and_a_manifest(own):
         and len(lines) == 6
     )
     about = manifest(folder)
-    assert about['asked']['seed'] == 5 and about['made_with']['torch'] == torch.__version__
+    assert (
+        about['request']['seed'] == 5 and about['made_with']['torch'] == torch.__version__
+    )
     assert (
         about['model'] == 'digits-net'
-        and about['asked']['settings']['synthesis_steps'] == 5
+        and about['request']['settings']['synthesis_steps'] == 5
     )
-    right = sum(line['class'] == line['seen_as'] for line in lines)
-    assert f'6 images in dreams, {right} of them' in out
+    right = sum(line['class'] == line['predicted'] for line in lines)
+    assert f'6 images in dreams, the teacher recognises {right} of' in out
     assert [int(line['file'][5:10]) for line in lines] == list(range(6)), (
         'numbered over all batches'
     )
@@ -314,7 +317,7 @@ def test_invert_leaves_images_and_a_manifest(own):
     for line in lines:
         image = torch.from_numpy(np.array(Image.open(folder / line['file'])))[None, None]
         answer = teacher.predict(image).softmax(1)[0]
-        assert line['name'] == str(line['class']) and line['seen_as'] == int(
+        assert line['name'] == str(line['class']) and line['predicted'] == int(
             answer.argmax()
         )
         assert line['probability'] == pytest.approx(float(answer[line['class']]), abs=1e-5)
@@ -323,7 +326,7 @@ def test_invert_leaves_images_and_a_manifest(own):
 def test_invert_makes_what_the_library_makes(own):
     "Images come back from PNG files and from Parquet as `DeepInversion` made them."
     from dfkd_nb.dreams.inversion import DeepInversion
-    from dfkd_nb.lab.commands import usual_settings
+    from dfkd_nb.lab.invert_settings import usual_settings
     from dfkd_nb.lab.settings import SynthesisSettings
     from dfkd_nb.lab.tasks.synthesis import build_inversion
     from dfkd_nb.toolbox.datasets import load_data
@@ -427,24 +430,26 @@ def test_stopped_before_the_first_update(own):
 
 def test_an_interruption_says_what_is_kept(own, monkeypatch):
     from dfkd_nb.dreams.inversion import DeepInversion
-    from dfkd_nb.lab import commands
+    from dfkd_nb.lab import invert, run_command
 
     def interrupt(*arguments, **keywords):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, 'own_teacher', interrupt)
+        patch.setattr(invert, 'own_teacher', interrupt)
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert code == 130 and 'before anything was saved' in err and '--resume' not in err
     with monkeypatch.context() as patch:
         patch.setattr(DeepInversion, 'step', interrupt)
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert (
-            code == 3 and 'the batch in hand is kept in dreams' in err and '--resume' in err
+            code == 3
+            and 'the current batch is saved in dreams' in err
+            and '--resume' in err
         )
     assert own(*BATCHES, '--out', 'dreams', '--resume')[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr('dfkd_nb.lab.runs.Run', interrupt)
+        patch.setattr(run_command, 'Run', interrupt)
         code, _, err = own('run', 'digits-teacher', *TINY)
         assert code == 130 and 'before anything was saved' in err
 
@@ -466,12 +471,12 @@ def test_a_second_interruption_names_the_checkpoint(dfkd, monkeypatch, seed):
         code, _, err = dfkd(*words, '--save-every', '1e-9')
     assert (
         code == 3
-        and f'the last checkpoint is kept in {folder}:' in err
+        and f'the last checkpoint is saved in {folder}:' in err
         and '--resume' in err
     )
     assert (dfkd.folder / folder / 'checkpoint.pt').is_file()
     code, out, _ = dfkd(*words, '--resume')
-    assert code == 0 and f'kept in {folder}\n' in out
+    assert code == 0 and f'saved in {folder}\n' in out
     card = (dfkd.folder / folder / 'model-card.md').read_text()
     assert f"{folder.removeprefix('runs/')}'" in card, (
         'the card names the folder that is there'
@@ -487,7 +492,7 @@ def test_a_needed_run_that_is_interrupted_is_named(dfkd, monkeypatch):
 
     monkeypatch.setattr(SavedRun, 'save', interrupted)
     code, _, err = dfkd('run', 'digits-dream', '--save-every', '1e-9')
-    assert code == 3 and 'is kept in runs/digits-teacher/quick:' in err
+    assert code == 3 and 'is saved in runs/digits-teacher/quick:' in err
 
 
 def test_version(dfkd):
@@ -547,19 +552,19 @@ STAGES = [((8, 8), 100), ((16, 16), 50)]
 @pytest.fixture
 def clock(monkeypatch):
     "A clock whose time is set by hand; a tick costs so many seconds."
-    from dfkd_nb.lab import commands
+    from dfkd_nb.lab import invert
 
     monkeypatch.setenv('DFKD_PROGRESS', '0')
     now = [0.0]
-    monkeypatch.setattr(commands.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(invert.time, 'monotonic', lambda: now[0])
 
     def make(batches=1, **settings):
-        made = commands.Clock(STAGES, batches, seconds=0.0, **settings)
+        made = invert.ProgressReport(STAGES, batches, seconds=0.0, **settings)
 
         def tick(seconds, batch, step):
             now[0] += seconds
-            made.tick(batch, step, 'at work')
-            return made.left()
+            made.update(batch, step, 'at work')
+            return made.seconds_left()
 
         return made, tick
 
@@ -580,14 +585,14 @@ def test_the_time_left_counts_pixels(clock):
 def test_the_time_left_of_a_resumed_batch(clock):
     "What an earlier process did took this one no time."
     made, tick = clock()
-    made.goes_on(0, 90)
+    made.resume_at(0, 90)
     assert tick(5, 0, 95) == 5 * 1 + 50 * 4
 
 
 def test_a_line_with_the_time_left(clock, capsys):
     clock()[1](10, 0, 50)
     assert capsys.readouterr().out == 'at work, about 50 s left\n'
-    clock(speaks=False)[1](10, 0, 50)
+    clock(visible=False)[1](10, 0, 50)
     assert not capsys.readouterr().out
 
 
@@ -601,15 +606,15 @@ def test_help_is_quick():
     assert done.returncode == 0 and 'invert' in done.stdout and ' torch' not in done.stderr
 
 
-def test_bench_gets_its_own_words(dfkd, monkeypatch):
-    from dfkd_nb.lab import speed
+def test_bench_has_its_own_options(dfkd, monkeypatch):
+    from dfkd_nb.lab import bench
 
     heard = []
-    monkeypatch.setattr(speed, 'bench', lambda words: heard.append(words) or 0)
-    assert dfkd('bench', '--batch', '64', 'more')[0] == 0 and heard == [
-        ['--batch', '64', 'more']
-    ]
-    assert dfkd('bench', '--help')[0] == 0 and heard[1] == ['--help']
+    monkeypatch.setattr(bench, 'run', lambda arguments: heard.append(arguments.batch) or 0)
+    assert dfkd('bench', '--batch', '64', '128')[0] == 0 and heard == [[64, 128]]
+    code, out, _ = dfkd('bench', '--help')
+    assert code == 0 and '--channels-last' in out and len(heard) == 1
+    assert dfkd('bench', '--nothing')[0] == 2
 
 
 def test_inspect_judges_a_folder_that_invert_made(dfkd):
@@ -629,7 +634,7 @@ def test_inspect_judges_a_folder_that_invert_made(dfkd):
         'inspect', 'dreams', '--real', 'cifar10-mini', '--limit', '40', '--out', 'page'
     )
     assert code == 0, err
-    assert 'kept in page' in out and any((dfkd.folder / 'page').glob('*.html'))
+    assert 'saved in page' in out and any((dfkd.folder / 'page').glob('*.html'))
     assert dfkd('inspect', '--help')[0] == 0
     code, _, err = dfkd('inspect', 'nowhere')
     assert code == 2 and err.startswith('dfkd: error:') and len(err.splitlines()) == 1

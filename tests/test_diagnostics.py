@@ -16,7 +16,17 @@ from PIL import Image
 from tiny import DIGITS, used
 from torch import nn
 
-from dfkd_nb.lab import diagnostics as d
+from dfkd_nb.lab.coverage import coverage_map, nearest_neighbours
+from dfkd_nb.lab.diagnostics import class_histogram, difficulty, layer_distances, verify
+from dfkd_nb.lab.observations import observe
+from dfkd_nb.lab.reports import (
+    add_arguments,
+    inspect_images,
+    inspect_run,
+    json_numbers,
+    run,
+)
+from dfkd_nb.lab.scores import frechet_distance, frechet_distance_squared, inception_score
 from dfkd_nb.toolbox.core import import_torchvision
 from dfkd_nb.toolbox.data import ImageSet, ImageSource
 from dfkd_nb.toolbox.datasets import ImageFiles
@@ -81,7 +91,7 @@ class Counting(ImageSource):
 
 def test_the_size_of_batches_changes_nothing_and_bounds_memory(teacher):
     source = Counting(pictures(23))
-    a, b = d.observe(source, teacher, 7), d.observe(source.inner, teacher, 100)
+    a, b = observe(source, teacher, 7), observe(source.inner, teacher, 100)
     assert source.most == 7
     assert torch.allclose(a.logits, b.logits, atol=1e-5) and torch.allclose(
         a.embeddings, b.embeddings, atol=1e-5
@@ -98,13 +108,13 @@ def test_images_in_files_are_looked_at_like_images_in_memory(teacher):
         return buffer.getvalue()
 
     files = ImageFiles([encode(x) for x in images.images], images.labels, DIGITS)
-    assert torch.equal(d.observe(files, teacher).logits, d.observe(images, teacher).logits)
+    assert torch.equal(observe(files, teacher).logits, observe(images, teacher).logits)
 
 
 def test_a_witness_may_have_its_own_size_channels_and_normalisation():
     other = Domain('other', (3, 12, 12), (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), DIGITS.classes)
     judge, images = Teacher(network(3), other, 'other'), pictures(5)
-    seen = d.observe(images, judge)
+    seen = observe(images, judge)
     wanted = judge(other.normalize(resize_images(images.images, other)))
     assert torch.allclose(seen.logits, wanted, atol=1e-5)
     assert resize_images(images.images, other).shape == (5, 3, 12, 12)
@@ -115,9 +125,9 @@ def test_a_witness_may_have_its_own_size_channels_and_normalisation():
 
 
 def test_what_was_seen_is_not_looked_at_twice(teacher):
-    seen = d.observe(pictures(4), teacher)
-    assert d.observe(seen, teacher) is seen
-    assert d.observe(seen, Teacher(network(seed=1), DIGITS, 'b')) is not seen
+    seen = observe(pictures(4), teacher)
+    assert observe(seen, teacher) is seen
+    assert observe(seen, Teacher(network(seed=1), DIGITS, 'b')) is not seen
 
 
 # --- instruments
@@ -125,7 +135,7 @@ def test_what_was_seen_is_not_looked_at_twice(teacher):
 
 def test_accuracy_by_network_and_class_is_what_counting_gives(teacher):
     images, other = pictures(40), Teacher(network(seed=1), DIGITS, 'b')
-    found = d.verify(images, {'a': teacher, 'b': other})
+    found = verify(images, {'a': teacher, 'b': other})
     right = other.predict(images.images).argmax(1) == images.labels
     assert found.accuracy['b'] == pytest.approx(right.float().mean().item())
     assert found.per_class['b'][3] == pytest.approx(
@@ -148,7 +158,7 @@ def test_intervals_hold_the_share_and_shrink_with_the_number():
 
 def test_networks_of_another_task_have_no_say(teacher):
     with pytest.raises(DFKDError, match='7 classes'):
-        d.verify(
+        verify(
             pictures(3),
             {
                 'b': Teacher(
@@ -158,7 +168,7 @@ def test_networks_of_another_task_have_no_say(teacher):
             },
         )
     with pytest.raises(DFKDError, match='no labels'):
-        d.verify(pictures(3, labels=False), {'a': teacher})
+        verify(pictures(3, labels=False), {'a': teacher})
 
 
 def certain(classes, scale=2000.0):
@@ -183,7 +193,7 @@ def test_the_inception_score_of_certain_and_even_answers_is_the_number_of_classe
         None,
         judge.domain,
     )
-    assert d.inception_score(images, judge).score == pytest.approx(classes, rel=1e-6)
+    assert inception_score(images, judge).score == pytest.approx(classes, rel=1e-6)
 
 
 def test_the_inception_score_is_bounded_and_says_so():
@@ -192,20 +202,20 @@ def test_the_inception_score_is_bounded_and_says_so():
         (torch.eye(10)[:4] * 255).to(torch.uint8).view(4, 1, 1, 10), None, judge.domain
     )
     with pytest.warns(UserWarning, match='compare only sets of one size'):
-        found = d.inception_score(images, judge)
+        found = inception_score(images, judge)
     assert (
         found.score == pytest.approx(4)
         and found.bound == 4
-        and found.network == 'certain' in found.says()
+        and found.network == 'certain' in found.summary()
     )
 
 
 def test_the_inception_score_leaves_the_global_generator_alone_and_repeats(teacher):
     images, state = pictures(30), torch.random.get_rng_state()
-    a, b = (d.inception_score(images, teacher, splits=3) for _ in range(2))
+    a, b = (inception_score(images, teacher, splits=3) for _ in range(2))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert (a.score, a.spread) == (b.score, b.spread)
-    assert 1 <= d.inception_score(images, teacher).score <= 10
+    assert (a.score, a.std) == (b.score, b.std)
+    assert 1 <= inception_score(images, teacher).score <= 10
 
 
 @pytest.mark.parametrize('n, m, size', [(40, 50, 8), (10, 12, 30), (60, 9, 20)])
@@ -222,34 +232,34 @@ def test_the_distance_of_clouds_is_that_of_torchmetrics(n, m, size):
     metric.update(x, real=True)
     metric.update(y, real=False)
     # its eigenvalues are the less exact ones
-    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(
+    assert sum(frechet_distance_squared(x, y)) == pytest.approx(
         metric.compute().item(), rel=1e-3
     )
-    assert sum(d.frechet_distance_squared(x, y)) == pytest.approx(
-        sum(d.frechet_distance_squared(y, x)), rel=1e-9
+    assert sum(frechet_distance_squared(x, y)) == pytest.approx(
+        sum(frechet_distance_squared(y, x)), rel=1e-9
     )
-    assert sum(d.frechet_distance_squared(x, x)) == pytest.approx(0, abs=1e-9)
+    assert sum(frechet_distance_squared(x, x)) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_distance_comes_with_what_real_images_get(teacher):
     real = pictures(200)
-    found = d.frechet_distance(real, pictures(50, seed=1), teacher)
+    found = frechet_distance(real, pictures(50, seed=1), teacher)
     assert found.distance < 4 * found.floor  # both are noise of the same kind
     dark = ImageSet(real.images // 4, real.labels, DIGITS)
-    assert d.frechet_distance(real, dark, teacher).distance > 10 * found.floor
+    assert frechet_distance(real, dark, teacher).distance > 10 * found.floor
     dreams, held_back = list(found.curve.values())[0]
     assert dreams > found.distance and held_back > found.floor  # fewer images are farther
 
 
 def test_a_copy_is_its_own_neighbour(teacher):
     real = pictures(50)
-    found = d.nearest_neighbours(real.subset(torch.tensor([7, 31])), real, teacher, k=2)
+    found = nearest_neighbours(real.subset(torch.tensor([7, 31])), real, teacher, k=2)
     assert found.indices[:, 0].tolist() == [7, 31]
     assert (
         found.distances[:, 0].abs().max() < 1e-6 and found.numbers['smallest_ratio'] < 1e-6
     )
     assert found.numbers['nearer_than_any_real'] == 1
-    assert (found.usual > 0).all()  # nobody is compared with itself
+    assert (found.real_distances > 0).all()  # nobody is compared with itself
 
 
 def test_difficulty_keeps_its_digits_and_needs_no_labels():
@@ -257,61 +267,61 @@ def test_difficulty_keeps_its_digits_and_needs_no_labels():
     sure = ImageSet(
         torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 1, 1, 3), None, judge.domain
     )
-    found = d.difficulty(sure, judge)
+    found = difficulty(sure, judge)
     assert found.values['dreams'].item() == pytest.approx(2 * math.exp(-50), rel=1e-5)
     assert found.numbers['groups']['dreams']['easy'] == 1
 
 
 def test_a_student_like_its_teacher_differs_in_nothing(teacher):
-    found = d.difficulty({'a': pictures(20)}, teacher, teacher)
+    found = difficulty({'a': pictures(20)}, teacher, teacher)
     assert found.discrepancy['a'].abs().max() < 1e-9 and found.disagreement['a'] == 0
     other = Teacher(network(seed=3), DIGITS)
     p, q = (
         asked.predict(pictures(20).images).double().log_softmax(1)
         for asked in (teacher, other)
     )
-    found = d.difficulty(pictures(20), teacher, other).discrepancy['dreams']
+    found = difficulty(pictures(20), teacher, other).discrepancy['dreams']
     assert (
         torch.allclose(found, (p.exp() * (p - q)).sum(1), atol=1e-5) and found.max() > 1e-3
     )
 
 
 def test_histograms_count_every_image_once(teacher):
-    found = d.class_histogram({'a': pictures(33), 'b': pictures(7)}, teacher).numbers[
+    found = class_histogram({'a': pictures(33), 'b': pictures(7)}, teacher).numbers[
         'groups'
     ]
     assert (found['a']['images'], found['b']['images']) == (33, 7)
     assert 1 <= found['a']['effective_classes'] <= 10
     assert (
-        sum(d.difficulty(pictures(33), teacher).numbers['groups']['dreams']['histogram'])
+        sum(difficulty(pictures(33), teacher).numbers['groups']['dreams']['histogram'])
         == 33
     )
 
 
 def test_layers_do_not_depend_on_batches(teacher):
     a, b = (
-        d.layer_distances(pictures(30), teacher, batch_size=n).distances['dreams']
+        layer_distances(pictures(30), teacher, batch_size=n).distances['dreams']
         for n in (4, 30)
     )
     assert torch.allclose(a, b, rtol=1e-4) and len(a) == 1
 
 
 def test_real_images_cover_themselves(teacher):
-    real = d.observe(pictures(60), teacher)
-    found = d.coverage_map(real, real, teacher)
-    shares = found.shares['dreams']
-    assert shares['precision'] == shares['recall'] == shares['coverage'] == 1 and shares[
-        'area'
-    ] == pytest.approx(1)
+    real = observe(pictures(60), teacher)
+    found = coverage_map(real, real, teacher)
+    measures = found.measures['dreams']
+    assert measures['precision'] == measures['recall'] == measures[
+        'coverage'
+    ] == 1 and measures['area'] == pytest.approx(1)
     assert 0 < found.explained <= 1 + 1e-9
-    assert len(d.coverage_map(real, real, teacher, of_class=3).points['real']) == 6
+    assert len(coverage_map(real, real, teacher, of_class=3).points['real']) == 6
 
 
 # --- the page
 
 
 def test_everything_is_measured_where_everything_is_given(teacher):
-    report = d.inspect_images(
+    report = inspect_images(
         pictures(20),
         teacher,
         pictures(60, seed=1),
@@ -321,12 +331,12 @@ def test_everything_is_measured_where_everything_is_given(teacher):
     assert not report.missing and len(report.findings) == 8
     # the witness judges, not the one that dreamed
     assert report.findings['inception_score'].network == 'b'
-    assert json.dumps(d.json_numbers(report.numbers), allow_nan=False)
+    assert json.dumps(json_numbers(report.numbers), allow_nan=False)
 
 
 def test_what_cannot_be_measured_is_listed_with_its_reason():
     silent = Teacher(nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten()), DIGITS, 'silent')
-    report = d.inspect_images(pictures(5, labels=False), silent, pictures(30))
+    report = inspect_images(pictures(5, labels=False), silent, pictures(30))
     assert set(report.findings) == {'inception_score', 'classes', 'difficulty'}
     for name, word in {
         'verification': 'no labels',
@@ -341,7 +351,7 @@ def test_what_cannot_be_measured_is_listed_with_its_reason():
 def test_hardly_any_images_make_a_page_all_the_same(teacher, count, real):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        report = d.inspect_images(pictures(count), teacher, pictures(real, seed=1))
+        report = inspect_images(pictures(count), teacher, pictures(real, seed=1))
     assert set(report.findings) | set(report.missing) == {
         'verification',
         'inception_score',
@@ -356,7 +366,7 @@ def test_hardly_any_images_make_a_page_all_the_same(teacher, count, real):
 
 
 def test_a_page_stands_alone(tmp_path, teacher):
-    report = d.inspect_images(
+    report = inspect_images(
         pictures(6, labels=False), teacher, title='<script>alert(1)</script>'
     )
     page = report.save(tmp_path / 'page').read_text()
@@ -392,19 +402,19 @@ def leave(root, task='dream', **settings):
 
 
 def test_a_run_is_inspected_with_its_own_teacher_data_and_student(tmp_path):
-    report = d.inspect_run(leave(tmp_path, 'transfer'), limit=40)
+    report = inspect_run(leave(tmp_path, 'transfer'), limit=40)
     assert not report.missing and len(report.images) == 12
     assert 'disagreement' in report.findings['difficulty'].numbers['groups']['dreams']
     assert report.numbers['about']['settings']['test_data'] == 'digits'
     place = leave(tmp_path, 'dream', verifiers='run:digits-teacher/full, run:transfer')
-    assert list(d.inspect_run(place, real='').findings['verification'].accuracy) == [
+    assert list(inspect_run(place, real='').findings['verification'].accuracy) == [
         'run:digits-teacher/full',
         'run:transfer',
     ]
 
 
 def test_missing_real_images_are_no_reason_to_stop(tmp_path):
-    report = d.inspect_run(leave(tmp_path, test_data='no-such-data'))
+    report = inspect_run(leave(tmp_path, test_data='no-such-data'))
     assert 'no-such-data' in report.missing['real images'] and 'coverage' in report.missing
 
 
@@ -415,12 +425,12 @@ def test_a_folder_of_pictures_by_class_number_is_read(tmp_path, teacher):
             tmp_path / f'{label:04}/{i:05}.png'
         )
     (tmp_path / 'manifest.json').write_text('{}')
-    report = d.inspect_run(tmp_path, real='', teacher=teacher)
+    report = inspect_run(tmp_path, real='', teacher=teacher)
     assert report.images.labels.tolist() == [0, 7, 7]
     (tmp_path / 'manifest.json').write_text(
         '{"model": "cifar10-resnet20", "checkpoint": ""}'
     )
-    assert d.inspect_run(tmp_path, real='').images.network.name == 'cifar10-resnet20'
+    assert inspect_run(tmp_path, real='').images.network.name == 'cifar10-resnet20'
 
 
 def test_one_file_of_pictures_is_read(tmp_path, teacher):
@@ -431,40 +441,40 @@ def test_one_file_of_pictures_is_read(tmp_path, teacher):
         {'image': [{'bytes': buffer.getvalue(), 'path': 'a.png'}] * 3, 'label': [1, 2, 3]}
     )
     pq.write_table(table, tmp_path / 'images.parquet')
-    found = d.inspect_run(tmp_path, real=str(tmp_path / 'images.parquet'), teacher=teacher)
+    found = inspect_run(tmp_path, real=str(tmp_path / 'images.parquet'), teacher=teacher)
     assert found.images.labels.tolist() == [1, 2, 3]
 
 
 def test_folders_that_do_not_help_say_what_to_do(tmp_path, teacher):
     with pytest.raises(DFKDError, match='name the teacher'):
-        d.inspect_run(tmp_path)
+        inspect_run(tmp_path)
     with pytest.raises(DFKDError, match='no images at'):
-        d.inspect_run(tmp_path / 'nothing', teacher=teacher)
+        inspect_run(tmp_path / 'nothing', teacher=teacher)
     (place := leave(tmp_path)).joinpath('result.json').write_text('{"recipe":')
     with pytest.raises(DFKDError, match='run it again'):
-        d.inspect_run(place)
+        inspect_run(place)
 
 
 def test_the_command_leaves_a_page(tmp_path, capsys):
     parser = argparse.ArgumentParser()
-    d.inspect_options(parser)
+    add_arguments(parser)
     place = leave(tmp_path)
     assert (
-        d.inspect_command(
+        run(
             parser.parse_args(
                 [str(place), '--real', '', '--verifier', 'run:digits-teacher/full']
             )
         )
         == 0
     )
-    assert 'kept in' in capsys.readouterr().out
+    assert 'saved in' in capsys.readouterr().out
     assert sorted(p.name for p in (place / 'inspection').iterdir()) == [
         'report.html',
         'report.json',
         'report.png',
     ]
     with pytest.raises(DFKDError, match='4 real images'):
-        d.inspect_command(parser.parse_args([str(place), '--limit', '1']))
+        run(parser.parse_args([str(place), '--limit', '1']))
 
 
 # --- classes are matched by name
@@ -495,17 +505,17 @@ def test_a_judge_with_the_classes_in_another_order_judges_alike():
     model, images = network(), pictures(40, named())
     usual = Teacher(model, named(), 'usual')
     other = Teacher(reordered(model, ORDER), named(ORDER), 'other')
-    found = d.verify(images, {'usual': usual, 'other': other})
+    found = verify(images, {'usual': usual, 'other': other})
     assert (
-        torch.equal(found.right['usual'], found.right['other'])
+        torch.equal(found.correct['usual'], found.correct['other'])
         and found.accuracy['usual'] > 0
     )
-    same = d.difficulty(images, usual, other)
+    same = difficulty(images, usual, other)
     assert (
         same.disagreement['dreams'] == 0 and float(same.discrepancy['dreams'].max()) < 1e-6
     )
     assert (
-        d.difficulty(images, usual, Teacher(model, named(ORDER), 'wrong')).disagreement[
+        difficulty(images, usual, Teacher(model, named(ORDER), 'wrong')).disagreement[
             'dreams'
         ]
         > 0.5
@@ -519,9 +529,9 @@ def test_labels_of_two_sets_are_matched_by_name():
     numbers = torch.argsort(ORDER)[real.labels]
     other = ImageSet(real.images, numbers, named(ORDER))
     assert not torch.equal(other.labels, real.labels)
-    usual, mapped = (d.nearest_neighbours(dreams, some, model) for some in (real, other))
+    usual, mapped = (nearest_neighbours(dreams, some, model) for some in (real, other))
     assert usual.same_class == mapped.same_class
-    maps = [d.coverage_map(some, dreams, model, of_class=3) for some in (real, other)]
+    maps = [coverage_map(some, dreams, model, of_class=3) for some in (real, other)]
     assert maps[0].numbers == maps[1].numbers and len(maps[0].points['real']) == 6
 
 
@@ -531,10 +541,10 @@ def test_classes_that_cannot_be_matched_are_refused():
         named(ORDER), name='odd', classes=('yak', *named(ORDER).classes[1:])
     )
     with pytest.raises(DFKDError, match="'odd' has no class 'dog'"):
-        d.verify(images, {'odd': Teacher(network(), odd, 'odd')})
+        verify(images, {'odd': Teacher(network(), odd, 'odd')})
     # no name in common: one order is taken for granted
     strangers = dataclasses.replace(DIGITS, name='numbers')
-    assert d.verify(
+    assert verify(
         images, {'numbers': Teacher(network(), strangers, 'numbers')}
     ).labels.equal(images.labels)
 
@@ -546,7 +556,7 @@ def test_one_class_is_enough_for_every_instrument():
     real = pictures(20, one, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        report = d.inspect_images(
+        report = inspect_images(
             dreams,
             teacher,
             real,

@@ -33,9 +33,10 @@ from dfkd_nb.foundations.loop import GrowingPool
 from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
-from dfkd_nb.lab.commands import main, read_network
-from dfkd_nb.lab.diagnostics import observe
-from dfkd_nb.lab.speed import fold_batchnorm
+from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.invert_settings import read_network
+from dfkd_nb.lab.observations import observe
+from dfkd_nb.lab.speed_methods import fold_batchnorm
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain

@@ -352,15 +352,15 @@ def test_a_class_without_images_has_no_goals(teacher, digits):
 
 
 def test_a_line_goes_through_the_centroid(metadata):
-    points = metadata.along(5, 1, [-1.0, 0.0, 2.0])
+    points = metadata.along_component(5, 1, [-1.0, 0.0, 2.0])
     assert torch.equal(points[1], metadata.centroids[5])
     torch.testing.assert_close(
         (points[2] - points[1]).norm(), 2 * metadata.variances[5, 1].sqrt()
     )
     with pytest.raises(DFKDError, match='cluster 99'):
-        metadata.along(99, 0, [0.0])
+        metadata.along_component(99, 0, [0.0])
     with pytest.raises(DFKDError, match='component 4'):
-        metadata.along(0, 4, [0.0])
+        metadata.along_component(0, 4, [0.0])
 
 
 # ---- images
@@ -475,7 +475,7 @@ def test_vectors_of_another_layer_are_refused(teacher, metadata, digits):
         ),
         (
             lambda: embedding_distance(teacher, digits.images[:3], torch.zeros(2, 8)),
-            'one goal an image',
+            'give one an image',
         ),
         (lambda: traverse_component(matching, metadata, []), 'give one or more of 0 to'),
         (
@@ -562,7 +562,7 @@ def test_a_walk_passes_the_centroid(teacher, metadata):
         (-2.0, 0.0, 2.0),
     )
     assert [tuple(frame.shape) for frame in frames] == [(3, 1, 8, 8)] * 3
-    ends = [metadata.along(k, 0, [-2.0, 2.0]) for k in (0, 4, 9)]
+    ends = [metadata.along_component(k, 0, [-2.0, 2.0]) for k in (0, 4, 9)]
     for i, end in enumerate(ends):
         here = teacher.embed(frames[0][i : i + 1])[0]
         there = teacher.embed(frames[2][i : i + 1])[0]
@@ -583,7 +583,7 @@ def test_the_browser_moves(teacher, metadata):
     seen.append(inputs.picture.value)
     inputs.position.value = 2.0
     seen.append(inputs.picture.value)
-    assert len(set(seen)) == 3 and set(inputs.centres) == {0, 3}
+    assert len(set(seen)) == 3 and set(inputs.centroid_images) == {0, 3}
     assert 'squared distance' in inputs.status.value
 
 
@@ -645,7 +645,7 @@ def test_suspicion_stays_within_the_class(metadata):
         for label in (int(metadata.labels[0]), 9)
     )
     assert own == 0 and other < 0
-    with pytest.raises(DFKDError, match='unknown suspicion'):
+    with pytest.raises(DFKDError, match='unknown score'):
         membership_score(metadata, vector, torch.tensor([0]), 'smell')
 
 

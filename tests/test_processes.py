@@ -76,7 +76,8 @@ def workers(
             from torch.distributed import distributed_c10d
 
             from dfkd_nb.dreams.inversion import DeepInversion
-            from dfkd_nb.lab.commands import DreamWorker, main
+            from dfkd_nb.lab.commands import main
+            from dfkd_nb.lab.invert import DreamWorker
 
             if rank == killed:
                 DeepInversion.step = dying_after(9, DeepInversion.step)
@@ -96,7 +97,7 @@ def main(root: Path) -> None:
     from tiny import stirred
 
     from dfkd_nb.dreams import inversion  # noqa: F401
-    from dfkd_nb.lab import commands  # noqa: F401
+    from dfkd_nb.lab import invert  # noqa: F401
     from dfkd_nb.toolbox.core import import_torchvision
     from dfkd_nb.toolbox.models import build_model
     from dfkd_nb.toolbox.networks import save_weights
@@ -193,7 +194,7 @@ def test_one_is_killed_and_all_are_resumed(made, rank):
         latents[f'killed-{rank}'][rank] == -signal.SIGKILL
         and latents[f'killed-{rank}'][1 - rank] == 3
     )
-    assert 'another process is gone' in done.stderr
+    assert 'another process has ended' in done.stderr
     left = json.loads((root / f'left-{rank}.json').read_text())
     finished = [
         name for name in left if name.startswith('unfinished-') and name.endswith('.json')

@@ -1,8 +1,9 @@
-"""Timed ways compute the same thing.
+"""Timed variants compute the same thing.
 
 Losses, gradients, and what a whole round or step leaves.
 """
 
+import argparse
 import copy
 import json
 
@@ -14,23 +15,20 @@ from hypothesis import strategies as st
 
 from dfkd_nb.dreams.layers import batchnorm_layers
 from dfkd_nb.generators.generators import Generator
-from dfkd_nb.lab import speed
-from dfkd_nb.lab.speed import (
+from dfkd_nb.lab import timing
+from dfkd_nb.lab.bench import add_arguments, run
+from dfkd_nb.lab.speed import fresh_teacher
+from dfkd_nb.lab.speed_methods import (
     DISTILLATION_VARIANTS,
     SYNTHESIS_VARIANTS,
-    DistillationUpdate,
+    DistillationStep,
     UpsamplingGenerator,
-    bench,
-    check_agreement,
     convolve_upsampled,
-    describe,
     fold_batchnorm,
-    fresh_teacher,
-    interleaved_times,
     make_round,
-    stopwatch,
     upsampling_kernel,
 )
+from dfkd_nb.lab.timing import check_agreement, describe, interleaved_times, stopwatch
 from dfkd_nb.toolbox.domains import DOMAINS
 from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
@@ -49,8 +47,8 @@ def rounds(teacher):
     student = build_model('resnet8')
     latents = torch.randn(6, 32)
     return [
-        make_round(way, teacher, student, generator, latents, 2)
-        for way in SYNTHESIS_VARIANTS
+        make_round(variant, teacher, student, generator, latents, 2)
+        for variant in SYNTHESIS_VARIANTS
     ]
 
 
@@ -60,9 +58,9 @@ def lessons(teacher):
     pictures = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
     student = build_model('resnet8')
     return [
-        DistillationUpdate(way, teacher, student, pictures)
-        for way in DISTILLATION_VARIANTS
-        if way != 'compiled'
+        DistillationStep(variant, teacher, student, pictures)
+        for variant in DISTILLATION_VARIANTS
+        if variant != 'compiled'
     ]
 
 
@@ -109,26 +107,30 @@ def test_both_generators_are_chapter_tens(shape):
 
 def test_rounds_begin_equal(rounds):
     errors = check_agreement(rounds)
-    assert all(e['loss_error'] <= 1e-5 for way, e in errors.items() if way != 'bfloat16')
-    assert all(e['gradient_error'] < 0.01 for way, e in errors.items() if way != 'bfloat16')
+    assert all(
+        e['loss_error'] <= 1e-5 for variant, e in errors.items() if variant != 'bfloat16'
+    )
+    assert all(
+        e['gradient_error'] < 0.01 for variant, e in errors.items() if variant != 'bfloat16'
+    )
 
 
 def test_rounds_end_equal_and_repeat(rounds):
     wanted = rounds[0]().float()
-    for contestant in rounds[:5]:
-        images = contestant()
+    for variant in rounds[:5]:
+        images = variant()
         assert (
             images.dtype == torch.uint8 and (images.float() - wanted).abs().mean() < 0.5
-        ), contestant.way
+        ), variant.name
         # a second round starts where the first did
-        assert torch.equal(images, contestant()), contestant.way
+        assert torch.equal(images, variant()), variant.name
 
 
 def test_a_round_that_forgets_a_term_is_caught(rounds):
-    cheat = copy.deepcopy(rounds[2])
-    cheat.maker.objective = cheat.maker.objective.reweigh(features=0.0)
+    wrong = copy.deepcopy(rounds[2])
+    wrong.synthesizer.objective = wrong.synthesizer.objective.reweigh(features=0.0)
     with pytest.raises(DFKDError, match='would mean nothing'):
-        check_agreement([rounds[0], cheat])
+        check_agreement([rounds[0], wrong])
 
 
 def test_lessons_are_equal(lessons):
@@ -186,7 +188,7 @@ def test_networks_to_time_leave_the_callers_streams_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    one, two = speed.fresh_teacher('resnet8'), speed.fresh_teacher('resnet8')
+    one, two = fresh_teacher('resnet8'), fresh_teacher('resnet8')
     assert torch.equal(torch.rand(1), expected)
     assert all(
         a.equal(b) for a, b in zip(one.state_dict().values(), two.state_dict().values())
@@ -201,7 +203,7 @@ def test_a_gpu_is_waited_for_by_its_number_and_not_after_every_call(monkeypatch)
     monkeypatch.setattr(
         torch.cuda, 'synchronize', lambda device=None: happened.append(device)
     )
-    monkeypatch.setitem(speed.CLOCKS, 'wall', lambda: now[0])
+    monkeypatch.setitem(timing.CLOCKS, 'wall', lambda: now[0])
 
     def work():
         happened.append('work')
@@ -223,9 +225,9 @@ def test_clocks():
     assert times['a']['speed'] == 1 and times['b']['seconds'] >= 0
 
 
-def test_of_two_ways_the_one_that_takes_half_as_long_has_twice_the_speed(monkeypatch):
+def test_of_two_variants_the_one_that_takes_half_as_long_has_twice_the_speed(monkeypatch):
     monkeypatch.setattr(
-        'dfkd_nb.lab.speed.stopwatch', lambda update, *_: {'a': 2.0, 'b': 1.0}[update.way]
+        'dfkd_nb.lab.timing.stopwatch', lambda update, *_: {'a': 2.0, 'b': 1.0}[update.name]
     )
     times = interleaved_times([_Idle('a'), _Idle('b')], 3, 0)
     assert (times['a'], times['b']) == (
@@ -234,11 +236,17 @@ def test_of_two_ways_the_one_that_takes_half_as_long_has_twice_the_speed(monkeyp
     )
 
 
+def bench(words):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run(parser.parse_args(words))
+
+
 class _Idle:
     device = torch.device('cpu')
 
-    def __init__(self, way):
-        self.way = way
+    def __init__(self, variant):
+        self.name = variant
 
     def __call__(self):
         return sum(range(10_000))
@@ -286,11 +294,11 @@ def test_bench_keeps_what_it_measured(what, tmp_path, capsys):
 def test_bench_refuses_what_it_cannot_do():
     with pytest.raises(DFKDError, match='memory of synthesis'):
         bench(['--what', 'synthesis', '--memory'])
-    with pytest.raises(DFKDError, match="no way 'compiled'"):
+    with pytest.raises(DFKDError, match="no variant 'compiled'"):
         bench(['--what', 'synthesis', '--compile'])
-    with pytest.raises(DFKDError, match='unknown way'):
+    with pytest.raises(DFKDError, match='unknown variant'):
         make_round(
-            'guessed',
+            'guess',
             fresh_teacher('resnet8'),
             build_model('resnet8'),
             UpsamplingGenerator((3, 32, 32), 8, 2),

@@ -72,7 +72,7 @@ def test_each_scheme_makes_its_share(teacher):
 
 @pytest.mark.parametrize('share', [0.0, 1.0])
 def test_one_scheme_alone(teacher, share):
-    assert len(two_schemes(teacher, 10, single_share=share, **FAST)) == 10
+    assert len(two_schemes(teacher, 10, single_fraction=share, **FAST)) == 10
 
 
 def test_shares_of_a_recipe():

@@ -49,7 +49,7 @@ def network_cost(
         >>> from dfkd_nb.toolbox.models import build_model
         >>> cost = network_cost(build_model('digits-net', 10, 1), DOMAINS['digits'], 0.0)
         >>> cost.parameters
-        34026
+        24058
     """
     x = torch.zeros(1, *domain.shape, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad(), in_eval_mode(model):

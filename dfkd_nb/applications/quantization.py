@@ -39,6 +39,7 @@ from ..toolbox.sources import as_source
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/15_quantization.ipynb #17dd4f71
+#| code-fold: true
 class QuantizedNetwork(nn.Module):
     """A network whose convolutions and linear layers see rounded weights and inputs.
 
@@ -78,7 +79,7 @@ class QuantizedNetwork(nn.Module):
         self.graph, self.batchnorm_outputs = self._prepare(model)
         for parameter in self.graph.parameters():
             parameter.requires_grad_(True)
-        # observers that have seen nothing
+        # observers without any records
         self._fresh = {
             name: copy.deepcopy(module.activation_post_process)
             for name, module in self.graph.named_modules()
@@ -97,7 +98,7 @@ class QuantizedNetwork(nn.Module):
                 ' nothing to quantise'
             )
         separate_shared_nodes(captured)
-        known = batchnorm_outputs(captured)
+        outputs = batchnorm_outputs(captured)
         words = self.settings['observer'], self.settings['granularity']
         end_bits = self.settings['end_bits']
         inner = quantization_config(
@@ -108,7 +109,7 @@ class QuantizedNetwork(nn.Module):
             with quiet_libraries():
                 prepare = import_torchao('.quantize_pt2e').prepare_pt2e
                 quantizer = x86_quantizer(inner, ends, layers[0], layers[-1])
-                return prepare(captured, quantizer), known
+                return prepare(captured, quantizer), outputs
         except Exception as error:  # what its patterns do not foresee ends in many kinds
             raise DFKDError(
                 f"torchao cannot quantise the network '{self.name}'"
@@ -166,6 +167,7 @@ def _check_settings(
         )
 
 # %% ../../nbs/applications/15_quantization.ipynb #8db59e1a
+#| code-fold: true
 @torch.no_grad()
 def calibrate(
     network: QuantizedNetwork,  # its ranges are chosen anew
@@ -264,18 +266,18 @@ class BatchNormSampler(fx.Interpreter):
     def __init__(
         self,
         graph: fx.GraphModule,  # prepared by torchao
-        known: dict[str, tuple[Tensor, Tensor]],  # see `batchnorm_outputs`
+        outputs: dict[str, tuple[Tensor, Tensor]],  # see `batchnorm_outputs`
         generator: torch.Generator,  # of the draws
     ) -> None:
         super().__init__(graph)
-        self.known, self.generator = known, generator
+        self.outputs, self.generator = outputs, generator
 
     def run_node(self, n: fx.Node) -> Any:
         "One node; its output is drawn if BatchNorm describes it."
         out = super().run_node(n)
-        if n.name not in self.known:
+        if n.name not in self.outputs:
             return out
-        mean, deviation = (v.to(out.device) for v in self.known[n.name])
+        mean, deviation = (v.to(out.device) for v in self.outputs[n.name])
         drawn = torch.randn(out.shape[:2], generator=self.generator).to(out.device)
         return (mean + deviation * drawn)[:, :, None, None].expand_as(out).contiguous()
 

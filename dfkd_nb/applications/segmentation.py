@@ -245,10 +245,7 @@ def segmentation_statistics(
 def segmentation_balance_term(
     inputs: LossInputs,  # needs `logits`, `(N, K, H, W)`
 ) -> Tensor:  # scalar, nats, from -log K for evenly spread classes to 0
-    """Minus the entropy of the mean answer over all pixels of all images.
-
-    All classes shall occur somewhere.
-    """
+    "Minus the entropy of the mean prediction over all pixels: all classes shall occur."
     log_mean = full_precision(inputs.logits).log_softmax(1).movedim(1, -1).flatten(
         0, -2
     ).logsumexp(0) - np.log(inputs.logits.numel() / inputs.logits.shape[1])
@@ -256,7 +253,12 @@ def segmentation_balance_term(
 
 
 class SegmentationSynthesizer(MetaSynthesizer):
-    """A generator for a segmenter: an image's label is the class that most of it has."""
+    """A generator for a segmenter: an image's label is the class that most of it has.
+
+    Raises: `DFKDError` for sampled labels, which say nothing about pixels.
+
+    Source: Fang et al. 2022, experiments on segmentation: no class loss.
+    """
 
     def __init__(
         self,
@@ -285,7 +287,9 @@ class SegmentationSynthesizer(MetaSynthesizer):
 
 
 class SegmentationPool(ReplayPool):
-    """A replay buffer of scenes: class, confidence and priority of an image are taken over
+    """A replay buffer for segmenters.
+
+    The class of an image is its most frequent one; confidence and priority are means over
     its pixels.
     """
 
@@ -303,8 +307,13 @@ class SegmentationPool(ReplayPool):
 def segmentation_preset(
     name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': steps for each batch
 ) -> dict[str, Any]:  # keywords of `SegmentationSynthesizer`; the student is to be added
-    """FastDFKD for scenes: statistics and competition only, no class loss (its section on
-    segmentation); the other settings are those for CIFAR.
+    """FastDFKD for segmenters: statistics and competition only, no class loss.
+
+    The other settings are those for CIFAR.
+
+    Raises: `DFKDError` for an unknown name.
+
+    Source: Fang et al. 2022, experiments on segmentation.
     """
     return fast_preset(name) | {
         'labels': 'teacher',
@@ -329,7 +338,27 @@ def segmentation_ssd_kd(
     device: str | torch.device = 'auto',  # where everything happens
     seed: int = 0,  # of everything random but the student's weights
 ) -> AlternatingTrainer:  # call `run()`; `.pool` holds the images
-    "Generator, pool and student of chapters 8 to 11, for pixels that have classes."
+    """FastDFKD (a pool that grows) or SSD-KD (with `replay`) for segmenters, put together.
+
+    Source: Fang et al. 2022; Liu et al. 2024.
+
+    Example:
+        >>> from dfkd_nb.applications.segmentation_data import segmentation_domain
+        >>> from dfkd_nb.applications.segmenters import build_segmenter
+        >>> domain = segmentation_domain('scenes', (16, 16))
+        >>> teacher = Teacher(build_segmenter('deeplab-tiny', 6), domain)
+        >>> trainer = segmentation_ssd_kd(
+        ...     teacher,
+        ...     build_segmenter('deeplab-tiny', 6),
+        ...     rounds=2,
+        ...     steps_per_round=1,
+        ...     generator_width=8,
+        ...     synthesizer={'batch_size': 4},
+        ...     distiller={'batch_size': 4},
+        ... )
+        >>> len(trainer.run().pool)
+        8
+    """
     row = {
         'rounds': rounds,
         'steps_per_round': steps_per_round,

@@ -280,11 +280,11 @@ def _draw_car(c: Canvas, horizon: Tensor) -> None:
     base = horizon + c.uniform(0.12, 0.45)
     middle = c.uniform(0, c.width)
     # near cars are large
-    size, paint = 0.12 + 0.5 * (base - horizon), torch.rand(c.n, 3, 1, 1, generator=c.rng)
+    size, colour = 0.12 + 0.5 * (base - horizon), torch.rand(c.n, 3, 1, 1, generator=c.rng)
     c.fill(
         present & c.box(middle - 0.5 * size, middle + 0.5 * size, base - 0.3 * size, base),
         5,
-        paint,
+        colour,
         0.02,
     )
     c.fill(
@@ -293,7 +293,7 @@ def _draw_car(c: Canvas, horizon: Tensor) -> None:
             middle - 0.3 * size, middle + 0.3 * size, base - 0.55 * size, base - 0.3 * size
         ),
         5,
-        0.5 * paint + 0.35,
+        0.5 * colour + 0.35,
         0.02,
     )
     for side in (-0.3, 0.3):

@@ -25,26 +25,27 @@ from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/activation_matching.ipynb #8c0c145a
 def embedding_term(
-    inputs: LossInputs,  # needs `embedding` and `goals`
+    inputs: LossInputs,  # needs `embedding` and `target_embeddings`
 ) -> Tensor:  # scalar
-    """Squared distance of each image's activations from its goal, averaged over the batch
-    (Bhardwaj et al., 2019, Eq. 1).
+    """Squared distance of activations from target embeddings, averaged over the batch.
+
+    Raises: `DFKDError` where the inputs have no embedding or target, or of another layer.
+
+    Source: Bhardwaj et al., 2019 (Dream Distillation), Eq. 1.
     """
     if inputs.embedding is None or inputs.target_embeddings is None:
         raise DFKDError(
-            "no embedding or no goals in sight: give DeepInversion embedding='classifier',"
-            ' and synthesize(..., goals=...)'
+            'these inputs have no embedding or no target: give DeepInversion'
+            " embedding='classifier', and synthesize(..., target_embeddings=...)"
         )
     if inputs.embedding.shape != inputs.target_embeddings.shape:
         raise DFKDError(
-            f'embeddings of shape {tuple(inputs.embedding.shape)}, goals of shape'
-            f' {tuple(inputs.target_embeddings.shape)}: measure the goals at the same layer'
+            f'embeddings of shape {tuple(inputs.embedding.shape)}, targets of shape'
+            f' {tuple(inputs.target_embeddings.shape)}: measure both at the same layer'
         )
-    embedding = (
-        inputs.embedding
-        if inputs.embedding.dtype == torch.float64
-        else inputs.embedding.float()
-    )
+    embedding = inputs.embedding
+    if embedding.dtype != torch.float64:
+        embedding = embedding.float()
     return (embedding - inputs.target_embeddings).square().sum(1).mean()
 
 # %% ../../nbs/dreams/activation_matching.ipynb #07905528
@@ -52,8 +53,13 @@ def activation_matching_preset(
     # 'paper': Eq. 1 alone; 'book': with jitter, smoothness and feature statistics
     source: str = 'paper',
 ) -> dict[str, Any]:  # keywords of `DeepInversion`
-    "What is asked besides the goal, and how."
-    nothing = {
+    """Settings beside the target embeddings: the paper's, or with priors.
+
+    Raises: `DFKDError` for an unknown source.
+
+    Source: Bhardwaj et al., 2019 (Dream Distillation), for `source='paper'`.
+    """
+    paper = {
         'class_weight': 0.0,
         'tv_l2': 0.0,
         'tv_l1': 0.0,
@@ -74,12 +80,28 @@ def activation_matching_preset(
     }
     if source not in ('paper', 'book'):
         raise DFKDError(f"unknown source '{source}': use 'paper' or 'book'")
-    return nothing if source == 'paper' else nothing | book
+    return paper if source == 'paper' else paper | book
 
 # %% ../../nbs/dreams/activation_matching.ipynb #3443ae7f
 class ActivationMatching(DeepInversion):
-    """A synthesizer whose images go where metadata sends them; they may start from other
-    images than noise.
+    """A synthesizer of images whose activations are near target embeddings.
+
+    They may start from other images than random noise.
+
+    Raises: `DFKDError` for metadata of another teacher.
+
+    Source: Bhardwaj et al., 2019 (Dream Distillation), section 3.2.
+
+    Example:
+    >>> from dfkd_nb.toolbox.datasets import load_data
+    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
+    >>> metadata = Metadata.measure(
+    ...     teacher, images.subset(200), clusters=1, components=2, smallest=3
+    ... )
+    >>> matching = ActivationMatching(teacher, metadata, steps=2, device='cpu')
+    >>> matching.synthesize(4, ['cat', 'ship']).labels.tolist()
+    [3, 8, 3, 8]
     """
 
     initial_pixels: Tensor | None  # of the images to start from
@@ -87,9 +109,10 @@ class ActivationMatching(DeepInversion):
     def __init__(
         self,
         teacher: Teacher,  # on which the metadata was measured
-        metadata: Metadata,  # says at which layer goals are set
+        metadata: Metadata,  # says at which layer targets are set
         source: str = 'paper',  # see `activation_matching_preset`
-        # of `DeepInversion`, over those of the preset; further `terms` join the goal
+        # of `DeepInversion`, over those of the preset; further `terms` join that of the
+        # embedding
         **settings: Any,
     ) -> None:
         metadata.check(teacher)
@@ -173,16 +196,27 @@ class ActivationMatching(DeepInversion):
 # %% ../../nbs/dreams/activation_matching.ipynb #1f4730f5
 def dream_distillation(
     teacher: Teacher,  # on which the metadata was measured
-    metadata: Metadata,  # where to go
+    metadata: Metadata,  # what targets are drawn from
     n: int,  # images
     source: str = 'paper',  # see `activation_matching_preset`
     *,
-    seed: int = 0,  # of goals and pixels
-    clamp: bool = False,  # goals without negative numbers: see `Metadata.sample`
+    seed: int = 0,  # of target embeddings and pixels
+    clamp: bool = False,  # targets without negative numbers: see `Metadata.sample`
     **settings: Any,  # of `DeepInversion`
 ) -> ImageSet:  # uint8 images, labelled with the classes of their clusters
-    """Images whose activations are near goals drawn from the metadata (Dream Distillation,
-    Bhardwaj et al., 2019).
+    """Images whose activations are near target embeddings drawn from the metadata.
+
+    Source: Bhardwaj et al., 2019 (Dream Distillation).
+
+    Example:
+    >>> from dfkd_nb.toolbox.datasets import load_data
+    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
+    >>> metadata = Metadata.measure(
+    ...     teacher, images.subset(200), clusters=1, components=2, smallest=3
+    ... )
+    >>> dream_distillation(teacher, metadata, 2, steps=2, device='cpu').images.shape
+    torch.Size([2, 3, 32, 32])
     """
     target_embeddings, labels, _ = metadata.sample(
         n, torch.Generator().manual_seed(seed), clamp=clamp
@@ -193,15 +227,16 @@ def dream_distillation(
 
 # %% ../../nbs/dreams/activation_matching.ipynb #2ccf6a0b
 def embedding_distance(
-    teacher: Teacher,  # which judges
+    teacher: Teacher,  # whose activations
     images: Tensor,  # uint8 `(N, C, H, W)`
     target_embeddings: Tensor,  # `(N, D)`
     layer: str = 'classifier',  # see `capture_input`
 ) -> Tensor:  # `(N,)`, on the CPU
-    "What `embedding_term` says of finished images, one by one."
+    "`embedding_term` of finished images, one by one."
     if len(images) != len(target_embeddings):
         raise DFKDError(
-            f'{len(images)} images, {len(target_embeddings)} goals: give one goal an image'
+            f'{len(images)} images, {len(target_embeddings)} target embeddings: give'
+            ' one an image'
         )
     return (
         (teacher.embed(images, layer, 100).cpu().float() - target_embeddings.cpu())
@@ -212,7 +247,7 @@ def embedding_distance(
 # %% ../../nbs/dreams/activation_matching.ipynb #c4b948a4
 def traverse_component(
     matching: ActivationMatching,  # with all its steps at full size
-    metadata: Metadata,  # where to go
+    metadata: Metadata,  # has the components
     clusters: list[int],  # one picture a cluster in every frame
     component: int = 0,  # from 0, the widest
     # in standard deviations from the centroid
@@ -220,9 +255,11 @@ def traverse_component(
     # uint8 `(len(clusters), C, H, W)`, the centroids' images; None: made here
     initial_images: Tensor | None = None,
 ) -> list[Tensor]:  # a frame a position, uint8 `(len(clusters), C, H, W)`
-    """Dreams along a component.
+    """Images along a component of clusters.
 
-    All start from the centroid's dream, so that only what has to change does.
+    All start from the centroid's image, so that only what has to change does.
+
+    Raises: `DFKDError` for clusters that the metadata has not.
     """
     if not clusters or not all(0 <= k < len(metadata) for k in clusters):
         raise DFKDError(
@@ -235,7 +272,11 @@ def traverse_component(
         ).images
     # (positions, clusters, D)
     target_embeddings = torch.stack(
-        [metadata.along(cluster, component, list(positions)) for cluster in clusters], 1
+        [
+            metadata.along_component(cluster, component, list(positions))
+            for cluster in clusters
+        ],
+        1,
     )
     images = matching.synthesize(
         len(positions) * len(clusters),
@@ -247,7 +288,7 @@ def traverse_component(
 
 # %% ../../nbs/dreams/activation_matching.ipynb #51b5cd9f
 class TraversalStrip(FilmStrip):
-    "Frames of a walk that a reader can scrub through."
+    "Frames along a component, with a slider."
 
     def _repr_html_(self) -> str:
         page = (

@@ -53,8 +53,8 @@ class _NormAndMoments(torch.autograd.Function):
         eps: float,  # of the layer
     ) -> tuple[Tensor, Tensor, Tensor]:  # output, mean and variance
         point = None if point is None else point.to(x.dtype)
-        away, rest, var = moments_around(x, point, 1)
-        ctx.save_for_backward(away, rest, weight * torch.rsqrt(running_var + eps))
+        centred, rest, var = moments_around(x, point, 1)
+        ctx.save_for_backward(centred, rest, weight * torch.rsqrt(running_var + eps))
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
         return y, rest.clone() if point is None else point + rest, var
 
@@ -62,11 +62,11 @@ class _NormAndMoments(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor
     ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        away, rest, slope = ctx.saved_tensors
-        count = away.numel() // away.shape[1]
+        centred, rest, slope = ctx.saved_tensors
+        count = centred.numel() // centred.shape[1]
         scale = 2 * grad_var / count
-        grad = channel_affine(away, scale, grad_mean / count - scale * rest)
-        grad.addcmul_(grad_y, broadcast_channels(slope, away, 1).to(away.dtype))
+        grad = channel_affine(centred, scale, grad_mean / count - scale * rest)
+        grad.addcmul_(grad_y, broadcast_channels(slope, centred, 1).to(centred.dtype))
         return grad, None, None, None, None, None, None
 
 # %% ../../nbs/dreams/extractor.ipynb #7ff266a0
@@ -93,7 +93,8 @@ class FusedBatchNorm(nn.Module):
         }.items():
             self.register_buffer(name, v.detach().clone())
         self.eps = float(layer.eps)  # type: ignore[arg-type]
-        far = bool((mean.square() > 100 * (var + self.eps)).any())  # nearer, zero will do
+        # nearer, zero is accurate enough
+        far = bool((mean.square() > 100 * (var + self.eps)).any())
         self.register_buffer('point', mean.detach().clone() if far else None)
         self.calls: tuple[Moments, ...] = ()  # one for each time it was called
 
@@ -105,9 +106,7 @@ class FusedBatchNorm(nn.Module):
 
 
 class ObservedBatchNorm(nn.Module):
-    """Any other BatchNorm layer (a subclass, a frozen one, one with hooks), run as it is;
-    its input is measured.
-    """
+    "A BatchNorm layer of another kind (subclass, frozen, with hooks), run as it is."
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -116,8 +115,8 @@ class ObservedBatchNorm(nn.Module):
         # the last of all hooks: it sees what those before it made of the input
         layer.register_forward_pre_hook(self._measure)
 
-    def _measure(self, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0]
+    def _measure(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
         if getattr(self.layer, 'running_mean', None) is None and x.numel() == x.shape[1]:
             raise DFKDError(
                 'BatchNorm without running statistics got one number a channel,'
@@ -144,8 +143,9 @@ def _is_plain(layer: nn.Module) -> bool:
 
 # %% ../../nbs/dreams/extractor.ipynb #d4fa99aa
 class FusedTeacher(nn.Module):
-    """A frozen network that answers with its logits and the moments of what entered each
-    BatchNorm layer.
+    """A frozen network that returns its logits and the input moments of each BatchNorm.
+
+    Raises: `DFKDError` for a network without BatchNorm layers.
     """
 
     def __init__(
@@ -191,27 +191,41 @@ def fuse_statistics(
     # a network with BatchNorm, e.g. a `Teacher`; it is copied, not changed
     model: nn.Module,
 ) -> FusedTeacher:  # call it on images: logits and moments
-    """The fast way to logits and statistics.
+    """The fast way to logits and statistics: BatchNorm layers that measure their input.
 
-    Each BatchNorm layer measures its input in the pass that normalises it.
+    Raises: `DFKDError` for a network without BatchNorm layers.
     """
     return FusedTeacher(model)
 
 # %% ../../nbs/dreams/extractor.ipynb #d513a776
 class FeatureExtractor:
-    "Asks the teacher: what is this, and what did it feel like inside?"
+    """Logits, feature moments and an embedding of a teacher, in one forward pass.
+
+    Fused BatchNorm layers where the statistics are theirs, hooks elsewhere.
+
+    Raises: `DFKDError` for an unknown layer and for a network whose layers cannot be read.
+
+    Example:
+    >>> import torch
+    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> teacher = load_teacher('cifar10-resnet20')
+    >>> extractor = FeatureExtractor(teacher, Statistics.from_batchnorm(teacher))
+    >>> logits, moments, embedding = extractor(torch.randn(2, 3, 32, 32))
+    >>> logits.shape, len(moments), embedding
+    (torch.Size([2, 10]), 19, None)
+    """
 
     def __init__(
         self,
         teacher: Teacher,  # on the device where it shall work
-        # whose layers to feel; None for logits alone
+        # of the layers to measure; None for logits alone
         statistics: Statistics | None = None,
         precision: str = 'float32',  # see `autocast`
         # a layer of the teacher whose input to keep, or 'classifier': see `capture_input`
         embedding: str = '',
     ) -> None:
         self.device, self.precision = teacher.device, precision
-        autocast(self.device, precision)  # says now what is wrong with it
+        autocast(self.device, precision)  # a wrong precision is reported now
         self.network: nn.Module = teacher
         self.dtype = weights_dtype(teacher)
         self.statistics = statistics
@@ -220,25 +234,32 @@ class FeatureExtractor:
         self.fused = False
         if embedding:
             with capture_input(teacher, embedding):
-                pass  # a wrong name is told now
+                pass  # a wrong name is reported now
             if embedding == 'classifier':
                 embedding = classifier_layer(teacher)
-        path = ''  # from the network that is asked to the teacher's own
-        if statistics is not None:
-            # before anything is compiled, which would be done again
-            statistics.row(self.device)
-            inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
-            longer = {f'model.{name}' for name in self.layers}
-            if not set(self.layers) <= inside and longer <= inside:
-                self.network = teacher.model
-            normed = set(batchnorm_layers(self.network))
-            self.fused = self.at == 'input' and set(self.layers) <= normed
-            if self.fused:
-                path = 'model.' if self.network is teacher.model else 'model.model.'
-                self.network = fuse_statistics(self.network)
-            else:
-                Watch(self.network, self.layers, self.at)  # a wrong name is told now
+        path = self._open(teacher, statistics) if statistics is not None else ''
         self.embedding = embedding and f'{path}{embedding}'
+
+    def _open(
+        self,
+        teacher: Teacher,
+        statistics: Statistics,
+    ) -> str:  # what stands before the teacher's own layer names
+        "Choose the network that is called: fused, or with hooks."
+        # before anything is compiled, which would be done again
+        statistics.row(self.device)
+        inside = dict(teacher.named_modules(remove_duplicate=False)).keys()
+        longer = {f'model.{name}' for name in self.layers}
+        if not set(self.layers) <= inside and longer <= inside:
+            self.network = teacher.model
+        normed = set(batchnorm_layers(self.network))
+        self.fused = self.at == 'input' and set(self.layers) <= normed
+        if not self.fused:
+            Watch(self.network, self.layers, self.at)  # a wrong name is reported now
+            return ''
+        path = 'model.' if self.network is teacher.model else 'model.model.'
+        self.network = fuse_statistics(self.network)
+        return path
 
     def __call__(
         self,

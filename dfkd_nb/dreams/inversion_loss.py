@@ -27,9 +27,9 @@ def relative_feature_term(
     first_layer_weight: float = 1.0,  # extra weight of the first layer
     floor: float = 1e-3,  # of a layer's mean variance, added to every channel's
 ) -> Term:  # needs `features`
-    """Feature statistics in units of the data's own spread.
+    """Feature loss in units of the data's own standard deviation: every layer counts alike.
 
-    Layers that are loud only by convention count no more than others.
+    Raises: `DFKDError` where the inputs have no features.
     """
     centres, factors, weights = [], [], []
     for i, (mean, var) in enumerate(statistics.values()):
@@ -63,10 +63,11 @@ FEATURE_TERMS: dict[str, Callable[[Statistics, float], Term]] = {
 # %% ../../nbs/dreams/inversion_loss.ipynb #0b9ec001
 #| code-fold: true
 def inversion_objective(
-    weights: Mapping[str, float],  # 'class', 'tv_l2', 'tv_l1', 'l2' and 'features'
+    # 'class_weight', 'tv_l2', 'tv_l1', 'l2', 'feature_weight' and 'first_layer_weight', as
+    # in `DeepInversion`
+    weights: Mapping[str, float],
     statistics: Statistics | None = None,  # to be matched, where there are any
     feature_scale: str = 'absolute',  # one of `FEATURE_TERMS`
-    first_layer_weight: float = 1.0,  # extra weight of the first layer's statistics
     # further terms: name to weight and term
     terms: Mapping[str, tuple[float, Term]] | None = None,
 ) -> Objective:
@@ -75,7 +76,7 @@ def inversion_objective(
     Raises: `DFKDError` for an unknown `feature_scale`, and where no term has a weight.
     """
     known: dict[str, tuple[float, Term]] = {
-        'class': (weights['class'], class_loss),
+        'class': (weights['class_weight'], class_loss),
         'tv_l2': (weights['tv_l2'], tv_term('l2')),
         'tv_l1': (weights['tv_l1'], tv_term('l1')),
         'l2': (weights['l2'], l2_term),
@@ -85,8 +86,8 @@ def inversion_objective(
             f"unknown feature_scale '{feature_scale}': use {' or '.join(FEATURE_TERMS)}"
         )
     if statistics is not None:
-        term = FEATURE_TERMS[feature_scale](statistics, first_layer_weight)
-        known['features'] = weights['features'], term
+        term = FEATURE_TERMS[feature_scale](statistics, weights['first_layer_weight'])
+        known['features'] = weights['feature_weight'], term
     return Objective(known | dict(terms or {}))
 
 # %% ../../nbs/dreams/inversion_loss.ipynb #0b9ec002

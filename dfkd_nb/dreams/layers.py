@@ -26,9 +26,7 @@ from ..toolbox.teachers import Teacher
 def batchnorm_layers(
     model: nn.Module,  # any network
 ) -> dict[str, nn.Module]:  # by name, in the order in which the network lists them
-    """All BatchNorm layers: of vectors, sequences, images, volumes, synchronised or frozen
-    ones.
-    """
+    "All BatchNorm layers, of any dimension, synchronised or frozen ones too."
 
     def is_batchnorm(layer: nn.Module) -> bool:
         frozen = (
@@ -48,7 +46,11 @@ def find_layers(
     # names as in `named_modules()`; None for every BatchNorm layer
     layers: Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:  # by name, in the given order
-    "Layers by name; an unknown name is a `DFKDError` that lists its neighbours."
+    """Layers by name.
+
+    Raises: `DFKDError` for an unknown name (it lists similar ones), for a network without
+    BatchNorm where no name is given, and for one whose layers cannot be read.
+    """
     if layers is None:
         if reason := why_no_hooks(model):
             raise DFKDError(unreadable_message(model, reason))
@@ -79,7 +81,11 @@ def find_layers(
     return {name: modules[name] for name in layers}
 
 
-def unreadable_message(model: nn.Module, reason: str) -> str:
+def unreadable_message(
+    model: nn.Module,  # any network
+    reason: str,  # why its layers cannot be read
+) -> str:
+    "What to tell the user of a network that is sealed."
     who = model.name if isinstance(model, Teacher) else type(model).__name__
     return (
         f'what enters the layers of {who} cannot be read: {reason}, '
@@ -133,7 +139,10 @@ def normalized_batches(
     model: nn.Module,  # knows the images it takes, if it is a `Teacher`
     images: Any,  # see `measure_moments`
 ) -> Iterator[Tensor]:  # normalised, on the model's device and in its precision
-    "Batches for a network, out of whatever holds images."
+    """Batches for a network, out of whatever holds images.
+
+    Raises: `DFKDError` for what holds no images, and for bytes or floats of a wrong range.
+    """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for x in _tensors(images):
         if x.is_floating_point():

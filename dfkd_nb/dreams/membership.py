@@ -56,8 +56,11 @@ def membership_score(
     labels: Tensor,  # int64 `(N,)`, their classes
     # 'centroid': is it near one? 'rest': do a cluster's components explain it?
     by: str = 'centroid',
-) -> Tensor:  # `(N,)`, the higher, the more suspect
-    "How much a vector looks like one that the metadata was measured on."
+) -> Tensor:  # `(N,)`, high for members
+    """How likely the metadata was measured on a vector: its negative distance.
+
+    Raises: `DFKDError` for an unknown score, and for vectors and labels that do not fit.
+    """
     if by not in ('centroid', 'rest'):
         raise DFKDError(f"unknown score '{by}': use 'centroid' or 'rest'")
     width = metadata.centroids.shape[1]

@@ -14,13 +14,11 @@ from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/memory.ipynb #e3e0ef52
 def activation_bytes(
-    inversion: DeepInversion,  # ready to be asked
+    inversion: DeepInversion,  # any settings
     images: int,  # in a batch
 ) -> int:  # bytes
-    """What one update of a batch at full size keeps for the way back, without the network's
-    own weights.
-    """
-    known = {
+    "What one step at full size keeps for the backward pass, beside the network's weights."
+    own = {
         v.untyped_storage().data_ptr()
         for v in (
             *inversion.loss.extractor.network.parameters(),
@@ -31,7 +29,7 @@ def activation_bytes(
 
     def pack(v: Tensor) -> Tensor:
         storage = v.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return v
 
@@ -45,15 +43,15 @@ def activation_bytes(
 
 # %% ../../nbs/dreams/memory.ipynb #45e82332
 def max_batch_size(
-    inversion: DeepInversion,  # ready to be asked
-    # that an update may take, without the network and Python themselves
+    inversion: DeepInversion,  # any settings
+    # that a step may take, without the network and Python themselves
     gigabytes: float,
     # over what is kept: gradients and scratch space, measured in the figure below
     overhead: float = 1.35,
 ) -> int:  # a batch size, at least 2
-    """How many images may be optimised together in so much memory.
+    """How many images can be optimised together in so much memory.
 
-    Less than two images' worth is a `DFKDError`.
+    Raises: `DFKDError` where it is less than two.
     """
     one, two = activation_bytes(inversion, 1), activation_bytes(inversion, 2)
     count = int((gigabytes * 1e9 / overhead - (2 * one - two)) // max(two - one, 1))

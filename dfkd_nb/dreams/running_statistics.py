@@ -24,8 +24,20 @@ from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/running_statistics.ipynb #ffe97f0d
 class RunningStatistics:
-    """Feature statistics of all batches so far, with momentum (FastDFKD, Eq. 14); `mix` is
-    what the batch in hand is judged by.
+    """Feature statistics of all batches so far, accumulated with momentum.
+
+    `mix` is what the batch in hand is compared by.
+
+    Raises: `DFKDError` for a momentum out of (0, 1].
+
+    Source: Fang et al., 2022 (FastDFKD), Eq. 14.
+
+    Example:
+    >>> import torch
+    >>> running, one = RunningStatistics(momentum=0.1), torch.ones(1)
+    >>> running.update({'layer': (2 * one, one)})  # the first batch as it is
+    >>> running.mix({'layer': (7 * one, one)})['layer'][0]
+    tensor([2.5000])
     """
 
     def __init__(
@@ -78,8 +90,9 @@ class RunningStatistics:
         self,
         moments: Mapping[str, Moments],  # of a finished batch, by layer name
     ) -> None:
-        """Accumulate a finished batch; what is not finite is refused, and nothing has
-        changed then.
+        """Accumulate a finished batch.
+
+        Raises: `DFKDError` for moments that are not finite; nothing has changed then.
         """
         mixed = {
             name: (mean.detach().clone(), var.detach().clone())
@@ -119,8 +132,9 @@ def running_feature_term(
     running: RunningStatistics,
     first_layer_weight: float = 1.0,  # see `feature_loss`
 ) -> Term:  # needs `features`
-    """Distance of the mix of accumulated and present statistics from the data's (FastDFKD,
-    Eq. 15).
+    """Feature loss of the mix of accumulated and present statistics.
+
+    Source: Fang et al., 2022 (FastDFKD), Eq. 15.
     """
 
     def term(inputs: LossInputs) -> Tensor:

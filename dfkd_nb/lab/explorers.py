@@ -331,7 +331,7 @@ class ClusterBrowser:
             ).images
         image, target_embedding = self.centroid_images[k], self.metadata.centroids[[k]]
         if self.position.value:
-            target_embedding = self.metadata.along(
+            target_embedding = self.metadata.along_component(
                 k, self.component.value, [self.position.value]
             )
             image = self.from_centroid.synthesize(

@@ -15,16 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dfkd_nb.dreams.competition import (
-    coverage,
-    enclosed_area,
-    precision_recall,
-    principal_plane,
-)
 from ...dreams.layers import batchnorm_layers
 from ...dreams.statistics import Statistics, Watch, feature_loss
 from ...foundations.distillation import Distiller
 from ...foundations.loop import AlternatingTrainer
+from ..coverage import coverage, enclosed_area, precision_recall, principal_plane
 from ..runs import Run
 from ...toolbox import evaluation
 from ...toolbox.augmentation import Augment

@@ -24,7 +24,7 @@ from dfkd_nb.applications.quantization import (
 from ..recipes import task
 from ..runs import Run
 from ..settings import QuantizationSettings
-from ..speed import fold_batchnorm, stopwatch
+from ..speed_methods import fold_batchnorm
 from dfkd_nb.lab.tasks.common import (
     open_teacher,
     real_images,
@@ -32,6 +32,7 @@ from dfkd_nb.lab.tasks.common import (
     training_arguments,
 )
 from .sources import _words, application_images, check_supply
+from ..timing import stopwatch
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError

@@ -14,28 +14,30 @@ import pytest
 from cases import each
 
 from dfkd_nb.lab.comparison import (
-    METHODS,
-    accuracy_matrix,
+    METHOD_TITLES,
     best_cells,
     comparison,
-    detail_of,
-    draw_scatter,
-    duration,
-    markdown_table,
-    missing_runs,
-    other_rows,
     pair_title,
     paper_figures,
     paper_pairs,
     published,
+    sample_std,
+    standard_error,
+    table_cell_of,
+)
+from dfkd_nb.lab.comparison_figures import draw_scatter
+from dfkd_nb.lab.comparison_tables import (
+    accuracy_matrix,
+    detail_of,
+    duration,
+    markdown_table,
+    missing_runs,
+    other_rows,
     repeated_seeds,
     results_command,
     results_text,
     row_of,
-    sample_std,
     sections,
-    standard_error,
-    table_cell_of,
     table_cells,
     teacher_recipe,
     text_table,
@@ -122,7 +124,8 @@ def test_every_figure_stands_once_and_is_an_accuracy():
     keys = [(f.paper, f.table, f.pair, f.method) for f in paper_figures()]
     assert len(set(keys)) == len(keys) == 258
     assert all(
-        20 < f.accuracy < 96 and f.method in {*METHODS, 'teacher'} for f in paper_figures()
+        20 < f.accuracy < 96 and f.method in {*METHOD_TITLES, 'teacher'}
+        for f in paper_figures()
     )
     assert all(
         0 < hours < 310
@@ -223,7 +226,10 @@ def test_ten_pairs_have_every_method():
     pairs = [p for p in paper_pairs() if p != 'cifar10-vgg11-vgg11']
     assert len(pairs) == 10
     absent = {
-        (p, m) for p in pairs for m in ('teacher', *METHODS) if published(p, m) is None
+        (p, m)
+        for p in pairs
+        for m in ('teacher', *METHOD_TITLES)
+        if published(p, m) is None
     }
     # of DeepInversion's own table
     both = {'cifar10-resnet34-resnet18', 'cifar10-vgg11-resnet18'}
@@ -370,7 +376,7 @@ def test_missing_counts_places_and_seeds():
     )
     runs = [made_up(seed=s, method=m) for s in range(3) for m in ('fast-5', 'dafl')]
     assert missing_runs(comparison(runs[2:]), wanted, 'full').count('--seed 2') == 1
-    assert missing_runs(comparison(runs), wanted, 'full').startswith('All 2 places')
+    assert missing_runs(comparison(runs), wanted, 'full').startswith('All 2 cells')
 
 
 def test_details_answer_what_readers_ask():
@@ -444,7 +450,7 @@ def test_a_truncated_result_names_its_file(left, keep):
 def test_looking_does_not_load_torch(left):
     left(made_up(), 'full')
     code = (
-        'import sys\nfrom dfkd_nb.lab.comparison import'
+        'import sys\nfrom dfkd_nb.lab.comparison_tables import'
         " results_command\nresults_command(sys.argv[1])\nassert 'torch' not in"
         ' sys.modules'
     )
