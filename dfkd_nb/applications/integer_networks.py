@@ -65,9 +65,8 @@ def to_integers(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.integer_networks import to_integers
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> weights = to_integers(quantize(teacher, images)).state_dict()
@@ -184,10 +183,11 @@ def load_integers(
     Raises: `DFKDError` for a file of another kind or of another architecture.
 
     Example:
-        >>> import tempfile, torch
-        >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> import tempfile
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.integer_networks import load_integers
+        >>> from dfkd_nb.applications.integer_networks import save_integers, to_integers
         >>> digits = DOMAINS['digits']
         >>> model = build_model('digits-net', 10, 1)
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
@@ -276,9 +276,8 @@ def compile_x86(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)

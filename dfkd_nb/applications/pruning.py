@@ -203,8 +203,8 @@ def prune_filters(
     Raises: `DFKDError` if the fraction cannot be reached.
 
     Example:
+        >>> from dfkd_nb import DOMAINS, PruningPlan, build_model, prune_filters
         >>> from dfkd_nb.applications.filters import find_filters
-        >>> from dfkd_nb.toolbox.models import build_model
         >>> network = build_model('digits-net', 10, 1)
         >>> filters = find_filters(network, DOMAINS['digits'])
         >>> norms = {
@@ -231,8 +231,10 @@ class PruningDistiller(Distiller):
 
     Example:
         >>> import copy
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ImageSet, PruningDistiller, PruningPlan
+        >>> from dfkd_nb import Teacher, build_model
         >>> from dfkd_nb.applications.filters import find_filters
-        >>> from dfkd_nb.toolbox.data import ImageSet
         >>> domain = DOMAINS['digits']
         >>> teacher = Teacher(build_model('digits-net', 10, 1), domain)
         >>> student = copy.deepcopy(teacher.model).requires_grad_(True)
@@ -403,7 +405,11 @@ def load_pruned(
 
     Example:
         >>> import tempfile
-        >>> from dfkd_nb.applications.filters import find_filters, removed_filters
+        >>> from pathlib import Path
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.filters import find_filters, remove_filters
+        >>> from dfkd_nb.applications.filters import removed_filters
+        >>> from dfkd_nb.applications.pruning import load_pruned, save_pruned
         >>> network, domain = build_model('digits-net', 10, 1), DOMAINS['digits']
         >>> filters = find_filters(network, domain)
         >>> kept = filters.keep_all()

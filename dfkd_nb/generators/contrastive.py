@@ -276,9 +276,8 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
     earlier batches too (CMI, Fang et al., 2021).
 
     Example:
+        >>> from dfkd_nb import DOMAINS, ContrastiveSynthesizer, Teacher, build_model
         >>> from dfkd_nb.generators.generators import Generator
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> generator = Generator((1, 8, 8), latent_size=16, width=8)
         >>> synthesizer = ContrastiveSynthesizer(

@@ -87,9 +87,8 @@ class MetaSynthesizer(GeneratorSynthesizer):
     (FastDFKD, Algorithm 1).
 
     Example:
+        >>> from dfkd_nb import DOMAINS, MetaSynthesizer, Teacher, build_model
         >>> from dfkd_nb.generators.generators import Generator
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> generator = Generator((1, 8, 8), latent_size=16, width=8)
         >>> synthesizer = MetaSynthesizer(

@@ -49,8 +49,8 @@ class ReplayPool(Pool):
     drawn more often (SSD-KD, section 3.4).
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ReplayPool, Teacher, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> pool = ReplayPool(teacher.domain, size=8, teacher=teacher)
         >>> pool.add(torch.zeros(12, 1, 8, 8, dtype=torch.uint8))
