@@ -51,7 +51,7 @@ def test_numbers_come_with_the_interval_of_their_number_of_images():
 @each(
     ('settings', 'claim', 'real'),
     [
-        ({}, 'no real image was shown to the network.', False),
+        ({}, 'the network was trained on no real image.', False),
         (
             {'images_from': 'run:cifar10-dream-pool'},
             'the run `cifar10-dream-pool` made',
@@ -68,9 +68,9 @@ def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
     assert (told.startswith('Real') or ', but ' in told) == real
 
 
-def test_other_peoples_images_are_real_and_static_is_not():
+def test_other_peoples_images_are_real_and_noise_is_not():
     assert training_images({'images_from': 'flowers'}) == 'Real images of flowers.'
-    assert 'static' in training_images({'images_from': 'noise'})
+    assert 'Random noise' in training_images({'images_from': 'noise'})
 
 
 def test_several_networks_of_one_run_are_told_apart():

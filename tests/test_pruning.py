@@ -1078,7 +1078,7 @@ def test_reestimation_leaves_nothing_half_done(digits, pool):
         and hooks(model) == 0
     )
     cases = (
-        (model, pool.images, None, 'give a domain'),
+        (model, pool.images, None, 'give domain='),
         (model, pool.subset(1), None, 'two or more'),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
@@ -1087,7 +1087,7 @@ def test_reestimation_leaves_nothing_half_done(digits, pool):
             'nothing to re-estimate',
         ),
         (model, pool, CIFAR, 'resize them'),
-        (model, [pool.images], DIGITS, 'ImageSet.collect'),
+        (model, None, DIGITS, 'no images in a NoneType'),
     )
     for network, images, domain, text in cases:
         with pytest.raises(DFKDError, match=text):

@@ -1,7 +1,8 @@
 """The site: what the builder makes of a notebook, and the site as built.
 
-The pages are built in pure Python into a temporary folder. Links, anchors, pictures and left-over Markdown are always
-checked; where Chromium is installed, every page is opened at desktop and phone width.
+The pages are built in pure Python into a temporary folder. Links, anchors, pictures and
+left-over Markdown are always checked; where Chromium is installed, every page is opened at
+desktop and phone width.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def page(*cells: dict[str, Any]) -> str:
 
 
 # --- numbers and references
-# ---------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_equations_figures_tables_and_sections_are_numbered() -> None:
@@ -179,7 +180,7 @@ def test_heading_numbers_skip_unnumbered() -> None:
 
 
 # --- citations
-# ----------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_citations_and_their_list() -> None:
@@ -231,7 +232,7 @@ def test_bibliography_is_complete() -> None:
 
 
 # --- a notebook's directives
-# --------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_hidden_cells_and_directives_are_gone() -> None:
@@ -275,6 +276,31 @@ def test_export_is_documented_and_folded() -> None:
         and '| `y` | `int` | `2` | two |' in text
         and '| *returns* | `int` |  | their sum |' in text
     )
+
+
+def test_comments_above_a_parameter_and_examples_are_read() -> None:
+    source = """def scale(
+    # images,
+    # `(N, C, H, W)`
+    x: Tensor,
+    by: float,  # factor
+    # as large as `x`
+) -> Tensor:
+    \'\'\'Scales.
+
+    Raises: `ValueError` for a negative factor.
+
+    Example:
+        >>> scale(1, 2)
+        2
+    \'\'\'
+"""
+    made = card(definitions(source)[0], source)
+    assert '| `x` | `Tensor` |  | images, `(N, C, H, W)` |' in made
+    assert '| `by` | `float` |  | factor |' in made
+    assert '| *returns* | `Tensor` |  | as large as `x` |' in made
+    assert '**Raises:** `ValueError`' in made
+    assert '```python\n>>> scale(1, 2)\n2\n```' in made
 
 
 def test_card_of_a_class_lists_fields_and_methods() -> None:
@@ -343,7 +369,7 @@ def test_title_is_needed() -> None:
 
 
 # --- the site as built
-# --------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def test_sidebar_lists_exactly_the_notebooks() -> None:

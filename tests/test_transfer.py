@@ -307,8 +307,8 @@ def test_a_curve_leaves_the_random_streams_alone_and_needs_a_pool(teacher, digit
     with pytest.raises(DFKDError, match='no pool in a list: give an ImageSet'):
         learning_curve(teacher, nn.Identity, [digits.images], [1], digits)
     for measure in (fidelity, lambda *a: teaching_values(*a, digits)):
-        with pytest.raises(DFKDError, match='ImageSet.collect'):
-            measure(teacher, build_model('digits-net', 10, 1), [digits.images])
+        with pytest.raises(DFKDError, match='no images in a NoneType'):
+            measure(teacher, build_model('digits-net', 10, 1), None)
 
 
 def test_frozen_students_are_refused(teacher, student, digits):

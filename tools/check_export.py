@@ -1,7 +1,8 @@
-"""Is the package exactly what the notebooks export? `python tools/check_export.py` lists what differs.
+"""Is the package exactly what the notebooks export? `python tools/check_export.py`.
 
-The notebooks are exported into a temporary copy from which all generated modules were deleted, so a hand edit, a forgotten
-export and a module whose notebook is gone all show. Nothing in the repository is changed.
+The notebooks are exported into a temporary copy from which all generated modules were
+deleted, so a hand edit, a forgotten export and a module whose notebook is gone all show.
+Nothing in the repository is changed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Open every page of the built site in headless Chromium and look: `python tools/look.py [--site _site] [--out _look]`.
+"""Open every page of the built site in headless Chromium and report problems.
 
-Each page is opened at desktop and phone width, light and dark. Screenshots of whole pages go to `_look`; reported are errors
-on the console, requests to any other machine, formulas that KaTeX cannot set, and pages wider than the window.
+    python tools/look.py [--site _site] [--out _look]
+
+Each page is opened at desktop and phone width, light and dark. Screenshots of whole pages
+go to `_look`; reported are errors on the console, requests to any other machine, formulas
+that KaTeX cannot set, and pages wider than the window.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ OPTIONS = (
 ).split()
 VIEWS = {'desktop': (1280, 'light'), 'phone': (390, 'light'), 'dark': (1280, 'dark')}
 LOOK = """(() => {
-  const holds = e => ['auto', 'scroll', 'hidden', 'clip'].includes(getComputedStyle(e).overflowX)
+  const scrolls = ['auto', 'scroll', 'hidden', 'clip'];
+  const holds = e => scrolls.includes(getComputedStyle(e).overflowX)
     && e.tagName !== 'BODY' && e.id !== 'quarto-content';
   const sticksOut = e => {
     const box = e.getBoundingClientRect();
@@ -48,7 +52,9 @@ LOOK = """(() => {
     for (let p = e.parentElement; p; p = p.parentElement) if (holds(p)) return false;
     return true;
   };
-  const name = e => e.tagName.toLowerCase() + (typeof e.className === 'string' && e.className ? '.' + e.className : '');
+  const classes = e =>
+    typeof e.className === 'string' && e.className ? '.' + e.className : '';
+  const name = e => e.tagName.toLowerCase() + classes(e);
   const all = query => [...document.querySelectorAll(query)];
   return JSON.stringify({
     width: document.documentElement.scrollWidth,
@@ -57,7 +63,8 @@ LOOK = """(() => {
     formulas: all('.katex').length,
     bad: all('.katex-error').map(e => e.textContent.slice(0, 80)),
     raw: all('span.math').filter(e => !e.querySelector('.katex')).length,
-    broken: [...document.images].filter(e => e.src && e.complete && !e.naturalWidth).map(e => e.src.slice(0, 80)),
+    broken: [...document.images].filter(e => e.src && e.complete && !e.naturalWidth)
+      .map(e => e.src.slice(0, 80)),
   });
 })()"""
 
@@ -66,7 +73,7 @@ class Seen(NamedTuple):
     "What a page looked like in one view."
 
     page: str
-    inputs: str
+    view: str
     problems: list[str]
     screenshot: Path | None
     formulas: int
@@ -173,10 +180,8 @@ def complaints(events: list[dict[str, Any]], base: str) -> list[str]:
         method, detail = event.get('method'), event.get('params', {})
         if method == 'Runtime.exceptionThrown':
             exception = detail['exceptionDetails']
-            found.append(
-                'exception:'
-                f' {exception.get("exception", {}).get("description", exception["text"])[:300]}'
-            )
+            text = exception.get('exception', {}).get('description', exception['text'])
+            found.append(f'exception: {text[:300]}')
         elif method == 'Runtime.consoleAPICalled' and detail['type'] in ('error', 'assert'):
             found.append(
                 'console: '
@@ -196,9 +201,9 @@ def complaints(events: list[dict[str, Any]], base: str) -> list[str]:
     return found
 
 
-def look_at(tab: Tab, base: str, page: str, inputs: str, out: Path | None) -> Seen:
+def look_at(tab: Tab, base: str, page: str, view: str, out: Path | None) -> Seen:
     "Open one page in one view."
-    width, scheme = VIEWS[inputs]
+    width, scheme = VIEWS[view]
     target = tab.call('Target.createTarget', url='about:blank')['targetId']
     session = tab.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
     tab.events.clear()
@@ -208,7 +213,7 @@ def look_at(tab: Tab, base: str, page: str, inputs: str, out: Path | None) -> Se
         'width': width,
         'height': 900,
         'deviceScaleFactor': 1,
-        'mobile': inputs == 'phone',
+        'mobile': view == 'phone',
     }
     tab.call('Emulation.setDeviceMetricsOverride', session, **size)
     tab.call(
@@ -248,10 +253,10 @@ def look_at(tab: Tab, base: str, page: str, inputs: str, out: Path | None) -> Se
             captureBeyondViewport=True,
             clip=clip,
         )
-        screenshot = out / f'{page.removesuffix(".html").replace("/", "-")}-{inputs}.png'
+        screenshot = out / f'{page.removesuffix(".html").replace("/", "-")}-{view}.png'
         screenshot.write_bytes(base64.b64decode(picture['data']))
     tab.call('Target.closeTarget', targetId=target)
-    return Seen(page, inputs, problems, screenshot, state['formulas'])
+    return Seen(page, view, problems, screenshot, state['formulas'])
 
 
 def look(
@@ -269,10 +274,10 @@ def look(
     pages = sorted(path.relative_to(site).as_posix() for path in site.rglob('*.html'))
     with serve(site) as base, chromium(program) as tab:
         return [
-            look_at(tab, base, page, inputs, out)
+            look_at(tab, base, page, view, out)
             for page in pages
             if only in page
-            for inputs in views
+            for view in views
         ]
 
 

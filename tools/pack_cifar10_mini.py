@@ -1,9 +1,10 @@
-"""Pack the 2,000 CIFAR-10 test images that ship with the package: the first 200 of each class, as one mosaic.
+"""Pack the 2,000 CIFAR-10 test images that ship with the package, as one mosaic.
 
     DFKD_DATA=... python tools/pack_cifar10_mini.py
 
-JPEG at quality 99 without colour subsampling: 2.8 MB, where lossless WebP takes 3.3 MB. Tiles of 32 pixels fall on the
-codec's 8-pixel blocks, so that no image bleeds into its neighbour.
+The first 200 of each class, as JPEG at quality 99 without colour subsampling: 2.8 MB, where
+lossless WebP takes 3.3 MB. Tiles of 32 pixels fall on the codec's 8-pixel blocks, so that
+no image bleeds into its neighbour.
 """
 
 import io

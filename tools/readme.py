@@ -1,7 +1,7 @@
-"""README.md from nbs/index.ipynb: `python tools/readme.py`, or `--check` to see whether it is up to date.
+"""README.md from nbs/index.ipynb: `python tools/readme.py`, with `--check` only compared.
 
-The same text as the site's front page, in Markdown that GitHub reads: links lead to the notebooks, citations to the papers,
-pictures that cells drew are stored in nbs/pictures.
+The same text as the site's front page, in Markdown that GitHub reads: links lead to the
+notebooks, citations to the papers, pictures that cells drew are stored in nbs/pictures.
 """
 
 from __future__ import annotations

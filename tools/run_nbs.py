@@ -1,10 +1,11 @@
-"""Execute notebooks from top to bottom and store their outputs, without the noise a second run would change.
+"""Execute notebooks from top to bottom and store their outputs.
 
-    python tools/run_nbs.py nbs/dreams/03_priors.ipynb ...      # leaves `#| slow` and `#| gpu` cells as they are
-    python tools/run_nbs.py --run slow nbs/...                  # runs the slow ones too
+    python tools/run_nbs.py nbs/dreams/03_priors.ipynb ...
+    python tools/run_nbs.py --run slow nbs/...                  # runs `#| slow` cells too
 
-A notebook is written only after all of its cells have run. Cells marked `#| eval: false`, and those behind a flag that
-was not asked for, keep the outputs they have. Standard error is shown here and not stored.
+A notebook is written only after all of its cells have run. Cells marked `#| eval: false`,
+and `#| slow` and `#| gpu` cells without their flag, keep the outputs they have. What a
+second run would change is not stored, nor is standard error, which is shown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Run nbs/tour.ipynb from top to bottom without a browser: `python tools/tour.py`.
 
-Leaves in `_tour` the executed page (tour.html), the notebook behind it, every picture it drew, and `summary.json` with the
-numbers it measured; prints what it is doing, and at the end the student's accuracy and where all that lies.
-The notebook writes `summary.json` (teacher_accuracy, student_accuracy, ...) into the folder named by DFKD_TOUR_OUT.
+Leaves in `_tour` the executed page (tour.html), the notebook behind it, every picture it
+drew, and `summary.json` with the numbers it measured; prints what it is doing, and at the
+end the student's accuracy and where the files are. The notebook writes `summary.json`
+(teacher_accuracy, student_accuracy, ...) into the folder named by DFKD_TOUR_OUT.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ from run_nbs import clean_notebook, skipped  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = ROOT / 'tools/website/assets/katex'
-MATHS = """<link rel="stylesheet" href="katex/katex.min.css"><script src="katex/katex.min.js"></script>
-<script src="katex/contrib/auto-render.min.js"></script><script>renderMathInElement(document.body, {throwOnError: false,
-delimiters: [{left: '$$', right: '$$', display: true}, {left: '$', right: '$', display: false}]});</script></body>"""
+MATHS = """<link rel="stylesheet" href="katex/katex.min.css">
+<script src="katex/katex.min.js"></script>
+<script src="katex/contrib/auto-render.min.js"></script>
+<script>renderMathInElement(document.body, {throwOnError: false,
+delimiters: [{left: '$$', right: '$$', display: true},
+             {left: '$', right: '$', display: false}]});</script></body>"""
 
 
 def heading(cells: list[Any], index: int) -> str:

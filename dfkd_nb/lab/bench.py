@@ -88,12 +88,6 @@ def add_arguments(
         help='steps in a round of synthesis (default: 5)',
     )
     add(
-        '--clock',
-        default='wall',
-        choices=list(CLOCKS),
-        help="'processor' counts only the time in which this process computes",
-    )
-    add(
         '--model',
         default='resnet20',
         metavar='NAME',
@@ -106,6 +100,18 @@ def add_arguments(
         default=[64],
         metavar='N',
         help='images in a batch; several sizes are timed one after the other (default: 64)',
+    )
+    _add_timing(parser)
+
+
+def _add_timing(parser: argparse.ArgumentParser) -> None:
+    "Options that all benchmarks have."
+    add = parser.add_argument
+    add(
+        '--clock',
+        default='wall',
+        choices=list(CLOCKS),
+        help="'processor' counts only the time in which this process computes",
     )
     add(
         '--rounds',

@@ -135,11 +135,11 @@ def named_groups(
 
     Raises: `DFKDError` where there is none.
     """
-    one = isinstance(images, (ImageSource, Observations))
-    groups = {'dreams': images} if one else dict(images)  # type: ignore[arg-type, dict-item]
-    if not groups:
+    if isinstance(images, (ImageSource, Observations)):
+        return {'dreams': images}
+    if not images:
         raise DFKDError('there is no group of images: give at least one')
-    return groups  # type: ignore[return-value]
+    return dict(images)
 
 
 def group_colour(

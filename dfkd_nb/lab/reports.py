@@ -408,7 +408,9 @@ def inspect_run(
         real = recipe.get('test_data', '')
     real_images, missing = _real_images(real, network.domain)
     if verifiers is None:
-        named = str(recipe.get('verifiers', '')).replace(',', ' ').split()
+        named = recipe.get('verifiers') or ()
+        if isinstance(named, str):
+            named = named.replace(',', ' ').split()
         verifiers = [v for v in named if v != network.name]
     others = {}
     for v in verifiers:

@@ -39,10 +39,8 @@ def display(output: dict[str, Any], alternative: str) -> str | None:
     "One displayed output in Markdown; None for what is printed or has nothing to see."
     data = output.get('data', {})
     if 'text/html' in data:
-        return raw(
-            '<div'
-            f' class="cell-output-display">{with_alternative(joined(data["text/html"]), alternative)}</div>'
-        )
+        page = with_alternative(joined(data['text/html']), alternative)
+        return raw(f'<div class="cell-output-display">{page}</div>')
     for kind in PICTURES:
         if kind in data:
             content = joined(data[kind]).strip()

@@ -28,7 +28,8 @@ CAPTION = re.compile(
     re.M,
 )
 PICTURE = re.compile(
-    r'!\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\](?P<link>\([^)\s]*\))\{(?P<label>#(?P<name>fig-[\w-]+)[^}\n]*)\}'
+    r'!\[(?P<text>(?:[^\[\]]|\[[^\[\]]*\])*)\](?P<link>\([^)\s]*\))'
+    r'\{(?P<label>#(?P<name>fig-[\w-]+)[^}\n]*)\}'
 )
 
 

@@ -1,4 +1,4 @@
-"""A notebook as readers see it, in plain Quarto Markdown and cells: nothing is executed, stored outputs are kept.
+"""A notebook as readers see it, in plain Quarto Markdown and cells; nothing is executed.
 
 | in the notebook | on the page |
 |---|---|

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import textwrap
 import tokenize
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,21 +62,39 @@ def anchor(name: str) -> str:
     return name.lower()
 
 
-def comments(code: str) -> dict[int, str]:
-    "Line number to the comment that ends the line."
-    tokens = tokenize.generate_tokens(io.StringIO(code).readline)
-    return {
-        token.start[0]: token.string.lstrip('# ').strip()
-        for token in tokens
-        if token.type == tokenize.COMMENT
-    }
+class Comments:
+    "The comments of a piece of code."
+
+    def __init__(self, code: str) -> None:
+        self.trailing: dict[int, str] = {}  # by line number: the comment that ends a line
+        self.own: dict[int, str] = {}  # the comment that is the whole line
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            if token.type == tokenize.COMMENT:
+                whole = not token.line[: token.start[1]].strip()
+                text = token.string.lstrip('# ').strip()
+                (self.own if whole else self.trailing)[token.start[0]] = text
+
+    def of(
+        self,
+        first: int,  # line on which a parameter, a field or what is returned begins
+        last: int,  # and ends
+    ) -> str:
+        "The comment at the end of the last line, or on the lines above the first."
+        if last in self.trailing:
+            return self.trailing[last]
+        lines = []
+        while first - 1 in self.own:
+            first -= 1
+            lines.insert(0, self.own[first])
+        return ' '.join(lines)
 
 
 def parameters(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, notes: dict[int, str]
+    node: ast.FunctionDef | ast.AsyncFunctionDef, notes: Comments
 ) -> list[Parameter]:
-    """A function's parameters and what it returns (the last row, without a name), with
-    their comments.
+    """A function's parameters and their comments.
+
+    The last row, without a name, is what it returns.
     """
     given = node.args
     positional = [*given.posonlyargs, *given.args]
@@ -97,23 +116,22 @@ def parameters(
             star + one.arg,
             ast.unparse(one.annotation) if one.annotation else '',
             ast.unparse(default) if default else '',
-            notes.get((default or one).end_lineno or 0, ''),
+            notes.of(one.lineno, (default or one).end_lineno or 0),
         )
         for star, one, default in pairs
         if one.arg not in ('self', 'cls')
     ]
     if node.returns and ast.unparse(node.returns) != 'None':
-        line = node.returns.end_lineno or 0
-        inline = line == node.lineno and any(one.comment == notes.get(line) for one in rows)
-        rows.append(
-            Parameter(
-                '', ast.unparse(node.returns), '', '' if inline else notes.get(line, '')
-            )
-        )
+        note = notes.of(node.returns.lineno, node.returns.end_lineno or 0)
+        # a function on one line has one comment, which belongs to its parameter
+        one_line = node.returns.end_lineno == node.lineno
+        if one_line and any(row.comment == note for row in rows):
+            note = ''
+        rows.append(Parameter('', ast.unparse(node.returns), '', note))
     return rows
 
 
-def fields(node: ast.ClassDef, notes: dict[int, str]) -> list[Parameter]:
+def fields(node: ast.ClassDef, notes: Comments) -> list[Parameter]:
     "A dataclass's fields, or else the parameters of a class's `__init__`."
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == '__init__':
@@ -123,7 +141,7 @@ def fields(node: ast.ClassDef, notes: dict[int, str]) -> list[Parameter]:
             item.target.id,
             ast.unparse(item.annotation),
             ast.unparse(item.value) if item.value else '',
-            notes.get(item.end_lineno or 0, ''),
+            notes.of(item.lineno, item.end_lineno or 0),
         )
         for item in node.body
         if isinstance(item, ast.AnnAssign)
@@ -137,12 +155,22 @@ def literal(code: str) -> str:
     return '`' + code.replace('|', '\\|') + '`' if code else ''
 
 
+def docstring(text: str) -> str:
+    "A docstring in Markdown: errors and sources marked, the example as code."
+    text, _, example = text.partition('\nExample:\n')
+    text = re.sub(r'^(Raises|Source): ', r'**\1:** ', text, flags=re.M).rstrip()
+    if not example:
+        return text
+    code = textwrap.dedent(example).strip('\n')
+    return f'{text}\n\n```python\n{code}\n```'
+
+
 def card(node: Definition, code: str) -> str:
     """What a definition is, takes and returns, in Markdown.
 
-    Its name, its one line, a table of its parameters.
+    Its name, its docstring, a table of its parameters.
     """
-    notes = comments(code)
+    notes = Comments(code)
     rows = (
         fields(node, notes) if isinstance(node, ast.ClassDef) else parameters(node, notes)
     )
@@ -156,7 +184,7 @@ def card(node: Definition, code: str) -> str:
     ]
     doc = ast.get_docstring(node)
     if doc:
-        lines += [doc, '']
+        lines += [docstring(doc), '']
     if rows:
         lines += ['| | type | default | |', '|:--|:--|:--|:--|']
         for row in rows:
@@ -180,11 +208,10 @@ def card(node: Definition, code: str) -> str:
             isinstance(one, ast.Name) and one.id == 'property'
             for one in method.decorator_list
         )
-        inside = ', '.join(row.name for row in parameters(method, {}) if row.name)
+        inside = ', '.join(row.name for row in parameters(method, notes) if row.name)
         call = method.name if property_ else f'{method.name}({inside})'
-        lines.append(
-            f'- `.{call}`{{.nolink}} — {(ast.get_docstring(method) or "").splitlines()[0]}'
-        )
+        summary = (ast.get_docstring(method) or '').splitlines()[0]
+        lines.append(f'- `.{call}`{{.nolink}} — {summary}')
     return '\n'.join([*lines, '', ':::'])
 
 
