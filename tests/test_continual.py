@@ -470,7 +470,6 @@ def test_what_holds_no_images_says_how_to_make_a_set(teacher):
         lambda images: add_classes(teacher, new, 'deepinversion', images, steps=1),
     ]
     for images in (loader, loader.dataset, [new.images], None, new.images):
-        # images of old classes may come in any form
         # what stands for old images has the old network's domain, if it is a collection
         for act in acts if images is None else acts[:-1]:
             with pytest.raises(DFKDError, match='ImageS(et|ource)|give `old`') as caught:

@@ -471,6 +471,8 @@ def add_classes(
     Raises: `DFKDError` for an unknown method, for a network that cannot be widened, and
     where images or labels are missing.
 
+    Source: Yin et al., 2020 (DeepInversion), section 4.5; the papers of the methods.
+
     Example:
         >>> import torch
         >>> from dataclasses import replace

@@ -35,7 +35,13 @@ class PruningPlan:
     """How much is removed, in which portions, and what a removal costs.
 
     Raises: `DFKDError` for values out of range, and if latency counts without a table.
-    Source: DeepInversion, Eq. 10 and supplement C.2.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 10 and supplement C.2.
+
+    Example:
+        >>> from dfkd_nb import PruningPlan
+        >>> PruningPlan(fraction=0.3, filters_per_removal=4).fraction
+        0.3
     """
 
     fraction: float = 0.5  # to be removed, of the filters or of the latency

@@ -206,6 +206,8 @@ def dream_distillation(
 ) -> ImageSet:  # uint8 images, labelled with the classes of their clusters
     """Images whose activations are near target embeddings drawn from the metadata.
 
+    Raises: `DFKDError` for metadata of another network, and for settings out of range.
+
     Source: Bhardwaj et al., 2019 (Dream Distillation).
 
     Example:

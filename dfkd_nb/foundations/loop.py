@@ -105,6 +105,8 @@ def synthesize_batches(
 class NoiseSynthesizer(Synthesizer):
     """Batches of uniform random pixels: the baseline of every comparison.
 
+    Raises: `DFKDError` for batches without images.
+
     Example:
         >>> from dfkd_nb import DOMAINS, NoiseSynthesizer
         >>> len(NoiseSynthesizer(DOMAINS['digits'], batch_size=4).synthesize(6))
@@ -214,6 +216,8 @@ class GrowingPool(Pool):
     """Everything that was ever made, as uint8 in memory.
 
     Batches are drawn evenly from all of it, the newest images first.
+
+    Raises: `DFKDError` for images or labels that do not fit the domain.
 
     Example:
         >>> import torch
@@ -337,6 +341,9 @@ class GrowingPool(Pool):
 #| code-fold: true
 class AlternatingTrainer:
     """Synthesize, distil, repeat: the one loop of all data-free methods.
+
+    Raises: `DFKDError` for numbers of rounds and steps that do not agree with the distiller,
+    and while it runs for a loss that is not finite.
 
     Example:
         >>> from dfkd_nb import DOMAINS, AlternatingTrainer, Distiller, GrowingPool

@@ -272,8 +272,13 @@ class MemoryBank:
 # %% ../../nbs/generators/09_contrastive.ipynb #93703a6d
 #| code-fold: true
 class ContrastiveSynthesizer(GeneratorSynthesizer):
-    """Contrastive model inversion: a part of an image must tell it from all others, those of
-    earlier batches too (CMI, Fang et al., 2021).
+    """Contrastive model inversion: a part of an image identifies it among all others.
+
+    The others are those of earlier batches too, kept in a memory bank.
+
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
+    Source: Fang et al., 2021 (CMI).
 
     Example:
         >>> from dfkd_nb import DOMAINS, ContrastiveSynthesizer, Teacher, build_model

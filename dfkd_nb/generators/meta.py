@@ -83,8 +83,11 @@ META_UPDATES = 'fomaml-sum', 'fomaml', 'reptile'  # words for the first-order gr
 # %% ../../nbs/generators/10_meta.ipynb #605361c3
 #| code-fold: true
 class MetaSynthesizer(GeneratorSynthesizer):
-    """Batches of images, each adapted in k steps from what earlier batches have in common
-    (FastDFKD, Algorithm 1).
+    """Batches of images, each adapted in k steps from what earlier batches have in common.
+
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
+    Source: Fang et al., 2022 (FastDFKD), Algorithm 1.
 
     Example:
         >>> from dfkd_nb import DOMAINS, MetaSynthesizer, Teacher, build_model

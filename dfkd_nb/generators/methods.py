@@ -298,6 +298,8 @@ def build_method(
 
     Raises: `DFKDError` for an unknown name, or for parts that do not go together.
 
+    Source: the paper of each method, see the table in Generators.
+
     Example:
         >>> from dfkd_nb import DOMAINS, Teacher, build_method, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
@@ -407,6 +409,8 @@ def ssd_kd(
     seed: int = 0,  # of everything random but the student's weights
 ) -> AlternatingTrainer:  # call `run()`; `.pool` is the buffer
     """All parts of SSD-KD, put together (Algorithm 1).
+
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
 
     Source: Liu et al., 2024.
 
