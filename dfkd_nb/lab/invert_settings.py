@@ -135,7 +135,9 @@ def _check_network_options(arguments: argparse.Namespace) -> list[str]:
             ' --checkpoint FILE or --pretrained'
         )
     elif bool(arguments.checkpoint) == arguments.pretrained:
-        raise DFKDError('no weights are named: give --checkpoint FILE or --pretrained')
+        raise DFKDError(
+            'one set of weights is needed: give either --checkpoint FILE or --pretrained'
+        )
     elif arguments.pretrained and arguments.num_classes not in (None, 1000):
         raise DFKDError(
             f'--pretrained networks have 1000 classes, not {arguments.num_classes}: leave'
@@ -249,9 +251,9 @@ LARGE = 96  # pixels: from this size on a network gets the settings for ImageNet
 REAL_DATA_SETTINGS = (
     'source',
     'real_data',
-    'measured_images',
-    'measured_data',
-    'goal_weight',
+    'statistics_images',
+    'statistics_data',
+    'embedding_weight',
     'metadata_images',
     'metadata_clusters',
     'metadata_components',
