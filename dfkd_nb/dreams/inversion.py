@@ -58,6 +58,7 @@ def deepinversion_preset(
     Source: Yin et al., 2020 (DeepInversion), section 4.1, for `source='paper'`.
 
     Example:
+    >>> from dfkd_nb import deepinversion_preset
     >>> deepinversion_preset('deepdream')['feature_weight']
     0.0
     """
@@ -90,7 +91,7 @@ class DeepInversion:
     Source: Yin et al., 2020 (DeepInversion), Eq. 2 to 7.
 
     Example:
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import DeepInversion, load_teacher
     >>> teacher = load_teacher('cifar10-resnet20')
     >>> inversion = DeepInversion(teacher, steps=2, batch_size=4, device='cpu')
     >>> images = inversion.synthesize(4, ['cat', 'ship'])

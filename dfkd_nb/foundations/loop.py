@@ -105,8 +105,10 @@ def synthesize_batches(
 class NoiseSynthesizer(Synthesizer):
     """Batches of uniform random pixels: the baseline of every comparison.
 
+    Raises: `DFKDError` for batches without images.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb import DOMAINS, NoiseSynthesizer
         >>> len(NoiseSynthesizer(DOMAINS['digits'], batch_size=4).synthesize(6))
         8
     """
@@ -214,8 +216,11 @@ class GrowingPool(Pool):
 
     Batches are drawn evenly from all of it, the newest images first.
 
+    Raises: `DFKDError` for images or labels that do not fit the domain.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, GrowingPool
         >>> pool = GrowingPool(DOMAINS['digits'])
         >>> images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
         >>> pool.add(images, labels=torch.arange(6))
@@ -328,9 +333,12 @@ class GrowingPool(Pool):
 class AlternatingTrainer:
     """Synthesize, distil, repeat: the one loop of all data-free methods.
 
+    Raises: `DFKDError` for numbers of rounds and steps that do not agree with the distiller,
+    and while it runs for a loss that is not finite.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, AlternatingTrainer, Distiller, GrowingPool
+        >>> from dfkd_nb import NoiseSynthesizer, Teacher, build_model
         >>> domain = DOMAINS['digits']
         >>> teacher = Teacher(build_model('digits-net', 10, 1), domain)
         >>> student, pool = build_model('digits-net', 10, 1), GrowingPool(domain)
