@@ -24,7 +24,7 @@ from dfkd_nb.toolbox.teachers import load_teacher
 
 SMALL: dict[str, object] = {'evaluations': 1, 'picture': 2, 'batch_size': 16}
 DIGITS = SMALL | {'teacher': 'run:digits-teacher', 'test_limit': 60}
-PRUNED = {'images': 40, 'judged_images': 40, 'timed_networks': 0}
+PRUNED = {'images': 40, 'importance_images': 40, 'timed_networks': 0}
 PARTS = {
     'old_data': 'digits:0-4',
     'test_data': 'digits:0-4',
@@ -37,9 +37,9 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         DIGITS
         | PRUNED
         | {
-            'shares': '0.3',
-            'updates': 6,
-            'sources': 'static=noise, real=digits',
+            'fractions': '0.3',
+            'steps': 6,
+            'sources': {'static': 'noise', 'real': 'digits'},
         },
     ),
     'pruning while learning': (
@@ -47,10 +47,10 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         DIGITS
         | PRUNED
         | {
-            'shares': '0.2',
-            'updates': 8,
-            'sources': 'static=noise',
-            'every': 2,
+            'fractions': '0.2',
+            'steps': 8,
+            'sources': {'static': 'noise'},
+            'removal_interval': 2,
         },
     ),
     'continual': (
@@ -58,7 +58,7 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         SMALL
         | PARTS
         | {
-            'old_network': 'digits-net',
+            'old_model': 'digits-net',
             'old_epochs': 1.0,
             'old_limit': 100,
             'methods': 'lwf-mc, deepinversion',
@@ -68,13 +68,13 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
             'synthesis_steps': 3,
             'half_size_steps': 0,
             'synthesis_batch_size': 20,
-            'updates': 6,
-            'binary_updates': 2,
+            'steps': 6,
+            'binary_tuning_steps': 2,
         },
     ),
     'quantization': (
         'digits-quantization',
-        DIGITS | {'images': 40, 'images_from': 'noise, none', 'bits': '4', 'updates': 50},
+        DIGITS | {'images': 40, 'images_from': 'noise, none', 'bits': '4', 'steps': 50},
     ),
     'segmentation': (
         'scenes-segmentation',
@@ -82,9 +82,9 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         | {
             'limit': 40,
             'test_limit': 10,
-            'arms': 'noise, dreams',
-            'teacher_updates': 4,
-            'updates': 6,
+            'sources': 'noise, dreams',
+            'teacher_steps': 4,
+            'steps': 6,
         }
         | {
             'rounds': 3,
@@ -203,13 +203,12 @@ def check_pruning(run: Run, numbers: dict) -> None:
     from dfkd_nb.applications.pruning import load_pruned
 
     rows = numbers['rows']
-    sources = [name.split('=')[0].strip() for name in run.settings.sources.split(',')]
-    assert [row['source'] for row in rows] == ['none', *sources]
-    assert all(row['filters_removed'] >= float(run.settings.shares) for row in rows)
+    assert [row['source'] for row in rows] == ['none', *run.settings.sources]
+    assert all(row['filters_removed'] >= run.settings.fractions[0] for row in rows)
     accuracy = {row['source']: row['accuracy'] for row in rows}
     if accuracy.get('real', 0.0) > accuracy['none']:
         gain = accuracy['static'] - accuracy['none']
-        assert rows[1]['share_recovered'] == pytest.approx(
+        assert rows[1]['fraction_recovered'] == pytest.approx(
             gain / (accuracy['real'] - accuracy['none'])
         )
     network, about = load_pruned(
@@ -225,8 +224,8 @@ def check_pruning(run: Run, numbers: dict) -> None:
 def check_quantization(run: Run, numbers: dict) -> None:
     rows = {row['source']: row for row in numbers['rows']}
     assert (
-        'mended' in rows['noise']
-        and 'mended' not in rows['none']
+        'finetuned' in rows['noise']
+        and 'finetuned' not in rows['none']
         and len(rows['noise']['layers']) == 4
     )
     assert (run.folder / '4-bits.safetensors').stat().st_size == numbers['bytes_4']

@@ -58,8 +58,12 @@ def test_numbers_come_with_the_interval_of_their_number_of_images():
             False,
         ),
         ({'source': 'real'}, 'Real images: 256 training images of cifar10', True),
-        ({'measured_images': 100}, 'measured on 100 real images', True),
-        ({'goal_weight': 1.0}, 'metadata of 5000 real training images took part', True),
+        ({'statistics_images': 100}, 'measured on 100 real images', True),
+        (
+            {'embedding_weight': 1.0},
+            'metadata of 5000 real training images took part',
+            True,
+        ),
     ],
 )
 def test_data_free_is_claimed_only_where_it_is_true(settings, claim, real):
@@ -75,14 +79,20 @@ def test_other_peoples_images_are_real_and_noise_is_not():
 
 def test_several_networks_of_one_run_are_told_apart():
     told = training_images(
-        {'methods': 'lwf-mc, oracle-distill', 'new_data': 'digits', 'source': 'dreams'}
+        {
+            'methods': ['lwf-mc', 'oracle-distill'],
+            'new_data': ['digits'],
+            'source': 'dreams',
+        }
     )
     assert (
         'One network for each of: lwf-mc, oracle-distill' in told
         and 'real images of the new classes, digits' in told
     )
-    assert 'run:a, noise' in training_images({'images_from': 'run:a, noise'})
-    assert 'labels, dreams' in training_images({'arms': 'labels, dreams', 'data': 'scenes'})
+    assert 'run:a, noise' in training_images({'images_from': ['run:a', 'noise']})
+    assert 'labels, dreams' in training_images(
+        {'sources': ['labels', 'dreams'], 'data': 'scenes'}
+    )
 
 
 def test_licences():

@@ -75,7 +75,7 @@ def test_list_folds_the_comparison(dfkd):
 
 
 def test_a_missing_teacher_is_trained_first_and_seeds_stand_beside_each_other(dfkd):
-    changes = ['images=20', 'synthesis_steps=2', 'updates=4', 'evaluations=1', 'picture=1']
+    changes = ['images=20', 'synthesis_steps=2', 'steps=4', 'evaluations=1', 'picture=1']
     words = [
         'digits-transfer-noise',
         *(word for change in changes for word in ('--set', change)),
@@ -99,7 +99,7 @@ def test_a_missing_teacher_is_trained_first_and_seeds_stand_beside_each_other(df
 def test_images_of_another_run(dfkd):
     small = [
         'images=20',
-        'updates=4',
+        'steps=4',
         'evaluations=1',
         'picture=1',
         'images_from=run:digits-dream',

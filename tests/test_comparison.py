@@ -57,7 +57,7 @@ def made_up(
     method='fast-5',
     seed=0,
     scale='full',
-    updates=80000,
+    steps=80000,
     **changes,
 ):
     "A result that no run has left."
@@ -65,7 +65,7 @@ def made_up(
         'pair': pair,
         'method': method,
         'seed': seed,
-        'updates': updates,
+        'steps': steps,
         'temperature': 20.0,
         'student': 'wrn16-1',
     }
@@ -74,7 +74,7 @@ def made_up(
         'student_accuracy': accuracy,
         'teacher_accuracy': 0.9487,
         'images': 56320,
-        'updates': updates,
+        'steps': steps,
     }
     numbers |= {'test_images': 10000} | changes.pop('numbers', {})
     seconds = {'synthesis': 60.0, 'distillation': 600.0, 'total': 700.0} | changes.pop(
@@ -292,12 +292,12 @@ def test_scales_are_never_mixed():
 
 def test_settings_are_never_mixed():
     long, short = comparison(
-        [made_up(seed=0), made_up(seed=1), made_up(0.95, seed=2, updates=10)]
+        [made_up(seed=0), made_up(seed=1), made_up(0.95, seed=2, steps=10)]
     )
     assert (len(long.runs), long.variant, short.variant) == (
         2,
-        'updates 80000',
-        'updates 10',
+        'steps 80000',
+        'steps 10',
     )
     # the one with more seeds is shown
     assert accuracy_matrix([long, short], 'cifar10') == accuracy_matrix([long], 'cifar10')
@@ -380,13 +380,13 @@ def test_missing_counts_places_and_seeds():
 
 
 def test_details_answer_what_readers_ask():
-    row = detail_of(made_up(settings={'student_start': "teacher's blocks"}))
+    row = detail_of(made_up(settings={'student_init': 'teacher-blocks'}))
     assert (
         row['T'] == '20'
         and '94.87 %' in row['teacher']
         and 'cifar10-teacher-wrn40-2' in row['teacher']
     )
-    assert "teacher's blocks" in row['student'] and row['hardware'] == 'NVIDIA H200'
+    assert 'teacher-blocks' in row['student'] and row['hardware'] == 'NVIDIA H200'
     assert row['command'] == '`dfkd run x`' and row['commit'] == 'abcdef1'
     assert (
         teacher_recipe('run:cifar10-teacher-vgg11/full') == 'cifar10-teacher-vgg11'

@@ -828,25 +828,25 @@ TOY = """
 title = "toy"
 task = "continual"
 [quick]
-old_network = "digits-net"
+old_model = "digits-net"
 old_data = "digits:0-2"
 old_epochs = 1.0
 old_limit = 300
 test_data = "digits:0-2"
-new_data = "digits:3-4, digits:9-9"
-new_tests = "digits:3-4, digits:9-9"
-methods = "lwf-mc, deepinversion, generator"
+new_data = ["digits:3-4", "digits:9-9"]
+new_tests = ["digits:3-4", "digits:9-9"]
+methods = ["lwf-mc", "deepinversion", "generator"]
 images = 12
 synthesis_steps = 3
 synthesis_batch_size = 12
 generator_rounds = 2
 generator_batch_size = 8
-binary_updates = 2
+binary_tuning_steps = 2
 binary_steps = 6
-binary_decay = 0.1
-rows = "fitted"
+row_init_decay = 0.1
+row_init = "fitted"
 batch_size = 8
-updates = 4
+steps = 4
 learning_rate = 0.2
 padding = 1
 flip = false
@@ -907,9 +907,9 @@ def test_a_run_of_two_steps_stops_and_resumes_to_the_same_numbers(tmp_path, monk
 
 def test_a_recipe_whose_lists_do_not_match_is_told(tmp_path):
     for line, words in (
-        ('new_tests = "digits:3-4"', 'as many to test on'),
-        ('methods = "magic"', "unknown method 'magic'"),
-        ('new_data = "digits:0-1, digits:9-9"', 'exists already'),
+        ('new_tests = ["digits:3-4"]', 'as many to test on'),
+        ('methods = ["magic"]', "unknown method 'magic'"),
+        ('new_data = ["digits:0-1", "digits:9-9"]', 'exists already'),
     ):
         rows = [
             row for row in TOY.splitlines() if row.split(' = ')[0] != line.split(' = ')[0]

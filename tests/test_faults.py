@@ -205,8 +205,8 @@ LATE = {  # recipe, setting, words: all of it is known before the first update
     'training data': ('digits-vanilla', 'real_data=cifar11', "'real_data'", "'cifar10'"),
     'data to measure on': (
         'digits-dream',
-        'measured_data=mnist',
-        "'measured_data'",
+        'statistics_data=mnist',
+        "'statistics_data'",
         'mnist',
     ),
     'half precision': ('digits-fast-5', 'precision=float16', "'precision'", 'bfloat16'),
@@ -227,14 +227,14 @@ LATE = {  # recipe, setting, words: all of it is known before the first update
     ),
     'modulation without a buffer': ('digits-ssd-kd-10', 'pool=grows', "'replay'"),
     'nothing but warming up': ('digits-fast-5', 'warmup_rounds=100000', 'at least one'),
-    'share of filters': ('digits-pruning', 'shares=1.5', 'between 0 and 1'),
-    'source without a name': ('digits-pruning', 'sources=noise', 'NAME=IMAGES'),
+    'share of filters': ('digits-pruning', 'fractions=1.5', 'give at most'),
+    'source without a name': ('digits-pruning', 'sources=noise', 'NAME = "VALUE"'),
     'source of nothing': (
         'digits-pruning',
-        'sources=static=nose',
+        'sources={static = "nose"}',
         "unknown data set 'nose'",
     ),
-    'ranking': ('digits-pruning', 'rankings=errors', "'error and latency'"),
+    'ranking': ('digits-pruning', 'rankings=errors', "'error'"),
     'network to prune': ('digits-pruning', 'model=resnet21', "'model'"),
     'method': ('cifar10-continual-split', 'methods=lwf-mcc', "'lwf-mcc'", 'lwf-mc'),
     'sets without tests': (
@@ -243,24 +243,24 @@ LATE = {  # recipe, setting, words: all of it is known before the first update
         'as many',
     ),
     'part of no data set': ('cifar10-continual-split', 'old_data=cifar11:0-4', 'cifar11'),
-    'bits': ('digits-quantization', 'bits=8; 4', "'8, 4'"),
-    'many bits': ('digits-quantization', 'bits=16', '2 to 8'),
+    'bits': ('digits-quantization', 'bits=8; 4', 'whole number'),
+    'many bits': ('digits-quantization', 'bits=16', 'at most 8'),
     'source to calibrate on': (
         'digits-quantization',
         'images_from=noise, cifar11',
         'cifar11',
     ),
-    'arm': ('scenes-segmentation', 'arms=labels, dream', "'dream'", 'dreams'),
+    'arm': ('scenes-segmentation', 'sources=labels, dream', "'dream'", 'dreams'),
     'segmenter': (
         'scenes-segmentation',
         'student=deeplab-tny',
         "'student'",
         'deeplab-tiny',
     ),
-    'updates that rounds do not divide': ('scenes-segmentation', 'updates=601', 'multiple'),
+    'updates that rounds do not divide': ('scenes-segmentation', 'steps=601', 'multiple'),
     'layouts of photographs': (
         'scenes-segmentation',
-        ['data=camvid', 'arms=layouts'],
+        ['data=camvid', 'sources=layouts'],
         'layouts',
     ),
 }
@@ -384,7 +384,7 @@ def test_results_that_cannot_be_written(fails):
         )
     )
     fails(['run', 'mine.toml', '--results', 'results'], 'results', new=True)
-    assert Result.load('runs/mine/quick').numbers['updates'] >= 1, 'the run itself is kept'
+    assert Result.load('runs/mine/quick').numbers['steps'] >= 1, 'the run itself is kept'
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(here, unfinished):
@@ -406,7 +406,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(here, unfinished):
     assert (FOLDER / 'checkpoint.pt').read_bytes() == before and not list(
         FOLDER.glob('.*.tmp')
     )
-    assert main(RESUMED) == 0 and Result.load(FOLDER).numbers['updates'] == 20
+    assert main(RESUMED) == 0 and Result.load(FOLDER).numbers['steps'] == 20
 
 
 def test_a_truncated_result(fails):

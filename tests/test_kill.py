@@ -28,11 +28,11 @@ STUDENT = SMALL | {
     'images': 40,
     'synthesis_batch_size': 20,
     'synthesis_steps': 25,
-    'updates': 60,
+    'steps': 60,
     'test_limit': 60,
 }
 GOALS: Settings = {
-    'goal_weight': 1.0,
+    'embedding_weight': 1.0,
     'real_data': 'digits',
     'metadata_images': 300,
     'metadata_components': 5,
@@ -43,9 +43,9 @@ PAINTED |= {'synthesis_steps': 3, 'synthesis_batch_size': 24}
 PRUNED = SMALL | {
     'teacher': 'run:digits-teacher',
     'images': 40,
-    'judged_images': 40,
+    'importance_images': 40,
     'timed_networks': 0,
-    'updates': 30,
+    'steps': 30,
 }
 BITS = SMALL | {
     'teacher': 'run:digits-teacher',
@@ -53,15 +53,15 @@ BITS = SMALL | {
     'images_from': 'noise, none',
     'bits': '4',
 }
-BITS |= {'updates': 40, 'latency_batch': 0}
+BITS |= {'steps': 40, 'latency_batch_size': 0}
 SCENES = (
     SMALL
     | GENERATOR
     | {
         'limit': 30,
         'test_limit': 6,
-        'teacher_updates': 6,
-        'updates': 12,
+        'teacher_steps': 6,
+        'steps': 12,
         'batch_size': 8,
     }
 )
@@ -80,11 +80,11 @@ CLASSES = SMALL | {
     'new_tests': 'digits:5-9',
 }
 CLASSES |= {
-    'old_network': 'digits-net',
+    'old_model': 'digits-net',
     'old_epochs': 1.0,
     'old_limit': 200,
-    'updates': 30,
-    'binary_updates': 10,
+    'steps': 30,
+    'binary_tuning_steps': 10,
 }
 CLASSES |= {
     'images': 40,
@@ -95,13 +95,13 @@ CLASSES |= {
 KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'transfer': ('digits-transfer-deepinversion', STUDENT),
     # two students draw from one set
-    'scenes': ('scenes-segmentation', SCENES | {'arms': 'labels, real'}),
+    'scenes': ('scenes-segmentation', SCENES | {'sources': 'labels, real'}),
     'dropout': (
         'digits-vanilla',
         SMALL
         | {
             'student': 'mobilenetv2',
-            'updates': 6,
+            'steps': 6,
             'images': 60,
             'batch_size': 8,
             'test_limit': 30,
@@ -110,7 +110,7 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'teacher': ('digits-teacher', {'epochs': 3.0, 'evaluations': 4}),
     'adaptive': (
         'digits-adaptive',
-        STUDENT | {'rounds': 2, 'updates_between_rounds': 30, 'synthesis_steps': 15},
+        STUDENT | {'rounds': 2, 'steps_per_round': 30, 'synthesis_steps': 15},
     ),
     'metadata': ('digits-transfer-deepinversion', STUDENT | GOALS),
     'dafl': ('digits-dafl', PAINTED),
@@ -121,15 +121,20 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'ssd-kd': ('digits-ssd-kd-10', PAINTED | {'pool_size': 60}),
     'scenes painted': (
         'scenes-segmentation',
-        SCENES | {'arms': 'noise, dreams, replay'},
+        SCENES | {'sources': 'noise, dreams, replay'},
     ),
     'pruning': (
         'digits-pruning',
-        PRUNED | {'shares': '0.3', 'sources': 'static=noise, real=digits'},
+        PRUNED | {'fractions': '0.3', 'sources': {'static': 'noise', 'real': 'digits'}},
     ),
     'pruning while learning': (
         'digits-pruning',
-        PRUNED | {'shares': '0.2', 'sources': 'static=noise', 'every': 4},
+        PRUNED
+        | {
+            'fractions': '0.2',
+            'sources': {'static': 'noise'},
+            'removal_interval': 4,
+        },
     ),
     'quantization': ('digits-quantization', BITS),
     'continual': (

@@ -10,15 +10,8 @@ import pytest
 import torch
 from cases import each
 
-from dfkd_nb.lab.recipes import (
-    SHIPPED,
-    Recipe,
-    compared,
-    compose,
-    find_task,
-    recipe_names,
-    tables,
-)
+from dfkd_nb.foundations.method_tables import method_tables
+from dfkd_nb.lab.recipes import SHIPPED, Recipe, compared, compose, find_task, recipe_names
 from dfkd_nb.lab.results import Result, read_history
 from dfkd_nb.lab.runs import Run
 from dfkd_nb.lab.tasks.common import open_teacher
@@ -26,7 +19,7 @@ from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 
-PAIRS, METHODS = tables()
+PAIRS, METHODS = method_tables()
 GENERATIVE = sorted(
     name for name, method in METHODS.items() if method.get('task') == 'generative'
 )
@@ -77,12 +70,12 @@ def tiny(name: str) -> dict[str, object]:
         'picture': 2,
         'evaluations': 1,
         'test_limit': 100,
-        'updates': 8,
+        'steps': 8,
         'batch_size': 16,
         'images': 32,
     }
     if name == 'adaptive':
-        changes |= {'rounds': 2, 'updates_between_rounds': 4}
+        changes |= {'rounds': 2, 'steps_per_round': 4}
     return changes | (
         {'synthesis_batch_size': 16, 'synthesis_steps': 6}
         if name in ('adaptive', 'deepinversion')
@@ -172,7 +165,7 @@ def test_one_budget_for_all_methods(pair: str) -> None:
     assert {s.rounds * s.synthesis_steps for s in generative} == {80}
     assert {(s.rounds - s.warmup_rounds) * s.steps_per_round for s in generative} == {120}
     assert {(s.synthesis_batch_size, s.batch_size) for s in generative} == {(64, 64)}
-    assert {(s.updates, s.batch_size) for s in found.values()} == {(120, 64)}
+    assert {(s.steps, s.batch_size) for s in found.values()} == {(120, 64)}
     assert {
         found[name].images * found[name].synthesis_steps
         for name in ('deepinversion', 'adaptive')
@@ -222,9 +215,9 @@ def test_stopped_and_resumed_and_still_the_same_bits(
 SCENES: dict[str, object] = {
     'limit': 20,
     'test_limit': 4,
-    'teacher_updates': 2,
-    'updates': 4,
-    'arms': 'labels, real, dreams',
+    'teacher_steps': 2,
+    'steps': 4,
+    'sources': 'labels, real, dreams',
 }
 SCENES |= {
     'rounds': 3,

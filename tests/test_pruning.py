@@ -1110,16 +1110,16 @@ def test_costs_by_hand():
 QUICK = {
     'evaluations': 3,
     'test_limit': 100,
-    'updates': 6,
+    'steps': 6,
     'images': 40,
-    'judged_images': 40,
+    'importance_images': 40,
     'batch_size': 20,
 }
 QUICK |= {
-    'shares': '0.4',
-    'sources': 'static=noise, real=digits',
+    'fractions': [0.4],
+    'sources': {'static': 'noise', 'real': 'digits'},
     'images_from': 'noise',
-    'labelled': 'digits',
+    'labelled_data': 'digits',
 }
 QUICK |= {'timed_networks': 0}
 
@@ -1153,11 +1153,11 @@ def begin(root, **changes) -> Run:
 @each(
     'changes, text',
     [
-        ({'shares': '0.4, many'}, 'numbers between 0 and 1'),
-        ({'shares': '1.4'}, 'numbers between 0 and 1'),
+        ({'fractions': '0.4, many'}, 'give a number'),
+        ({'fractions': '1.4'}, 'give at most'),
         ({'sources': 'noise'}, 'NAME=IMAGES'),
-        ({'rankings': 'speed'}, "unknown ranking 'speed'"),
-        ({'shares': '0.99'}, 'all that can be removed'),
+        ({'rankings': 'speed'}, "'rankings' is 'speed'"),
+        ({'fractions': '0.99'}, 'all that can be removed'),
     ],
 )
 def test_runs_that_cannot_be(root, changes, text):

@@ -40,7 +40,7 @@ from dfkd_nb.lab.settings import (
     setting,
 )
 from dfkd_nb.lab.tasks.common import describe_images, open_teacher
-from dfkd_nb.lab.tasks.dream import verified
+from dfkd_nb.lab.tasks.dream import verifier_accuracies
 from dfkd_nb.toolbox import evaluation, models
 from dfkd_nb.toolbox.core import PRECISIONS as CORE_PRECISIONS
 from dfkd_nb.toolbox.core import load_checkpoint, load_tensors, save_checkpoint
@@ -104,7 +104,7 @@ def test_scales_of_a_comparison_agree():
         ]
         free = {'source', 'real_data', 'tv_l2', 'tv_l1', 'l2', 'feature_weight'}
         # real images are there from the beginning
-        idle_rounds = {'rounds', 'updates_between_rounds'}
+        idle_rounds = {'rounds', 'steps_per_round'}
         for other in kinds[1:]:
             # nothing is dreamt where images are real
             idle = (
@@ -138,8 +138,8 @@ def test_competition_and_measured_statistics_change_one_setting(scale):
         for n in (1, 10, 100, 1000):
             other = settings(f'cifar10-measured-{word}-{n}')
             assert (
-                differs(base, other) == {'measured_images'}
-                and other['measured_images'] == n
+                differs(base, other) == {'statistics_images'}
+                and other['statistics_images'] == n
             )
 
 
@@ -615,19 +615,19 @@ synthesis_flip = false
 synthesis_batch_size = 20
 synthesis_steps = 6
 images = 60
-updates = 12
+steps = 12
 test_limit = 100
 """
 KINDS = {
     'rounds': (
-        'evaluations = 2\nrounds = 3\nupdates_between_rounds = 4\ncompetition_weight = 5.0'
+        'evaluations = 2\nrounds = 3\nsteps_per_round = 4\ncompetition_weight = 5.0'
     ),
     'metadata': (
-        'evaluations = 2\nclass_weight = 0.0\ngoal_weight = 1.0\nmetadata_images = 300\n'
+        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\nmetadata_images = 300\n'
         'metadata_clusters = 2\nmetadata_components = 5'
     ),
     'labels': (
-        'evaluations = 2\nlearn_from = "labels"\nmeasured_images = 50\nmeasured_data ='
+        'evaluations = 2\nlearn_from = "labels"\nstatistics_images = 50\nstatistics_data ='
         ' "digits"'
     ),
     'dropout': 'student = "dropping"\nevaluations = 4\nsource = "real"',
@@ -716,7 +716,7 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
         )
         assert (
             10 <= again.numbers['metadata_clusters'] <= 20
-            and again.numbers['goal_distance'] > 0
+            and again.numbers['embedding_distance'] > 0
         )
 
 
@@ -724,9 +724,9 @@ def test_a_transfer_of_any_kind_stopped_everywhere_ends_in_the_same_bits(taught,
     ('kind', 'changes', 'words'),
     [
         ('rounds', {'images': 61}, 'multiple of rounds'),
-        ('rounds', {'goal_weight': 1.0}, 'set rounds to 1'),
+        ('rounds', {'embedding_weight': 1.0}, 'set rounds to 1'),
         ('rounds', {'source': 'real'}, 'set rounds to 1'),
-        ('rounds', {'updates': 5}, 'fewer rounds'),
+        ('rounds', {'steps': 5}, 'fewer rounds'),
         ('metadata', {'metadata_components': 50}, '33 images: give at least 51'),
     ],
 )
@@ -756,13 +756,13 @@ def test_labels_of_another_order_are_refused(taught):
     ):
         describe_images(images, open_teacher('cifar10-resnet20'))
     asked = types.SimpleNamespace(
-        settings=types.SimpleNamespace(verifiers='cifar10-resnet20'),
+        settings=types.SimpleNamespace(verifiers=('cifar10-resnet20',)),
         root=taught,
         scale='quick',
         device='cpu',
     )
     with pytest.raises(DFKDError, match="'truck' is class 0"):
-        verified(asked, images)
+        verifier_accuracies(asked, images)
 
 
 def test_verifiers_say_what_they_see(taught):
@@ -771,7 +771,7 @@ def test_verifiers_say_what_they_see(taught):
     task = "dream"
     [quick]
     teacher = "run:digits-teacher/quick"
-    verifiers = "run:digits-teacher/quick"
+    verifiers = ["run:digits-teacher/quick"]
     images = 40
     synthesis_steps = 20
     synthesis_batch_size = 20

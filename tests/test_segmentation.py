@@ -347,7 +347,7 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
         (lambda: seg.mean_iou(network(), plain), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), None), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), scenes, domain=swapped), "'sky' is class 0"),
-        (lambda: lesson([scenes.images], teacher), 'ImageSet.collect'),
+        (lambda: lesson('scenes', teacher), 'no images in a str'),
     ):
         with pytest.raises(DFKDError, match=words):
             call()
@@ -537,18 +537,18 @@ height = 16
 width = 16
 limit = 16
 test_limit = 8
-arms = "labels, real, dreams, layouts"
+sources = ["labels", "real", "dreams", "layouts"]
 teacher_model = "deeplab-tiny"
-teacher_updates = 2
+teacher_steps = 2
 batch_size = 4
-updates = 2
+steps = 2
 rounds = 3
 warmup_rounds = 1
 synthesis_steps = 1
 synthesis_batch_size = 4
 generator_width = 4
 latent_size = 8
-layouts = 4
+layout_images = 4
 layout_steps = 2
 evaluations = 1
 picture = 3
@@ -606,8 +606,8 @@ def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path, monkeypatch)
     left = {path.name for path in (tmp_path / 'cut/tiny/quick').iterdir()}
     assert {'images.png', 'teacher.safetensors', 'student-dreams.safetensors'} <= left
     changes = {
-        "unknown arm 'dream'": {'arms': 'dream'},
-        'a multiple of them': {'updates': 5},
+        "'sources' is 'dream'": {'sources': 'dream'},
+        'a multiple of them': {'steps': 5},
         "leave 'layouts' out": {'data': 'camvid'},
     }
     for words, change in changes.items():

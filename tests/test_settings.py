@@ -6,6 +6,7 @@ Each is changed alone, and what comes out must differ.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +16,18 @@ from tiny import DIGITS, network
 
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.methods import build_method
 from dfkd_nb.lab.settings import (
     GenerativeSettings,
+    GeneratorSettings,
     SynthesisSettings,
     TrainingSettings,
     TransferSettings,
 )
 from dfkd_nb.lab.tasks.common import training_arguments
 from dfkd_nb.lab.tasks.synthesis import build_inversion, recipe_classes
+from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.teachers import Teacher
 
 CPU = torch.device('cpu')
@@ -110,13 +114,13 @@ def test_dreams_are_made_as_the_recipe_says(
         'images_from',
         'images',
         'classes',
-        'single_share',
+        'single_fraction',
         'single_size_steps',
     }
     # real images; a size too small here
-    elsewhere |= {'measured_images', 'measured_data', 'quarter_size_steps'}
+    elsewhere |= {'statistics_images', 'statistics_data', 'quarter_size_steps'}
     elsewhere |= {
-        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'goal'))
+        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'embedding'))
     }
     assert (
         ignored(
@@ -193,7 +197,7 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
         'method',
         'teacher',
         'student',
-        'student_start',
+        'student_init',
         'temperature',
         'picture',
     }
@@ -211,7 +215,7 @@ def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
     few = {'images': 5, 'classes': 'spread'}
     assert recipe_classes(SynthesisSettings(**few), 100).tolist() == [0, 20, 40, 60, 80]
     assert recipe_classes(
-        SynthesisSettings(**few | {'classes': 'in turn'}), 100
+        SynthesisSettings(**few | {'classes': 'in-turn'}), 100
     ).tolist() == [
         0,
         1,
@@ -224,3 +228,26 @@ def test_few_images_show_the_first_classes_or_evenly_spread_ones() -> None:
         == recipe_classes(SynthesisSettings(images=5), 3).tolist()
         == [0, 1, 2, 0, 1]
     )
+
+
+def keywords(*functions: Any) -> set[str]:
+    "The names of all parameters."
+    return {name for f in functions for name in inspect.signature(f).parameters}
+
+
+def test_every_setting_of_synthesis_is_one_keyword() -> None:
+    """A setting is called as the keyword that it becomes.
+
+    Where synthesis and the student's training share a keyword, that of synthesis has the
+    prefix `synthesis_` in a recipe; no other setting has it.
+    """
+    training = keywords(Distiller, Augment) & own(TrainingSettings)
+    assert {'batch_size', 'learning_rate', 'momentum', 'schedule', 'flip'} <= training
+    for name in own(SynthesisSettings) | own(GeneratorSettings):
+        plain = name.removeprefix('synthesis_')
+        if name == plain:
+            assert name not in training, f"'{name}' is a keyword of training: prefix it"
+        else:
+            assert plain in keywords(Distiller, Augment) | own(TrainingSettings), name
+        if name != plain and name in own(SynthesisSettings):
+            assert plain in keywords(DeepInversion), name

@@ -78,7 +78,7 @@ def test_one_scheme_alone(teacher, share):
 def test_shares_of_a_recipe():
     recipe = Recipe.load('cifar10-transfer-schemes-both')
     settings = recipe.resolve(
-        'quick', {'images': 300, 'synthesis_batch_size': 4096, 'single_share': 0.25}
+        'quick', {'images': 300, 'synthesis_batch_size': 4096, 'single_fraction': 0.25}
     )
     assert shards(settings) == [(slice(0, 225), False), (slice(225, 300), True)]
     large = shards(recipe.resolve('quick', {'images': 10000, 'synthesis_batch_size': 4096}))

@@ -303,7 +303,6 @@ class SegmentationPool(ReplayPool):
     def _distance(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return super()._distance(student_logits, teacher_logits).flatten(1).mean(1)
 
-
 # %% ../../nbs/applications/16_segmentation.ipynb #5cfb3465
 def segmentation_preset(
     name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': steps for each batch
@@ -344,6 +343,7 @@ def segmentation_ssd_kd(
     Source: Fang et al. 2022; Liu et al. 2024.
 
     Example:
+        >>> from dfkd_nb import Teacher
         >>> from dfkd_nb.applications.segmentation_data import segmentation_domain
         >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> domain = segmentation_domain('scenes', (16, 16))
@@ -381,7 +381,6 @@ def segmentation_ssd_kd(
         distiller_options=distiller,
         device=device,
     )
-
 
 # %% ../../nbs/applications/16_segmentation.ipynb #9c3d9119
 def mask_term(

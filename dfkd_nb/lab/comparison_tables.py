@@ -108,7 +108,7 @@ def row_of(
     return row | {
         'teacher, %': plus_minus(teachers[:1]),
         'images': number(cell, 'images'),
-        'steps': number(cell, 'updates'),
+        'steps': number(cell, 'steps'),
         'synthesis': duration(cell.hours('synthesis')),
         'distillation': duration(cell.hours('distillation')),
         'hardware': cell.hardware,
@@ -283,8 +283,8 @@ def _teacher(run: Result) -> str:
 
 def _student(run: Result) -> str:
     "Name of the student, and what it began with."
-    name, start = run.settings.get('student', ''), run.settings.get('student_start')
-    return name if start in (None, 'random weights') else f'{name}, begins with {start}'
+    name, start = run.settings.get('student', ''), run.settings.get('student_init')
+    return name if start in (None, 'random') else f'{name}, begins with {start}'
 
 # %% ../../nbs/lab/comparison_tables.ipynb #14c29f01
 def repeated_seeds(
@@ -317,7 +317,7 @@ def other_rows(
             'seed': str(seed_of(run)),
             'T': f'{run.settings.get("temperature", math.nan):g}',
             'images': f'{run.numbers.get("images", 0):,}',
-            'steps': f'{run.numbers.get("updates", 0):,}',
+            'steps': f'{run.numbers.get("steps", 0):,}',
             'time': duration(run.seconds.get('total', 0) / 3600),
             'hardware': hardware(run),
         }

@@ -251,9 +251,9 @@ LARGE = 96  # pixels: from this size on a network gets the settings for ImageNet
 REAL_DATA_SETTINGS = (
     'source',
     'real_data',
-    'measured_images',
-    'measured_data',
-    'goal_weight',
+    'statistics_images',
+    'statistics_data',
+    'embedding_weight',
     'metadata_images',
     'metadata_clusters',
     'metadata_components',

@@ -77,9 +77,10 @@ def check_names(
         find = NAMED.get(each.metadata.get('names', ''))
         if find is None:
             continue
-        for name in str(getattr(settings, each.name)).split(','):
+        value = getattr(settings, each.name)
+        for name in value if isinstance(value, tuple) else [value]:
             try:
-                if name.strip():
-                    find(name.strip(), channels, device)
+                if name:
+                    find(name, channels, device)
             except ValueError as error:
                 raise DFKDError(f"{where}: '{each.name}': {error}") from None

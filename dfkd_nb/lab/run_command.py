@@ -8,6 +8,7 @@ __all__ = ['add_arguments', 'run', 'saved_progress', 'required_runs', 'print_res
 # %% ../../nbs/lab/run_command.ipynb #e961592b
 import argparse
 import dataclasses
+import json
 import re
 import time
 
@@ -100,7 +101,7 @@ def required_runs(
         return []
     found: list[tuple[str, str]] = []
     for key, value in dataclasses.asdict(run.settings).items():
-        for name in re.findall(r'run:([\w./-]+)', value) if isinstance(value, str) else ():
+        for name in re.findall(r'run:([\w./-]+)', json.dumps(value)):
             recipe, _, scale = name.partition('/')
             scale, file = scale or run.scale, 'weights' if key == 'teacher' else 'images'
             exists = (run.root / recipe / scale / f'{file}.safetensors').is_file()

@@ -7,13 +7,11 @@ __all__ = ['run_lock', 'Journal', 'RunFolder', 'SavedRun', 'Run', 'publish']
 
 # %% ../../nbs/lab/18_runs.ipynb #af343dca
 import csv
-import dataclasses
 import io
 import json
 import math
 import shutil
 import signal
-import sys
 import threading
 import time
 import tomllib
@@ -23,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .cards import write_card
 from .names import check_names
 from .recipes import Recipe, find_task, resolved_toml
 from .reproducibility import deterministic, environment, own_streams
 from .results import Result, read_json
-from .settings import toml_value
+from .settings import setting_values, toml_value
 from dfkd_nb.toolbox.core import (
     atomic_path,
     load_checkpoint,
@@ -48,36 +47,23 @@ def run_lock(
     """Hold a run's folder; the operating system lets go when the process ends, however it
     ends.
     """
+    lock = FileLock(folder / 'lock', timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / 'lock', 'a+')
+        lock.acquire()
+    except Timeout:
+        raise DFKDError(
+            f'{folder} is in use by another process: wait for it, or choose another'
+            ' folder with --out'
+        ) from None
     except OSError as error:
         raise DFKDError(
             f'cannot write to {folder} ({error.strerror}): choose another folder with --out'
         ) from None
     try:
-        try:
-            _lock(file)
-        except OSError:
-            raise DFKDError(
-                f'{folder} is in use by another process: wait for it, or choose another'
-                ' folder with --out'
-            ) from None
         yield
     finally:
-        file.close()
-
-# %% ../../nbs/lab/18_runs.ipynb #8290c575
-def _lock(file: Any) -> None:
-    "Take the lock or raise `OSError` at once."
-    if sys.platform == 'win32':
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.release()
 
 # %% ../../nbs/lab/18_runs.ipynb #4a0e351a
 class Journal:
@@ -183,7 +169,7 @@ class RunFolder:
         does not.
         """
         ours, usual = (
-            dataclasses.asdict(s) for s in (self.settings, self.recipe.resolve(self.scale))
+            setting_values(s) for s in (self.settings, self.recipe.resolve(self.scale))
         )
         return sorted(key for key in ours if ours[key] != usual[key])
 
@@ -228,7 +214,7 @@ class RunFolder:
         now = tomllib.loads(resolved_toml(self.recipe, self.scale, self.settings))
         old, new = before.get(self.scale, {}), now[self.scale]
         # settings that are younger than the run
-        old = {f.name: f.default for f in dataclasses.fields(self.settings)} | old
+        old = setting_values(type(self.settings)()) | old
         changed = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if before.get('task') != now['task']:
             changed.append('task')
@@ -503,7 +489,7 @@ class Run(SavedRun):
             task=recipe.task,
             title=recipe.title,
             paper=recipe.paper,
-            settings=dataclasses.asdict(self.settings),
+            settings=setting_values(self.settings),
             numbers=numbers,
             seconds=seconds | {'total': round(sum(seconds.values()), 2)},
             environment=self.environment,

@@ -208,7 +208,7 @@ def train_student(
             f'{metric}_first': rows[0][metric],
             metric: rows[-1][metric],
             'loss': rows[-1]['loss'],
-            'updates': distiller.steps,
+            'steps': distiller.steps,
             f'{metric}_half': judge(distiller.student, test, domain=distiller.domain),
         }
 
@@ -216,14 +216,14 @@ def train_student(
 
 # %% ../../../nbs/lab/tasks/common.ipynb #ebe307c8
 def fresh_student(
-    settings: Any,  # with `student`, `student_start` and `seed`
+    settings: Any,  # with `student`, `student_init` and `seed`
     teacher: Teacher,  # whose classes, and perhaps whose blocks
 ) -> torch.nn.Module:  # on the CPU
     "The student of a recipe, as it is before its first update."
     student = build_model(
         settings.student, teacher.domain.num_classes, teacher.domain.channels
     )
-    if settings.student_start == "teacher's blocks":
+    if settings.student_init == 'teacher-blocks':
         copy_blocks_from_teacher(student, teacher)
     return student
 

@@ -85,7 +85,7 @@ def generative(
     )
     return (
         numbers
-        | {'images': made, 'synthesis_updates': settings.rounds * settings.synthesis_steps}
+        | {'images': made, 'synthesis_steps': settings.rounds * settings.synthesis_steps}
         | student_metrics(learned, teacher, student, test, settings.temperature)
     )
 

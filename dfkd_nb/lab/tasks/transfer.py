@@ -52,12 +52,12 @@ def adaptive_trainer(
         competition_weight=settings.competition_weight,
         competition_temperature=settings.competition_temperature,
     )
-    before_last = (settings.rounds - 1) * settings.updates_between_rounds
+    before_last = (settings.rounds - 1) * settings.steps_per_round
     return AlternatingTrainer(
         synthesizer,
         distiller,
         rounds=settings.rounds,
-        steps_per_round=settings.updates_between_rounds,
+        steps_per_round=settings.steps_per_round,
         final_steps=distiller.steps - before_last,
         measure=round_metrics(),
     )
@@ -128,7 +128,9 @@ def check_transfer(
 ) -> None:
     "What does not go together in a transfer is a `DFKDError`."
     if settings.rounds > 1 and (
-        settings.goal_weight or settings.source == 'real' or settings.learn_from == 'labels'
+        settings.embedding_weight
+        or settings.source == 'real'
+        or settings.learn_from == 'labels'
     ):
         raise DFKDError(
             'rounds answer to a student that learns from its teacher, by dreams without'
@@ -139,11 +141,11 @@ def check_transfer(
             f'{settings.images} images in {settings.rounds} rounds: make images a multiple'
             ' of rounds'
         )
-    before_last = (settings.rounds - 1) * settings.updates_between_rounds
-    if settings.rounds > 1 and before_last >= settings.updates:
+    before_last = (settings.rounds - 1) * settings.steps_per_round
+    if settings.rounds > 1 and before_last >= settings.steps:
         raise DFKDError(
             f'round {settings.rounds} comes after {before_last} updates, the student has'
-            f' {settings.updates}: fewer rounds, fewer updates between them, or more in all'
+            f' {settings.steps}: fewer rounds, fewer steps between them, or more in all'
         )
 
 # %% ../../../nbs/lab/tasks/transfer.ipynb #fab19514
@@ -174,7 +176,7 @@ def transfer(
         teacher if settings.learn_from == 'teacher' else None,
         student,
         images,
-        steps=settings.updates,
+        steps=settings.steps,
         **lesson,
         **training_arguments(settings, run.device),
     )
