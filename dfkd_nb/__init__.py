@@ -18,18 +18,21 @@ if TYPE_CHECKING:
     from dfkd_nb.applications.quantization import quantize as quantize
     from dfkd_nb.applications.segmentation import segmentation_ssd_kd as segmentation_ssd_kd
     from dfkd_nb.dreams.activation_matching import dream_distillation as dream_distillation
-    from dfkd_nb.dreams.competition import AdaptiveDeepInversion as AdaptiveDeepInversion
     from dfkd_nb.dreams.inversion import DeepInversion as DeepInversion
     from dfkd_nb.dreams.inversion import deepinversion_preset as deepinversion_preset
     from dfkd_nb.dreams.metadata import Metadata as Metadata
     from dfkd_nb.dreams.priors import Objective as Objective
     from dfkd_nb.dreams.statistics import Statistics as Statistics
+    from dfkd_nb.foundations.distillation import Callback as Callback
     from dfkd_nb.foundations.distillation import Distiller as Distiller
     from dfkd_nb.foundations.distillation import distill as distill
     from dfkd_nb.foundations.distillation import distillation_loss as distillation_loss
     from dfkd_nb.foundations.distillation import train as train
     from dfkd_nb.foundations.loop import AlternatingTrainer as AlternatingTrainer
     from dfkd_nb.foundations.loop import GrowingPool as GrowingPool
+    from dfkd_nb.foundations.loop import NoiseSynthesizer as NoiseSynthesizer
+    from dfkd_nb.foundations.loop import Pool as Pool
+    from dfkd_nb.foundations.loop import Synthesizer as Synthesizer
     from dfkd_nb.generators.contrastive import (
         ContrastiveSynthesizer as ContrastiveSynthesizer,
     )
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from dfkd_nb.toolbox.core import seed_everything as seed_everything
     from dfkd_nb.toolbox.data import ImageSet as ImageSet
     from dfkd_nb.toolbox.data import ImageSource as ImageSource
+    from dfkd_nb.toolbox.data import Sampler as Sampler
+    from dfkd_nb.toolbox.data import SyntheticBatch as SyntheticBatch
     from dfkd_nb.toolbox.datasets import load_data as load_data
     from dfkd_nb.toolbox.domains import DOMAINS as DOMAINS
     from dfkd_nb.toolbox.domains import Domain as Domain
@@ -66,26 +71,16 @@ if TYPE_CHECKING:
 # module -> the names that it hands out here
 _MODULES = {
     'applications.continual': ('add_classes',),
-    'applications.pruning': (
-        'PruningDistiller',
-        'PruningPlan',
-        'prune_filters',
-    ),
-    'applications.quantization': (
-        'calibrate',
-        'quantize',
-    ),
+    'applications.pruning': ('PruningDistiller', 'PruningPlan', 'prune_filters'),
+    'applications.quantization': ('calibrate', 'quantize'),
     'applications.segmentation': ('segmentation_ssd_kd',),
     'dreams.activation_matching': ('dream_distillation',),
-    'dreams.competition': ('AdaptiveDeepInversion',),
-    'dreams.inversion': (
-        'DeepInversion',
-        'deepinversion_preset',
-    ),
+    'dreams.inversion': ('DeepInversion', 'deepinversion_preset'),
     'dreams.metadata': ('Metadata',),
     'dreams.priors': ('Objective',),
     'dreams.statistics': ('Statistics',),
     'foundations.distillation': (
+        'Callback',
         'Distiller',
         'distill',
         'distillation_loss',
@@ -94,51 +89,28 @@ _MODULES = {
     'foundations.loop': (
         'AlternatingTrainer',
         'GrowingPool',
+        'NoiseSynthesizer',
+        'Pool',
+        'Synthesizer',
     ),
     'generators.contrastive': ('ContrastiveSynthesizer',),
     'generators.meta': ('MetaSynthesizer',),
-    'generators.methods': (
-        'build_method',
-        'ssd_kd',
-    ),
+    'generators.methods': ('build_method', 'ssd_kd'),
     'generators.replay': ('ReplayPool',),
     'generators.synthesizer': ('GeneratorSynthesizer',),
     'lab.diagnostics': ('verify',),
     'toolbox.augmentation': ('Augment',),
     'toolbox.core': ('seed_everything',),
-    'toolbox.data': (
-        'ImageSet',
-        'ImageSource',
-    ),
+    'toolbox.data': ('ImageSet', 'ImageSource', 'Sampler', 'SyntheticBatch'),
     'toolbox.datasets': ('load_data',),
-    'toolbox.domains': (
-        'DOMAINS',
-        'Domain',
-        'resize_images',
-    ),
-    'toolbox.errors': (
-        'DFKDError',
-        'DFKDWarning',
-    ),
-    'toolbox.evaluation': (
-        'evaluate',
-        'predict_logits',
-    ),
+    'toolbox.domains': ('DOMAINS', 'Domain', 'resize_images'),
+    'toolbox.errors': ('DFKDError', 'DFKDWarning'),
+    'toolbox.evaluation': ('evaluate', 'predict_logits'),
     'toolbox.figures': ('show_images',),
-    'toolbox.models': (
-        'build_model',
-        'count_parameters',
-    ),
-    'toolbox.networks': (
-        'load_weights',
-        'save_weights',
-    ),
+    'toolbox.models': ('build_model', 'count_parameters'),
+    'toolbox.networks': ('load_weights', 'save_weights'),
     'toolbox.sources': ('as_source',),
-    'toolbox.teachers': (
-        'Teacher',
-        'copy_blocks_from_teacher',
-        'load_teacher',
-    ),
+    'toolbox.teachers': ('Teacher', 'copy_blocks_from_teacher', 'load_teacher'),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -586,7 +586,7 @@ SHORT: dict[str, Any] = dict(steps=2, batch_size=4, device='cpu')
 @each(
     'call, words',
     [
-        (lambda: learner(steps=0), ('0 updates',)),
+        (lambda: learner(steps=0), ('0 steps',)),
         (lambda: learner(temperature=0.0), ('temperature',)),
         (lambda: learner(learning_rate=-1.0), ('learning_rate',)),
         (lambda: learner(warmup=2.0), ('warmup',)),

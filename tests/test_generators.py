@@ -208,9 +208,7 @@ def test_the_adversary_is_minus_the_distance():
     assert -math.log(2) <= adversarial_term('js')(view_of(90 * a, 90 * b)) <= 0
     agree = a.argmax(1) == b.argmax(1)
     assert agree.any() and not agree.all()
-    wanted = (
-        F.kl_div(b[agree].log_softmax(1), a[agree].softmax(1), reduction='sum') / 9
-    )
+    wanted = F.kl_div(b[agree].log_softmax(1), a[agree].softmax(1), reduction='sum') / 9
     assert torch.allclose(
         adversarial_term(agreement=True)(view_of(a, b)), -wanted, atol=1e-6
     )
@@ -298,7 +296,9 @@ def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
     before = [
         v.clone() for v in (*teacher.state_dict().values(), *student.state_dict().values())
     ]
-    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(12)
+    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(
+        12
+    )
     assert same(before, (*teacher.state_dict().values(), *student.state_dict().values()))
     assert student.training and all(p.grad is None for p in student.parameters())
     assert not any(

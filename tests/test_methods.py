@@ -10,15 +10,8 @@ import pytest
 import torch
 from cases import each
 
-from dfkd_nb.lab.recipes import (
-    SHIPPED,
-    Recipe,
-    compared,
-    compose,
-    find_task,
-    recipe_names,
-    tables,
-)
+from dfkd_nb.foundations.method_tables import method_tables
+from dfkd_nb.lab.recipes import SHIPPED, Recipe, compared, compose, find_task, recipe_names
 from dfkd_nb.lab.results import Result, read_history
 from dfkd_nb.lab.runs import Run
 from dfkd_nb.lab.tasks.common import open_teacher
@@ -26,7 +19,7 @@ from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 
-PAIRS, METHODS = tables()
+PAIRS, METHODS = method_tables()
 GENERATIVE = sorted(
     name for name, method in METHODS.items() if method.get('task') == 'generative'
 )

@@ -301,7 +301,9 @@ def test_the_statistical_test_can_fail():
     for _ in range(40):
         pool.sample(1000, generator)
     wrong = 40_000 * sampling_probabilities(pool.priorities, 0.5, pool.epsilon)
-    assert float(((pool.sample_counts - wrong).square() / wrong).sum()) > 39 + 10 * math.sqrt(78)
+    assert float(
+        ((pool.sample_counts - wrong).square() / wrong).sum()
+    ) > 39 + 10 * math.sqrt(78)
 
 
 def test_no_number_below_one_draws_beyond_the_last_image():
@@ -365,7 +367,9 @@ def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0])
     pool.set_priorities(torch.tensor([3, 1, 3]), torch.tensor([8.0, 0.5, 10.0]))
     assert pool.priorities.tolist() == [1.0, 0.5, 3.0, 9.0, 5.0]
-    pool.set_priorities(torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0]))
+    pool.set_priorities(
+        torch.tensor([0, 2, 2]), torch.tensor([float('nan'), float('inf'), 7.0])
+    )
     assert pool.priorities.tolist() == [1.0, 0.5, 7.0, 9.0, 5.0]
 
 
@@ -678,7 +682,10 @@ def test_the_buffer_in_numbers():
             lambda: filled().set_priorities(torch.tensor([5]), torch.ones(1)),
             'a buffer that holds 5',
         ),
-        (lambda: filled().set_priorities(torch.tensor([-1]), torch.ones(1)), 'count from 0'),
+        (
+            lambda: filled().set_priorities(torch.tensor([-1]), torch.ones(1)),
+            'count from 0',
+        ),
         (
             lambda: modulation(
                 torch.tensor([0]), torch.ones(1), torch.ones(2), 2, math.nan
@@ -706,7 +713,10 @@ def test_the_buffer_in_numbers():
             lambda: filled().update(torch.zeros(2, 10), torch.zeros(2, 10)),
             'sample one first',
         ),
-        (lambda: filled().set_priorities(torch.tensor([0, 1]), torch.ones(1)), 'give one of each'),
+        (
+            lambda: filled().set_priorities(torch.tensor([0, 1]), torch.ones(1)),
+            'give one of each',
+        ),
         (lambda: filled().load_state_dict({'size': 7}), 'same size'),
         (lambda: setattr(filled(), 'labels', torch.zeros(5)), "teacher's predictions"),
         (

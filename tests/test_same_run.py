@@ -470,11 +470,11 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ),
     (
         'loader',
-        lambda: as_source(DataLoader(TensorDataset(BATCH)), TOY),
+        lambda: as_source(DataLoader(TensorDataset(BATCH))),
         'ImageSet.collect',
     ),  # type: ignore[arg-type]
-    ('dataset', lambda: as_source(TensorDataset(BATCH), TOY), 'ImageSet.collect'),  # type: ignore[arg-type]
-    ('list', lambda: as_source([BATCH], TOY), 'ImageSet.collect'),  # type: ignore[arg-type]
+    ('dataset', lambda: as_source(TensorDataset(BATCH)), 'domain='),
+    ('list', lambda: as_source([BATCH]), 'domain='),  # type: ignore[arg-type]
     ('none', lambda: as_source(None, TOY), 'no images in a NoneType'),  # type: ignore[arg-type]
     ('module', lambda: as_source(network(), TOY), 'no images in a Sequential'),  # type: ignore[arg-type]
     (
@@ -487,7 +487,7 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     (
         'evaluate size',
         lambda: evaluate(Teacher(network(), TOY), load_data('cifar10-mini', limit=5)),
-        r'fit\(images',
+        r'resize_images\(images',
     ),
     ('one class', lambda: evaluate(network(classes=1), _one_class()), 'has one class'),
     ('collect none', lambda: ImageSet.collect(None, TOY), 'no images in a NoneType'),

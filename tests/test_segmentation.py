@@ -347,7 +347,7 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
         (lambda: seg.mean_iou(network(), plain), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), None), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), scenes, domain=swapped), "'sky' is class 0"),
-        (lambda: lesson([scenes.images], teacher), 'ImageSet.collect'),
+        (lambda: lesson('scenes', teacher), 'no images in a str'),
     ):
         with pytest.raises(DFKDError, match=words):
             call()

@@ -56,7 +56,8 @@ def reestimate_batchnorm(
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
+        >>> from dfkd_nb import DOMAINS
+        >>> from dfkd_nb.applications.batchnorm import reestimate_batchnorm
         >>> network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 10))
         >>> black = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
         >>> network = reestimate_batchnorm(network, black, DOMAINS['digits'])

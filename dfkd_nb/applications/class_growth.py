@@ -137,8 +137,8 @@ def extend_classifier(
     Raises: `DFKDError` for a network that cannot be widened, and for names that are taken.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.class_growth import extend_classifier
         >>> network = build_model('digits-net', 10, 1)
         >>> wider, domain = extend_classifier(network, ['a', 'b'], DOMAINS['digits'])
         >>> wider[-1].out_features, domain.classes[10:]

@@ -204,9 +204,10 @@ class ContinualDistiller(Distiller):
     Source: DeepInversion, Eq. 11 and supplement E.1.
 
     Example:
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ImageSet, Teacher, build_model
         >>> from dfkd_nb.applications.class_growth import extend_classifier
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb.applications.continual import ContinualDistiller
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> student, domain = extend_classifier(teacher, ['a', 'b'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
@@ -470,10 +471,12 @@ def add_classes(
     Raises: `DFKDError` for an unknown method, for a network that cannot be widened, and
     where images or labels are missing.
 
+    Source: Yin et al., 2020 (DeepInversion), section 4.5; the papers of the methods.
+
     Example:
+        >>> import torch
         >>> from dataclasses import replace
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, ImageSet, Teacher, add_classes, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> letters = replace(teacher.domain, classes=('a', 'b'))

@@ -52,9 +52,9 @@ def task_accuracies(
     network does not have.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import ImageSet
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ImageSet, build_model
+        >>> from dfkd_nb.applications.continual_metrics import task_accuracies
         >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
         >>> digits = ImageSet(images, torch.arange(4), DOMAINS['digits'])
         >>> network = build_model('digits-net', 10, 1)
@@ -123,6 +123,8 @@ def forgetting(
     Source: Chaudhry et al., 2018.
 
     Example:
+        >>> from dfkd_nb.applications.continual_metrics import TaskAccuracies
+        >>> from dfkd_nb.applications.continual_metrics import forgetting
         >>> before = TaskAccuracies(('old',), (0.9,), (0.9,), ((1.0,),))
         >>> after = TaskAccuracies(('old',), (0.6,), (0.8,), ((0.7,),))
         >>> round(forgetting([before, after])['old'], 3)

@@ -45,8 +45,8 @@ def network_cost(
     FLOPs are PyTorch's count: a multiplication and an addition are two.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.export import network_cost
         >>> cost = network_cost(build_model('digits-net', 10, 1), DOMAINS['digits'], 0.0)
         >>> cost.parameters
         24058
@@ -76,8 +76,8 @@ def export_network(
 
     Example:
         >>> import tempfile
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.export import export_network
         >>> network = build_model('digits-net', 10, 1)
         >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
         ...     errors = export_network(network, DOMAINS['digits'], folder)

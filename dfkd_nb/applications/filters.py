@@ -249,8 +249,8 @@ def find_filters(
     or if one of `layers` has none that can.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.filters import find_filters
         >>> filters = find_filters(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> filters.total, list(filters.groups)
         (112, ['0', '3', '6'])
@@ -366,8 +366,8 @@ def remove_filters(
     Raises: `DFKDError` if `kept` does not fit the network.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.filters import find_filters, remove_filters
         >>> network = build_model('digits-net', 10, 1)
         >>> filters = find_filters(network, DOMAINS['digits'])
         >>> kept = filters.keep_all()

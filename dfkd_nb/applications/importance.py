@@ -142,9 +142,9 @@ def filter_importance(
 
     Example:
         >>> import torch
+        >>> from dfkd_nb import DOMAINS, build_model
         >>> from dfkd_nb.applications.filters import find_filters
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb.applications.importance import filter_importance
         >>> network = build_model('digits-net', 10, 1)
         >>> filters = find_filters(network, DOMAINS['digits'])
         >>> images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)

@@ -66,8 +66,7 @@ def to_integers(
     Example:
         >>> import torch
         >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> weights = to_integers(quantize(teacher, images)).state_dict()
@@ -186,8 +185,7 @@ def load_integers(
     Example:
         >>> import tempfile, torch
         >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
         >>> digits = DOMAINS['digits']
         >>> model = build_model('digits-net', 10, 1)
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
@@ -277,12 +275,14 @@ def compile_x86(
     Example:
         >>> import torch
         >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
-        >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
+        >>> from dfkd_nb import DOMAINS, Teacher
+        >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        >>> teacher = Teacher(network, DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)
-        >>> fast = compile_x86(to_integers(quantized), images)  # doctest: +SKIP
+        >>> import platform  # the kernels are for x86
+        >>> if platform.machine().lower() in ('x86_64', 'amd64'):
+        ...     fast = compile_x86(to_integers(quantized), images)
     """
     if platform.machine().lower() not in ('x86_64', 'amd64'):
         raise DFKDError(

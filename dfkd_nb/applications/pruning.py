@@ -35,7 +35,13 @@ class PruningPlan:
     """How much is removed, in which portions, and what a removal costs.
 
     Raises: `DFKDError` for values out of range, and if latency counts without a table.
-    Source: DeepInversion, Eq. 10 and supplement C.2.
+
+    Source: Yin et al., 2020 (DeepInversion), Eq. 10 and supplement C.2.
+
+    Example:
+        >>> from dfkd_nb import PruningPlan
+        >>> PruningPlan(fraction=0.3, filters_per_removal=4).fraction
+        0.3
     """
 
     fraction: float = 0.5  # to be removed, of the filters or of the latency
@@ -203,8 +209,8 @@ def prune_filters(
     Raises: `DFKDError` if the fraction cannot be reached.
 
     Example:
+        >>> from dfkd_nb import DOMAINS, PruningPlan, build_model, prune_filters
         >>> from dfkd_nb.applications.filters import find_filters
-        >>> from dfkd_nb.toolbox.models import build_model
         >>> network = build_model('digits-net', 10, 1)
         >>> filters = find_filters(network, DOMAINS['digits'])
         >>> norms = {
@@ -231,8 +237,10 @@ class PruningDistiller(Distiller):
 
     Example:
         >>> import copy
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ImageSet, PruningDistiller, PruningPlan
+        >>> from dfkd_nb import Teacher, build_model
         >>> from dfkd_nb.applications.filters import find_filters
-        >>> from dfkd_nb.toolbox.data import ImageSet
         >>> domain = DOMAINS['digits']
         >>> teacher = Teacher(build_model('digits-net', 10, 1), domain)
         >>> student = copy.deepcopy(teacher.model).requires_grad_(True)
@@ -403,7 +411,11 @@ def load_pruned(
 
     Example:
         >>> import tempfile
-        >>> from dfkd_nb.applications.filters import find_filters, removed_filters
+        >>> from pathlib import Path
+        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.filters import find_filters, remove_filters
+        >>> from dfkd_nb.applications.filters import removed_filters
+        >>> from dfkd_nb.applications.pruning import load_pruned, save_pruned
         >>> network, domain = build_model('digits-net', 10, 1), DOMAINS['digits']
         >>> filters = find_filters(network, domain)
         >>> kept = filters.keep_all()

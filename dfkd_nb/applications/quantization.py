@@ -182,8 +182,7 @@ def calibrate(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
         >>> network = QuantizedNetwork(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> calibrate(network, images).calibrated
@@ -297,8 +296,7 @@ def ranges_from_batchnorm(
     Source: Nagel et al. 2019, section 4.2.1.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, build_model
         >>> network = QuantizedNetwork(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> ranges_from_batchnorm(network, samples=64).calibrated
         True
@@ -340,8 +338,7 @@ def quantize(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantize(teacher, images, bits=4)(torch.zeros(1, 1, 8, 8)).shape
@@ -425,8 +422,7 @@ def signal_to_noise(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> ratios = signal_to_noise(quantize(teacher, images, bits=8), images)
@@ -459,8 +455,7 @@ def finetune_quantized(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> network = quantize(teacher, images, bits=4)

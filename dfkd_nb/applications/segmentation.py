@@ -343,6 +343,7 @@ def segmentation_ssd_kd(
     Source: Fang et al. 2022; Liu et al. 2024.
 
     Example:
+        >>> from dfkd_nb import Teacher
         >>> from dfkd_nb.applications.segmentation_data import segmentation_domain
         >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> domain = segmentation_domain('scenes', (16, 16))

@@ -86,6 +86,8 @@ class SegmentationSet(ImageSource):
 
     Example:
         >>> import torch
+        >>> from dfkd_nb.applications.segmentation_data import SegmentationSet
+        >>> from dfkd_nb.applications.segmentation_data import segmentation_domain
         >>> images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
         >>> masks = torch.full((2, 8, 8), 4)
         >>> scenes = SegmentationSet(images, masks, segmentation_domain('scenes', (8, 8)))
@@ -315,6 +317,7 @@ def draw_scenes(
     Raises: `DFKDError` for no scene, or for fewer than 8 x 8 pixels.
 
     Example:
+        >>> from dfkd_nb.applications.segmentation_data import draw_scenes
         >>> scenes = draw_scenes(3, (16, 24), seed=0)
         >>> tuple(scenes.images.shape), tuple(scenes.masks.shape)
         ((3, 3, 16, 24), (3, 16, 24))

@@ -90,6 +90,7 @@ def build_segmenter(
 
     Example:
         >>> import torch
+        >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> network = build_segmenter('deeplab-tiny', num_classes=6).eval()
         >>> network(torch.zeros(1, 3, 32, 32))['out'].shape
         torch.Size([1, 6, 32, 32])

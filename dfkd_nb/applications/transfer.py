@@ -87,8 +87,9 @@ def learning_curve(
     Raises: `DFKDError` for a pool that is no `ImageSet`, or too small.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ImageSet, Teacher, build_model
+        >>> from dfkd_nb.applications.transfer import learning_curve
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
         >>> pool = ImageSet(images, torch.arange(20) % 10, teacher.domain)
@@ -149,8 +150,9 @@ def fidelity(
     Raises: `DFKDError` for no images.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
+        >>> from dfkd_nb.applications.transfer import fidelity
         >>> network = build_model('digits-net', 10, 1)
         >>> images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
         >>> fidelity(Teacher(network, DOMAINS['digits']), network, images)['agreement']
@@ -207,8 +209,9 @@ def teaching_values(
     Source: TracIn (Pruthi et al., 2020), Eq. 3.
 
     Example:
-        >>> from dfkd_nb.toolbox.domains import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
+        >>> from dfkd_nb.applications.transfer import teaching_values
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> student = build_model('digits-net', 10, 1)
         >>> images = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)

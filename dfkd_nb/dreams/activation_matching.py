@@ -93,8 +93,8 @@ class ActivationMatching(DeepInversion):
     Source: Bhardwaj et al., 2019 (Dream Distillation), section 3.2.
 
     Example:
-    >>> from dfkd_nb.toolbox.datasets import load_data
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import Metadata, load_data, load_teacher
+    >>> from dfkd_nb.dreams.activation_matching import ActivationMatching
     >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
     >>> metadata = Metadata.measure(
     ...     teacher, images.subset(200), clusters=1, components=2, smallest=3
@@ -206,11 +206,12 @@ def dream_distillation(
 ) -> ImageSet:  # uint8 images, labelled with the classes of their clusters
     """Images whose activations are near target embeddings drawn from the metadata.
 
+    Raises: `DFKDError` for metadata of another network, and for settings out of range.
+
     Source: Bhardwaj et al., 2019 (Dream Distillation).
 
     Example:
-    >>> from dfkd_nb.toolbox.datasets import load_data
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import Metadata, dream_distillation, load_data, load_teacher
     >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
     >>> metadata = Metadata.measure(
     ...     teacher, images.subset(200), clusters=1, components=2, smallest=3

@@ -85,10 +85,9 @@ class AdaptiveDeepInversion(DeepInversion):
     All images of a round are one batch; round 0 has no competition.
 
     Example:
-        >>> from dfkd_nb.foundations.distillation import Distiller
-        >>> from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, AlternatingTrainer, Distiller, GrowingPool
+        >>> from dfkd_nb import Teacher, build_model
+        >>> from dfkd_nb.dreams.competition import AdaptiveDeepInversion
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> student = build_model('digits-net', 10, 1)
         >>> dreams = AdaptiveDeepInversion(teacher, student, images_per_round=10, steps=3)

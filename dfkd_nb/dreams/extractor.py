@@ -207,7 +207,8 @@ class FeatureExtractor:
 
     Example:
     >>> import torch
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import Statistics, load_teacher
+    >>> from dfkd_nb.dreams.extractor import FeatureExtractor
     >>> teacher = load_teacher('cifar10-resnet20')
     >>> extractor = FeatureExtractor(teacher, Statistics.from_batchnorm(teacher))
     >>> logits, moments, embedding = extractor(torch.randn(2, 3, 32, 32))

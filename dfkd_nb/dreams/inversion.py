@@ -28,9 +28,10 @@ from dfkd_nb.dreams.image_batch import (
     target_classes,
 )
 from .inversion_loss import InversionLoss, inversion_objective
-from .priors import Objective, Term, per_image_weight
+from .priors import Objective, Term
 from .statistics import Statistics
 from ..foundations.distillation import learning_rate_at
+from ..foundations.method_tables import method_tables
 from dfkd_nb.toolbox.core import (
     load_checkpoint,
     pick_device,
@@ -57,6 +58,7 @@ def deepinversion_preset(
     Source: Yin et al., 2020 (DeepInversion), section 4.1, for `source='paper'`.
 
     Example:
+    >>> from dfkd_nb import deepinversion_preset
     >>> deepinversion_preset('deepdream')['feature_weight']
     0.0
     """
@@ -65,26 +67,14 @@ def deepinversion_preset(
         'deepdream': {'feature_weight'},
         'deepinversion': set(),
     }
-    # the paper's: one norm of 256
-    tv_l2, l2 = (per_image_weight(w, 256) for w in (2.5e-5, 3e-8))
-    chosen: dict[str, dict[str, Any]] = {
-        'book': {'tv_l2': 0.1, 'feature_weight': 3.0},
-        'paper': {'tv_l2': tv_l2, 'feature_weight': 10.0},
-        'imagenet': {
-            'tv_l2': 0.1,
-            'feature_weight': 2.0,
-            'feature_scale': 'relative',
-            'first_layer_weight': 3.0,
-        },
-    }
+    chosen = method_tables()[1]['deepinversion']['variants']
     if method not in left_out:
         raise DFKDError(f"unknown method '{method}': use {', '.join(left_out)}")
     if source not in chosen:
         raise DFKDError(f"unknown source '{source}': use {', '.join(chosen)}")
-    weights = {'class_weight': 1.0, 'tv_l1': 0.0, 'l2': l2} | chosen[source]
     return {
         name: 0.0 if name in left_out[method] else weight
-        for name, weight in weights.items()
+        for name, weight in chosen[source].items()
     }
 
 # %% ../../nbs/dreams/05_inversion.ipynb #ee505841
@@ -101,7 +91,7 @@ class DeepInversion:
     Source: Yin et al., 2020 (DeepInversion), Eq. 2 to 7.
 
     Example:
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import DeepInversion, load_teacher
     >>> teacher = load_teacher('cifar10-resnet20')
     >>> inversion = DeepInversion(teacher, steps=2, batch_size=4, device='cpu')
     >>> images = inversion.synthesize(4, ['cat', 'ship'])

@@ -166,8 +166,7 @@ class Metadata:
     Source: Bhardwaj et al., 2019 (Dream Distillation), section 3.1.
 
     Example:
-    >>> from dfkd_nb.toolbox.datasets import load_data
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import Metadata, load_data, load_teacher
     >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
     >>> metadata = Metadata.measure(
     ...     teacher, images.subset(200), clusters=1, components=2, smallest=3

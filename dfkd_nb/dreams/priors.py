@@ -27,6 +27,7 @@ class LossInputs:
 
     Example:
     >>> import torch
+    >>> from dfkd_nb.dreams.priors import LossInputs, class_loss
     >>> x, logits = torch.zeros(2, 1, 8, 8), torch.zeros(2, 10)
     >>> float(class_loss(LossInputs(x, logits, torch.tensor([3, 5]))))  # log 10
     2.3025851249694824
@@ -76,6 +77,8 @@ class Objective:
     Raises: `DFKDError` for a weight that is not finite, and where all weights are 0.
 
     Example:
+    >>> from dfkd_nb import Objective
+    >>> from dfkd_nb.dreams.priors import class_loss, tv_term
     >>> objective = Objective({'class': (1, class_loss), 'tv': (0.1, tv_term())})
     >>> objective.reweigh(tv=0.2)
     Objective(1 class + 0.2 tv)
@@ -160,6 +163,7 @@ def total_variation(
 
     Example:
     >>> import torch
+    >>> from dfkd_nb.dreams.priors import total_variation
     >>> edge = torch.tensor([[0.0, 1.0], [0.0, 1.0]])[None, None]
     >>> total_variation(edge, 'l1')  # horizontal 1, vertical 0, both diagonals 1
     tensor([3.])
@@ -203,6 +207,7 @@ def tv_term(
 
     Example:
     >>> import torch
+    >>> from dfkd_nb.dreams.priors import LossInputs, tv_term
     >>> inputs = LossInputs(torch.ones(1, 1, 4, 4), torch.zeros(1, 2), torch.tensor([0]))
     >>> tv_term('l1')(inputs)  # a constant image
     tensor(0.)

@@ -34,6 +34,7 @@ class RunningStatistics:
 
     Example:
     >>> import torch
+    >>> from dfkd_nb.dreams.running_statistics import RunningStatistics
     >>> running, one = RunningStatistics(momentum=0.1), torch.ones(1)
     >>> running.update({'layer': (2 * one, one)})  # the first batch as it is
     >>> running.mix({'layer': (7 * one, one)})['layer'][0]

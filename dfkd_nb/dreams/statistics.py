@@ -175,6 +175,7 @@ class Watch:
     Example:
     >>> import torch
     >>> from torch import nn
+    >>> from dfkd_nb.dreams.statistics import Watch
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     >>> with Watch(network) as watch:
     ...     y = network(torch.zeros(2, 1, 8, 8))
@@ -362,6 +363,7 @@ def measure_moments(
     Example:
     >>> import torch
     >>> from torch import nn
+    >>> from dfkd_nb.dreams.statistics import measure_moments
     >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     >>> images = torch.randn(6, 1, 8, 8)
     >>> one = measure_moments(network, images)['1']
@@ -401,7 +403,7 @@ class Statistics(Mapping[str, Moments]):
     Raises: `DFKDError` for no layer, for NaN, and for negative variances.
 
     Example:
-    >>> from dfkd_nb.toolbox.teachers import load_teacher
+    >>> from dfkd_nb import Statistics, load_teacher
     >>> Statistics.from_batchnorm(load_teacher('cifar10-resnet20'))
     Statistics(19 layers, 688 channels)
     """
@@ -553,6 +555,8 @@ def feature_loss(
 
     Example:
     >>> import torch
+    >>> from dfkd_nb import Statistics
+    >>> from dfkd_nb.dreams.statistics import feature_loss
     >>> zeros, ones = torch.zeros(2), torch.ones(2)
     >>> statistics = Statistics({'layer': (zeros, ones)})
     >>> feature_loss({'layer': (torch.tensor([3.0, 4.0]), ones)}, statistics)[0]
@@ -586,6 +590,9 @@ def feature_term(
 
     Example:
     >>> import torch
+    >>> from dfkd_nb import Statistics
+    >>> from dfkd_nb.dreams.priors import LossInputs
+    >>> from dfkd_nb.dreams.statistics import feature_term
     >>> zeros, ones = torch.zeros(2), torch.ones(2)
     >>> term = feature_term(Statistics({'layer': (zeros, ones)}))
     >>> x, logits, targets = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2), torch.tensor([0])

@@ -48,8 +48,18 @@ def distillation_loss(
     temperature: float = 4.0,  # of both softmaxes
     weights: Tensor | None = None,  # `(N,)`, how much each image counts; None: all alike
 ) -> Tensor:  # scalar, nats times T²: mean over images (and places)
-    """KL divergence of the softened student from the softened teacher, times T² (Hinton et
-    al., 2015, section 2).
+    """KL divergence of the softened student from the softened teacher, times T².
+
+    Raises: `DFKDError` for a temperature that is not positive, and for unequal shapes.
+
+    Source: Hinton et al., 2015, section 2.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import distillation_loss
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+        >>> round(distillation_loss(student, teacher, temperature=2.0).item(), 3)
+        0.444
     """
     if temperature <= 0:
         raise DFKDError(f'temperature {temperature}: give a positive one')
@@ -151,7 +161,21 @@ def build_optimizer(
 
 # %% ../../nbs/foundations/01_distillation.ipynb #5d0c11ab
 class Callback:
-    "What a `Distiller` calls while it trains; override what you need."
+    """What a `Distiller` calls while it trains; override what you need.
+
+    No method has to be there, and none is an error.
+
+    Example:
+        >>> from dfkd_nb import Callback, build_model, load_data, train
+        >>> class Count(Callback):
+        ...     steps = 0
+        ...     def on_step(self, distiller, losses):
+        ...         self.steps += 1
+        >>> count, network = Count(), build_model('digits-net', channels=1)
+        >>> done = train(network, load_data('digits'), steps=3, callbacks=[count])
+        >>> count.steps
+        3
+    """
 
     def on_step(self, distiller: 'Distiller', losses: dict[str, Tensor]) -> None:
         "After each step, with its loss and the parts of it, on the device."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Synthesizer', 'synthesize_batches', 'NoiseSynthesizer', 'Pool', 'check_new_images', 'GrowingPool',
-           'AlternatingTrainer', 'join_batches', 'share_student_domain']
+           'AlternatingTrainer', 'share_student_domain']
 
 # %% ../../nbs/foundations/02_loop.ipynb #ed6049b6
 import time
@@ -105,8 +105,10 @@ def synthesize_batches(
 class NoiseSynthesizer(Synthesizer):
     """Batches of uniform random pixels: the baseline of every comparison.
 
+    Raises: `DFKDError` for batches without images.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> from dfkd_nb import DOMAINS, NoiseSynthesizer
         >>> len(NoiseSynthesizer(DOMAINS['digits'], batch_size=4).synthesize(6))
         8
     """
@@ -125,8 +127,7 @@ class NoiseSynthesizer(Synthesizer):
 
     def step(self) -> None:
         "A whole batch."
-        shape = self.batch_size, *self.domain.shape
-        images = torch.randint(256, shape, generator=self.generator, dtype=torch.uint8)
+        images = self.sample_images(self.batch_size, self.generator)
         labels = torch.arange(self.batch_size) % self.domain.num_classes
         self.batch = SyntheticBatch(images, labels)
 
@@ -215,8 +216,11 @@ class GrowingPool(Pool):
 
     Batches are drawn evenly from all of it, the newest images first.
 
+    Raises: `DFKDError` for images or labels that do not fit the domain.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, GrowingPool
         >>> pool = GrowingPool(DOMAINS['digits'])
         >>> images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
         >>> pool.add(images, labels=torch.arange(6))
@@ -245,9 +249,6 @@ class GrowingPool(Pool):
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
         # images in all; those that were there at the last drawing
         self._count = self._old = 0
-
-    def __len__(self) -> int:
-        return self._count
 
     @property
     def images(self) -> Tensor:  # type: ignore[override]
@@ -301,13 +302,10 @@ class GrowingPool(Pool):
 
     def state_dict(self) -> dict[str, Any]:
         "The images and where the drawing stands."
-        # a view would save all the empty room
-        kept = (
-            {'images': self.images.clone(), 'labels': self.labels.clone()}
-            if self.saves_images
-            else {}
-        )
-        return self._epochs.state_dict() | kept | {'count': self._count, 'old': self._old}
+        state = self._epochs.state_dict() | {'count': self._count, 'old': self._old}
+        if self.saves_images:  # a view would save all the empty room
+            state |= {'images': self.images.clone(), 'labels': self.labels.clone()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` stood; without images in it, as many have to be here
@@ -319,11 +317,9 @@ class GrowingPool(Pool):
             )
         if 'images' in state:
             self.domain.check(state['images'])
-            self._images, self._labels, self._count = (
-                state['images'].to(self.device),
-                state['labels'].to(self.device),
-                len(state['images']),
-            )
+            self._images = state['images'].to(self.device)
+            self._labels = state['labels'].to(self.device)
+            self._count = len(self._images)
         if self._count != state['count']:
             raise DFKDError(
                 f'the pool holds {self._count} images, the saved state is about'
@@ -337,9 +333,12 @@ class GrowingPool(Pool):
 class AlternatingTrainer:
     """Synthesize, distil, repeat: the one loop of all data-free methods.
 
+    Raises: `DFKDError` for numbers of rounds and steps that do not agree with the distiller,
+    and while it runs for a loss that is not finite.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, AlternatingTrainer, Distiller, GrowingPool
+        >>> from dfkd_nb import NoiseSynthesizer, Teacher, build_model
         >>> domain = DOMAINS['digits']
         >>> teacher = Teacher(build_model('digits-net', 10, 1), domain)
         >>> student, pool = build_model('digits-net', 10, 1), GrowingPool(domain)
@@ -364,8 +363,8 @@ class AlternatingTrainer:
         warmup_rounds: int = 0,  # first rounds without steps of the student
         # of the student after the last round's batches; None: `steps_per_round`
         final_steps: int | None = None,
-        # numbers about a round's images, before the student has trained on them: from this
-        # trainer and a batch of them all; a row of `history`
+        # numbers about a round's images, before the student has trained on them, from this
+        # trainer and all of them as one batch: a row of `history`
         measure: (
             Callable[['AlternatingTrainer', SyntheticBatch], Mapping[str, float]] | None
         ) = None,
@@ -463,31 +462,37 @@ class AlternatingTrainer:
             return
         batch = self.synthesizer.pop()
         if self.pool is not None:
-            self.pool.add(
-                batch.images, batch.labels, batch.teacher_logits, batch.student_logits
-            )
+            self._fill_pool(batch)
         if self.measure is not None:
             self._unmeasured.append(batch)
         self._batches += 1
         if self._batches == self.batches_per_round:
             self._end_round()
 
+    def _fill_pool(self, batch: SyntheticBatch) -> None:
+        # those of another student tell the pool nothing
+        known = getattr(self.synthesizer, 'student', None) is self.student
+        student_logits = batch.student_logits if known else None
+        self.pool.add(batch.images, batch.labels, batch.teacher_logits, student_logits)
+
     def _end_round(self) -> None:
         if self.measure is not None:
-            made, self._unmeasured = join_batches(self._unmeasured), []
+            images = torch.cat([batch.images for batch in self._unmeasured])
+            labels = torch.cat([batch.labels for batch in self._unmeasured])
+            self._unmeasured = []
             row = {'round': self.round, 'steps': self.done}
             if self.pool is not None:
                 row['images'] = len(self.pool)
-            self.history.append(row | dict(self.measure(self, made)))
+            self.history.append(
+                row | dict(self.measure(self, SyntheticBatch(images, labels)))
+            )
         self.round, self._begun = self.round + 1, False
 
     def run(
         self,
         # stop after so many steps of the student; None: to the end
         until: int | None = None,
-        # called every `log_every` steps of the student, and after every step of images;
-        # True
-        # stops
+        # called every `log_every` steps and after every step of images; True stops
         callback: Callable[['AlternatingTrainer'], bool | None] | None = None,
         log_every: int = 20,  # steps between two calls, and between rows of losses
         deadline: float | None = None,  # stop cleanly at this `time.monotonic()`
@@ -581,21 +586,6 @@ class AlternatingTrainer:
         self._begun, self._batches = state['begun'], state['batches']
         self._unmeasured = [SyntheticBatch(**batch) for batch in state['unmeasured']]
         self.history = [dict(row) for row in state['history']]
-
-
-def join_batches(
-    batches: list[SyntheticBatch],  # one or more
-) -> SyntheticBatch:  # one; logits where all of them have some
-    "Several batches as one."
-    if len(batches) == 1:
-        return batches[0]
-
-    def joined(name: str) -> Any:
-        parts = [getattr(batch, name) for batch in batches]
-        return None if any(part is None for part in parts) else torch.cat(parts)
-
-    fields = 'images', 'labels', 'teacher_logits', 'student_logits'
-    return SyntheticBatch(*(joined(name) for name in fields))
 
 
 def share_student_domain(

@@ -272,13 +272,17 @@ class MemoryBank:
 # %% ../../nbs/generators/09_contrastive.ipynb #93703a6d
 #| code-fold: true
 class ContrastiveSynthesizer(GeneratorSynthesizer):
-    """Contrastive model inversion: a part of an image must tell it from all others, those of
-    earlier batches too (CMI, Fang et al., 2021).
+    """Contrastive model inversion: a part of an image identifies it among all others.
+
+    The others are those of earlier batches too, kept in a memory bank.
+
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
+    Source: Fang et al., 2021 (CMI).
 
     Example:
+        >>> from dfkd_nb import DOMAINS, ContrastiveSynthesizer, Teacher, build_model
         >>> from dfkd_nb.generators.generators import Generator
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> generator = Generator((1, 8, 8), latent_size=16, width=8)
         >>> synthesizer = ContrastiveSynthesizer(

@@ -83,13 +83,15 @@ META_UPDATES = 'fomaml-sum', 'fomaml', 'reptile'  # words for the first-order gr
 # %% ../../nbs/generators/10_meta.ipynb #605361c3
 #| code-fold: true
 class MetaSynthesizer(GeneratorSynthesizer):
-    """Batches of images, each adapted in k steps from what earlier batches have in common
-    (FastDFKD, Algorithm 1).
+    """Batches of images, each adapted in k steps from what earlier batches have in common.
+
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
+    Source: Fang et al., 2022 (FastDFKD), Algorithm 1.
 
     Example:
+        >>> from dfkd_nb import DOMAINS, MetaSynthesizer, Teacher, build_model
         >>> from dfkd_nb.generators.generators import Generator
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> generator = Generator((1, 8, 8), latent_size=16, width=8)
         >>> synthesizer = MetaSynthesizer(

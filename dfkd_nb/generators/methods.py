@@ -298,9 +298,10 @@ def build_method(
 
     Raises: `DFKDError` for an unknown name, or for parts that do not go together.
 
+    Source: the paper of each method, see the table in Generators.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_method, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> student = build_model('digits-net', 10, 1)
         >>> small = {'rounds': 3, 'steps_per_round': 2, 'generator_width': 8}
@@ -409,11 +410,13 @@ def ssd_kd(
 ) -> AlternatingTrainer:  # call `run()`; `.pool` is the buffer
     """All parts of SSD-KD, put together (Algorithm 1).
 
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
     Source: Liu et al., 2024.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, ssd_kd
+        >>> from dfkd_nb.generators.generators import Generator
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> student = build_model('digits-net', 10, 1)
         >>> small = {'generator': Generator((1, 8, 8), 16, 8), 'batch_size': 16, 'steps': 2}

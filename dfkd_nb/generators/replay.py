@@ -45,12 +45,18 @@ def importance_weights(
 # %% ../../nbs/generators/11_replay.ipynb #88d519a8
 #| code-fold: true
 class ReplayPool(Pool):
-    """Images as uint8 in a buffer of constant size; what the student still gets wrong is
-    drawn more often (SSD-KD, section 3.4).
+    """A buffer of constant size that draws what the student still gets wrong more often.
+
+    Images are kept as uint8; when it is full, the oldest go first.
+
+    Raises: `DFKDError` for settings out of range, for images that do not fit, and for logits
+    of another batch than the last.
+
+    Source: Liu et al., 2024 (SSD-KD), section 3.4.
 
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import build_model
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, ReplayPool, Teacher, build_model
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> pool = ReplayPool(teacher.domain, size=8, teacher=teacher)
         >>> pool.add(torch.zeros(12, 1, 8, 8, dtype=torch.uint8))

@@ -51,9 +51,11 @@ class GeneratorSynthesizer(GeneratorObjective):
 
     Weights and switches are the methods: DAFL, ZSKT and DFQ are three rows of `METHODS`.
 
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
     Example:
-        >>> from dfkd_nb.toolbox.data import DOMAINS
-        >>> from dfkd_nb.toolbox.models import Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, GeneratorSynthesizer, Teacher, build_model
+        >>> from dfkd_nb.generators.generators import Generator
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> generator = Generator((1, 8, 8), latent_size=16, width=8)
         >>> synthesizer = GeneratorSynthesizer(

@@ -30,15 +30,16 @@ def training_images(
 ) -> str:  # one sentence
     "The images that a network was trained on, and whether any of them was real."
     source = settings.get('images_from') or ''
-    lists = [settings.get(key) for key in ('sources', 'methods')]
-    if several := next(filter(None, lists), '' if isinstance(source, str) else source):
-        names, new = in_words(several), ''
+    keys = ('sources', 'methods', *(['images_from'] if not isinstance(source, str) else []))
+    if several := next((settings[key] for key in keys if settings.get(key)), None):
+        new = ''
         if settings.get('new_data'):
             data = in_words(settings['new_data'])
             new = f' All were trained on real images of the new classes, {data}.'
         return (
-            f'One network for each of: {names}. Those called real, labels or oracle, or'
-            f' after a data set, were trained on real images, the others were not.{new}'
+            f'One network for each of: {in_words(several)}. Those called real, labels or'
+            ' oracle, or after a data set, were trained on real images, the others were'
+            f' not.{new}'
         )
     if 'data' in settings:
         return f'Real images: the training set of {settings["data"]}, with labels.'
@@ -63,7 +64,8 @@ def _synthetic_images(settings: dict[str, Any], source: str) -> str:
     if settings.get('statistics_images'):
         return (
             f'{made}, but the feature statistics were measured on'
-            f' {settings["statistics_images"]} real images of {settings["statistics_data"]}.'
+            f' {settings["statistics_images"]} real images of'
+            f' {settings["statistics_data"]}.'
         )
     if settings.get('embedding_weight'):
         return (

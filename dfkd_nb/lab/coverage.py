@@ -123,6 +123,8 @@ def precision_recall(
     Source: Kynkäänniemi et al., 2019, Eq. 1 and 2.
 
     Example:
+        >>> import torch
+        >>> from dfkd_nb.lab.coverage import precision_recall
         >>> real = torch.stack([torch.arange(10.0), torch.zeros(10)], 1)
         >>> precision_recall(real, torch.tensor([[3.0, 0.0], [4.0, 0.0]]), neighbours=1)
         (1.0, 0.4)
@@ -294,8 +296,8 @@ def coverage_map(
     Source: DeepInversion, Fig. 7.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.coverage import coverage_map
         >>> images, teacher = load_data('cifar10-mini'), load_teacher('cifar10-resnet20')
         >>> found = coverage_map(images.subset(40), images.subset(40), teacher)
         >>> found.measures['dreams']['coverage']
@@ -463,8 +465,8 @@ def nearest_neighbours(
     Source: DeepInversion, Fig. 8.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.coverage import nearest_neighbours
         >>> images, teacher = load_data('cifar10-mini'), load_teacher('cifar10-resnet20')
         >>> nearest_neighbours(images.subset(3), images.subset(40), teacher, k=1).indices
         tensor([[0],

@@ -161,8 +161,7 @@ def verify(
     Source: DeepInversion, Table 2.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher, verify
         >>> images = load_data('cifar10-mini', limit=20)
         >>> found = verify(images, {'ResNet-20': load_teacher('cifar10-resnet20')})
         >>> round(found.accuracy['ResNet-20'], 2)
@@ -280,8 +279,8 @@ def class_histogram(
     Source: SSD-KD, Fig. 2b.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.diagnostics import class_histogram
         >>> images = load_data('cifar10-mini', limit=20)
         >>> found = class_histogram(images, load_teacher('cifar10-resnet20'))
         >>> int(found.counts['dreams'].sum())
@@ -398,8 +397,8 @@ def difficulty(
     Source: SSD-KD, Eq. 3.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.diagnostics import difficulty
         >>> images = load_data('cifar10-mini', limit=20)
         >>> found = difficulty(images, load_teacher('cifar10-resnet20'))
         >>> found.values['dreams'].shape
@@ -505,8 +504,8 @@ def layer_distances(
     Source: DeepInversion, Eq. 4.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.diagnostics import layer_distances, noise_images
         >>> teacher, images = load_teacher('cifar10-resnet20'), load_data('cifar10-mini')
         >>> noise = noise_images(teacher.domain, 50)
         >>> found = layer_distances({'real': images.subset(50), 'noise': noise}, teacher)

@@ -135,7 +135,9 @@ def _check_network_options(arguments: argparse.Namespace) -> list[str]:
             ' --checkpoint FILE or --pretrained'
         )
     elif bool(arguments.checkpoint) == arguments.pretrained:
-        raise DFKDError('no weights are named: give --checkpoint FILE or --pretrained')
+        raise DFKDError(
+            'one set of weights is needed: give either --checkpoint FILE or --pretrained'
+        )
     elif arguments.pretrained and arguments.num_classes not in (None, 1000):
         raise DFKDError(
             f'--pretrained networks have 1000 classes, not {arguments.num_classes}: leave'

@@ -57,8 +57,9 @@ class Report:
     """All findings about one set of images: as text, figure, numbers and HTML page.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher, verify
+        >>> from dfkd_nb.lab.observations import observe
+        >>> from dfkd_nb.lab.reports import Report
         >>> images = load_data('cifar10-mini', limit=20)
         >>> teacher = load_teacher('cifar10-resnet20')
         >>> report = Report('photographs', observe(images, teacher), {}, {}, {})
@@ -235,8 +236,8 @@ def inspect_images(
     """All diagnostics that the given networks and images allow; the others with a reason.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.reports import inspect_images
         >>> images = load_data('cifar10-mini', limit=10)
         >>> report = inspect_images(images, load_teacher('cifar10-resnet20'))
         >>> list(report.missing)

@@ -116,8 +116,8 @@ def inception_score(
     Source: Salimans et al., 2016.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.scores import inception_score
         >>> images = load_data('cifar10-mini', limit=40)
         >>> found = inception_score(images, load_teacher('cifar10-resnet20'))
         >>> 1 <= found.score <= found.bound
@@ -276,8 +276,8 @@ def frechet_distance(
     Source: Heusel et al., 2017.
 
     Example:
-        >>> from dfkd_nb.toolbox.datasets import load_data
-        >>> from dfkd_nb.toolbox.teachers import load_teacher
+        >>> from dfkd_nb import load_data, load_teacher
+        >>> from dfkd_nb.lab.scores import frechet_distance
         >>> images, teacher = load_data('cifar10-mini'), load_teacher('cifar10-resnet20')
         >>> found = frechet_distance(images.subset(40), images.subset(40), teacher)
         >>> round(found.distance, 6)

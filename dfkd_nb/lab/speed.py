@@ -259,6 +259,7 @@ def benchmark(
     Raises: `DFKDError` for an unknown variant or clock, and where losses differ.
 
     Example:
+        >>> from dfkd_nb.lab.speed import benchmark
         >>> found = benchmark('resnet8', batch=2, variants=('plain', 'folded'), rounds=1)
         >>> list(found['variants'])
         ['plain', 'folded']

@@ -52,7 +52,17 @@ def random_flip(
 # %% ../../nbs/toolbox/augmentation.ipynb #44f0d9a1
 @dataclass(frozen=True)
 class Augment:
-    "Random crops and mirror images of a uint8 batch."
+    """Random crops and mirror images of a uint8 batch, drawn from a generator.
+
+    No setting is an error; padding 0 and `flip=False` return the batch itself.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import Augment
+        >>> images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        >>> Augment(padding=4)(images, torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3, 32, 32])
+    """
 
     padding: int = 4  # pixels on every side; 0 for none
     flip: bool = True  # left and right are exchangeable (not for digits)

@@ -122,7 +122,17 @@ def same_device(
 def seed_everything(
     seed: int,  # 0 to 2**64 - 1
 ) -> torch.Generator:  # a CPU generator with the same seed, for explicit draws
-    "Seed Python, NumPy and PyTorch (its GPUs too); a seed out of range is a `DFKDError`."
+    """Seed Python, NumPy and PyTorch, GPUs too.
+
+    Raises: `DFKDError` for a seed out of range.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import seed_everything
+        >>> generator = seed_everything(3)
+        >>> torch.rand(1, generator=generator) == torch.rand(1)
+        tensor([True])
+    """
     if not 0 <= seed < 2**64:
         raise DFKDError(f'seed {seed} is out of range: use 0 to 2**64 - 1')
     random.seed(seed)

@@ -444,7 +444,17 @@ def _walk(
 # %% ../../nbs/toolbox/27_data.ipynb #5e7b1a90
 @dataclass
 class SyntheticBatch:
-    "A finished batch of synthetic images, as a synthesizer hands it over."
+    """A finished batch of synthetic images, as a synthesizer hands it over.
+
+    No value is an error here; whoever takes the batch checks it.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import SyntheticBatch
+        >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+        >>> SyntheticBatch(images, labels=torch.arange(4)).teacher_logits is None
+        True
+    """
 
     images: Tensor  # uint8 `(n, C, H, W)`
     labels: Tensor  # int64 `(n,)`, the target classes

@@ -213,8 +213,17 @@ def load_data(
     # given)
     domain: Domain | None = None,
 ) -> ImageSet | ImageFiles:  # in memory, except ImageNet and folders
-    """A data set by name: what ships, Parquet files, a folder, or torchvision's download,
-    in this order.
+    """A data set by name: one that ships, Parquet files, a folder, or a download.
+
+    The first that is found is taken, in this order.
+
+    Raises: `DFKDError` for an unknown name or split, and where nothing is found.
+
+    Example:
+        >>> from dfkd_nb import load_data
+        >>> digits = load_data('digits', 'train')
+        >>> len(digits), digits.domain.shape
+        (1297, (1, 8, 8))
     """
     if split not in ('train', 'test'):
         raise DFKDError(f"unknown split '{split}': use 'train' or 'test'")

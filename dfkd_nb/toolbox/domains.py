@@ -30,9 +30,18 @@ def _per_channel(
 #| code-fold: true
 @dataclass(frozen=True)
 class Domain:
-    """What a tensor of images means.
+    """What a tensor of images means: shape, normalisation and classes.
 
-    Its shape, the normalisation the network was trained with, the classes.
+    Raises: `DFKDError` for numbers that do not belong together, such as two means for three
+    channels or means of pixels from 0 to 255. `normalize` and `check` raise one for images
+    that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import Domain
+        >>> pets = Domain('pets', (3, 64, 64), (0.5,) * 3, (0.25,) * 3, ('cat', 'dog'))
+        >>> pets.normalize(torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)).max().item()
+        2.0
     """
 
     name: str  # e.g. 'cifar10'
@@ -334,9 +343,16 @@ def resize_images(
 ) -> (
     Tensor
 ):  # `(N, C, H, W)` of the domain's channels and size; untouched where they fit already
-    """Images as another network wants them.
+    """Images as another network takes them: bicubic, antialiased, grey as three channels.
 
-    Resized (bicubic, antialiased), grey repeated to three channels.
+    Raises: `DFKDError` for colour images where the network takes grey ones.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, resize_images
+        >>> digits = torch.zeros(5, 1, 8, 8, dtype=torch.uint8)
+        >>> resize_images(digits, DOMAINS['cifar10'], as_bytes=True).shape
+        torch.Size([5, 3, 32, 32])
     """
     if images.ndim != 4:
         raise DFKDError(f'images of shape {tuple(images.shape)}: give (N, C, H, W)')

@@ -163,13 +163,23 @@ def wilson_interval(
 # %% ../../nbs/toolbox/evaluation.ipynb #ffd72ad1
 @torch.no_grad()
 def predict_logits(
-    network: nn.Module,  # a teacher, or a student; asked in eval mode
+    network: nn.Module,  # a teacher or a student
     images: ImageSource,  # uint8
     domain: Domain,  # the normalisation that the network expects
 ) -> Tensor:  # logits `(N, K)`, on the CPU
-    "What a network says to images."
+    """The logits of a network for all images of a source, in eval mode.
+
+    Raises: `DFKDError` where there are no images.
+
+    Example:
+        >>> from dfkd_nb import build_model, load_data, predict_logits
+        >>> digits = load_data('digits', limit=20)
+        >>> network = build_model('digits-net', channels=1)
+        >>> predict_logits(network, digits, digits.domain).shape
+        torch.Size([20, 10])
+    """
     if not len(images):
-        raise DFKDError('there are no images to ask about: give some')
+        raise DFKDError('there are no images to predict: give some')
     with in_eval_mode(network):
         return torch.cat(
             [

@@ -87,8 +87,15 @@ def show_images(
     columns: int = 10,  # pictures in a row
     size: float = 0.9,  # inches a picture
 ) -> Any:  # matplotlib's figure
-    """A grid of images, nearest neighbour, one shared intensity scale; NaN or another shape
-    is a `DFKDError`.
+    """A grid of images, without smoothing, on one shared intensity scale.
+
+    Raises: `DFKDError` for NaN and for images that are not `(N, 1 or 3, H, W)`.
+
+    Example:
+        >>> from dfkd_nb import load_data, show_images
+        >>> figure = show_images(load_data('digits', limit=4).images, columns=2)
+        >>> len(figure.axes)
+        4
     """
     import matplotlib.pyplot as plt
 

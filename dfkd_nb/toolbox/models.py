@@ -241,9 +241,14 @@ def build_model(
     # torchvision's are downloaded
     pretrained: bool = False,
 ) -> nn.Module:  # in training mode, freshly initialised
-    """A network by name.
+    """A network by name, with fresh weights unless `pretrained`.
 
-    An unknown name, or a size that the network cannot have, is a `DFKDError`.
+    Raises: `DFKDError` for an unknown name and for a size that the network cannot have.
+
+    Example:
+        >>> from dfkd_nb import build_model, count_parameters
+        >>> count_parameters(build_model('wrn16-1', num_classes=10))
+        175066
     """
     if num_classes < 1 or channels < 1:
         raise DFKDError(
@@ -377,5 +382,14 @@ def torchvision_weights(name: str, weights: str) -> nn.Module:
 def count_parameters(
     model: nn.Module,  # any network
 ) -> int:  # numbers that training could change
-    "Trainable and frozen parameters, without buffers such as BatchNorm's statistics."
+    """Trainable and frozen parameters, without buffers such as BatchNorm's statistics.
+
+    No network is an error.
+
+    Example:
+        >>> from torch import nn
+        >>> from dfkd_nb import count_parameters
+        >>> count_parameters(nn.Linear(3, 2))
+        8
+    """
     return sum(p.numel() for p in model.parameters())

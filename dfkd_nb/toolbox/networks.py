@@ -271,9 +271,17 @@ def save_weights(
     metadata: dict[str, str] | None = None,  # e.g. model, domain, accuracy
     half: bool = True,  # floats in half precision, except statistics that it cannot hold
 ) -> None:
-    """A network's weights as safetensors, atomically.
+    """A network's weights as a safetensors file, atomically.
 
-    Weights too large for half precision are a `DFKDError`.
+    Raises: `DFKDError` for weights that are not finite, in half precision if that is asked.
+
+    Example:
+        >>> import tempfile
+        >>> from dfkd_nb import build_model, load_weights, save_weights
+        >>> network, path = build_model('resnet8'), f'{tempfile.mkdtemp()}/net.safetensors'
+        >>> save_weights(path, network, {'model': 'resnet8'})
+        >>> load_weights(path, build_model('resnet8'))
+        {'model': 'resnet8'}
     """
     # the names in the file are those of the network, not of a wrapper
     model = unwrap(model)
@@ -318,8 +326,16 @@ def load_weights(
 ) -> dict[str, str]:  # the file's metadata
     """Fill a network with saved weights.
 
-    Names and shapes must fit, or a `DFKDError` names the first that does not and nothing is
-    changed.
+    Raises: `DFKDError` that names the first tensor whose name or shape does not fit; nothing
+    is changed then.
+
+    Example:
+        >>> import tempfile
+        >>> from dfkd_nb import build_model, load_weights, save_weights
+        >>> path = f'{tempfile.mkdtemp()}/net.safetensors'
+        >>> save_weights(path, build_model('resnet8'))
+        >>> load_weights(path, build_model('resnet8'))
+        {}
     """
     tensors, metadata = load_tensors(path)
     model = unwrap(model)

@@ -204,7 +204,18 @@ def _frozen_copy(
 # %% ../../nbs/toolbox/teachers.ipynb #a9507c8c
 #| code-fold: true
 class Teacher(DomainNetwork):
-    "Any network, frozen: a copy in eval mode and float32, with its domain."
+    """Any network, frozen: a copy in eval mode and float32, with its domain.
+
+    Raises: `DFKDError` for what is no network, does not take the domain's images, or does not
+    return one finite logit a class; a `DFKDWarning` where it returns probabilities.
+
+    Example:
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model
+        >>> teacher = Teacher(build_model('resnet8'), DOMAINS['cifar10'])
+        >>> teacher.predict(torch.zeros(5, 3, 32, 32, dtype=torch.uint8)).shape
+        torch.Size([5, 10])
+    """
 
     def __init__(
         self,
@@ -374,8 +385,15 @@ def load_teacher(
     name: str,  # DATA-MODEL, e.g. 'cifar10-resnet20' or 'imagenet-efficientnet-lite0'
     device: str | torch.device = 'cpu',  # where to put it
 ) -> Teacher:  # ready to be asked; `.about` holds what its file says of its training
-    """A trained teacher by name: one that ships with the package, or one of
-    `IMAGENET_TEACHERS`.
+    """A trained teacher by name: one that ships, or one of `IMAGENET_TEACHERS`.
+
+    Raises: `DFKDError` for an unknown name, and for weights that are not installed.
+
+    Example:
+        >>> from dfkd_nb import load_teacher
+        >>> teacher = load_teacher('cifar10-resnet20')
+        >>> teacher.domain.classes[:2]
+        ('airplane', 'automobile')
     """
     if name in IMAGENET_TEACHERS:
         return _imagenet_teacher(name).to(device)
@@ -410,10 +428,17 @@ def load_teacher(
 def copy_blocks_from_teacher(
     student: nn.Module,  # filled in place where the teacher has a part of the same shapes
     teacher: nn.Module,  # a `Teacher` or any network built from the same kind of blocks
-) -> float:  # share of the student's parameters that were taken over
+) -> float:  # fraction of the student's parameters that were copied
     """Let a student begin with its teacher's blocks, in order, some of them left out.
 
-    Networks that have no part in common are a `DFKDError`.
+    Raises: `DFKDError` for networks that have no part of the same shapes.
+
+    Source: Sanh et al., 2019 (DistilBERT), section 2.
+
+    Example:
+        >>> from dfkd_nb import build_model, copy_blocks_from_teacher
+        >>> copy_blocks_from_teacher(build_model('resnet14'), build_model('resnet20'))
+        1.0
     """
     source = _as_network(teacher)
     taken = _take_over(unwrap(student), source)
