@@ -65,8 +65,13 @@ def to_integers(
 
     Example:
         >>> import torch
+<<<<<<< ours
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.integer_networks import to_integers
+=======
         >>> from dfkd_nb.applications.quantization import quantize
         >>> from dfkd_nb import DOMAINS, Teacher, build_model
+>>>>>>> theirs
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> weights = to_integers(quantize(teacher, images)).state_dict()
@@ -183,9 +188,17 @@ def load_integers(
     Raises: `DFKDError` for a file of another kind or of another architecture.
 
     Example:
+<<<<<<< ours
+        >>> import tempfile
+        >>> import torch
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.integer_networks import load_integers
+        >>> from dfkd_nb.applications.integer_networks import save_integers, to_integers
+=======
         >>> import tempfile, torch
         >>> from dfkd_nb.applications.quantization import quantize
         >>> from dfkd_nb import DOMAINS, Teacher, build_model
+>>>>>>> theirs
         >>> digits = DOMAINS['digits']
         >>> model = build_model('digits-net', 10, 1)
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
@@ -274,10 +287,16 @@ def compile_x86(
 
     Example:
         >>> import torch
+<<<<<<< ours
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
+        >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
+=======
         >>> from dfkd_nb.applications.quantization import quantize
         >>> from dfkd_nb import DOMAINS, Teacher
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         >>> teacher = Teacher(network, DOMAINS['digits'])
+>>>>>>> theirs
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)
         >>> import platform  # the kernels are for x86
