@@ -182,7 +182,8 @@ def calibrate(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb import DOMAINS, build_model, calibrate
+        >>> from dfkd_nb.applications.quantization import QuantizedNetwork
         >>> network = QuantizedNetwork(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> calibrate(network, images).calibrated
@@ -297,6 +298,8 @@ def ranges_from_batchnorm(
 
     Example:
         >>> from dfkd_nb import DOMAINS, build_model
+        >>> from dfkd_nb.applications.quantization import QuantizedNetwork
+        >>> from dfkd_nb.applications.quantization import ranges_from_batchnorm
         >>> network = QuantizedNetwork(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> ranges_from_batchnorm(network, samples=64).calibrated
         True
@@ -338,7 +341,7 @@ def quantize(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantize(teacher, images, bits=4)(torch.zeros(1, 1, 8, 8)).shape
@@ -422,7 +425,8 @@ def signal_to_noise(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.quantization import signal_to_noise
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> ratios = signal_to_noise(quantize(teacher, images, bits=8), images)
@@ -455,7 +459,8 @@ def finetune_quantized(
 
     Example:
         >>> import torch
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
+        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb.applications.quantization import finetune_quantized
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> network = quantize(teacher, images, bits=4)

@@ -97,6 +97,7 @@ def mean_iou(
     Raises: `DFKDError` for data without masks, and for networks of other classes.
 
     Example:
+        >>> from dfkd_nb.applications.segmentation import mean_iou
         >>> from dfkd_nb.applications.segmentation_data import draw_scenes
         >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> scenes = draw_scenes(4, (16, 16))
@@ -146,6 +147,7 @@ class SegmentationDistiller(Distiller):
     Raises: `DFKDError` for mixup, and where masks are to be learned but there are none.
 
     Example:
+        >>> from dfkd_nb.applications.segmentation import SegmentationDistiller
         >>> from dfkd_nb.applications.segmentation_data import draw_scenes
         >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> network = build_segmenter('deeplab-tiny', 6)
@@ -340,10 +342,12 @@ def segmentation_ssd_kd(
 ) -> AlternatingTrainer:  # call `run()`; `.pool` holds the images
     """FastDFKD (a pool that grows) or SSD-KD (with `replay`) for segmenters, put together.
 
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+
     Source: Fang et al. 2022; Liu et al. 2024.
 
     Example:
-        >>> from dfkd_nb import Teacher
+        >>> from dfkd_nb import Teacher, segmentation_ssd_kd
         >>> from dfkd_nb.applications.segmentation_data import segmentation_domain
         >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> domain = segmentation_domain('scenes', (16, 16))
