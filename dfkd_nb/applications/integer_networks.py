@@ -275,6 +275,7 @@ def compile_x86(
     change, as on processors that overflow.
 
     Example:
+        >>> import platform
         >>> import torch
         >>> from dfkd_nb import DOMAINS, Teacher, quantize
         >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
