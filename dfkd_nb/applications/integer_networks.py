@@ -65,13 +65,8 @@ def to_integers(
 
     Example:
         >>> import torch
-<<<<<<< ours
         >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
         >>> from dfkd_nb.applications.integer_networks import to_integers
-=======
-        >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
->>>>>>> theirs
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> weights = to_integers(quantize(teacher, images)).state_dict()
@@ -188,17 +183,11 @@ def load_integers(
     Raises: `DFKDError` for a file of another kind or of another architecture.
 
     Example:
-<<<<<<< ours
         >>> import tempfile
         >>> import torch
         >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
         >>> from dfkd_nb.applications.integer_networks import load_integers
         >>> from dfkd_nb.applications.integer_networks import save_integers, to_integers
-=======
-        >>> import tempfile, torch
-        >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
->>>>>>> theirs
         >>> digits = DOMAINS['digits']
         >>> model = build_model('digits-net', 10, 1)
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
@@ -286,20 +275,14 @@ def compile_x86(
     change, as on processors that overflow.
 
     Example:
+        >>> import platform
         >>> import torch
-<<<<<<< ours
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
+        >>> from dfkd_nb import DOMAINS, Teacher, quantize
         >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
-        >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
-=======
-        >>> from dfkd_nb.applications.quantization import quantize
-        >>> from dfkd_nb import DOMAINS, Teacher
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         >>> teacher = Teacher(network, DOMAINS['digits'])
->>>>>>> theirs
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)
-        >>> import platform  # the kernels are for x86
         >>> if platform.machine().lower() in ('x86_64', 'amd64'):
         ...     fast = compile_x86(to_integers(quantized), images)
     """

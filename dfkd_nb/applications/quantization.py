@@ -182,12 +182,8 @@ def calibrate(
 
     Example:
         >>> import torch
-<<<<<<< ours
         >>> from dfkd_nb import DOMAINS, build_model, calibrate
         >>> from dfkd_nb.applications.quantization import QuantizedNetwork
-=======
-        >>> from dfkd_nb import DOMAINS, build_model
->>>>>>> theirs
         >>> network = QuantizedNetwork(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> calibrate(network, images).calibrated
@@ -302,11 +298,8 @@ def ranges_from_batchnorm(
 
     Example:
         >>> from dfkd_nb import DOMAINS, build_model
-<<<<<<< ours
         >>> from dfkd_nb.applications.quantization import QuantizedNetwork
         >>> from dfkd_nb.applications.quantization import ranges_from_batchnorm
-=======
->>>>>>> theirs
         >>> network = QuantizedNetwork(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> ranges_from_batchnorm(network, samples=64).calibrated
         True
@@ -348,11 +341,7 @@ def quantize(
 
     Example:
         >>> import torch
-<<<<<<< ours
         >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
-=======
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
->>>>>>> theirs
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantize(teacher, images, bits=4)(torch.zeros(1, 1, 8, 8)).shape
@@ -436,12 +425,8 @@ def signal_to_noise(
 
     Example:
         >>> import torch
-<<<<<<< ours
         >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
         >>> from dfkd_nb.applications.quantization import signal_to_noise
-=======
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
->>>>>>> theirs
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> ratios = signal_to_noise(quantize(teacher, images, bits=8), images)
@@ -474,12 +459,8 @@ def finetune_quantized(
 
     Example:
         >>> import torch
-<<<<<<< ours
         >>> from dfkd_nb import DOMAINS, Teacher, build_model, quantize
         >>> from dfkd_nb.applications.quantization import finetune_quantized
-=======
-        >>> from dfkd_nb import DOMAINS, Teacher, build_model
->>>>>>> theirs
         >>> teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> network = quantize(teacher, images, bits=4)

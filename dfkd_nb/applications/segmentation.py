@@ -347,11 +347,7 @@ def segmentation_ssd_kd(
     Source: Fang et al. 2022; Liu et al. 2024.
 
     Example:
-<<<<<<< ours
         >>> from dfkd_nb import Teacher, segmentation_ssd_kd
-=======
-        >>> from dfkd_nb import Teacher
->>>>>>> theirs
         >>> from dfkd_nb.applications.segmentation_data import segmentation_domain
         >>> from dfkd_nb.applications.segmenters import build_segmenter
         >>> domain = segmentation_domain('scenes', (16, 16))
