@@ -277,10 +277,7 @@ def compile_x86(
     Example:
         >>> import platform
         >>> import torch
-<<<<<<< ours
         >>> import torch
-=======
->>>>>>> theirs
         >>> from dfkd_nb import DOMAINS, Teacher, quantize
         >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
