@@ -277,13 +277,13 @@ def compile_x86(
     Example:
         >>> import platform
         >>> import torch
-        >>> import torch
         >>> from dfkd_nb import DOMAINS, Teacher, quantize
         >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
         >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         >>> teacher = Teacher(network, DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)
+        >>> # the kernels are for x86
         >>> if platform.machine().lower() in ('x86_64', 'amd64'):
         ...     fast = compile_x86(to_integers(quantized), images)
     """
