@@ -18,7 +18,7 @@ from cases import each
 from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
-from dfkd_nb.foundations import distillation
+from dfkd_nb.foundations import optimization
 from dfkd_nb.lab.recipes import (
     TASKS,
     Recipe,
@@ -155,7 +155,7 @@ def test_a_method_leaves_out_what_its_preset_leaves_out(data, method):
 
 
 def test_words_agree_with_the_foundations():
-    assert SCHEDULES == distillation.SCHEDULES and set(PRECISIONS) == set(CORE_PRECISIONS)
+    assert SCHEDULES == optimization.SCHEDULES and set(PRECISIONS) == set(CORE_PRECISIONS)
 
 
 @each(
@@ -619,12 +619,10 @@ steps = 12
 test_limit = 100
 """
 KINDS = {
-    'rounds': (
-        'evaluations = 2\nrounds = 3\nsteps_per_round = 4\ncompetition_weight = 5.0'
-    ),
+    'rounds': 'evaluations = 2\nrounds = 3\nsteps_per_round = 4\ncompetition_weight = 5.0',
     'metadata': (
-        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\nmetadata_images = 300\n'
-        'metadata_clusters = 2\nmetadata_components = 5'
+        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\nmetadata_images ='
+        ' 300\nmetadata_clusters = 2\nmetadata_components = 5'
     ),
     'labels': (
         'evaluations = 2\nlearn_from = "labels"\nstatistics_images = 50\nstatistics_data ='

@@ -197,7 +197,7 @@ def _domain_of(
             f"{name} is read as ImageNet's images are, {domain.shape[1]} pixels and its"
             ' normalisation: give domain= if the network expects another',
             DFKDWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return domain
 
@@ -230,41 +230,12 @@ def load_data(
     if limit is not None and limit < 1:
         raise DFKDError(f'limit {limit} leaves no image: use 1 or more')
     base = Path(root) if root is not None else data_root()
-    if name.startswith('folder:') and (
-        tables := parquet_files(Path(name.removeprefix('folder:')))
-    ):
-        classes = class_names(tables[0])
-        domain = domain or _domain_of(classes, name)
-        return ImageFiles(
-            *read_parquet(tables, limit), replace(domain, classes=classes or domain.classes)
-        )
     if name.startswith('folder:'):
-        folder = Path(name.removeprefix('folder:'))
-        inside = (
-            tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-            if folder.is_dir()
-            else ()
-        )
-        files = read_folder(folder, domain or _domain_of(inside, name))
-        return (
-            files
-            if limit is None
-            else ImageFiles(
-                files.encoded[:limit],
-                None if files.labels is None else files.labels[:limit],
-                files.domain,
-            )
-        )
+        return _from_folder(name, limit, domain)
     if name == 'imagenet-sample':
         return _imagenet_sample(base, split, limit, domain or DOMAINS['imagenet'])
     if name in ('digits', 'cifar10-mini'):
-        if (name, split) == ('cifar10-mini', 'train'):
-            raise DFKDError(
-                "'cifar10-mini' ships test images only: use split='test', or 'cifar10' to"
-                ' train'
-            )
-        shipped = _digits(split) if name == 'digits' else _shipped_cifar10()
-        return shipped if limit is None else shipped.subset(limit)
+        return _shipped(name, split, limit)
     if name not in DOMAINS:
         raise DFKDError(
             f"unknown data set '{name}': use"
@@ -272,20 +243,68 @@ def load_data(
         )
     if domain is None or name != 'imagenet':
         domain = DOMAINS[name]
-    wanted = (split,) if split == 'train' else ('test', 'val', 'validation')
-    for word in wanted:
-        # the hub keeps them one folder further down
-        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'):
-            if paths := sorted((base / name).glob(pattern)):
-                encoded = ImageFiles(*read_parquet(paths, limit), domain)
-                return encoded if name == 'imagenet' else encoded.in_memory()
-        if (base / name / word).is_dir():
-            return load_data(f'folder:{base / name / word}', limit=limit, domain=domain)
+    found = _from_root(name, split, base, limit, domain)
+    if found is not None:
+        return found
     if name == 'imagenet':
         word = 'train' if split == 'train' else 'val'
         raise DFKDError(
             f'no ImageNet under {base}: put {word}/CLASS/*.JPEG or {word}*.parquet into'
             f' {base / name} (DFKD_DATA names the folder)'
         )
-    found = _downloaded(name, split, base)
+    downloaded = _downloaded(name, split, base)
+    return downloaded if limit is None else downloaded.subset(limit)
+
+
+def _from_folder(
+    name: str,  # 'folder:PATH'
+    limit: int | None,  # only the first so many
+    domain: Domain | None,  # None: known by its classes, or ImageNet's
+) -> ImageFiles:
+    "Parquet files, or images in one sub-folder a class."
+    folder = Path(name.removeprefix('folder:'))
+    if tables := parquet_files(folder):
+        classes = class_names(tables[0])
+        domain = domain or _domain_of(classes, name)
+        return ImageFiles(
+            *read_parquet(tables, limit), replace(domain, classes=classes or domain.classes)
+        )
+    inside = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    files = read_folder(folder, domain or _domain_of(tuple(sorted(inside)), name))
+    if limit is None:
+        return files
+    labels = None if files.labels is None else files.labels[:limit]
+    return ImageFiles(files.encoded[:limit], labels, files.domain)
+
+
+def _shipped(
+    name: str,  # 'digits' or 'cifar10-mini'
+    split: str,  # 'train' or 'test'
+    limit: int | None,  # only the first so many
+) -> ImageSet:
+    "What comes with the package or with scikit-learn."
+    if (name, split) == ('cifar10-mini', 'train'):
+        raise DFKDError(
+            "'cifar10-mini' ships test images only: use split='test', or 'cifar10' to train"
+        )
+    found = _digits(split) if name == 'digits' else _shipped_cifar10()
     return found if limit is None else found.subset(limit)
+
+
+def _from_root(
+    name: str,  # of a domain
+    split: str,  # 'train' or 'test'
+    base: Path,  # folder of all data sets
+    limit: int | None,  # only the first so many
+    domain: Domain,
+) -> ImageSet | ImageFiles | None:  # None: nothing is there
+    "Parquet files or a folder of images under the folder of data sets."
+    for word in ('train',) if split == 'train' else ('test', 'val', 'validation'):
+        # the hub keeps them one folder further down
+        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'):
+            if paths := sorted((base / name).glob(pattern)):
+                encoded = ImageFiles(*read_parquet(paths, limit), domain)
+                return encoded if name == 'imagenet' else encoded.in_memory()
+        if (base / name / word).is_dir():
+            return _from_folder(f'folder:{base / name / word}', limit, domain)
+    return None
