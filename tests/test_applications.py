@@ -191,8 +191,9 @@ def untimed(numbers: object) -> object:
 
 
 def timed_once(call: Callable[[], object], *_: object) -> float:
-    """In place of `shortest_call`: a tenth of a second for each network is not needed to see
-    whether a run goes on.
+    """In place of `shortest_call`, which takes a tenth of a second for each network.
+
+    That is not needed to see whether a run goes on.
     """
     call()
     return 1.0

@@ -116,8 +116,7 @@ def left(tmp_path):
     return leave
 
 
-# --- what the papers printed
-# ------------------------------------------------------------
+# --- what the papers printed --------------------------------------------------------------
 
 
 def test_every_figure_stands_once_and_is_an_accuracy():
@@ -240,8 +239,7 @@ def test_ten_pairs_have_every_method():
     ) == (89.96, 1.48)
 
 
-# --- cells
-# ------------------------------------------------------------
+# --- cells --------------------------------------------------------------------------------
 
 
 def test_nothing_gives_nothing():
@@ -352,8 +350,7 @@ def test_methods_of_ones_own_have_a_place():
     assert 'mine' in results_text(runs) and published('digits', 'mine') is None
 
 
-# --- what is missing, and what belongs to a number
-# ------------------------------------------------------------
+# --- what is missing, and what belongs to a number ----------------------------------------
 
 
 @pytest.mark.parametrize('scale', SCALES)
@@ -412,8 +409,7 @@ def test_words():
     ]
 
 
-# --- files
-# ------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------
 
 
 def test_results_come_from_files(left, capsys):

@@ -1,6 +1,7 @@
-"""What goes wrong is told in one line that says what to do, and nothing that was there is lost.
+"""What goes wrong is told in one line that says what to do.
 
-Every case runs in a folder of its own and compares the folder before and after.
+Nothing that was there is lost. Every case runs in a folder of its own and compares the
+folder before and after.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""What people do with the parts that nobody meant: other precisions, hooks, foreign states, odd settings.
+"""What people do with the parts that nobody meant.
 
-It works, or one line says what to do. Never a traceback of somebody else's, never a number that is wrong.
+Other precisions, hooks, foreign states, odd settings: it works, or one line says what to
+do. Never a traceback of somebody else's, never a number that is wrong.
 """
 
 from __future__ import annotations
@@ -442,10 +443,20 @@ def test_a_generator_of_any_precision_paints(
 
 
 CHANGED: dict[str, Any] = {
-    "steps": 9, "batch_size": 4, "learning_rate": 0.1, "weight_decay": 0.0, "momentum": 0.5, "temperature": 2.0, "schedule": "constant",
-    "warmup": 0.5, "mixup_alpha": 0.3, "label_weight": 0.7, "label_smoothing": 0.1, "augment": Augment(1),
-    "domain": dataclasses.replace(DIGITS, mean=(0.0,)),
-}  # fmt: skip
+    'steps': 9,
+    'batch_size': 4,
+    'learning_rate': 0.1,
+    'weight_decay': 0.0,
+    'momentum': 0.5,
+    'temperature': 2.0,
+    'schedule': 'constant',
+    'warmup': 0.5,
+    'mixup_alpha': 0.3,
+    'label_weight': 0.7,
+    'label_smoothing': 0.1,
+    'augment': Augment(1),
+    'domain': dataclasses.replace(DIGITS, mean=(0.0,)),
+}
 
 
 def untouched(learner: Any, state: Any, *words: str) -> None:

@@ -261,7 +261,13 @@ from test_inversion import make, network, DIGITS
 from dfkd_nb.toolbox.teachers import Teacher
 def callback(now):
     if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
-make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, log_every=1, save_every=0.)
+make(Teacher(network(), DIGITS, 'tiny')).synthesize(
+    8,
+    checkpoint={str(tmp_path / 'c.pt')!r},
+    callback=callback,
+    log_every=1,
+    save_every=0.,
+)
 """
     assert subprocess.run([sys.executable, '-c', script]).returncode == -9
     assert load_checkpoint(tmp_path / 'c.pt')['batch'] == 1

@@ -3,8 +3,9 @@
     python tests/test_kill.py --kills 100                 every kind of run
     python tests/test_kill.py --kills 10 --kinds cmi,fast  some of them
 
-Every kind is a small run on digits or on drawn scenes. One process imports everything and forks a child for every
-attempt, so that most of a child's life is the run itself and the kills land inside it.
+Every kind is a small run on digits or on drawn scenes. One process imports everything and
+forks a child for every attempt, so that most of a child's life is the run itself and the
+kills land inside it.
 """
 
 import argparse

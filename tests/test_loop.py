@@ -1,5 +1,6 @@
-"""The loop: parts of about twenty lines go through the trainer, learn, and resume to the same
-bits.
+"""The loop: parts of about twenty lines go through the trainer and learn.
+
+A run that was stopped resumes to the same bits.
 """
 
 import copy

@@ -63,8 +63,7 @@ def filled(n=5, size=5, priorities=None, **options):
     return pool
 
 
-# --- the formulas
-# -------------------------------------------------------------------------------------------------
+# --- the formulas -------------------------------------------------------------------------
 
 shares = st.floats(0, 1)
 many = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=40)
@@ -141,8 +140,7 @@ def test_weights_undo_the_preference(priorities, beta):
     )
 
 
-# --- a reference in plain Python
-# ----------------------------------------------------------------------------------
+# --- a reference in plain Python ----------------------------------------------------------
 
 
 class PlainPool:
@@ -270,8 +268,7 @@ def test_size_is_constant_and_the_oldest_go_first(portions, size):
         assert pool.added == len(everything)
 
 
-# --- drawing
-# ------------------------------------------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
@@ -359,8 +356,7 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
     assert torch.equal(pool.weights(torch.arange(10)), torch.ones(10))
 
 
-# --- priorities
-# ---------------------------------------------------------------------------------------------------
+# --- priorities ---------------------------------------------------------------------------
 
 
 def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
@@ -464,8 +460,7 @@ def test_a_loss_may_be_weighed(teacher):
     )
 
 
-# --- the term
-# -----------------------------------------------------------------------------------------------------
+# --- the term -----------------------------------------------------------------------------
 
 
 def inputs(logits):
@@ -515,8 +510,7 @@ def test_the_term_counts_what_the_buffer_holds_now(teacher):
     assert float(term(inputs(logits))) == pytest.approx(empty / 4)
 
 
-# --- keeping
-# ------------------------------------------------------------------------------------------------------
+# --- keeping ------------------------------------------------------------------------------
 
 
 def trainer(teacher, size=20, seed=0, **options):
@@ -758,8 +752,7 @@ def test_a_report_belongs_to_its_batch(teacher):
         )
 
 
-# --- all of it
-# ----------------------------------------------------------------------------------------------------
+# --- all of it ----------------------------------------------------------------------------
 
 GENERATOR = Generator((1, 8, 8), 4, 4)
 SMALL = {

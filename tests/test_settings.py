@@ -120,7 +120,9 @@ def test_dreams_are_made_as_the_recipe_says(
     # real images; a size too small here
     elsewhere |= {'statistics_images', 'statistics_data', 'quarter_size_steps'}
     elsewhere |= {
-        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'embedding'))
+        name
+        for name in own(SynthesisSettings)
+        if name.startswith(('metadata', 'embedding'))
     }
     assert (
         ignored(
