@@ -357,11 +357,11 @@ def test_methods_of_ones_own_have_a_place():
 def test_the_next_command_names_a_recipe(scale):
     wanted = table_cells(scale)
     assert set(wanted.values()) <= set(recipe_names())
-    said = missing_runs([], wanted, scale)
+    printed = missing_runs([], wanted, scale)
     assert (
-        str(len(wanted)) in said and f'--scale {scale}' in said
+        str(len(wanted)) in printed and f'--scale {scale}' in printed
         if wanted
-        else 'No recipe' in said
+        else 'No recipe' in printed
     )
 
 
@@ -417,11 +417,11 @@ def test_results_come_from_files(left, capsys):
         left(made_up(accuracy, seed=seed), f'full-seed{seed}')
     left(made_up(0.5, scale='quick'), 'quick')
     assert results_command(left.folder) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        '89.00 ± 1.41' in said
-        and '50.00' in said
-        and said.index('full scale') < said.index('quick scale')
+        '89.00 ± 1.41' in printed
+        and '50.00' in printed
+        and printed.index('full scale') < printed.index('quick scale')
     )
     assert results_command(left.folder, 'quick') == 0
     assert '89.00' not in capsys.readouterr().out
