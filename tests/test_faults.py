@@ -733,7 +733,7 @@ NETWORK = {
             '--out',
             'dreams',
         ],
-        'either',
+        'give --checkpoint FILE or --pretrained',
     ),
     'no public weights': (
         ['invert', '--model', 'resnet20', '--pretrained', '--out', 'dreams'],

@@ -1160,7 +1160,7 @@ def begin(root, **changes) -> Run:
     [
         ({'fractions': '0.4, many'}, 'give a number'),
         ({'fractions': '1.4'}, 'give at most'),
-        ({'sources': 'noise'}, 'NAME=IMAGES'),
+        ({'sources': 'noise'}, 'NAME = '),
         ({'rankings': 'speed'}, "'rankings' is 'speed'"),
         ({'fractions': '0.99'}, 'all that can be removed'),
     ],

@@ -275,7 +275,7 @@ def compile_x86(
     change, as on processors that overflow.
 
     Example:
-        >>> import torch
+        >>> import platform
         >>> import torch
         >>> from dfkd_nb import DOMAINS, Teacher, quantize
         >>> from dfkd_nb.applications.integer_networks import compile_x86, to_integers
@@ -283,7 +283,7 @@ def compile_x86(
         >>> teacher = Teacher(network, DOMAINS['digits'])
         >>> images = torch.randint(256, (8, 1, 8, 8), dtype=torch.uint8)
         >>> quantized = quantize(teacher, images, activation_bits=7, end_bits=7)
-        >>> import platform  # the kernels are for x86
+        >>> # the kernels are for x86
         >>> if platform.machine().lower() in ('x86_64', 'amd64'):
         ...     fast = compile_x86(to_integers(quantized), images)
     """

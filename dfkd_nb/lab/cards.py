@@ -191,6 +191,7 @@ def model_card(
     """One page about a network: teacher, method, numbers, limits, and how to load it.
 
     Example:
+        >>> from dfkd_nb.lab.cards import model_card
         >>> result = {'title': 'A student', 'recipe': 'digits-transfer', 'scale': 'quick'}
         >>> result |= {'task': 'transfer', 'paper': '', 'changed': [], 'seconds': {}}
         >>> result |= {'settings': {'teacher': 'run:digits-teacher'}, 'environment': {}}
