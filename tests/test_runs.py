@@ -563,11 +563,11 @@ def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
 
 def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
     "The weights are judged in half precision, as they are in the file."
-    judge, halves = evaluation.evaluate, []
+    usual, halves = evaluation.evaluate, []
 
     def spy(network, *words, **more):
         halves.append(all(v.equal(v.half().float()) for v in network.parameters()))
-        return judge(network, *words, **more)
+        return usual(network, *words, **more)
 
     monkeypatch.setattr(evaluation, 'evaluate', spy)
     tiny(tmp_path).start()

@@ -95,8 +95,9 @@ def save_generated_images(
     trainer: Any,  # an `AlternatingTrainer` that is over
     limit: int = 2048,  # images
 ) -> None:
-    """Write images.safetensors: what the generator made last, with the teacher's predictions
-    as labels.
+    """Write images.safetensors: the images that the generator made last.
+
+    Their labels are the teacher's predictions.
     """
     teacher, settings = trainer.synthesizer.teacher, run.settings
     if trainer.pool is not None:
