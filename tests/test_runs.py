@@ -619,10 +619,12 @@ steps = 12
 test_limit = 100
 """
 KINDS = {
-    'rounds': 'evaluations = 2\nrounds = 3\nsteps_per_round = 4\ncompetition_weight = 5.0',
+    'rounds': (
+        'evaluations = 2\nrounds = 3\nsteps_per_round = 4\ncompetition_weight = 5.0'
+    ),
     'metadata': (
-        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\nmetadata_images ='
-        ' 300\nmetadata_clusters = 2\nmetadata_components = 5'
+        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\n'
+        'metadata_images = 300\nmetadata_clusters = 2\nmetadata_components = 5'
     ),
     'labels': (
         'evaluations = 2\nlearn_from = "labels"\nstatistics_images = 50\nstatistics_data ='
