@@ -98,7 +98,7 @@ def save_generated_images(
     """Write images.safetensors: what the generator made last, with the teacher's predictions
     as labels.
     """
-    teacher, settings = trainer.synthesizer.teacher, run.settings
+    teacher, settings = trainer.distiller.teacher, run.settings
     if trainer.pool is not None:
         images = trainer.pool.images[-limit:]
     else:
