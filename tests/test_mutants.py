@@ -30,4 +30,4 @@ def test_every_fault_has_its_place_and_its_tests() -> None:
     assert len(mutants) >= 70 and len({mutant.name for mutant in mutants}) == len(mutants)
     assert all(mutant.old != mutant.new and mutant.tests for mutant in mutants)
     parts = {mutant.module.partition('/')[0] for mutant in mutants}
-    assert parts == {'foundations', 'dreams', 'generators', 'applications', 'lab'}
+    assert parts == {'toolbox', 'foundations', 'dreams', 'generators', 'applications', 'lab'}

@@ -24,7 +24,12 @@ from dfkd_nb.foundations.loop import (
     Pool,
     Synthesizer,
 )
-from ..foundations.method_tables import method_settings, method_tables
+from dfkd_nb.foundations.method_tables import (
+    POOL_NAMES,
+    SYNTHESIZER_NAMES,
+    method_settings,
+    method_tables,
+)
 from .contrastive import ContrastiveSynthesizer
 from .generators import Generator, Pixels
 from .meta import MetaSynthesizer
@@ -156,10 +161,12 @@ Builder = Callable[[MethodParts], Any]
 def register_synthesizer(
     name: str,  # as rows of settings call it
 ) -> Callable[[Builder], Builder]:  # a decorator of a builder
-    "Let `build_method` build synthesizers of one's own."
+    "Let `build_method` and recipes build synthesizers of one's own."
 
     def register(builder: Builder) -> Builder:
         SYNTHESIZERS[name] = builder
+        if name not in SYNTHESIZER_NAMES:
+            SYNTHESIZER_NAMES.append(name)
         return builder
 
     return register
@@ -168,10 +175,12 @@ def register_synthesizer(
 def register_pool(
     name: str,  # as rows of settings call it
 ) -> Callable[[Builder], Builder]:  # a decorator of a builder
-    "Let `build_method` build pools of one's own."
+    "Let `build_method` and recipes build pools of one's own."
 
     def register(builder: Builder) -> Builder:
         POOLS[name] = builder
+        if name not in POOL_NAMES:
+            POOL_NAMES.append(name)
         return builder
 
     return register
@@ -329,6 +338,10 @@ def build_method(
     )
     source = kept
     if kept is None:
+        if not hasattr(maker, 'sample_images'):
+            raise DFKDError(
+                f'a {type(maker).__name__} draws no images when asked: give it a pool'
+            )
         source = DrawnImages(maker.sample_images, teacher.domain)
     learner = distiller(
         teacher,

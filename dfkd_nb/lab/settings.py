@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..foundations.method_tables import POOL_NAMES, SYNTHESIZER_NAMES
 from ..toolbox.errors import DFKDError, closest_word
 
 # %% ../../nbs/lab/settings.ipynb #377dc34c
@@ -29,7 +30,7 @@ def setting(
     help: str,  # what it does, with its unit
     low: float | None = None,  # smallest value allowed (of a list: of each entry)
     high: float | None = None,  # largest value allowed
-    choices: Sequence[str] = (),  # the words allowed
+    choices: Sequence[str] = (),  # the words allowed; a list may grow
     names: str = '',  # what kind of thing it names, a word of `NAMED`; '' for none
 ) -> T:
     "A field of a task's settings that knows its own limits."
@@ -37,7 +38,7 @@ def setting(
         'help': help,
         'low': low,
         'high': high,
-        'choices': tuple(choices),
+        'choices': choices,
         'names': names,
     }
     if isinstance(default, dict):
@@ -364,7 +365,7 @@ class GeneratorSettings:
     synthesizer: str = setting(
         'generator',
         'what makes the images: see chapters 8, 9 and 10',
-        choices=('generator', 'pixels', 'contrastive', 'meta'),
+        choices=SYNTHESIZER_NAMES,
     )
     latent_size: int = setting(256, 'numbers in a latent code', low=1)
     generator_width: int = setting(64, 'channels of the generator', low=1)
@@ -431,7 +432,7 @@ class PoolSettings:
     pool: str = setting(
         'grows',
         'keep every batch, draw fresh images each time, or replay by priority',
-        choices=('grows', 'none', 'replay'),
+        choices=POOL_NAMES,
     )
     pool_size: int = setting(5000, 'images in a replay pool', low=1)
     prioritised: bool = setting(True, 'draw from it by priority')

@@ -99,7 +99,7 @@ def save_generated_images(
 
     Their labels are the teacher's predictions.
     """
-    teacher, settings = trainer.synthesizer.teacher, run.settings
+    teacher, settings = trainer.distiller.teacher, run.settings
     if trainer.pool is not None:
         images = trainer.pool.images[-limit:]
     else:
