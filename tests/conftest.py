@@ -1,7 +1,8 @@
-"""What all tests share: one thread each, the same examples every time, and notebooks that run beside the other tests.
+"""What all tests share: one thread each, and the same examples every time.
 
-Notebooks take as long as everything else together. So they begin with the first test, in processes of their own on the
-cores that the other tests leave (`DFKD_JOBS` sets another number of them), and are asked for their outcome at the end;
+Notebooks run beside the other tests, for they take as long as everything else together. So
+they begin with the first test, in processes of their own on the cores that the other tests
+leave (`DFKD_JOBS` sets another number of them), and are asked for their outcome at the end;
 then they have the core of the other tests as well.
 """
 

@@ -1,4 +1,6 @@
-"""Runs of the book on a device that is not the CPU, for machines without a GPU: `python elsewhere.py LIBRARY FOLDER`.
+"""Runs of the book on a device that is not the CPU, for machines without a GPU.
+
+    python tests/elsewhere.py LIBRARY FOLDER
 
 `elsewhere.cpp` is such a device: its arithmetic is the CPU's, its rules are a GPU's.
 Each task runs on both; what came out is printed as JSON.

@@ -1,6 +1,7 @@
-"""Deliberate faults, one a line, each put into a copy of the package whose tests must then fail.
+"""Deliberate faults, each put into a copy of the package whose tests must then fail.
 
-The list is `mutants.toml`. A fault that no test notices is a line that nobody checks. `make mutants` runs them all.
+The list is `mutants.toml`. A fault that no test notices is a line that nobody checks.
+`make mutants` runs them all.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ def test_the_callers_network_stays_the_callers(form: str) -> None:
     network[5].bias.requires_grad_(False)
     network[5].register_forward_hook(lambda module, inputs, output: None)
 
-    def look() -> list[Any]:
+    def sample() -> list[Any]:
         modules = list(model.modules())
         hooks = [
             (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
@@ -340,7 +340,7 @@ def test_the_callers_network_stays_the_callers(form: str) -> None:
         return [hooks, tensors, [(id(m), type(m), m.training) for m in modules]]
 
     before, bits, stream = (
-        look(),
+        sample(),
         copy.deepcopy(network.state_dict()),
         torch.get_rng_state(),
     )
@@ -349,7 +349,7 @@ def test_the_callers_network_stays_the_callers(form: str) -> None:
     teacher.embed(IMAGES)
     one_line(lambda: teacher.embed(IMAGES, 'none'), "no layer 'none'")
     teacher.double()
-    assert look() == before and torch.get_rng_state().equal(stream)
+    assert sample() == before and torch.get_rng_state().equal(stream)
     assert all(v.equal(bits[name]) for name, v in network.state_dict().items())
     shared = {p.data_ptr() for p in model.parameters()} & {
         p.data_ptr() for p in teacher.parameters()
@@ -539,7 +539,7 @@ def test_one_row_an_image() -> None:
 # --- what looks wrong ---------------------------------------------------------------------
 
 
-def said(make: Callable[[], nn.Module], domain: Domain = OWN) -> list[str]:
+def warnings_of(make: Callable[[], nn.Module], domain: Domain = OWN) -> list[str]:
     "The warnings of a new teacher."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
@@ -560,7 +560,7 @@ def test_probabilities_are_noticed() -> None:
         lambda: nn.Sequential(plain(), nn.Softmax(1)).half(),
         Voting,
     ):
-        (message,) = said(make)
+        (message,) = warnings_of(make)
         assert (
             'probabilities' in message
             and 'remove its softmax' in message
@@ -569,7 +569,7 @@ def test_probabilities_are_noticed() -> None:
     one = Domain('one', (3, 8, 8), HALVES, HALVES, ('a',))
     head = nn.Sequential(nn.Flatten(), nn.Linear(192, 1), nn.Sigmoid())
     for net in (head, nn.Sequential(head, nn.Softmax(1))):
-        assert said(lambda net=net: net, one) == [], 'one class has no rows to judge'
+        assert warnings_of(lambda net=net: net, one) == [], 'one class has no rows to judge'
 
 
 class Once(nn.Module):
@@ -588,12 +588,12 @@ class Once(nn.Module):
 def test_logits_are_not_taken_for_probabilities() -> None:
     ends = nn.Identity(), nn.LogSoftmax(1), nn.Sigmoid()
     for make in (*(lambda end=end: nn.Sequential(plain(), end) for end in ends), Once):
-        assert said(make) == []
+        assert warnings_of(make) == []
     negative = nn.Sequential(plain(), nn.Softmax(1), nn.Linear(4, 4, bias=False))
     with torch.no_grad():
         # sums of one, some below zero
         negative[2].weight.copy_(torch.eye(4) * 80 - 19.75)
-    assert said(lambda: negative) == []
+    assert warnings_of(lambda: negative) == []
 
 
 # --- images -------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         | {
             'fractions': '0.3',
             'steps': 6,
-            'sources': {'static': 'noise', 'real': 'digits'},
+            'sources': {'noise': 'noise', 'real': 'digits'},
         },
     ),
     'pruning while learning': (
@@ -49,7 +49,7 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         | {
             'fractions': '0.2',
             'steps': 8,
-            'sources': {'static': 'noise'},
+            'sources': {'noise': 'noise'},
             'removal_interval': 2,
         },
     ),
@@ -126,7 +126,7 @@ def some_run(root: Path, seed: int = 0) -> SimpleNamespace:
     )
 
 
-def test_supply_by_run_by_name_and_static(root: Path) -> None:
+def test_images_by_run_by_name_and_noise(root: Path) -> None:
     teacher = load_teacher('cifar10-resnet20')
     of_run = application_images(
         some_run(root), teacher, 'run:digits-transfer-deepinversion', 8
@@ -137,16 +137,16 @@ def test_supply_by_run_by_name_and_static(root: Path) -> None:
     assert torch.equal(of_run.labels, teacher.predict(of_run.images).argmax(1)), (
         'foreign classes: the teacher says what it sees'
     )
-    static, again, other = (
+    noise, again, other = (
         application_images(some_run(root, seed), teacher, 'noise', 8) for seed in (0, 0, 1)
     )
-    assert torch.equal(static.images, again.images) and not torch.equal(
-        static.images, other.images
+    assert torch.equal(noise.images, again.images) and not torch.equal(
+        noise.images, other.images
     )
-    assert static.images.float().std() > 70, 'bytes of static spread evenly'
+    assert noise.images.float().std() > 70, 'bytes of noise spread evenly'
 
 
-def test_supply_keeps_the_labels_of_its_own_classes(root: Path) -> None:
+def test_images_keep_the_labels_of_the_teachers_classes(root: Path) -> None:
     made = SimpleNamespace(domain=DOMAINS['digits'])  # nobody is asked for labels
     found = application_images(some_run(root), made, 'digits', 12)
     digits = load_data('digits', 'train', limit=12)
@@ -168,7 +168,7 @@ def test_supply_keeps_the_labels_of_its_own_classes(root: Path) -> None:
         ('no-such-data', 4, 'unknown data set'),
     ],
 )
-def test_supply_says_what_is_missing(
+def test_missing_images_are_named(
     root: Path, source: str, count: int, message: str
 ) -> None:
     with pytest.raises(DFKDError, match=message):
@@ -191,8 +191,9 @@ def untimed(numbers: object) -> object:
 
 
 def timed_once(call: Callable[[], object], *_: object) -> float:
-    """In place of `shortest_call`: a tenth of a second for each network is not needed to see
-    whether a run goes on.
+    """In place of `shortest_call`, which takes a tenth of a second for each network.
+
+    That is not needed to see whether a run goes on.
     """
     call()
     return 1.0
@@ -207,13 +208,11 @@ def check_pruning(run: Run, numbers: dict) -> None:
     assert all(row['filters_removed'] >= run.settings.fractions[0] for row in rows)
     accuracy = {row['source']: row['accuracy'] for row in rows}
     if accuracy.get('real', 0.0) > accuracy['none']:
-        gain = accuracy['static'] - accuracy['none']
+        gain = accuracy['noise'] - accuracy['none']
         assert rows[1]['fraction_recovered'] == pytest.approx(
             gain / (accuracy['real'] - accuracy['none'])
         )
-    network, about = load_pruned(
-        next(run.folder.glob('student-*-error-static.safetensors'))
-    )
+    network, about = load_pruned(next(run.folder.glob('student-*-error-noise.safetensors')))
     size = sum(p.numel() for p in network.parameters())
     assert (
         size == rows[-1]['parameters'] < numbers['teacher_parameters']

@@ -337,9 +337,11 @@ def test_invert_makes_what_the_library_makes(own):
     settings = SynthesisSettings(
         **usual_settings(8) | {'synthesis_steps': 5, 'synthesis_batch_size': 2, 'images': 6}
     )
-    maker = build_inversion(settings, Teacher(network(), domain), torch.device('cpu'), 0)
-    assert isinstance(maker, DeepInversion)
-    expected = maker.synthesize(6, ['7', 2, '9'])
+    synthesizer = build_inversion(
+        settings, Teacher(network(), domain), torch.device('cpu'), 0
+    )
+    assert isinstance(synthesizer, DeepInversion)
+    expected = synthesizer.synthesize(6, ['7', 2, '9'])
     for kind in ('png', 'parquet'):
         assert own(*BATCHES, '--classes', '7,2,9', '--format', kind, '--out', kind)[0] == 0
         found = load_data(f'folder:{kind}', domain=domain).in_memory()

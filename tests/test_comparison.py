@@ -116,8 +116,7 @@ def left(tmp_path):
     return leave
 
 
-# --- what the papers printed
-# ------------------------------------------------------------
+# --- what the papers printed --------------------------------------------------------------
 
 
 def test_every_figure_stands_once_and_is_an_accuracy():
@@ -240,8 +239,7 @@ def test_ten_pairs_have_every_method():
     ) == (89.96, 1.48)
 
 
-# --- cells
-# ------------------------------------------------------------
+# --- cells --------------------------------------------------------------------------------
 
 
 def test_nothing_gives_nothing():
@@ -352,19 +350,18 @@ def test_methods_of_ones_own_have_a_place():
     assert 'mine' in results_text(runs) and published('digits', 'mine') is None
 
 
-# --- what is missing, and what belongs to a number
-# ------------------------------------------------------------
+# --- what is missing, and what belongs to a number ----------------------------------------
 
 
 @pytest.mark.parametrize('scale', SCALES)
 def test_the_next_command_names_a_recipe(scale):
     wanted = table_cells(scale)
     assert set(wanted.values()) <= set(recipe_names())
-    said = missing_runs([], wanted, scale)
+    printed = missing_runs([], wanted, scale)
     assert (
-        str(len(wanted)) in said and f'--scale {scale}' in said
+        str(len(wanted)) in printed and f'--scale {scale}' in printed
         if wanted
-        else 'No recipe' in said
+        else 'No recipe' in printed
     )
 
 
@@ -412,8 +409,7 @@ def test_words():
     ]
 
 
-# --- files
-# ------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------
 
 
 def test_results_come_from_files(left, capsys):
@@ -421,11 +417,11 @@ def test_results_come_from_files(left, capsys):
         left(made_up(accuracy, seed=seed), f'full-seed{seed}')
     left(made_up(0.5, scale='quick'), 'quick')
     assert results_command(left.folder) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert (
-        '89.00 ± 1.41' in said
-        and '50.00' in said
-        and said.index('full scale') < said.index('quick scale')
+        '89.00 ± 1.41' in printed
+        and '50.00' in printed
+        and printed.index('full scale') < printed.index('quick scale')
     )
     assert results_command(left.folder, 'quick') == 0
     assert '89.00' not in capsys.readouterr().out

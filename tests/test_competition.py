@@ -134,7 +134,7 @@ def test_its_gradient_is_that_of_finite_differences(classes, scale):
     )
 
 
-def test_a_thousand_flat_classes_still_pull():
+def test_a_thousand_flat_classes_still_have_a_gradient():
     p, q = torch.randn(2, 8, 1000).requires_grad_()
     (g,) = torch.autograd.grad(jensen_shannon(p, q, 3.0).sum(), q)
     assert (g.norm(dim=1) > 0).all()
@@ -148,7 +148,7 @@ def test_it_keeps_its_bits_in_half_precision():
     )
 
 
-def test_the_term_prices_agreement_and_needs_a_student():
+def test_the_term_penalizes_agreement_and_needs_a_student():
     inputs = LossInputs(torch.zeros(3, 1, 8, 8), torch.randn(3, 10), torch.arange(3))
     with pytest.raises(DFKDError, match='nobody to compete with'):
         competition_term()(inputs)
@@ -326,8 +326,8 @@ def test_weight_zero_is_deepinversion(teacher):
         assert torch.equal(with_term.pool.images[6 * index : 6 * index + 6], made.images)
 
 
-@pytest.mark.parametrize('turns', [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
-def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
+@pytest.mark.parametrize('steps', [0, 1, 7, 10, 11, 14, 17, 24, 30, 38])
+def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, steps):
     def fresh():
         torch.manual_seed(5)  # the term's noise begins here
         return compete(
@@ -335,7 +335,7 @@ def test_it_resumes_to_the_same_bits_from_anywhere(teacher, tmp_path, turns):
         )
 
     whole, part = fresh().run(), fresh()
-    for _ in range(turns):
+    for _ in range(steps):
         part.step()
     save_checkpoint(tmp_path / 'state.pt', part.state_dict())
     other = fresh()
@@ -383,8 +383,8 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
     contest.student.eval()
     unseen = torch.randint(256, (20, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():
-        answers = contest.student(other.normalize(unseen)).argmax(1)
-    contest.measure = round_metrics(ImageSet(unseen, answers, DIGITS))
+        predictions = contest.student(other.normalize(unseen)).argmax(1)
+    contest.measure = round_metrics(ImageSet(unseen, predictions, DIGITS))
     contest.step()  # the first update of the second round
     pixels, known, guessed = seen[0]
     close = {'rtol': 1e-4, 'atol': 1e-5}
@@ -394,10 +394,10 @@ def test_each_network_is_asked_on_its_own_scale(teacher):
         torch.testing.assert_close(guessed, said, **close)
     while contest.synthesizer.underway:
         contest.step()
-    fresh, wished = contest.pool.images[6:], contest.pool.labels[6:]
+    fresh, targets = contest.pool.images[6:], contest.pool.labels[6:]
     with torch.no_grad():
         known, guessed = teacher.predict(fresh), contest.student(other.normalize(fresh))
-    apart, right = jensen_shannon(known, guessed).mean(), (guessed.argmax(1) == wished)
+    apart, right = jensen_shannon(known, guessed).mean(), (guessed.argmax(1) == targets)
     row = contest.history[1]
     assert row['divergence'] == pytest.approx(float(apart), rel=1e-4)
     assert row['student_fresh'] == pytest.approx(float(right.float().mean()))
@@ -467,7 +467,7 @@ def test_what_cannot_be_a_competition_is_refused(teacher):
         contest.run().step()
 
 
-def test_the_maker_looks_at_the_student_in_eval_mode_and_leaves_it_alone(teacher):
+def test_the_synthesizer_uses_the_student_in_eval_mode_and_leaves_it_alone(teacher):
     contest = compete(teacher)
     contest.run(until=4)
     before = weights(contest.student)

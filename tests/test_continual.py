@@ -252,23 +252,25 @@ def test_memory_is_the_papers_padded_divergence_and_falls_into_two_parts(
     old, new, temperature, seed
 ):
     generator = torch.Generator().manual_seed(seed)
-    logits, known = (
+    logits, old_logits = (
         3 * torch.randn(5, old + new, generator=generator).double(),
         3 * torch.randn(5, old, generator=generator).double(),
     )
-    padded = torch.cat([(known / temperature).softmax(1), torch.zeros(5, new)], 1)
+    padded = torch.cat([(old_logits / temperature).softmax(1), torch.zeros(5, new)], 1)
     reference = (
         F.kl_div((logits / temperature).log_softmax(1), padded, reduction='batchmean')
         * temperature**2
     )
-    assert torch.allclose(memory_loss(logits, known, temperature), reference, atol=1e-9)
-    border = (
+    assert torch.allclose(
+        memory_loss(logits, old_logits, temperature), reference, atol=1e-9
+    )
+    boundary = (
         -(logits / temperature).softmax(1)[:, :old].sum(1).log().mean() * temperature**2
     )
     assert torch.allclose(
-        memory_loss(logits, known, temperature)
-        - conditional_loss(logits, known, temperature),
-        border,
+        memory_loss(logits, old_logits, temperature)
+        - conditional_loss(logits, old_logits, temperature),
+        boundary,
         atol=1e-9,
     )
 
@@ -298,15 +300,15 @@ def test_losses_hold_at_extremes_and_refuse_networks_that_did_not_grow():
 
 def test_binary_loss_is_the_sum_over_classes():
     logits = torch.randn(6, 5)
-    known = torch.randn(6, 3)
+    old_logits = torch.randn(6, 3)
     labels = torch.tensor([3, 4, 3, 3, 4, 4])
-    targets = torch.cat([known.sigmoid(), F.one_hot(labels - 3, 2).float()], 1)
+    targets = torch.cat([old_logits.sigmoid(), F.one_hot(labels - 3, 2).float()], 1)
     by_hand = (
         -(targets * logits.sigmoid().log() + (1 - targets) * (1 - logits.sigmoid()).log())
         .sum(1)
         .mean()
     )
-    assert torch.allclose(lwf_mc_loss(logits, known, labels), by_hand, atol=1e-5)
+    assert torch.allclose(lwf_mc_loss(logits, old_logits, labels), by_hand, atol=1e-5)
 
 
 def test_the_schedule_falls_four_times():
@@ -417,7 +419,7 @@ def test_student_and_teacher_see_one_image_each_on_its_own_scale(teacher):
             return self.net(other.renormalize(x, OLD))
 
     wider, made = replace(OLD, classes=OLD.classes + NEW.classes), []
-    for known in (teacher, Teacher(Rescaled(), other, 'rescaled')):
+    for old_teacher in (teacher, Teacher(Rescaled(), other, 'rescaled')):
         student, _ = extend_classifier(teacher, NEW.classes, seed=0)
         usual = {
             'steps': 3,
@@ -428,7 +430,7 @@ def test_student_and_teacher_see_one_image_each_on_its_own_scale(teacher):
         }
         made.append(
             ContinualDistiller(
-                known,
+                old_teacher,
                 student,
                 renumber_labels(pictures(NEW), wider),
                 pictures(OLD, 30, 1),
@@ -518,7 +520,7 @@ def test_gradients_are_clipped_and_the_step_size_falls(teacher):
     ] == [0.3] * 3
 
 
-def test_one_look_at_both_batches_is_two_looks(teacher):
+def test_one_pass_over_both_batches_is_two_passes(teacher):
     made = learner(teacher, max_grad_norm=0.0)
     images, labels = made.sampler.sample(8, made.generator)
     state = made.state_dict()
@@ -745,13 +747,17 @@ def test_what_stands_for_old_images_is_what_the_method_says(teacher):
         old_images(teacher, 'oracle-distill', 6)
 
 
-def test_a_generator_paints_the_same_from_the_same_seed(teacher):
-    maker = replay_generator(teacher, latent_size=8, width=4, batch_size=8, device='cpu')
+def test_a_generator_makes_the_same_images_from_the_same_seed(teacher):
+    synthesizer = replay_generator(
+        teacher, latent_size=8, width=4, batch_size=8, device='cpu'
+    )
     assert torch.equal(
-        generated_images(maker, 7, 3).images, generated_images(maker, 7, 3).images
+        generated_images(synthesizer, 7, 3).images,
+        generated_images(synthesizer, 7, 3).images,
     )
     assert not torch.equal(
-        generated_images(maker, 7, 3).images, generated_images(maker, 7, 4).images
+        generated_images(synthesizer, 7, 3).images,
+        generated_images(synthesizer, 7, 4).images,
     )
 
 

@@ -62,7 +62,7 @@ def forgetful(model):
     return nn.Sequential(*model[:-1], nn.Dropout(0.4), model[-1])
 
 
-def maker_of(teacher, **change):
+def synthesizer_of(teacher, **change):
     torch.manual_seed(change.pop('weights', 0))
     chosen = {
         'steps': 3,
@@ -109,12 +109,12 @@ def test_its_bounds_and_that_length_and_order_do_not_count(seed, n, temperature,
     u, v = torch.randn(
         2, n, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    prices = info_nce(u, v, temperature)
-    assert (prices >= 0).all() and (prices <= math.log(n) + 2 / temperature + 1e-9).all()
-    assert torch.allclose(info_nce(scale * u, v, temperature), prices, atol=1e-9)
+    losses = info_nce(u, v, temperature)
+    assert (losses >= 0).all() and (losses <= math.log(n) + 2 / temperature + 1e-9).all()
+    assert torch.allclose(info_nce(scale * u, v, temperature), losses, atol=1e-9)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     assert torch.allclose(
-        info_nce(u[order], v[order], temperature), prices[order], atol=1e-9
+        info_nce(u[order], v[order], temperature), losses[order], atol=1e-9
     )
 
 
@@ -275,7 +275,7 @@ class Named(nn.Module):
 def test_the_right_layer_is_read(norm):
     torch.manual_seed(0)
     teacher, images = Teacher(used(Named(norm)), DIGITS), torch.rand(5, *DIGITS.shape)
-    synthesizer = maker_of(
+    synthesizer = synthesizer_of(
         teacher, feature_weight=float(norm), layers=['fc', 'se.fc', 'same']
     )
     x = DIGITS.normalize(images)
@@ -290,18 +290,18 @@ def test_the_right_layer_is_read(norm):
             teacher.model.conv(x).mean((2, 3)),
         ]
     torch.testing.assert_close(found, torch.cat(wanted, 1), rtol=1e-5, atol=1e-5)
-    default = maker_of(teacher, feature_weight=float(norm))
+    default = synthesizer_of(teacher, feature_weight=float(norm))
     assert (
         list(default.summary.modules) == (['norm'] if norm else ['fc'])
         and default.features == 6
     )
     for layers in (['.fc'], ['c'], [''], ['model.fc'], []):
         with pytest.raises(DFKDError, match='layer'):
-            maker_of(teacher, feature_weight=0.0, layers=layers)
+            synthesizer_of(teacher, feature_weight=0.0, layers=layers)
     with pytest.raises(DFKDError, match="did not use layer 'AuxLogits.fc'"):
-        maker_of(teacher, feature_weight=0.0, layers=['AuxLogits.fc'])
+        synthesizer_of(teacher, feature_weight=0.0, layers=['AuxLogits.fc'])
     with pytest.raises(DFKDError, match='give a list'):
-        maker_of(teacher, feature_weight=0.0, layers='fc')
+        synthesizer_of(teacher, feature_weight=0.0, layers='fc')
 
 
 def test_a_sequence_is_averaged_over_its_places_on_either_path():
@@ -366,7 +366,7 @@ def test_a_bank_that_does_not_fit_is_refused():
 
 
 def test_batches_fill_the_bank_and_each_begins_anew(teacher):
-    synthesizer = maker_of(teacher)
+    synthesizer = synthesizer_of(teacher)
     images = synthesizer.synthesize(24)
     assert (
         len(images) == 24 and len(synthesizer.bank) == 16 and synthesizer.bank.added == 24
@@ -389,7 +389,7 @@ def test_batches_fill_the_bank_and_each_begins_anew(teacher):
 
 
 def test_the_head_learns_and_keys_stand_still(teacher):
-    synthesizer = maker_of(teacher)
+    synthesizer = synthesizer_of(teacher)
     synthesizer.synthesize(6)
     synthesizer.step()
     before = [p.clone() for p in synthesizer.head.parameters()]
@@ -405,7 +405,7 @@ def test_the_head_learns_and_keys_stand_still(teacher):
 
 def test_the_head_learns_from_anchors_alone(teacher):
     "The gradient of the head is that of InfoNCE with keys that are numbers."
-    synthesizer = maker_of(teacher)
+    synthesizer = synthesizer_of(teacher)
     synthesizer.synthesize(6)
     synthesizer.step()
     images, seen = synthesizer.generate(synthesizer.latents), {}
@@ -423,16 +423,16 @@ def test_the_head_learns_from_anchors_alone(teacher):
             vectors.append(synthesizer.summary.vectors())
     anchors = synthesizer.head(torch.cat([vectors[0], seen['old'][:, 0]]))
     keys = synthesizer.head(torch.cat([vectors[1], seen['old'][:, 1]])).detach()
-    prices = info_nce(anchors, keys, synthesizer.contrastive_temperature)
+    losses = info_nce(anchors, keys, synthesizer.contrastive_temperature)
     wanted = torch.autograd.grad(
-        prices[:6].mean() + prices[6:].mean(), list(synthesizer.head.parameters())
+        losses[:6].mean() + losses[6:].mean(), list(synthesizer.head.parameters())
     )
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_some_steps_lower_the_contrast_of_a_batch(teacher):
-    def price(synthesizer, latents):
+    def loss_of(synthesizer, latents):
         with torch.no_grad():
             return sum(
                 float(
@@ -444,17 +444,19 @@ def test_some_steps_lower_the_contrast_of_a_batch(teacher):
             )
 
     alone = {'class_weight': 0.0, 'feature_weight': 0.0, 'contrastive_weight': 1.0}
-    synthesizer = maker_of(teacher, **alone, steps=30, batch_size=32, weight_init='default')
+    synthesizer = synthesizer_of(
+        teacher, **alone, steps=30, batch_size=32, weight_init='default'
+    )
     synthesizer.begin_batch()
     synthesizer.bank.added, latents = 0, synthesizer.latents.detach().clone()
-    before = price(synthesizer, latents)
+    before = loss_of(synthesizer, latents)
     for _ in range(29):
         synthesizer.step()
-    assert price(synthesizer, synthesizer.latents.detach()) < before
+    assert loss_of(synthesizer, synthesizer.latents.detach()) < before
 
 
 def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty(teacher):
-    synthesizer = maker_of(teacher, contrastive_weight=0.0)
+    synthesizer = synthesizer_of(teacher, contrastive_weight=0.0)
     synthesizer.synthesize(64)
     assert not len(synthesizer.bank) and 'contrast' not in synthesizer.history[0]
 
@@ -464,9 +466,9 @@ def test_without_weight_it_is_the_plain_synthesizer_with_a_bank_that_stays_empty
 def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
     teacher, tmp_path, init, left
 ):
-    whole = maker_of(teacher, init=init)
-    part = maker_of(teacher, init=init)
-    resumed = maker_of(teacher, init=init, weights=9)
+    whole = synthesizer_of(teacher, init=init)
+    part = synthesizer_of(teacher, init=init)
+    resumed = synthesizer_of(teacher, init=init, weights=9)
     wanted = whole.synthesize(24)
     part.synthesize(6)
     part.step()
@@ -485,10 +487,10 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(
     )
 
 
-def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
+def test_a_trainer_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
     def trainer():
         student = forgetful(network(1))
-        synthesizer = maker_of(
+        synthesizer = synthesizer_of(
             teacher, student=student, adversarial_weight=0.5, agreement=True
         )
         distiller = Distiller(
@@ -503,20 +505,20 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
         return AlternatingTrainer(synthesizer, distiller, rounds=2, steps_per_round=4)
 
     whole = trainer().run()
-    for turns in (0, 2, 5, 8, 12):
+    for until in (0, 2, 5, 8, 12):
         part, resumed = trainer(), trainer()
-        for _ in range(turns):
+        for _ in range(until):
             part.step()
         save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
         resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
-        assert torch.equal(resumed.pool.images, whole.pool.images), turns
+        assert torch.equal(resumed.pool.images, whole.pool.images), until
         assert torch.equal(resumed.synthesizer.bank.kept, whole.synthesizer.bank.kept), (
-            turns
+            until
         )
         states = (trainer.student.state_dict().values() for trainer in (resumed, whole))
-        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), until
 
 
 @each(
@@ -532,23 +534,27 @@ def test_a_race_with_a_pool_resumes_to_the_same_bits(teacher, tmp_path):
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message):
-        maker_of(teacher, **change)
+        synthesizer_of(teacher, **change)
 
 
 def test_a_state_of_other_settings_is_refused(teacher):
     with pytest.raises(DFKDError, match='contrastive_temperature'):
-        maker_of(teacher).load_state_dict(
-            maker_of(teacher, contrastive_temperature=0.5).state_dict()
+        synthesizer_of(teacher).load_state_dict(
+            synthesizer_of(teacher, contrastive_temperature=0.5).state_dict()
         )
     with pytest.raises(DFKDError, match='contrast'):
-        maker_of(teacher).load_state_dict(
-            maker_of(teacher, contrastive_weight=0.5).state_dict()
+        synthesizer_of(teacher).load_state_dict(
+            synthesizer_of(teacher, contrastive_weight=0.5).state_dict()
         )
     with pytest.raises(DFKDError, match='same size'):
-        maker_of(teacher).load_state_dict(maker_of(teacher, bank_size=17).state_dict())
+        synthesizer_of(teacher).load_state_dict(
+            synthesizer_of(teacher, bank_size=17).state_dict()
+        )
     for change in ({'head_size': 13}, {'local': LocalView((0.5, 1.0))}, {'layers': ['7']}):
         with pytest.raises(DFKDError, match=f'other settings: {next(iter(change))}'):
-            maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
+            synthesizer_of(teacher).load_state_dict(
+                synthesizer_of(teacher, **change).state_dict()
+            )
 
 
 def test_presets_are_settings(teacher):
@@ -569,7 +575,7 @@ def test_presets_are_settings(teacher):
 def test_a_foreign_network_without_batchnorm_is_summarised_before_its_classifier():
     domain = Domain('wide', (3, 24, 40), (0.5,) * 3, (0.3,) * 3, ('yes', 'no', 'perhaps'))
     teacher = Teacher(network(0, domain, norm=False), domain)
-    synthesizer = maker_of(teacher, feature_weight=0.0)
+    synthesizer = synthesizer_of(teacher, feature_weight=0.0)
     assert (
         synthesizer.synthesize(12).images.shape == (12, 3, 24, 40)
         and synthesizer.features == 5

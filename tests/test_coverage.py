@@ -52,7 +52,7 @@ def test_distances_match_the_plain_ones_and_skip_oneself():
     assert (neighbour_distances(twins)[:, 0] == 0).all()  # a copy is a neighbour
 
 
-def test_a_pool_that_misses_half_the_world_covers_less():
+def test_a_pool_that_misses_half_of_the_data_covers_less():
     a, b = torch.randn(2, 400, 4, generator=torch.Generator().manual_seed(0))
     half = b[b[:, 0] > 0]
     same = b[: len(half)]

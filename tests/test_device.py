@@ -1,7 +1,8 @@
-"""Every task of `dfkd run` on a device that is not the CPU: one made in C++, for machines without a GPU.
+"""Every task of `dfkd run` on a device that is not the CPU.
 
-Its tensors lie apart from the CPU's and must not be mixed with them, as on a GPU.
-Its arithmetic is the CPU's, so that the numbers have to agree.
+The device is made in C++, for machines without a GPU. Its tensors lie apart from the CPU's
+and must not be mixed with them, as on a GPU. Its arithmetic is the CPU's, so that the
+numbers have to agree.
 """
 
 import json
@@ -58,9 +59,11 @@ ONE_IMAGE = 1 / 60  # of the smallest test set: a last bit may turn one answer, 
 
 
 def differences(a: object, b: object, name: str = '') -> list[str]:
-    """What is not equal. Names and counts are; measured numbers are but for the order of some sums.
+    """What is not equal.
 
-    Losses agree to a thousandth. Shares of test images may differ by one image, those of pixels by a few.
+    Names and counts are equal; measured numbers are but for the order of some sums. Losses
+    agree to a thousandth. Fractions of test images may differ by one image, those of pixels
+    by a few.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         odd = [f'{name}: {key}' for key in a.keys() ^ b.keys()]

@@ -99,7 +99,7 @@ def test_the_size_of_batches_changes_nothing_and_bounds_memory(teacher):
     assert a.embeddings.shape == (23, 6)
 
 
-def test_images_in_files_are_looked_at_like_images_in_memory(teacher):
+def test_images_in_files_are_measured_like_images_in_memory(teacher):
     images = pictures(6)
 
     def encode(x):
@@ -113,9 +113,9 @@ def test_images_in_files_are_looked_at_like_images_in_memory(teacher):
 
 def test_a_witness_may_have_its_own_size_channels_and_normalisation():
     other = Domain('other', (3, 12, 12), (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), DIGITS.classes)
-    judge, images = Teacher(network(3), other, 'other'), pictures(5)
-    seen = observe(images, judge)
-    wanted = judge(other.normalize(resize_images(images.images, other)))
+    verifier, images = Teacher(network(3), other, 'other'), pictures(5)
+    seen = observe(images, verifier)
+    wanted = verifier(other.normalize(resize_images(images.images, other)))
     assert torch.allclose(seen.logits, wanted, atol=1e-5)
     assert resize_images(images.images, other).shape == (5, 3, 12, 12)
     assert (
@@ -124,7 +124,7 @@ def test_a_witness_may_have_its_own_size_channels_and_normalisation():
     )
 
 
-def test_what_was_seen_is_not_looked_at_twice(teacher):
+def test_what_was_seen_is_not_measured_twice(teacher):
     seen = observe(pictures(4), teacher)
     assert observe(seen, teacher) is seen
     assert observe(seen, Teacher(network(seed=1), DIGITS, 'b')) is not seen
@@ -145,7 +145,7 @@ def test_accuracy_by_network_and_class_is_what_counting_gives(teacher):
     assert 0 <= low <= found.accuracy['b'] <= high <= 1
 
 
-def test_intervals_hold_the_share_and_shrink_with_the_number():
+def test_intervals_hold_the_fraction_and_shrink_with_the_number():
     for count in (1, 10, 1000):
         for right in {0, 1, count // 2, count}:
             low, high = wilson_interval(right, count)
@@ -176,33 +176,35 @@ def certain(classes, scale=2000.0):
     domain = Domain(
         'pixels', (1, 1, classes), (0.0,), (1.0,), tuple(map(str, range(classes)))
     )
-    judge = Teacher(
+    verifier = Teacher(
         nn.Sequential(nn.Flatten(), nn.Linear(classes, classes, bias=False)),
         domain,
         'certain',
     )
-    judge.model[1].weight.copy_(torch.eye(classes) * scale)
-    return judge
+    verifier.model[1].weight.copy_(torch.eye(classes) * scale)
+    return verifier
 
 
 @pytest.mark.parametrize('classes', [2, 10, 1000])
-def test_the_inception_score_of_certain_and_even_answers_is_the_number_of_classes(classes):
-    judge = certain(classes)
+def test_the_inception_score_of_certain_and_even_predictions_is_the_number_of_classes(
+    classes,
+):
+    verifier = certain(classes)
     images = ImageSet(
         (torch.eye(classes) * 255).to(torch.uint8).view(classes, 1, 1, classes),
         None,
-        judge.domain,
+        verifier.domain,
     )
-    assert inception_score(images, judge).score == pytest.approx(classes, rel=1e-6)
+    assert inception_score(images, verifier).score == pytest.approx(classes, rel=1e-6)
 
 
 def test_the_inception_score_is_bounded_and_says_so():
-    judge = certain(10)
+    verifier = certain(10)
     images = ImageSet(
-        (torch.eye(10)[:4] * 255).to(torch.uint8).view(4, 1, 1, 10), None, judge.domain
+        (torch.eye(10)[:4] * 255).to(torch.uint8).view(4, 1, 1, 10), None, verifier.domain
     )
     with pytest.warns(UserWarning, match='compare only sets of one size'):
-        found = inception_score(images, judge)
+        found = inception_score(images, verifier)
     assert (
         found.score == pytest.approx(4)
         and found.bound == 4
@@ -263,11 +265,11 @@ def test_a_copy_is_its_own_neighbour(teacher):
 
 
 def test_difficulty_keeps_its_digits_and_needs_no_labels():
-    judge = certain(3, scale=50)
-    sure = ImageSet(
-        torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 1, 1, 3), None, judge.domain
+    verifier = certain(3, scale=50)
+    confident = ImageSet(
+        torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 1, 1, 3), None, verifier.domain
     )
-    found = difficulty(sure, judge)
+    found = difficulty(confident, verifier)
     assert found.values['dreams'].item() == pytest.approx(2 * math.exp(-50), rel=1e-5)
     assert found.numbers['groups']['dreams']['easy'] == 1
 
@@ -501,7 +503,7 @@ def reordered(model, order):
     return other
 
 
-def test_a_judge_with_the_classes_in_another_order_judges_alike():
+def test_a_verifier_with_the_classes_in_another_order_finds_the_same():
     model, images = network(), pictures(40, named())
     usual = Teacher(model, named(), 'usual')
     other = Teacher(reordered(model, ORDER), named(ORDER), 'other')
@@ -543,9 +545,9 @@ def test_classes_that_cannot_be_matched_are_refused():
     with pytest.raises(DFKDError, match="'odd' has no class 'dog'"):
         verify(images, {'odd': Teacher(network(), odd, 'odd')})
     # no name in common: one order is taken for granted
-    strangers = dataclasses.replace(DIGITS, name='numbers')
+    held_out = dataclasses.replace(DIGITS, name='numbers')
     assert verify(
-        images, {'numbers': Teacher(network(), strangers, 'numbers')}
+        images, {'numbers': Teacher(network(), held_out, 'numbers')}
     ).labels.equal(images.labels)
 
 

@@ -81,7 +81,7 @@ def trained(seed=0, **settings):
 
 @quick
 @given(shapes, st.integers(0, 10), st.sampled_from(['l2', 'l1']))
-def test_an_images_price_does_not_depend_on_its_neighbours_in_the_batch(shape, seed, norm):
+def test_an_images_loss_does_not_depend_on_its_neighbours_in_the_batch(shape, seed, norm):
     x = noise(shape, seed)
     alone = torch.cat([total_variation(image[None], norm) for image in x])
     torch.testing.assert_close(total_variation(x, norm), alone)
@@ -110,16 +110,16 @@ def test_total_variation_has_the_gradient_of_finite_differences(norm):
 
 def test_flat_images_have_no_nan_gradient():
     x = torch.zeros(2, 3, 4, 4, requires_grad=True)
-    for price in (total_variation(x), total_variation(x, 'l1'), l2_norm(x)):
-        assert torch.equal(torch.autograd.grad(price.sum(), x)[0], torch.zeros_like(x))
+    for loss in (total_variation(x), total_variation(x, 'l1'), l2_norm(x)):
+        assert torch.equal(torch.autograd.grad(loss.sum(), x)[0], torch.zeros_like(x))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision_prices_are_summed_in_float32(dtype):
+def test_half_precision_losses_are_summed_in_float32(dtype):
     x = noise((2, 3, 64, 64)).to(dtype)
-    for price in (total_variation, l2_norm):
-        assert price(x).dtype == torch.float32
-        torch.testing.assert_close(price(x), price(x.float()), rtol=1e-2, atol=0)
+    for loss in (total_variation, l2_norm):
+        assert loss(x).dtype == torch.float32
+        torch.testing.assert_close(loss(x), loss(x.float()), rtol=1e-2, atol=0)
     assert l2_norm(1000 * x).isfinite().all()  # squares beyond float16
 
 
@@ -354,11 +354,11 @@ def test_hooks_go_whatever_happens():
     assert hooks(net) == 0
 
 
-def test_watching_leaves_answers_and_running_statistics_alone():
+def test_watching_leaves_logits_and_running_statistics_alone():
     net, x = trained(), noise((4, 3, 8, 8))
-    state, answer = copy.deepcopy(net.state_dict()), net(x)
+    state, logits = copy.deepcopy(net.state_dict()), net(x)
     with Watch(net):
-        assert torch.equal(net(x), answer)
+        assert torch.equal(net(x), logits)
     Statistics.measure(net, x)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
@@ -461,7 +461,7 @@ def test_feature_loss_is_equation_4():
     assert len(layers) == 3
 
 
-def test_perfect_agreement_costs_nothing_and_pulls_nowhere():
+def test_perfect_agreement_has_no_loss_and_no_gradient():
     statistics = Statistics.from_batchnorm(trained())
     moments = {
         name: (mean.clone().requires_grad_(), var.clone().requires_grad_())
@@ -492,15 +492,15 @@ def test_a_few_steps_improve_any_objective(norm):
     ):
         x = noise((4, 3, 8, 8), 5)
 
-        def price(x, objective=objective):
+        def loss(x, objective=objective):
             logits, features = fast(x)
             return objective(LossInputs(x, logits, torch.arange(4), features))[0]
 
-        before = price(x)
+        before = loss(x)
         for _ in range(3):
-            (slope,) = torch.autograd.grad(price(x.requires_grad_()), x)
+            (slope,) = torch.autograd.grad(loss(x.requires_grad_()), x)
             x = (x - 0.01 * slope / slope.norm()).detach()
-        assert price(x) < before
+        assert loss(x) < before
 
 
 # the fast path
@@ -584,7 +584,7 @@ def test_mixed_precision_keeps_exact_moments_of_what_it_sees():
     assert all(m.dtype == torch.float32 for pair in moments.values() for m in pair)
     total, _ = feature_loss(moments, statistics)
     exact, _ = feature_loss(fuse_statistics(net)(x)[1], statistics)
-    slope, exact_slope = (torch.autograd.grad(price, x)[0] for price in (total, exact))
+    slope, exact_slope = (torch.autograd.grad(loss, x)[0] for loss in (total, exact))
     assert abs(total - exact) < 0.02 * exact
     assert (slope - exact_slope).norm() < 0.05 * exact_slope.norm()
 
@@ -795,7 +795,7 @@ def test_bytes_need_somebody_who_knows_the_scale():
 # the paper's weights
 
 
-def test_the_papers_weights_pull_like_norms_over_its_whole_batch():
+def test_the_papers_weights_act_like_norms_over_its_whole_batch():
     weights = deepinversion_preset('deepinversion', 'paper')
     one = noise((1, 3, 8, 8))
     # 256 images of equal norms in every direction

@@ -116,10 +116,10 @@ def test_example_runs(name: str) -> None:
     text = documented(name)
     examples: dict[str, Any] = {}
     test = doctest.DocTestParser().get_doctest(text, examples, name, None, None)
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         failed = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed
-    assert not failed, told.getvalue()
+    assert not failed, printed.getvalue()
 
 
 def test_every_entry_point_is_described_in_full() -> None:

@@ -1,6 +1,7 @@
-"""What goes wrong is told in one line that says what to do, and nothing that was there is lost.
+"""What goes wrong is told in one line that says what to do.
 
-Every case runs in a folder of its own and compares the folder before and after.
+Nothing that was there is lost. Every case runs in a folder of its own and compares the
+folder before and after.
 """
 
 import json
@@ -571,7 +572,7 @@ def empty_images():
     )
 
 
-def dreamer(model=None, **settings):
+def make_inversion(model=None, **settings):
     return DeepInversion(
         Teacher(model or network(), DIGITS), steps=2, batch_size=4, device='cpu', **settings
     )
@@ -581,21 +582,21 @@ NETWORKS = {
     'wrong channels': (lambda: Teacher(network(3), DIGITS), 'channels'),
     'wrong number of outputs': (lambda: Teacher(network(1, 7), DIGITS), '7', '10'),
     'no BatchNorm': (lambda: Statistics.from_batchnorm(plain()), 'BatchNorm', 'layers'),
-    'no BatchNorm to dream with': (lambda: dreamer(plain()), 'BatchNorm'),
+    'no BatchNorm to dream with': (lambda: make_inversion(plain()), 'BatchNorm'),
     'class that does not exist': (
-        lambda: dreamer().synthesize(2, classes=[10]),
+        lambda: make_inversion().synthesize(2, classes=[10]),
         '10',
         '0 to 9',
     ),
-    'no image at all': (lambda: dreamer().synthesize(0), '0 images'),
-    'negative weight': (lambda: dreamer(tv_l2=-1.0), 'tv_l2', '-1'),
+    'no image at all': (lambda: make_inversion().synthesize(0), '0 images'),
+    'negative weight': (lambda: make_inversion(tv_l2=-1.0), 'tv_l2', '-1'),
     'weight that is no number': (
-        lambda: dreamer(class_weight=float('nan')),
+        lambda: make_inversion(class_weight=float('nan')),
         'class_weight',
         'nan',
     ),
     'network that answers with NaN': (
-        lambda: dreamer(poisoned(), feature_weight=0.0).synthesize(2),
+        lambda: make_inversion(poisoned(), feature_weight=0.0).synthesize(2),
         'NaN',
     ),
     'unknown shipped teacher': (
@@ -613,7 +614,7 @@ NETWORKS = {
     ),
     'temperature of zero': (
         lambda: Distiller(
-            dreamer().teacher, network(), empty_images(), steps=1, temperature=0.0
+            make_inversion().teacher, network(), empty_images(), steps=1, temperature=0.0
         ),
         'temperature',
     ),
@@ -834,7 +835,7 @@ def stopped(own, monkeypatch):
     return command
 
 
-def test_invert_goes_on_with_the_same_wish_only(fails, stopped):
+def test_invert_goes_on_with_the_same_targets_only(fails, stopped):
     fails(stopped, '--resume', '--out')
     again = [*stopped, '--resume']
     fails([*again, '--seed', '1'], "'seed' was 0, now 1", '--out')

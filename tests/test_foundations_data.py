@@ -59,8 +59,7 @@ def one_line(error: pytest.ExceptionInfo[DFKDError]) -> str:
     return text
 
 
-# --- core: streams
-# --------------------------------------------------------------------------------------------------
+# --- core: streams ------------------------------------------------------------------------
 
 
 @given(
@@ -113,8 +112,7 @@ def test_seeds_out_of_range(seed: int) -> None:
     one_line(error)
 
 
-# --- core: files
-# ----------------------------------------------------------------------------------------------------
+# --- core: files --------------------------------------------------------------------------
 
 
 @each('part', [0, 0.01, 0.5, 0.99])
@@ -203,7 +201,8 @@ writers = {
 }
 for name, write in writers.items(): write(folder / name, 10)
 before = {name: (folder / name).read_bytes() for name in writers}
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)) # a write beyond fails as on a full disk
+# a write beyond it fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 for name, write in writers.items():
     try: write(folder / name, 1_000_000)
     except core.DFKDError as error: print(error)
@@ -253,7 +252,9 @@ path = Path(sys.argv[1])
 for number in range(6):
     path.unlink(missing_ok=True)
     if not (child := os.fork()):
-        for step in itertools.count(1): save_checkpoint(path, {'step': step, 'x': torch.full((300_000,), float(step))})
+        for step in itertools.count(1):
+            x = torch.full((300_000,), float(step))
+            save_checkpoint(path, {'step': step, 'x': x})
     while not path.exists(): time.sleep(0.005)
     time.sleep(0.01 * number)
     os.kill(child, signal.SIGKILL)
@@ -304,8 +305,7 @@ def test_progress_is_silent_when_told(
     assert 'shown' in capsys.readouterr().err
 
 
-# --- data: domains
-# --------------------------------------------------------------------------------------------------
+# --- data: domains ------------------------------------------------------------------------
 
 
 @given(
@@ -382,8 +382,7 @@ def test_nan_and_infinity() -> None:
         CIFAR.to_uint8(x)
 
 
-# --- data: sources
-# --------------------------------------------------------------------------------------------------
+# --- data: sources ------------------------------------------------------------------------
 
 
 def source(count: int) -> ImageSet:
@@ -477,8 +476,7 @@ def test_a_file_that_holds_no_images(tmp_path: Path) -> None:
         ImageSet.load(tmp_path / 'w.safetensors')
 
 
-# --- data: decoding
-# -------------------------------------------------------------------------------------------------
+# --- data: decoding -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['digits', 'cifar10', 'imagenet'])
@@ -536,8 +534,7 @@ def test_unreadable_images_are_named(tmp_path: Path, content: bytes) -> None:
         ImageFiles([path], None, CIFAR).fetch(torch.tensor([0]))
 
 
-# --- data: Parquet and folders
-# --------------------------------------------------------------------------------------
+# --- data: Parquet and folders ------------------------------------------------------------
 
 
 def test_parquet_in_several_files_and_either_form(tmp_path: Path) -> None:
@@ -703,8 +700,7 @@ def test_the_variable_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data_root() == Path('.data')
 
 
-# --- data: augmentation
-# ---------------------------------------------------------------------------------------------
+# --- data: augmentation -------------------------------------------------------------------
 
 
 @given(

@@ -101,8 +101,7 @@ def one_line(call: Callable[[], Any], *words: str) -> None:
         assert word in message, message
 
 
-# --- networks
-# -----------------------------------------------------------------------------------------------------
+# --- networks -----------------------------------------------------------------------------
 
 # He et al. (2016), table 6, rounded; the others as the data-free papers' code builds them
 # for ten classes
@@ -188,8 +187,7 @@ def test_wrong_names_and_sizes(call: Callable[[], Any], words: tuple[str, ...]) 
     one_line(call, *words)
 
 
-# --- weights
-# ------------------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('half', [True, False])
@@ -240,8 +238,7 @@ def test_shipped_teacher_opens(name: str) -> None:
     assert logits.shape == (2, teacher.domain.num_classes) and logits.dtype == torch.float32
 
 
-# --- teachers
-# -----------------------------------------------------------------------------------------------------
+# --- teachers -----------------------------------------------------------------------------
 
 
 class Foreign(nn.Module):
@@ -401,8 +398,7 @@ def test_shortcuts_by_hand() -> None:
     torch.testing.assert_close(wide(x.clone()), wide.shortcut(wide.bn1(x).relu()))
 
 
-# --- the loss
-# -----------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------
 
 temperatures = st.floats(0.05, 50)
 
@@ -475,8 +471,7 @@ def test_learning_rate_stays_within_its_peak(
     assert falling == sorted(falling, reverse=True)
 
 
-# --- the loop
-# -----------------------------------------------------------------------------------------------------
+# --- the loop -----------------------------------------------------------------------------
 
 
 def learner(seed: int = 0, student_seed: int = 0, **changes: Any) -> Distiller:

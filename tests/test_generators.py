@@ -45,7 +45,7 @@ def teacher():
     return Teacher(network(), DIGITS, 'tiny')
 
 
-def maker_of(teacher, weights=METHODS['dafl'], **settings):
+def synthesizer_of(teacher, weights=METHODS['dafl'], **settings):
     generator = settings.pop('generator', None) or Generator(teacher.domain.shape, 8, 4)
     defaults = {'steps': 3, 'batch_size': 6, 'device': 'cpu'}
     return GeneratorSynthesizer(
@@ -65,12 +65,12 @@ class Noisy(Generator):
         return super().forward(F.dropout(z, 0.3, self.training))
 
 
-def race_of(teacher, weights, pooled=False, rounds=3, warmup=0, **settings):
+def trainer_of(teacher, weights, pooled=False, rounds=3, warmup=0, **settings):
     student = forgetful(network(1, teacher.domain))
     if weights.get('adversarial_weight'):
         settings = {'student': student} | settings
     torch.manual_seed(5)
-    synthesizer = maker_of(teacher, weights, **settings)
+    synthesizer = synthesizer_of(teacher, weights, **settings)
     source = (
         GrowingPool(teacher.domain)
         if pooled
@@ -135,7 +135,7 @@ def test_it_has_the_parameters_of_the_field(latent, parameters):
     ],
     ids=str,
 )
-def test_any_size_is_painted_and_no_weight_is_idle(shape):
+def test_any_size_is_generated_and_no_weight_is_idle(shape):
     generator = Generator(shape, 5, 2)
     images = generator(torch.randn(2, 5))
     assert tuple(images.shape) == (2, *shape)
@@ -187,7 +187,7 @@ def test_gradients_of_the_terms_are_right():
         )
 
 
-def test_terms_survive_answers_that_are_out_of_all_bounds():
+def test_terms_survive_logits_that_are_out_of_all_bounds():
     for scale in (1e2, 1e4, 1e8):
         a, b = (scale * torch.randn(2, 5, 10)).requires_grad_()
         for term in (
@@ -196,8 +196,8 @@ def test_terms_survive_answers_that_are_out_of_all_bounds():
             adversarial_term('l1'),
             adversarial_term('js'),
         ):
-            price = term(view_of(a, b))
-            assert price.isfinite() and torch.autograd.grad(price, a)[0].isfinite().all()
+            loss = term(view_of(a, b))
+            assert loss.isfinite() and torch.autograd.grad(loss, a)[0].isfinite().all()
 
 
 def test_the_adversary_is_minus_the_distance():
@@ -229,21 +229,21 @@ def test_terms_say_what_they_lack():
 # --- the synthesizer ---
 
 
-def test_the_same_seed_paints_the_same_and_another_another(teacher):
+def test_the_same_seed_generates_the_same_and_another_another(teacher):
     torch.manual_seed(3)
-    one = maker_of(teacher).synthesize(12)
+    one = synthesizer_of(teacher).synthesize(12)
     torch.manual_seed(3)
-    two = maker_of(teacher).synthesize(12)
-    other = maker_of(teacher, seed=1).synthesize(12)
+    two = synthesizer_of(teacher).synthesize(12)
+    other = synthesizer_of(teacher, seed=1).synthesize(12)
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, other.images)
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_every_method_lowers_its_own_price(teacher, method):
+def test_every_method_lowers_its_own_loss(teacher, method):
     weights = METHODS[method] | (
         {'student': network(1)} if 'adversarial_weight' in METHODS[method] else {}
     )
-    synthesizer = maker_of(teacher, weights, batch_size=32, learning_rate=3e-3)
+    synthesizer = synthesizer_of(teacher, weights, batch_size=32, learning_rate=3e-3)
     latents = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     before = float(
         synthesizer.compute_loss(synthesizer.generate(latents), None)[0].detach()
@@ -258,8 +258,8 @@ def test_every_method_lowers_its_own_price(teacher, method):
     )
 
 
-def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
-    synthesizer = maker_of(teacher, latent_learning_rate=0.1, steps=4)
+def test_weights_and_latents_move_as_adam_with_the_betas_of_the_field(teacher):
+    synthesizer = synthesizer_of(teacher, latent_learning_rate=0.1, steps=4)
     synthesizer.begin_batch()
     leaves = [*synthesizer.weights.values(), synthesizer.latents]
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -278,27 +278,29 @@ def test_weights_and_codes_move_as_adam_with_the_betas_of_the_field(teacher):
 
 
 def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
-    synthesizer, prices, pictures = maker_of(teacher, steps=6, learning_rate=0.5), [], []
+    synthesizer = synthesizer_of(teacher, steps=6, learning_rate=0.5)
+    losses = []
+    pictures = []
     for _ in range(6):
         latents = synthesizer.latents if synthesizer.steps_left else None
         synthesizer.step()
-        prices.append(synthesizer.best['loss'])
+        losses.append(synthesizer.best['loss'])
         pictures.append(synthesizer.best['images'].clone())
         assert latents is None or torch.equal(latents, synthesizer.latents)
-    assert prices == sorted(prices, reverse=True)
+    assert losses == sorted(losses, reverse=True)
     assert torch.equal(synthesizer.pop().images, pictures[-1])
     with pytest.raises(DFKDError, match='not finished'):
         synthesizer.pop()
 
 
-def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
+def test_synthesis_leaves_no_trace_in_teacher_and_student(teacher):
     student = network(1).train()
     before = [
         v.clone() for v in (*teacher.state_dict().values(), *student.state_dict().values())
     ]
-    maker_of(teacher, METHODS['dfq'], student=student, embedding='classifier').synthesize(
-        12
-    )
+    synthesizer_of(
+        teacher, METHODS['dfq'], student=student, embedding='classifier'
+    ).synthesize(12)
     assert same(before, (*teacher.state_dict().values(), *student.state_dict().values()))
     assert student.training and all(p.grad is None for p in student.parameters())
     assert not any(
@@ -307,8 +309,8 @@ def test_asking_leaves_no_trace_in_teacher_and_student(teacher):
     )
 
 
-def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
-    pixels = maker_of(
+def test_pixel_latents_and_a_fresh_start_are_ways_to_begin(teacher):
+    pixels = synthesizer_of(
         teacher,
         {'class_weight': 1.0},
         generator=Pixels(DIGITS.shape),
@@ -316,8 +318,8 @@ def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
     )
     assert pixels.synthesize(12).images.shape == (12, 1, 8, 8)
     with pytest.raises(DFKDError, match='latent_learning_rate above 0'):
-        maker_of(teacher, {'class_weight': 1.0}, generator=Pixels(DIGITS.shape))
-    fresh = maker_of(teacher, init='scratch', steps=1)
+        synthesizer_of(teacher, {'class_weight': 1.0}, generator=Pixels(DIGITS.shape))
+    fresh = synthesizer_of(teacher, init='scratch', steps=1)
     fresh.step()
     weight = fresh.weights['last.weight'].clone()
     fresh.pop()
@@ -325,12 +327,12 @@ def test_an_untaught_pixel_code_and_a_fresh_start_are_ways_to_begin(teacher):
     assert (fresh.weights['last.weight'] != weight).all()
 
 
-def test_wishes_are_drawn_and_answers_are_taken(teacher):
-    wished = maker_of(
+def test_targets_are_sampled_and_predictions_are_taken(teacher):
+    sampled = synthesizer_of(
         teacher, {'class_weight': 1.0}, labels='sampled', batch_size=64, steps=1
     ).synthesize(64)
-    assert wished.labels.unique().numel() == 10
-    answered = maker_of(teacher, {'class_weight': 1.0}, steps=1).synthesize(6)
+    assert sampled.labels.unique().numel() == 10
+    answered = synthesizer_of(teacher, {'class_weight': 1.0}, steps=1).synthesize(6)
     assert answered.labels.max() < 10
 
 
@@ -341,7 +343,7 @@ def test_augmentation_and_further_terms_take_part(teacher):
         seen.append(inputs.x.shape)
         return inputs.x.square().mean()
 
-    synthesizer = maker_of(
+    synthesizer = synthesizer_of(
         teacher, {}, terms={'size': (1.0, remember)}, augment=Augment(2, False)
     )
     assert set(synthesizer.synthesize(6).images.shape) and set(synthesizer.history[0]) == {
@@ -425,17 +427,19 @@ class Stubborn(Pixels):
 )
 def test_what_cannot_work_is_told_at_once(teacher, change, message):
     with pytest.raises(DFKDError, match=message) as error:
-        maker_of(teacher, **change)
+        synthesizer_of(teacher, **change)
     assert '\n' not in str(error.value)
 
 
-def test_a_generator_that_gets_no_gradient_and_a_price_that_is_none(teacher):
+def test_a_generator_that_gets_no_gradient_and_a_loss_that_is_none(teacher):
     with pytest.raises(DFKDError, match='no gradient reaches the generator'):
-        maker_of(teacher, generator=Stubborn()).step()
+        synthesizer_of(teacher, generator=Stubborn()).step()
     with pytest.raises(DFKDError, match="'burst' is not finite"):
-        maker_of(teacher, terms={'burst': (1.0, lambda inputs: inputs.x.mean() / 0)}).step()
+        synthesizer_of(
+            teacher, terms={'burst': (1.0, lambda inputs: inputs.x.mean() / 0)}
+        ).step()
     with pytest.raises(DFKDError, match='ask for 1 or more'):
-        maker_of(teacher).synthesize(0)
+        synthesizer_of(teacher).synthesize(0)
 
 
 # --- what is handed in ---
@@ -488,9 +492,9 @@ def test_what_is_handed_in_stays_as_it_is_and_the_trained_generator_is_another(
     generator.register_forward_hook(lambda module, inputs, output: output)
     handed_in = generator, student, teacher
     before = [snapshot(m) for m in handed_in]
-    maker_class, settings = KINDS[kind]
+    synthesizer_class, settings = KINDS[kind]
     weights = {'class_weight': 1.0, 'feature_weight': 1.0, 'adversarial_weight': 1.0}
-    synthesizer = maker_class(
+    synthesizer = synthesizer_class(
         teacher,
         generator=generator,
         student=student,
@@ -534,9 +538,9 @@ class Elsewhere(Teacher):
 
 
 def test_a_teacher_on_another_device_is_copied_and_one_on_this_device_is_not(teacher):
-    assert maker_of(teacher).teacher is teacher
+    assert synthesizer_of(teacher).teacher is teacher
     away = Elsewhere(network(), DIGITS)
-    synthesizer = maker_of(away, {'class_weight': 1.0})
+    synthesizer = synthesizer_of(away, {'class_weight': 1.0})
     assert Elsewhere.moved == [synthesizer.teacher] and synthesizer.teacher is not away
 
 
@@ -551,7 +555,7 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
             weight.requires_grad_(name in trained)
 
         def make(generator=generator, init=init):
-            return maker_of(
+            return synthesizer_of(
                 teacher,
                 generator=copy.deepcopy(generator),
                 init=init,
@@ -579,7 +583,7 @@ def test_frozen_weights_stay_and_resume(teacher, tmp_path):
         if init == 'scratch' or not trained:  # nothing to train: eval mode
             assert same(resumed.generator.buffers(), generator.buffers())
     with pytest.raises(DFKDError, match='no weights that may change'):
-        maker_of(teacher, generator=generator)
+        synthesizer_of(teacher, generator=generator)
 
 
 # --- two normalisations ---
@@ -594,37 +598,39 @@ def test_a_student_sees_images_on_its_own_scale(teacher, augment):
         network(1),
         torch.rand(5, *DIGITS.shape, generator=torch.Generator().manual_seed(0)),
     )
-    synthesizer = maker_of(
+    synthesizer = synthesizer_of(
         teacher, METHODS['dfq'], student=student, student_domain=OTHER, augment=augment
     )
     _, values, inputs = synthesizer.compute_loss(images, None)
     shown = images if augment is None else augment(images, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        known, said, wrong = (
+        teacher_logits, student_logits, wrong = (
             teacher.predict(shown),
             student.eval()(OTHER.normalize(shown)),
             student(DIGITS.normalize(shown)),
         )
-    torch.testing.assert_close(inputs.student_logits.detach(), said, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(inputs.logits.detach(), known, rtol=1e-4, atol=1e-5)
-    assert (said - wrong).abs().max() > 0.1
+    torch.testing.assert_close(
+        inputs.student_logits.detach(), student_logits, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(inputs.logits.detach(), teacher_logits, rtol=1e-4, atol=1e-5)
+    assert (student_logits - wrong).abs().max() > 0.1
     torch.testing.assert_close(
         values['adversarial'],
-        adversarial_term()(view_of(known, said)),
+        adversarial_term()(view_of(teacher_logits, student_logits)),
         rtol=1e-3,
         atol=1e-5,
     )
     torch.testing.assert_close(inputs.x, (shown - 0.5) / 0.25, rtol=1e-5, atol=1e-5)
-    maker_of(
+    synthesizer_of(
         teacher, METHODS['zskt'], student=network(), student_domain=OTHER
     )  # the same weights, but another network
 
 
-def test_a_race_shows_the_student_one_scale(teacher):
-    def parts(domain, maker_domain=None, pool_domain=None):
+def test_a_trainer_shows_the_student_one_scale(teacher):
+    def parts(domain, synthesizer_domain=None, pool_domain=None):
         student = network(1)
-        synthesizer = maker_of(
-            teacher, METHODS['dfq'], student=student, student_domain=maker_domain
+        synthesizer = synthesizer_of(
+            teacher, METHODS['dfq'], student=student, student_domain=synthesizer_domain
         )
         pool = ReplayPool(DIGITS, 20, teacher, student, student_domain=pool_domain)
         settings = {'steps': 4, 'batch_size': 4, 'device': 'cpu', 'domain': domain}
@@ -641,15 +647,17 @@ def test_a_race_shows_the_student_one_scale(teacher):
     while trainer.synthesizer.steps_left:
         trainer.step()
     with torch.no_grad():
-        known, said = (
+        teacher_logits, student_logits = (
             teacher.predict(trainer.pool.images),
             trainer.student.eval()(OTHER.normalize(trainer.pool.images)),
         )
-    wanted = F.kl_div(said.log_softmax(1), known.softmax(1), reduction='none').sum(1)
+    wanted = F.kl_div(
+        student_logits.log_softmax(1), teacher_logits.softmax(1), reduction='none'
+    ).sum(1)
     # those that the synthesizer knows: of intensities before they were rounded to bytes
     torch.testing.assert_close(trainer.pool.priorities, wanted, rtol=1e-2, atol=1e-3)
     assert parts(None).synthesizer.student_domain == DIGITS
-    for change in ({'maker_domain': DIGITS}, {'pool_domain': DIGITS}):
+    for change in ({'synthesizer_domain': DIGITS}, {'pool_domain': DIGITS}):
         with pytest.raises(
             DFKDError, match='make student_domain and the domain of the Distiller agree'
         ) as error:
@@ -662,15 +670,15 @@ def test_a_race_shows_the_student_one_scale(teacher):
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_bfloat16_is_finite_and_close(kind):
-    """The first price differs by what 8 bits leave of some layers, and prices still fall.
+    """The first loss differs by what 8 bits leave of some layers, and losses still fall.
 
     A product is rounded by 2^-9 = 0.2 %; over twenty layers that partly cancels:
     0.4 % at most were seen, 2 % are allowed.
     """
-    teacher, prices = load_teacher('cifar10-resnet20'), []
+    teacher, losses = load_teacher('cifar10-resnet20'), []
     for precision in ('float32', 'bfloat16'):
         torch.manual_seed(0)
-        maker_class, settings = KINDS[kind]
+        synthesizer_class, settings = KINDS[kind]
         weights = {
             'class_weight': 1.0,
             'feature_weight': 0.1,
@@ -684,16 +692,16 @@ def test_bfloat16_is_finite_and_close(kind):
             'precision': precision,
             'student': network(1, teacher.domain),
         }
-        synthesizer = maker_class(
+        synthesizer = synthesizer_class(
             teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings
         )
         synthesizer.step()
-        prices.append(synthesizer.best['loss'])
+        losses.append(synthesizer.best['loss'])
         while synthesizer.steps_left:
             synthesizer.step()
-        assert synthesizer.best['loss'] < prices[-1], 'some updates later it costs less'
+        assert synthesizer.best['loss'] < losses[-1], 'some updates later it costs less'
         synthesizer.pop()
-    assert prices[1] == pytest.approx(prices[0], rel=0.02)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 # --- resuming ---
@@ -709,7 +717,7 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
 
     def fresh():
         torch.manual_seed(0)
-        return maker_of(teacher, METHODS['dafl'], **settings)
+        return synthesizer_of(teacher, METHODS['dafl'], **settings)
 
     whole, part = fresh(), fresh()
     wanted = whole.synthesize(18)
@@ -719,7 +727,7 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
         part.step()
     save_checkpoint(tmp_path / 'state.pt', part.state_dict())
     torch.manual_seed(99)
-    resumed = maker_of(teacher, METHODS['dafl'], **settings)
+    resumed = synthesizer_of(teacher, METHODS['dafl'], **settings)
     resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
     while resumed.steps_left:
         resumed.step()
@@ -730,7 +738,7 @@ def test_a_batch_resumes_to_the_same_bits_wherever_it_was_cut(teacher, tmp_path,
 
 
 def test_what_was_loaded_is_not_shared(teacher):
-    part, other = (maker_of(teacher, latent_learning_rate=0.01) for _ in range(2))
+    part, other = (synthesizer_of(teacher, latent_learning_rate=0.01) for _ in range(2))
     part.step()
     other.load_state_dict(part.state_dict())
     other.step()
@@ -743,10 +751,12 @@ def test_what_was_loaded_is_not_shared(teacher):
 
 def test_a_state_of_other_settings_is_refused(teacher):
     with pytest.raises(DFKDError, match=r'steps \(was 4, now 3\)'):
-        maker_of(teacher).load_state_dict(maker_of(teacher, steps=4).state_dict())
+        synthesizer_of(teacher).load_state_dict(
+            synthesizer_of(teacher, steps=4).state_dict()
+        )
     with pytest.raises(DFKDError, match='another generator'):
-        maker_of(teacher).load_state_dict(
-            maker_of(teacher, generator=Generator((1, 8, 8), 8, 5)).state_dict()
+        synthesizer_of(teacher).load_state_dict(
+            synthesizer_of(teacher, generator=Generator((1, 8, 8), 8, 5)).state_dict()
         )
     for change in (
         {'temperature': 2.0},
@@ -756,7 +766,9 @@ def test_a_state_of_other_settings_is_refused(teacher):
         {'feature_scale': 'relative'},
     ):
         with pytest.raises(DFKDError, match=next(iter(change))):
-            maker_of(teacher).load_state_dict(maker_of(teacher, **change).state_dict())
+            synthesizer_of(teacher).load_state_dict(
+                synthesizer_of(teacher, **change).state_dict()
+            )
 
 
 # --- the trainer ---
@@ -764,39 +776,39 @@ def test_a_state_of_other_settings_is_refused(teacher):
 
 @pytest.mark.parametrize('pooled', [False, True], ids=['drawn', 'pooled'])
 @pytest.mark.parametrize('method', METHODS)
-def test_a_race_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
+def test_a_trainer_resumes_to_the_same_bits(teacher, tmp_path, method, pooled):
     "Wherever it was cut; student and generator draw from the global streams."
 
     def trainer():
         torch.manual_seed(5)
-        return race_of(
+        return trainer_of(
             teacher, METHODS[method], pooled, generator=Noisy(DIGITS.shape, 8, 4)
         )
 
     whole = trainer().run()
-    for turns in (1, 3, 5, 9, 17):
+    for until in (1, 3, 5, 9, 17):
         part, resumed = trainer(), trainer()
-        for _ in range(turns):
+        for _ in range(until):
             part.step()
         save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
         resumed.load_state_dict(load_checkpoint(tmp_path / 'trainer.pt'))
         resumed.run()
-        assert same(bits(resumed), bits(whole)), turns
+        assert same(bits(resumed), bits(whole)), until
         assert resumed.synthesizer.history == whole.synthesizer.history
         assert not pooled or torch.equal(resumed.pool.images, whole.pool.images)
 
 
-def test_turns_are_as_planned_and_nobody_competes_while_warming_up(teacher):
-    trainer = race_of(teacher, METHODS['dfq'], True, rounds=4, warmup=2, steps=1)
-    turns = ''
+def test_rounds_are_as_planned_and_nobody_competes_while_warming_up(teacher):
+    trainer = trainer_of(teacher, METHODS['dfq'], True, rounds=4, warmup=2, steps=1)
+    order = ''
     competed = []
     while not trainer.finished:
-        turns += 'G' if trainer.synthesis_due else 's'
+        order += 'G' if trainer.synthesis_due else 's'
         trainer.step()
-        if turns[-1] == 'G':
+        if order[-1] == 'G':
             competed.append('adversarial' in trainer.synthesizer.history[-1])
-    assert turns == 'GGG' + 'ssss' + 'G' + 'ssss'
+    assert order == 'GGG' + 'ssss' + 'G' + 'ssss'
     assert competed == [False, False, True, True]
     assert len(trainer.pool) == 24
     with pytest.raises(DFKDError, match='taken all its steps'):
@@ -804,7 +816,7 @@ def test_turns_are_as_planned_and_nobody_competes_while_warming_up(teacher):
 
 
 def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
-    trainer = race_of(teacher, METHODS['dafl'])
+    trainer = trainer_of(teacher, METHODS['dafl'])
     trainer.run(callback=lambda now: now.synthesizer.steps_done == 2)
     assert (trainer.synthesizer.steps_done, trainer.done) == (2, 0)
     trainer.run(deadline=0.0)
@@ -821,8 +833,8 @@ def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
         ({'warmup_rounds': 1, 'rounds': 4}, 'nothing to optimise without'),
     ],
 )
-def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
-    trainer = race_of(teacher, METHODS['zskt'])
+def test_a_trainer_that_cannot_run_is_refused(teacher, change, message):
+    trainer = trainer_of(teacher, METHODS['zskt'])
     with pytest.raises(DFKDError, match=message):
         AlternatingTrainer(
             trainer.synthesizer,
@@ -831,12 +843,12 @@ def test_a_race_that_cannot_be_run_is_refused(teacher, change, message):
         )
 
 
-def test_a_checkpoint_of_another_race_is_refused(teacher):
-    trainer = race_of(teacher, METHODS['dafl'])
+def test_a_checkpoint_of_another_trainer_is_refused(teacher):
+    trainer = trainer_of(teacher, METHODS['dafl'])
     with pytest.raises(DFKDError, match='not written by an AlternatingTrainer'):
         trainer.load_state_dict({'kind': 'competition'})
     with pytest.raises(DFKDError, match=r'rounds \(was 2, now 3\)'):
-        trainer.load_state_dict(race_of(teacher, METHODS['dafl'], rounds=2).state_dict())
+        trainer.load_state_dict(trainer_of(teacher, METHODS['dafl'], rounds=2).state_dict())
 
 
 # --- networks of one's own ---
@@ -854,7 +866,7 @@ def test_a_foreign_network_with_its_own_size_mean_and_classes():
     with torch.no_grad():
         model(torch.randn(4, 3, 40, 40))  # BatchNorm has seen something
     teacher = Teacher(model, domain, 'resnet18')
-    trainer = race_of(
+    trainer = trainer_of(
         teacher, METHODS['dfq'], True, rounds=2, steps=1, augment=Augment(4, True)
     )
     trainer.run()
@@ -868,7 +880,7 @@ def test_a_foreign_network_with_its_own_size_mean_and_classes():
     )
 
 
-def test_a_foreign_size_without_batchnorm_is_painted_by_answers_alone():
+def test_a_foreign_size_without_batchnorm_is_generated_by_logits_alone():
     domain = Domain('wide', (3, 64, 64), (0.5,) * 3, (0.5,) * 3, ('yes', 'no'))
     torch.manual_seed(0)
     teacher = Teacher(
@@ -881,10 +893,10 @@ def test_a_foreign_size_without_batchnorm_is_painted_by_answers_alone():
         ),
         domain,
     )
-    made = maker_of(teacher, METHODS['dafl'], steps=2).synthesize(6)
+    made = synthesizer_of(teacher, METHODS['dafl'], steps=2).synthesize(6)
     assert made.images.shape == (6, 3, 64, 64) and made.domain is domain
     with pytest.raises(DFKDError):
-        maker_of(teacher, METHODS['dfq'], student=network(1, domain))
+        synthesizer_of(teacher, METHODS['dfq'], student=network(1, domain))
 
 
 class ChannelsLast(Generator):

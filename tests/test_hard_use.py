@@ -1,6 +1,7 @@
-"""What people do with the parts that nobody meant: other precisions, hooks, foreign states, odd settings.
+"""What people do with the parts that nobody meant.
 
-It works, or one line says what to do. Never a traceback of somebody else's, never a number that is wrong.
+Other precisions, hooks, foreign states, odd settings: it works, or one line says what to
+do. Never a traceback of somebody else's, never a number that is wrong.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def test_networks_and_images_of_double_precision_learn_alike(
 
 
 @pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])
-def test_a_student_of_half_precision_learns_and_is_judged(
+def test_a_student_of_half_precision_learns_and_is_evaluated(
     teacher: Teacher, kind: torch.dtype
 ) -> None:
     loss, _ = learned(teacher, network(5).to(kind), pictures(), label_weight=0.5)
@@ -182,12 +183,12 @@ def test_all_that_ask_a_network_ask_it_in_its_own_precision(teacher: Teacher) ->
     assert segmentation.mean_iou(double(Segmenter()), scenes) == pytest.approx(
         segmentation.mean_iou(Segmenter(), scenes), abs=1e-3
     )
-    paints = Teacher(Segmenter(), scenes.domain)
+    generates = Teacher(Segmenter(), scenes.domain)
     for label_weight in (0.0, 1.0):
-        race = segmentation.SegmentationDistiller(
-            paints, double(Segmenter()), scenes, label_weight=label_weight, **QUICK
+        distiller = segmentation.SegmentationDistiller(
+            generates, double(Segmenter()), scenes, label_weight=label_weight, **QUICK
         )
-        assert race.run().done == 3
+        assert distiller.run().done == 3
 
 
 class Normed(nn.Module):
@@ -259,7 +260,7 @@ class Twice(Normed):
         return self.fc(self.second(self.middle(x)).mean((2, 3)))
 
 
-def test_batchnorm_is_folded_only_where_the_answers_stay() -> None:
+def test_batchnorm_is_folded_only_where_the_logits_stay() -> None:
     hooked, plain = (stirred(Normed()).eval() for _ in range(2))
     hooked.norm.register_forward_hook(lambda _, given, out: 3 * out)
     for model in (hooked, stirred(Twice()).eval()):
@@ -408,7 +409,7 @@ def test_settings_that_cannot_be_meant(teacher: Teacher) -> None:
         one_line(lambda kept=kept: remove_filters(wide, filters, {'0': kept}), '4 booleans')
 
 
-class GeneratorSettings(nn.Module):
+class LinearGenerator(nn.Module):
     def __init__(self, latent_shape: Any = (8,), pair: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -422,7 +423,7 @@ class GeneratorSettings(nn.Module):
 @pytest.mark.parametrize(
     'kind', [GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer]
 )
-def test_a_generator_of_any_precision_paints(
+def test_a_generator_of_any_precision_generates(
     teacher: Teacher, kind: type[GeneratorSynthesizer]
 ) -> None:
     def made(generator: nn.Module) -> Tensor:
@@ -432,20 +433,30 @@ def test_a_generator_of_any_precision_paints(
             .images
         )
 
-    usual, given = made(GeneratorSettings()), GeneratorSettings().double()
+    usual, given = made(LinearGenerator()), LinearGenerator().double()
     # float64 from float32: the same weights
     assert made(given).equal(usual) and given.linear.weight.dtype == torch.float64
     for precision in (torch.float16, torch.bfloat16):
-        assert made(GeneratorSettings().to(precision)).shape == usual.shape
-    one_line(lambda: made(GeneratorSettings(8)), 'latent_shape 8', '(8,)')
-    one_line(lambda: made(GeneratorSettings(pair=True)), 'returns a tuple')
+        assert made(LinearGenerator().to(precision)).shape == usual.shape
+    one_line(lambda: made(LinearGenerator(8)), 'latent_shape 8', '(8,)')
+    one_line(lambda: made(LinearGenerator(pair=True)), 'returns a tuple')
 
 
 CHANGED: dict[str, Any] = {
-    "steps": 9, "batch_size": 4, "learning_rate": 0.1, "weight_decay": 0.0, "momentum": 0.5, "temperature": 2.0, "schedule": "constant",
-    "warmup": 0.5, "mixup_alpha": 0.3, "label_weight": 0.7, "label_smoothing": 0.1, "augment": Augment(1),
-    "domain": dataclasses.replace(DIGITS, mean=(0.0,)),
-}  # fmt: skip
+    'steps': 9,
+    'batch_size': 4,
+    'learning_rate': 0.1,
+    'weight_decay': 0.0,
+    'momentum': 0.5,
+    'temperature': 2.0,
+    'schedule': 'constant',
+    'warmup': 0.5,
+    'mixup_alpha': 0.3,
+    'label_weight': 0.7,
+    'label_smoothing': 0.1,
+    'augment': Augment(1),
+    'domain': dataclasses.replace(DIGITS, mean=(0.0,)),
+}
 
 
 def untouched(learner: Any, state: Any, *words: str) -> None:
@@ -486,10 +497,10 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
         pool.add(pictures().images, pictures().labels)  # type: ignore[arg-type]
         return pool
 
-    def painter(kind: type[GeneratorSynthesizer]) -> GeneratorSynthesizer:
+    def make_synthesizer(kind: type[GeneratorSynthesizer]) -> GeneratorSynthesizer:
         return kind(
             teacher,
-            generator=GeneratorSettings(),
+            generator=LinearGenerator(),
             class_weight=1.0,
             batch_size=4,
             device='cpu',
@@ -499,7 +510,9 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
     half = learner(network(5)).run(until=2).state_dict()
     untouched(learner(), {}, 'not saved by a Distiller')
     untouched(
-        learner(), painter(GeneratorSynthesizer).state_dict(), 'not saved by a Distiller'
+        learner(),
+        make_synthesizer(GeneratorSynthesizer).state_dict(),
+        'not saved by a Distiller',
     )
     untouched(
         learner(nn.Sequential(nn.Flatten(), nn.Linear(64, 10))), half, 'another student'
@@ -514,11 +527,11 @@ def test_a_state_of_something_else_is_refused_before_anything_changes(
     )
     untouched(learner(), drawn, 'ImageSet')
     for kind in (GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer):
-        untouched(painter(kind), half, 'not saved by')
-        untouched(painter(kind), {}, 'not saved by')
+        untouched(make_synthesizer(kind), half, 'not saved by')
+        untouched(make_synthesizer(kind), {}, 'not saved by')
     untouched(
-        painter(ContrastiveSynthesizer),
-        painter(GeneratorSynthesizer).state_dict(),
+        make_synthesizer(ContrastiveSynthesizer),
+        make_synthesizer(GeneratorSynthesizer).state_dict(),
         'ContrastiveSynthesizer',
     )
 

@@ -82,7 +82,7 @@ def test_lite0(lite):
     )
 
 
-def test_same_answers_as_the_package(lite):
+def test_same_logits_as_the_package(lite):
     "Paddings that look at the image are those that the package works out for 224 pixels."
     package = importlib.import_module('efficientnet_lite_pytorch')
     theirs = package.EfficientNet.from_name('efficientnet-lite0', num_classes=1000).eval()
@@ -125,21 +125,24 @@ def test_statistics(small):
 
 
 def test_an_update_changes_every_image(small):
-    maker = DeepInversion(
+    synthesizer = DeepInversion(
         small, stages=[((32, 32), 1), ((64, 64), 1)], batch_size=2, device='cpu', jitter=8
     )
-    maker.start(2, ['zebra', 417])
-    maker.step()
-    assert maker.plan.targets.tolist() == [340, 417] and maker.image_batch.x.shape == (
+    synthesizer.start(2, ['zebra', 417])
+    synthesizer.step()
+    assert synthesizer.plan.targets.tolist() == [
+        340,
+        417,
+    ] and synthesizer.image_batch.x.shape == (
         2,
         3,
         32,
         32,
     )
-    maker.step()
-    images = maker.images
+    synthesizer.step()
+    images = synthesizer.images
     assert images.images.shape == (2, 3, 64, 64) and images.labels.tolist() == [340, 417]
-    assert maker.history[-1]['features'] > 0
+    assert synthesizer.history[-1]['features'] > 0
 
 
 def test_another_number_of_classes():

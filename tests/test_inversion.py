@@ -91,13 +91,13 @@ def test_targets_are_balanced_by_default(teacher):
 
 
 def test_batches_are_even_and_bounded(teacher):
-    maker = make(teacher, batch_size=8)
-    maker.start(17)
-    assert maker.plan.sizes == [6, 6, 5]
+    synthesizer = make(teacher, batch_size=8)
+    synthesizer.start(17)
+    assert synthesizer.plan.sizes == [6, 6, 5]
 
 
 def test_the_loss_falls(teacher):
-    maker = make(
+    synthesizer = make(
         teacher,
         steps=60,
         batch_size=20,
@@ -106,10 +106,10 @@ def test_the_loss_falls(teacher):
         tv_l2=2.5e-5,
         feature_weight=10.0,
     )
-    maker.synthesize(20, log_every=1)
-    assert maker.history[-1]['total'] < 0.6 * maker.history[0]['total']
-    assert maker.history[-1]['class'] < maker.history[0]['class']
-    assert set(maker.history[0]) == {
+    synthesizer.synthesize(20, log_every=1)
+    assert synthesizer.history[-1]['total'] < 0.6 * synthesizer.history[0]['total']
+    assert synthesizer.history[-1]['class'] < synthesizer.history[0]['class']
+    assert set(synthesizer.history[0]) == {
         'batch',
         'step',
         'total',
@@ -126,12 +126,12 @@ def test_every_batch_begins_with_its_own_noise(teacher):
 
 
 def test_the_rate_follows_its_schedule_in_every_stage(teacher):
-    maker, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule='cosine'), []
-    maker.start(4)
+    synthesizer, rates = make(teacher, stages=[(4, 3), (8, 2)], schedule='cosine'), []
+    synthesizer.start(4)
     for _ in range(5):
-        maker.image_batch = maker.image_batch or maker._next_batch()
-        dream = maker.image_batch
-        maker.step()
+        synthesizer.image_batch = synthesizer.image_batch or synthesizer._next_batch()
+        dream = synthesizer.image_batch
+        synthesizer.step()
         rates.append(dream.optimizer.param_groups[0]['lr'])
     expected = [
         learning_rate_at(step, updates, 'cosine')
@@ -168,15 +168,15 @@ def test_the_teacher_is_not_changed(teacher):
 
 
 def test_images_are_copies(teacher):
-    maker = make(teacher, batch_size=4)
+    synthesizer = make(teacher, batch_size=4)
     seen = []
-    maker.synthesize(8, callback=lambda now: seen.append(now.images), log_every=4)
+    synthesizer.synthesize(8, callback=lambda now: seen.append(now.images), log_every=4)
     # not one tensor, six times over
     assert [bool((a != b).any()) for a, b in pairwise(seen)].count(True) >= 4
-    first = maker.images
+    first = synthesizer.images
     first.images.zero_()
     first.labels.zero_()
-    assert maker.images.images.any() and maker.images.labels.any()
+    assert synthesizer.images.images.any() and synthesizer.images.labels.any()
 
 
 def test_images_asked_for_too_late_are_refused(teacher):
@@ -205,10 +205,15 @@ def test_callback_is_told_where_it_stands(teacher):
 
 
 def test_callback_that_returns_true_stops_and_run_goes_on(teacher):
-    maker = make(teacher)
-    assert len(maker.synthesize(8, callback=lambda now: now.batch == 1, log_every=4)) == 4
-    assert not maker.finished
-    assert torch.equal(maker.run(log_every=4).images, make(teacher).synthesize(8).images)
+    synthesizer = make(teacher)
+    assert (
+        len(synthesizer.synthesize(8, callback=lambda now: now.batch == 1, log_every=4))
+        == 4
+    )
+    assert not synthesizer.finished
+    assert torch.equal(
+        synthesizer.run(log_every=4).images, make(teacher).synthesize(8).images
+    )
 
 
 class Interrupted(Exception):
@@ -261,7 +266,13 @@ from test_inversion import make, network, DIGITS
 from dfkd_nb.toolbox.teachers import Teacher
 def callback(now):
     if (now.batch, now.step) == (1, 8): os.kill(os.getpid(), signal.SIGKILL)
-make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path / 'c.pt')!r}, callback=callback, log_every=1, save_every=0.)
+make(Teacher(network(), DIGITS, 'tiny')).synthesize(
+    8,
+    checkpoint={str(tmp_path / 'c.pt')!r},
+    callback=callback,
+    log_every=1,
+    save_every=0.,
+)
 """
     assert subprocess.run([sys.executable, '-c', script]).returncode == -9
     assert load_checkpoint(tmp_path / 'c.pt')['batch'] == 1
@@ -273,18 +284,18 @@ make(Teacher(network(), DIGITS, 'tiny')).synthesize(8, checkpoint={str(tmp_path 
 
 
 def test_state_dict_goes_through_a_checkpoint_of_somebody_else(teacher, tmp_path):
-    maker = make(teacher)
-    maker.start(8)
+    synthesizer = make(teacher)
+    synthesizer.start(8)
     for _ in range(17):
-        maker.step()
+        synthesizer.step()
     save_checkpoint(
-        tmp_path / 'run.pt', {'phase': 'synthesis', 'state': maker.state_dict()}
+        tmp_path / 'run.pt', {'phase': 'synthesis', 'state': synthesizer.state_dict()}
     )
-    maker.run()
+    synthesizer.run()
     other = make(teacher)
     other.start(8)
     other.load_state_dict(load_checkpoint(tmp_path / 'run.pt')['state'])
-    assert torch.equal(other.run().images, maker.images.images)
+    assert torch.equal(other.run().images, synthesizer.images.images)
 
 
 def test_deadline_stops_cleanly(teacher, tmp_path):
@@ -339,11 +350,11 @@ def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
         return inputs.x.mean() * (float('nan') if now['batch'] else 1.0)
 
     now = {'batch': 0}
-    maker = make(teacher, terms={'poison': (1.0, poison)})
+    synthesizer = make(teacher, terms={'poison': (1.0, poison)})
     with pytest.raises(
         DFKDError, match="'poison' is nan at step 1 of batch 2.*lower learning_rate"
     ) as caught:
-        maker.synthesize(
+        synthesizer.synthesize(
             8,
             callback=lambda progress: (
                 now.update(batch=progress.step == progress.steps) and None
@@ -351,12 +362,12 @@ def test_nan_says_which_term_and_keeps_what_is_finished(teacher, tmp_path):
             checkpoint=tmp_path / 'c.pt',
         )
     assert '\n' not in str(caught.value)
-    assert len(maker.images) == 4
+    assert len(synthesizer.images) == 4
     assert len(load_checkpoint(tmp_path / 'c.pt')['images'][0]) == 4
 
 
 def test_stages_grow_by_nearest_neighbours(teacher):
-    maker = make(
+    synthesizer = make(
         teacher,
         stages=[(4, 3), (8, 1)],
         clip=False,
@@ -364,16 +375,21 @@ def test_stages_grow_by_nearest_neighbours(teacher):
         jitter=0,
         flip=False,
     )
-    maker.start(4)
+    synthesizer.start(4)
     for _ in range(3):
-        maker.step()
-    small = maker.image_batch.x.detach().clone()
-    assert small.shape == (4, 1, 4, 4) and maker.image_batch.images().shape == (4, 1, 8, 8)
-    seen = maker.image_batch.augmented()
+        synthesizer.step()
+    small = synthesizer.image_batch.x.detach().clone()
+    assert small.shape == (4, 1, 4, 4) and synthesizer.image_batch.images().shape == (
+        4,
+        1,
+        8,
+        8,
+    )
+    seen = synthesizer.image_batch.augmented()
     assert seen.shape == (4, 1, 8, 8) and torch.equal(
         seen, small.repeat_interleave(2, 2).repeat_interleave(2, 3)
     )
-    assert maker.image_batch.optimizer.state == {}  # a new Adam for new pixels
+    assert synthesizer.image_batch.optimizer.state == {}  # a new Adam for new pixels
 
 
 @pytest.mark.parametrize(
@@ -396,11 +412,11 @@ def test_any_shape_any_number_of_classes_any_normalisation(shape, classes):
 def test_clipping_keeps_pixels_printable(teacher):
     low, high = DIGITS.limits()
     for clip in (True, False):
-        maker = make(teacher, clip=clip, learning_rate=1.0)
-        maker.start(4)
+        synthesizer = make(teacher, clip=clip, learning_rate=1.0)
+        synthesizer.start(4)
         for _ in range(3):
-            maker.step()
-        x = DIGITS.from_pixels(maker.image_batch.x)
+            synthesizer.step()
+        x = DIGITS.from_pixels(synthesizer.image_batch.x)
         assert bool(((x >= low - 1e-6) & (x <= high + 1e-6)).all()) == clip
 
 
@@ -412,10 +428,10 @@ def test_without_batchnorm_it_says_what_to_do_and_takes_measured_statistics():
     measured = Statistics.measure(
         plain, 0.2 * torch.randn(64, 1, 8, 8), layers=['model.0', 'model.3'], at='output'
     )
-    maker = make(plain, statistics=measured, steps=30, class_weight=0.0, tv_l2=0.0)
-    assert not maker.loss.extractor.fused
-    maker.synthesize(4, log_every=1)
-    assert maker.history[-1]['features'] < maker.history[0]['features']
+    synthesizer = make(plain, statistics=measured, steps=30, class_weight=0.0, tv_l2=0.0)
+    assert not synthesizer.loss.extractor.fused
+    synthesizer.synthesize(4, log_every=1)
+    assert synthesizer.history[-1]['features'] < synthesizer.history[0]['features']
 
 
 def test_hooks_and_fused_layers_agree(teacher):
@@ -440,8 +456,8 @@ def test_statistics_named_inside_the_wrapped_network(teacher):
 
 def test_bfloat16_stays_close(teacher):
     a, b = make(teacher, steps=1, precision='bfloat16'), make(teacher, steps=1)
-    for maker in (a, b):
-        maker.synthesize(4)
+    for synthesizer in (a, b):
+        synthesizer.synthesize(4)
     assert a.history[0]['total'] == pytest.approx(b.history[0]['total'], rel=0.05)
 
 
@@ -483,7 +499,7 @@ def test_bad_settings_are_one_clear_line(teacher, settings, message):
         (4, [0.5], '0.5'),
     ],
 )
-def test_bad_wishes_are_one_clear_line(teacher, n, classes, message):
+def test_bad_targets_are_one_clear_line(teacher, n, classes, message):
     with pytest.raises(DFKDError, match=message):
         make(teacher).synthesize(n, classes)
 
@@ -503,42 +519,42 @@ def test_a_stage_too_small_for_the_network():
         make(Teacher(Fussy(), DIGITS), stages=[(4, 1), (8, 1)])
 
 
-def test_stages_and_wishes_by_hand():
+def test_stages_and_targets_by_hand():
     assert resolution_stages(None, 7, (8, 8)) == [((8, 8), 7)]
     assert resolution_stages([(4, 1), ((8, 8), 2)], 7, (8, 8)) == [((4, 4), 1), ((8, 8), 2)]
     assert target_classes(4, '7', DIGITS).tolist() == [7, 7, 7, 7]
     assert target_classes(3, torch.tensor([2, 1]), DIGITS).tolist() == [2, 1, 2]
 
 
-def next_batch(maker):
-    while not maker.batch_done:
-        maker.step()
-    return maker.pop()
+def next_batch(synthesizer):
+    while not synthesizer.batch_done:
+        synthesizer.step()
+    return synthesizer.pop()
 
 
 def test_a_batch_at_a_time_without_a_plan(teacher):
     "Whole batches without end, classes in turn; `pop` hands each over once."
-    maker = make(teacher)
+    synthesizer = make(teacher)
     with pytest.raises(DFKDError, match='no batch is complete'):
-        maker.pop()
-    batches = [next_batch(maker) for _ in range(3)]
+        synthesizer.pop()
+    batches = [next_batch(synthesizer) for _ in range(3)]
     images = make(teacher).synthesize(12)
     assert torch.equal(torch.cat([batch.images for batch in batches]), images.images)
     assert torch.equal(torch.cat([batch.labels for batch in batches]), images.labels)
-    assert not maker.batch_done and len(maker.images) == 0
-    maker.start(4)
-    next_batch(maker)
+    assert not synthesizer.batch_done and len(synthesizer.images) == 0
+    synthesizer.start(4)
+    next_batch(synthesizer)
     with pytest.raises(DFKDError, match='all planned images are made'):
-        maker.step()
+        synthesizer.step()
 
 
 def test_a_round_has_random_noise_of_its_own(teacher):
-    maker = make(teacher)
-    first = next_batch(maker)
+    synthesizer = make(teacher)
+    first = next_batch(synthesizer)
     rounds = []
     for index in (0, 1):
-        maker.begin_round(index, competing=bool(index))
-        rounds.append(next_batch(maker))
+        synthesizer.begin_round(index, competing=bool(index))
+        rounds.append(next_batch(synthesizer))
     assert torch.equal(first.images, make(teacher).synthesize(4).images)
     assert torch.equal(rounds[0].labels, torch.tensor([4, 5, 6, 7]))  # classes go on
     assert torch.equal(rounds[1].labels, torch.tensor([8, 9, 0, 1]))
@@ -553,9 +569,9 @@ def test_a_round_resumes_to_the_same_bits(teacher):
     for _ in range(17):
         whole.step()
     other.load_state_dict(whole.state_dict())
-    for maker in (whole, other):
+    for synthesizer in (whole, other):
         for _ in range(12):
-            maker.step()
+            synthesizer.step()
     for _ in range(2):
         one, two = whole.pop(), other.pop()
         assert torch.equal(one.images, two.images) and torch.equal(one.labels, two.labels)
@@ -660,7 +676,9 @@ def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
     inside = Teacher(Scaled(teacher.model, DIGITS), wide)
     quick = {'steps': 10, 'tv_l2': 0.1, 'l2': 0.01} | settings
     a, b = make(teacher, **quick), make(inside, **quick)
-    one, other = (maker.synthesize(8, log_every=1).images.int() for maker in (a, b))
+    one, other = (
+        synthesizer.synthesize(8, log_every=1).images.int() for synthesizer in (a, b)
+    )
     assert (one - other).abs().max() <= 1
     assert one.float().std() > 20  # neither is black nor grey
     for row, twin in zip(a.history, b.history):
@@ -670,17 +688,19 @@ def test_two_descriptions_of_one_network_dream_alike(teacher, settings):
 def test_terms_see_pixel_units(teacher):
     views = []
 
-    def look(inputs):
+    def record(inputs):
         views.append(inputs.x.detach().clone())
         return inputs.x.sum()
 
-    make(teacher, steps=3, learning_rate=5.0, terms={'look': (1e-9, look)}).synthesize(4)
+    make(teacher, steps=3, learning_rate=5.0, terms={'record': (1e-9, record)}).synthesize(
+        4
+    )
     assert views[-1].min() == -2 and views[-1].max() == 2  # clipped at black and at white
 
 
 def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
     "Four updates by hand, in pixel units."
-    maker = make(
+    synthesizer = make(
         teacher,
         steps=4,
         batch_size=4,
@@ -691,8 +711,8 @@ def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
         tv_l2=0.0,
         l2=0.0,
     )
-    maker.start(4)
-    x = maker._next_batch().x.detach().clone().double()
+    synthesizer.start(4)
+    x = synthesizer._next_batch().x.detach().clone().double()
     net, targets = Teacher(teacher.model, DIGITS).double(), torch.arange(4)
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for step in range(1, 5):
@@ -705,21 +725,22 @@ def test_the_optimiser_is_adam_with_the_papers_betas(teacher):
             x
             - 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         ).detach()
-        maker.step() if step < 4 else None
-    seen = maker.image_batch.x.detach()
-    maker.step()
+        synthesizer.step() if step < 4 else None
+    seen = synthesizer.image_batch.x.detach()
+    synthesizer.step()
     assert (seen - x).abs().max() <= 0.11  # one step behind
     assert (
-        maker._finished[0].float() - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()
+        synthesizer._finished[0].float()
+        - DIGITS.to_uint8(DIGITS.from_pixels(x.float())).float()
     ).abs().max() <= 1
 
 
-def shifts(maker, looks=200):
+def shifts(synthesizer, samples=200):
     """Where a marked pixel of the batch in hand is seen.
 
     Largest shift down or right, and share of mirrored looks.
     """
-    dream = maker.image_batch or maker._next_batch()
+    dream = synthesizer.image_batch or synthesizer._next_batch()
     size = dream.x.shape[-1]
     with torch.no_grad():
         dream.x.zero_()
@@ -728,36 +749,36 @@ def shifts(maker, looks=200):
         # right of the first one, unless mirrored
         dream.x[..., size // 2, size // 2 + 1] = 3
     far, mirrored = 0, 0
-    for _ in range(looks):
+    for _ in range(samples):
         seen = dream.augmented()[0, 0]
         row, column = (seen == 1).nonzero()[0].tolist()
         far = max(far, min((row - size // 2) % size, (size // 2 - row) % size))
         mirrored += int((seen == 3).nonzero()[0][1] != (column + 1) % size)
-    return far, mirrored / looks
+    return far, mirrored / samples
 
 
 def test_jitter_is_in_pixels_of_the_full_size(teacher):
     "Half of it at half the size."
     for size, wanted in ((8, 2), (4, 1)):
-        maker = make(teacher, stages=[(size, 2), (8, 2)], jitter=2)
-        maker.start(4)
-        assert shifts(maker)[0] == wanted
+        synthesizer = make(teacher, stages=[(size, 2), (8, 2)], jitter=2)
+        synthesizer.start(4)
+        assert shifts(synthesizer)[0] == wanted
 
 
 @pytest.mark.parametrize('flip, low, high', [(True, 0.35, 0.65), (False, 0.0, 0.0)])
-def test_every_second_look_is_mirrored_or_none(teacher, flip, low, high):
-    maker = make(teacher, flip=flip)
-    maker.start(4)
-    assert low <= shifts(maker)[1] <= high
+def test_every_second_view_is_mirrored_or_none(teacher, flip, low, high):
+    synthesizer = make(teacher, flip=flip)
+    synthesizer.start(4)
+    assert low <= shifts(synthesizer)[1] <= high
 
 
 def test_the_scaler_of_half_precision_is_kept_up(teacher):
     """It doubles after a good update, and halves, skipping the update, after one with an
     infinite gradient.
     """
-    maker = make(teacher)
-    maker.start(4)
-    dream = maker._next_batch()
+    synthesizer = make(teacher)
+    synthesizer.start(4)
+    dream = synthesizer._next_batch()
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0, growth_interval=1)
     dream.step(dream.x.square().sum(), scaler)
     assert scaler.get_scale() == 8.0
@@ -795,8 +816,8 @@ def test_a_compiled_update_is_the_update(teacher, monkeypatch):
         'terms': {'rival': (0.1, lambda inputs: inputs.student_logits.square().mean())}
     }
     compiled, eager = make(teacher, compile=True, **quick), make(teacher, **quick)
-    for maker in (compiled, eager):
-        maker.synthesize(6, log_every=1)
+    for synthesizer in (compiled, eager):
+        synthesizer.synthesize(6, log_every=1)
     assert len(graphs) == 2  # one whole graph a size
     for row, wanted in zip(compiled.history, eager.history, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4)
@@ -849,15 +870,15 @@ def test_the_layer_is_found_by_its_exact_name_on_every_path(path, embedding, lay
         'hooked': lambda: Statistics.measure(named, x, where, at='output'),
         'plain': lambda: None,
     }[path.split(',')[0]]()
-    look = FeatureExtractor(teacher, statistics, embedding=embedding)
-    assert look.fused == path.startswith('fused')
+    record = FeatureExtractor(teacher, statistics, embedding=embedding)
+    assert record.fused == path.startswith('fused')
     entered = []
     hook = teacher.model.get_submodule(layer).register_forward_pre_hook(
         lambda module, inputs: entered.append(inputs[0])
     )
     wanted = teacher(x)
     hook.remove()
-    logits, _, seen = look(x)
+    logits, _, seen = record(x)
     torch.testing.assert_close(logits, wanted)
     torch.testing.assert_close(
         seen, entered[0] if entered[0].ndim == 2 else entered[0].mean((2, 3))
@@ -877,10 +898,13 @@ def test_a_device_by_another_name_is_the_same_device(teacher, monkeypatch):
 
 def test_a_teacher_elsewhere_is_copied_not_moved(teacher, monkeypatch):
     monkeypatch.setattr(inversion, 'same_device', lambda a, b: False)
-    maker = make(teacher)
-    assert maker.teacher is not teacher and maker.teacher.model is not teacher.model
+    synthesizer = make(teacher)
+    assert (
+        synthesizer.teacher is not teacher
+        and synthesizer.teacher.model is not teacher.model
+    )
     with torch.no_grad():
-        maker.teacher.model[0].weight.zero_()
+        synthesizer.teacher.model[0].weight.zero_()
     assert teacher.model[0].weight.any()
 
 
@@ -926,14 +950,14 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
             * (torch.rand_like(inputs.x) + random.random() + float(np.random.rand()))
         ).mean()
 
-    def maker():
+    def synthesizer():
         return make(teacher, terms={'noisy': (5.0, noisy)})
 
     def begin():
         torch.manual_seed(1), np.random.seed(1), random.seed(1)
 
     begin()
-    whole = maker().synthesize(8)
+    whole = synthesizer().synthesize(8)
     for cut in (1, 3, 5):
         path, calls = tmp_path / f'{cut}.pt', []
 
@@ -944,14 +968,16 @@ def test_a_term_that_draws_goes_on_where_it_stood(teacher, tmp_path):
 
         begin()
         with pytest.raises(Interrupted):
-            maker().synthesize(8, checkpoint=path, callback=callback, log_every=4)
+            synthesizer().synthesize(8, checkpoint=path, callback=callback, log_every=4)
         torch.rand(7), np.random.rand(), random.random()  # another process, other draws
-        assert torch.equal(maker().synthesize(8, checkpoint=path).images, whole.images)
+        assert torch.equal(
+            synthesizer().synthesize(8, checkpoint=path).images, whole.images
+        )
 
 
 def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
     "Four updates at half the size are one at full size."
-    bars, shares = [], []
+    bars, fractions = [], []
     monkeypatch.setenv('DFKD_PROGRESS', '1')
 
     def progress(**settings):
@@ -960,11 +986,11 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
 
     plain = inversion.progress
     monkeypatch.setattr(inversion, 'progress', progress)
-    maker = make(teacher, stages=[(4, 4), (8, 3)])
-    maker.start(8)
+    synthesizer = make(teacher, stages=[(4, 4), (8, 3)])
+    synthesizer.start(8)
     for _ in range(5):  # four at half the size, one at full size
-        maker.step()
-    assert maker.pixel_steps_done == 2 * 64
+        synthesizer.step()
+    assert synthesizer.pixel_steps_done == 2 * 64
     amounts = []
     plain_update = plain(total=1).__class__.update
     monkeypatch.setattr(
@@ -972,10 +998,12 @@ def test_progress_counts_pixels_not_updates(teacher, monkeypatch):
         'update',
         lambda bar, n=1: (amounts.append(n), plain_update(bar, n))[1],
     )
-    maker.run(callback=lambda now: shares.append(now.fraction) and None, log_every=1)
+    synthesizer.run(
+        callback=lambda now: fractions.append(now.fraction) and None, log_every=1
+    )
     assert bars[0].total == 2 * 4 * 64 and bars[0].initial == 2 * 64
     assert amounts == [64, 64, 16, 16, 16, 16, 64, 64, 64]
-    assert shares == [3 / 4, 1, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 2 / 4, 3 / 4, 1]
+    assert fractions == [3 / 4, 1, 1 / 16, 2 / 16, 3 / 16, 1 / 4, 2 / 4, 3 / 4, 1]
 
 
 # teachers in other forms
@@ -1017,8 +1045,8 @@ def test_a_teacher_made_double_afterwards_still_dreams(teacher):
         'embedding': 'classifier',
         'stages': [(4, 2), (8, 3)],
     }
-    maker = make(Teacher(teacher.model, DIGITS).double(), **settings)
-    assert maker.synthesize(4).images.float().std() > 20
+    synthesizer = make(Teacher(teacher.model, DIGITS).double(), **settings)
+    assert synthesizer.synthesize(4).images.float().std() > 20
 
 
 @pytest.mark.parametrize('form', SEALED)

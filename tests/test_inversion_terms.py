@@ -38,17 +38,17 @@ def seen(teacher, **settings):
         views.append(inputs)
         return inputs.x.square().mean()
 
-    maker = make(teacher, steps=2, terms={'look': (1.0, term)}, **settings)
-    return maker, views
+    synthesizer = make(teacher, steps=2, terms={'look': (1.0, term)}, **settings)
+    return synthesizer, views
 
 
 # student
 
 
-def test_a_student_answers_to_what_the_teacher_saw(teacher):
+def test_a_student_sees_what_the_teacher_saw(teacher):
     student = other()
-    maker, views = seen(teacher, student=student, jitter=0, flip=False)
-    maker.synthesize(4)
+    synthesizer, views = seen(teacher, student=student, jitter=0, flip=False)
+    synthesizer.synthesize(4)
     x = views[0].x.detach()
     assert views[0].student_logits.requires_grad  # the image feels it
     first = make(teacher, steps=1)  # the same seed: the same noise
@@ -63,18 +63,18 @@ def test_a_student_answers_to_what_the_teacher_saw(teacher):
 
 def test_the_student_kept_is_a_frozen_copy(teacher):
     student = other()
-    maker, _ = seen(teacher, student=student)
-    before = copy.deepcopy(maker.student.state_dict())
+    synthesizer, _ = seen(teacher, student=student)
+    before = copy.deepcopy(synthesizer.student.state_dict())
     with torch.no_grad():
         next(student.parameters()).add_(1)
     student.train()
-    maker.synthesize(4)
-    after = maker.student.state_dict()
+    synthesizer.synthesize(4)
+    after = synthesizer.student.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert student.training and all(p.grad is None for p in student.parameters())
-    maker.compete_with(student)
+    synthesizer.compete_with(student)
     assert not torch.equal(
-        next(iter(maker.student.state_dict().values())), next(iter(before.values()))
+        next(iter(synthesizer.student.state_dict().values())), next(iter(before.values()))
     )
 
 
@@ -108,17 +108,19 @@ def test_a_checkpoint_knows_its_student(teacher, tmp_path):
 
 @pytest.mark.parametrize('settings', [{}, {'feature_weight': 0.0}])
 def test_the_embedding_is_what_enters_the_classifier(teacher, settings):
-    maker, views = seen(teacher, embedding='classifier', jitter=0, flip=False, **settings)
-    maker.synthesize(4)
+    synthesizer, views = seen(
+        teacher, embedding='classifier', jitter=0, flip=False, **settings
+    )
+    synthesizer.synthesize(4)
     for inputs in views:
         assert inputs.embedding.shape == (4, 8) and inputs.embedding.requires_grad
         torch.testing.assert_close(teacher.model[-1](inputs.embedding), inputs.logits)
 
 
-def test_goals_reach_their_images_batch_by_batch(teacher):
+def test_target_embeddings_reach_their_images_batch_by_batch(teacher):
     target_embeddings = torch.arange(10.0)[:, None].expand(10, 8)
-    maker, views = seen(teacher, embedding='classifier', batch_size=4)
-    maker.synthesize(10, target_embeddings=target_embeddings)
+    synthesizer, views = seen(teacher, embedding='classifier', batch_size=4)
+    synthesizer.synthesize(10, target_embeddings=target_embeddings)
     assert [inputs.target_embeddings[:, 0].tolist() for inputs in views[::2]] == [
         [0, 1, 2, 3],
         [4, 5, 6],
@@ -126,7 +128,7 @@ def test_goals_reach_their_images_batch_by_batch(teacher):
     ]
 
 
-def test_goals_pull(teacher):
+def test_target_embeddings_have_a_gradient(teacher):
     images = torch.randint(
         0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     )
@@ -144,11 +146,11 @@ def test_goals_pull(teacher):
         flip=False,
         batch_size=6,
     )
-    maker = make(
+    synthesizer = make(
         teacher, embedding='classifier', terms={'goal': (1.0, distance)}, **settings
     )
-    found = maker.synthesize(6, target_embeddings=target_embeddings)
-    assert maker.history[-1]['goal'] < 0.2 * maker.history[0]['goal']
+    found = synthesizer.synthesize(6, target_embeddings=target_embeddings)
+    assert synthesizer.history[-1]['goal'] < 0.2 * synthesizer.history[0]['goal']
     near, far = (
         (teacher.embed(found.images) - g).norm(dim=1).mean()
         for g in (target_embeddings, target_embeddings.roll(1, 0))
@@ -157,14 +159,14 @@ def test_goals_pull(teacher):
 
 
 @pytest.mark.parametrize('target_embeddings', [torch.zeros(3, 8), torch.zeros(4)])
-def test_goals_of_the_wrong_shape_are_refused(teacher, target_embeddings):
+def test_target_embeddings_of_the_wrong_shape_are_refused(teacher, target_embeddings):
     with pytest.raises(DFKDError, match='one vector an image'):
         make(teacher, embedding='classifier').synthesize(
             4, target_embeddings=target_embeddings
         )
 
 
-def test_a_checkpoint_knows_its_goals(teacher, tmp_path):
+def test_a_checkpoint_knows_its_target_embeddings(teacher, tmp_path):
     path = tmp_path / 'dream.pt'
     quick = dict(embedding='classifier', batch_size=4)
     make(teacher, **quick).synthesize(
@@ -193,7 +195,7 @@ def test_an_unknown_embedding_is_told_at_once(teacher):
 # distances without units
 
 
-def priced(model, x):
+def loss_of(model, x):
     statistics = Statistics.from_batchnorm(model)
     with torch.no_grad(), Watch(model) as watch:
         logits = model(x)
@@ -214,7 +216,7 @@ def test_changed_units_change_the_absolute_distance_and_not_the_relative_one():
             louder[layer].bias *= 10
             louder[layer + 1].running_mean *= 10
             louder[layer + 1].running_var.mul_(100).add_(99e-5)
-    before, after = priced(model, x), priced(louder, x)
+    before, after = loss_of(model, x), loss_of(louder, x)
     torch.testing.assert_close(before[0], after[0], rtol=1e-4, atol=1e-4)
     assert after[1] > 20 * before[1]
     torch.testing.assert_close(before[2], after[2], rtol=1e-2, atol=0)
@@ -261,10 +263,10 @@ def test_the_scale_is_a_setting(teacher):
     assert not torch.equal(a.synthesize(4).images, b.synthesize(4).images)
     with pytest.raises(DFKDError, match='absolute or relative'):
         make(teacher, feature_scale='metric')
-    maker = make(teacher, **deepinversion_preset('deepinversion', 'imagenet'))
+    synthesizer = make(teacher, **deepinversion_preset('deepinversion', 'imagenet'))
     assert (
-        maker.settings['feature_scale'] == 'relative'
-        and maker.settings['first_layer_weight'] == 3.0
+        synthesizer.settings['feature_scale'] == 'relative'
+        and synthesizer.settings['first_layer_weight'] == 3.0
     )
 
 
@@ -284,47 +286,47 @@ def test_memory_is_counted_by_hand():
         nn.Linear(4, 10),
     ]
     model = nn.Sequential(*layers)
-    maker = DeepInversion(
+    synthesizer = DeepInversion(
         Teacher(model, DIGITS), steps=1, feature_weight=0.0, tv_l2=0.0, l2=0.0, device='cpu'
     )
-    each = activation_bytes(maker, 3) - activation_bytes(maker, 2)
+    each = activation_bytes(synthesizer, 3) - activation_bytes(synthesizer, 2)
     relu = 4 * 8 * 8 * 4  # channels, height, width, bytes
     assert relu <= each <= relu + 1024  # the pixels and some logits besides
 
 
 def test_what_fits_fits(teacher):
-    maker = make(teacher)
+    synthesizer = make(teacher)
     for gigabytes in (0.001, 0.01):
-        count = max_batch_size(maker, gigabytes)
+        count = max_batch_size(synthesizer, gigabytes)
         assert (
-            1.35 * activation_bytes(maker, count)
+            1.35 * activation_bytes(synthesizer, count)
             <= gigabytes * 1e9
-            < 1.35 * activation_bytes(maker, count + 2)
+            < 1.35 * activation_bytes(synthesizer, count + 2)
         )
     with pytest.raises(DFKDError, match='give more memory'):
-        max_batch_size(maker, 1e-6)
-    maker.synthesize(4)  # counting has changed nothing
-    assert len(maker.images) == 4
+        max_batch_size(synthesizer, 1e-6)
+    synthesizer.synthesize(4)  # counting has changed nothing
+    assert len(synthesizer.images) == 4
 
 
 # two networks, two normalisations
 
 
 @pytest.mark.parametrize('given', ['a domain', 'a teacher', 'later'])
-def test_a_student_of_another_normalisation_answers_as_it_does_outside(teacher, given):
+def test_a_student_of_another_normalisation_predicts_as_it_does_outside(teacher, given):
     "Both see one set of pixels, each on its own scale."
     student, theirs = other().eval(), replace(DIGITS, mean=(0.0,), std=(1.0,))
     words = {
         'a domain': {'student': student, 'student_domain': theirs},
         'a teacher': {'student': Teacher(student, theirs)},
     }
-    maker, views = seen(teacher, jitter=0, flip=False, **words.get(given, {}))
+    synthesizer, views = seen(teacher, jitter=0, flip=False, **words.get(given, {}))
     if given == 'later':
-        maker.compete_with(other())
-        maker.compete_with(student, theirs)
-    maker.start(4)
-    noise = maker._next_batch().x.detach()
-    maker.step()
+        synthesizer.compete_with(other())
+        synthesizer.compete_with(student, theirs)
+    synthesizer.start(4)
+    noise = synthesizer._next_batch().x.detach()
+    synthesizer.step()
     inside = views[0].student_logits.detach()
     with torch.no_grad():
         torch.testing.assert_close(inside, student(theirs.from_pixels(noise)))

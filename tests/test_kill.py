@@ -3,8 +3,9 @@
     python tests/test_kill.py --kills 100                 every kind of run
     python tests/test_kill.py --kills 10 --kinds cmi,fast  some of them
 
-Every kind is a small run on digits or on drawn scenes. One process imports everything and forks a child for every
-attempt, so that most of a child's life is the run itself and the kills land inside it.
+Every kind is a small run on digits or on drawn scenes. One process imports everything and
+forks a child for every attempt, so that most of a child's life is the run itself and the
+kills land inside it.
 """
 
 import argparse
@@ -31,15 +32,15 @@ STUDENT = SMALL | {
     'steps': 60,
     'test_limit': 60,
 }
-GOALS: Settings = {
+METADATA: Settings = {
     'embedding_weight': 1.0,
     'real_data': 'digits',
     'metadata_images': 300,
     'metadata_components': 5,
 }
 GENERATOR: Settings = {'generator_width': 8, 'latent_size': 16}
-PAINTED = SMALL | GENERATOR | {'rounds': 12, 'warmup_rounds': 2, 'steps_per_round': 6}
-PAINTED |= {'synthesis_steps': 3, 'synthesis_batch_size': 24}
+GENERATED = SMALL | GENERATOR | {'rounds': 12, 'warmup_rounds': 2, 'steps_per_round': 6}
+GENERATED |= {'synthesis_steps': 3, 'synthesis_batch_size': 24}
 PRUNED = SMALL | {
     'teacher': 'run:digits-teacher',
     'images': 40,
@@ -112,13 +113,13 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
         'digits-adaptive',
         STUDENT | {'rounds': 2, 'steps_per_round': 30, 'synthesis_steps': 15},
     ),
-    'metadata': ('digits-transfer-deepinversion', STUDENT | GOALS),
-    'dafl': ('digits-dafl', PAINTED),
-    'zskt': ('digits-zskt', PAINTED | {'warmup_rounds': 0}),
-    'dfq': ('digits-dfq', PAINTED),
-    'cmi': ('digits-cmi', PAINTED),
-    'fast': ('digits-fast-5', PAINTED),
-    'ssd-kd': ('digits-ssd-kd-10', PAINTED | {'pool_size': 60}),
+    'metadata': ('digits-transfer-deepinversion', STUDENT | METADATA),
+    'dafl': ('digits-dafl', GENERATED),
+    'zskt': ('digits-zskt', GENERATED | {'warmup_rounds': 0}),
+    'dfq': ('digits-dfq', GENERATED),
+    'cmi': ('digits-cmi', GENERATED),
+    'fast': ('digits-fast-5', GENERATED),
+    'ssd-kd': ('digits-ssd-kd-10', GENERATED | {'pool_size': 60}),
     'scenes painted': (
         'scenes-segmentation',
         SCENES | {'sources': 'noise, dreams, replay'},
@@ -340,8 +341,8 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name) / 'needs')
         for number, kind in enumerate(kinds):
-            share = asked.kills // len(kinds) + (number < asked.kills % len(kinds))
-            found.append(kill(kind, share, Path(name), random.Random(asked.seed + number)))
+            count = asked.kills // len(kinds) + (number < asked.kills % len(kinds))
+            found.append(kill(kind, count, Path(name), random.Random(asked.seed + number)))
             print(json.dumps(found[-1]), flush=True)
     kills = sum(row['kills'] for row in found)
     odd = sum(len(row['differences']) for row in found)

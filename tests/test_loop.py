@@ -1,5 +1,6 @@
-"""The loop: parts of about twenty lines go through the trainer, learn, and resume to the same
-bits.
+"""The loop: parts of about twenty lines go through the trainer and learn.
+
+A run that was stopped resumes to the same bits.
 """
 
 import copy
@@ -128,9 +129,9 @@ def test_a_synthesizer_and_a_pool_of_ones_own_teach_a_student(teacher):
     assert len(Brightening(DIGITS).synthesize(9)) == 16
 
 
-@pytest.mark.parametrize('turns', [0, 1, 4, 7, 9, 13, 20, 26])
+@pytest.mark.parametrize('steps', [0, 1, 4, 7, 9, 13, 20, 26])
 @pytest.mark.parametrize('batches', [1, 2])
-def test_they_resume_to_the_same_bits_from_anywhere(teacher, tmp_path, turns, batches):
+def test_they_resume_to_the_same_bits_from_anywhere(teacher, tmp_path, steps, batches):
     def measure(trainer, made):
         return {'brightness': float(made.images.float().mean()), 'made': len(made.images)}
 
@@ -139,7 +140,7 @@ def test_they_resume_to_the_same_bits_from_anywhere(teacher, tmp_path, turns, ba
         return trainer_of(teacher, warmup_rounds=1, steps=8, **settings)
 
     whole, part = fresh().run(), fresh()
-    for _ in range(turns):
+    for _ in range(steps):
         if not part.finished:
             part.step()
     save_checkpoint(tmp_path / 'state.pt', part.state_dict())
@@ -172,14 +173,14 @@ def test_registered_parts_are_built_by_name(teacher):
 # --- the trainer ---
 
 
-def test_turns_warm_up_and_final_steps(teacher):
+def test_rounds_warm_up_and_final_steps(teacher):
     settings = {'warmup_rounds': 1, 'batches_per_round': 2, 'final_steps': 5, 'steps': 7}
     trainer = trainer_of(teacher, steps_per_round=2, **settings)
-    turns = ''
+    order = ''
     while not trainer.finished:
-        turns += 'G' if trainer.synthesis_due else 's'
+        order += 'G' if trainer.synthesis_due else 's'
         trainer.step()
-    assert turns == 'G' * 12 + 'ss' + 'G' * 6 + 'sssss'
+    assert order == 'G' * 12 + 'ss' + 'G' * 6 + 'sssss'
     assert trainer.synthesizer.rounds == [(0, False), (1, True), (2, True)]
     with pytest.raises(DFKDError, match='taken all its steps'):
         trainer.step()
@@ -243,8 +244,8 @@ def test_logits_are_handed_on_only_of_the_student_that_learns(teacher):
         return pool.heard
 
     student = network(1)
-    known, guessed = heard(student, student)
-    assert known.shape == guessed.shape == (4, 10)
+    teacher_logits, student_logits = heard(student, student)
+    assert teacher_logits.shape == student_logits.shape == (4, 10)
     assert heard(student, network(2))[1] is None
 
 

@@ -236,7 +236,7 @@ def test_meta_step_sizes(teacher):
     assert all(group['betas'] == (0.5, 0.999) for group in m.meta_optimizer.param_groups)
 
 
-def test_codes_that_live(teacher):
+def test_latents_that_are_reused(teacher):
     """The learned codes are the start of each batch of a life; then new ones are drawn, and
     the weights' Adam goes on.
     """
@@ -282,13 +282,13 @@ def test_momentum_weighs_the_new_batch(teacher):
         best | {name: (leaf, best[name][1])},
     )
     term = m.objective.terms['features'][1]
-    pull = torch.autograd.grad(term(inputs), leaf)[0].norm()
-    assert float(pull) == pytest.approx(0.1, rel=1e-4)
+    slope = torch.autograd.grad(term(inputs), leaf)[0].norm()
+    assert float(slope) == pytest.approx(0.1, rel=1e-4)
     m._batch_finished({'moments': best})
     torch.testing.assert_close(m.running.moments[name][0], old[name][0] + 0.1)
 
 
-def test_first_batch_is_judged_by_itself_and_the_kept_iterate_is_accumulated(teacher):
+def test_first_batch_is_evaluated_by_itself_and_the_kept_iterate_is_accumulated(teacher):
     with_it, without = synthesizer(teacher, momentum=0.1), synthesizer(teacher)
     assert torch.equal(with_it.synthesize(6).images, without.synthesize(6).images)
     assert with_it.history == without.history
@@ -331,7 +331,7 @@ def test_first_layers_begin_anew(teacher):
         assert not torch.equal(m.weights['linear.weight'], kept) and m.batches == 2
 
 
-def test_buffers_go_on_and_painting_in_eval_mode_uses_them(teacher):
+def test_buffers_go_on_and_generating_in_eval_mode_uses_them(teacher):
     m = synthesizer(teacher)
     m.synthesize(12)
     assert int(m.buffers['norm.num_batches_tracked']) == 6
@@ -460,7 +460,7 @@ def test_presets():
             fast_preset(*bad)
 
 
-def test_a_race_with_a_preset(teacher):
+def test_a_trainer_with_a_preset(teacher):
     """The paper's loop: meta-batches, a growing pool, a student that competes after the
     warm-up.
     """

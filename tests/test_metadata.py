@@ -294,7 +294,7 @@ def test_weights_rounded_to_half_precision_are_the_same_teacher(metadata):
 # ---- goals
 
 
-def test_goals_have_the_moments_of_their_clusters(metadata):
+def test_target_embeddings_have_the_moments_of_their_clusters(metadata):
     target_embeddings, _, clusters = metadata.sample(60_000)
     for k in (0, 7):
         mine = target_embeddings[clusters == k]
@@ -313,14 +313,14 @@ def test_classes_come_in_turn_and_clusters_by_their_size(metadata):
     assert torch.equal(labels, torch.arange(20_000) % 10)
     assert torch.equal(metadata.labels[clusters], labels)
     for k in range(len(metadata)):
-        share = (
+        fraction = (
             metadata.counts[k]
             / metadata.counts[metadata.labels == metadata.labels[k]].sum()
         )
-        assert abs((clusters == k).sum() / 2000 - share) < 0.06  # five standard errors
+        assert abs((clusters == k).sum() / 2000 - fraction) < 0.06  # five standard errors
 
 
-def test_goals_repeat_and_obey(metadata):
+def test_target_embeddings_repeat_and_obey(metadata):
     first, second, third = (
         metadata.sample(30),
         metadata.sample(30),
@@ -339,7 +339,7 @@ def test_goals_repeat_and_obey(metadata):
             metadata.sample(**bad)
 
 
-def test_a_class_without_images_has_no_goals(teacher, digits):
+def test_a_class_without_images_has_no_target_embeddings(teacher, digits):
     found = Metadata.measure(
         teacher,
         digits.subset((digits.labels > 6).nonzero()[:, 0]),
@@ -366,14 +366,14 @@ def test_a_line_goes_through_the_centroid(metadata):
 # ---- images
 
 
-def test_the_goal_s_gradient_is_exact():
+def test_the_target_embeddings_gradient_is_exact():
     generator = torch.Generator().manual_seed(0)
     embedding, target_embeddings = (
         torch.randn(3, 5, generator=generator, dtype=torch.float64) for _ in range(2)
     )
     x = torch.zeros(3, 1, 2, 2)
 
-    def price(e):
+    def loss(e):
         return embedding_term(
             LossInputs(
                 x,
@@ -384,12 +384,12 @@ def test_the_goal_s_gradient_is_exact():
             )
         )
 
-    assert torch.autograd.gradcheck(price, embedding.requires_grad_())
+    assert torch.autograd.gradcheck(loss, embedding.requires_grad_())
     # summed over the numbers, averaged over the images
-    assert price(target_embeddings) == 0 and price(target_embeddings + 1) == 5
+    assert loss(target_embeddings) == 0 and loss(target_embeddings + 1) == 5
 
 
-def test_a_goal_that_nobody_gave():
+def test_a_target_embedding_that_nobody_gave():
     x, logits, labels = torch.zeros(2, 1, 8, 8), torch.zeros(2, 10), torch.zeros(2).long()
     with pytest.raises(DFKDError, match="embedding='classifier'"):
         embedding_term(LossInputs(x, logits, labels, embedding=torch.zeros(2, 3)))
@@ -405,7 +405,7 @@ def test_a_goal_that_nobody_gave():
         )
 
 
-def test_goals_are_reached(teacher, metadata):
+def test_target_embeddings_are_reached(teacher, metadata):
     target_embeddings, labels, _ = metadata.sample(12)
     near = [
         embedding_distance(
@@ -420,7 +420,7 @@ def test_goals_are_reached(teacher, metadata):
     assert near[1] < 0.5 * near[0]
 
 
-def test_batches_keep_goals_and_labels_together(teacher, metadata):
+def test_batches_keep_target_embeddings_and_labels_together(teacher, metadata):
     target_embeddings, labels, _ = metadata.sample(10)
     made = ActivationMatching(teacher, metadata, steps=60, batch_size=4, **CPU).synthesize(
         len(labels), labels, target_embeddings=target_embeddings
@@ -527,7 +527,7 @@ def test_the_front_door(teacher, metadata):
         dream_distillation(teacher, metadata, 2, 'magazine', **CPU)
 
 
-def test_the_paper_asks_for_the_goal_alone(teacher, metadata):
+def test_the_paper_asks_for_the_target_embedding_alone(teacher, metadata):
     matching = ActivationMatching(teacher, metadata, **CPU)
     assert {name for name, weight in matching.objective.weights.items() if weight} == {
         'embedding'
@@ -598,28 +598,28 @@ def test_nearest_is_the_nearest():
         nearest_points(points, points[:0])
 
 
-def test_copies_are_memories_and_strangers_are_not():
+def test_copies_are_memories_and_held_out_images_are_not():
     generator = torch.Generator().manual_seed(0)
-    members, strangers, new = (torch.randn(400, 6, generator=generator) for _ in range(3))
-    assert nearest_distance_ratio(members[:50], members, strangers) < 1e-2
-    assert 0.85 < nearest_distance_ratio(new, members, strangers) < 1.15
+    members, held_out, new = (torch.randn(400, 6, generator=generator) for _ in range(3))
+    assert nearest_distance_ratio(members[:50], members, held_out) < 1e-2
+    assert 0.85 < nearest_distance_ratio(new, members, held_out) < 1.15
 
 
 def test_clusters_of_one_image_name_their_members(teacher, digits):
     inside, outside = digits.subset(200), digits.subset(torch.arange(200, 400))
     loose = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=1)
     safe = Metadata.measure(teacher, inside, clusters=6, components=0, smallest=6)
-    told = [
+    warned = [
         membership_report(teacher, found, inside, outside)['auc_centroid']
         for found in (loose, safe)
     ]
     assert loose.counts.min() < 6 <= safe.counts.min()
-    assert told[0] > told[1]
+    assert warned[0] > warned[1]
 
 
 def test_components_name_their_members(teacher, digits):
     inside, outside = digits.subset(200), digits.subset(torch.arange(200, 400))
-    told = [
+    warned = [
         membership_report(
             teacher,
             Metadata.measure(teacher, inside, clusters=1, components=m),
@@ -628,7 +628,7 @@ def test_components_name_their_members(teacher, digits):
         )['auc_rest']
         for m in (1, 7)
     ]
-    assert told[1] > told[0]
+    assert warned[1] > warned[0]
 
 
 def test_nobody_is_suspect_among_equals(teacher, digits, metadata):
@@ -638,7 +638,7 @@ def test_nobody_is_suspect_among_equals(teacher, digits, metadata):
     )
 
 
-def test_suspicion_stays_within_the_class(metadata):
+def test_membership_scores_stay_within_the_class(metadata):
     vector = metadata.centroids[:1]
     own, other = (
         membership_score(metadata, vector, torch.tensor([label]))[0]

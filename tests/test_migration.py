@@ -1,4 +1,7 @@
-"Results of finished runs have the present names of settings, and numbers that nobody touched."
+"""Results of finished runs have the present names of settings.
+
+Their numbers are those that were measured: nobody touched them.
+"""
 
 import dataclasses
 import importlib.util

@@ -280,7 +280,7 @@ def test_any_layer_can_be_measured_saved_and_dreamed_with(case, tmp_path):
     if layers:
         assert statistics.distance(watch.moments).max() < 1e-4
     only = {'class_weight': 0.0, 'tv_l2': 0.0, 'l2': 0.0, 'flip': False, 'jitter': 0}
-    maker = DeepInversion(
+    synthesizer = DeepInversion(
         Teacher(net, where),
         steps=12,
         device='cpu',
@@ -288,10 +288,10 @@ def test_any_layer_can_be_measured_saved_and_dreamed_with(case, tmp_path):
         feature_weight=1.0,
         **only,
     )
-    maker.start(4)
-    maker.run(log_every=1)
-    paid = [row['features'] for row in maker.history]
-    assert paid[-1] < paid[0] and maker.images.images.shape == (4, *where.shape)
+    synthesizer.start(4)
+    synthesizer.run(log_every=1)
+    paid = [row['features'] for row in synthesizer.history]
+    assert paid[-1] < paid[0] and synthesizer.images.images.shape == (4, *where.shape)
 
 
 def test_channels_are_found_where_they_are():
@@ -346,7 +346,7 @@ def test_fusing_observes_what_it_cannot_fuse():
         )
 
 
-def test_layers_that_answers_do_not_pass_are_left_out():
+def test_layers_that_logits_do_not_pass_are_left_out():
     teacher = Teacher(Helped(), domain())
     assert set(Statistics.from_batchnorm(teacher)) == {'model.main.1', 'model.main.4'}
     assert set(fuse_statistics(teacher)(noise(2, 3, 8, 8))[1]) == {

@@ -1,6 +1,8 @@
-"""Every notebook runs from top to bottom: one case each, in a process of its own, at quick scale, with a time limit.
+"""Every notebook runs from top to bottom.
 
-nbdev's rules hold: cells marked `#| eval: false`, `#| slow` or `#| gpu` are left out, and outputs are not written.
+One case each, in a process of its own, at quick scale, with a time limit. nbdev's rules
+hold: cells marked `#| eval: false`, `#| slow` or `#| gpu` are left out, and outputs are not
+written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Several processes make the images that one makes, also when one of them is killed.
 
-One process imports everything and forks the workers, with the variables that torchrun would set; a last test calls
-torchrun itself.
+One process imports everything and forks the workers, with the variables that torchrun would
+set; a last test calls torchrun itself.
 """
 
 import json
@@ -19,7 +19,10 @@ import pytest
 NETWORK = (
     '--model digits-net --num-classes 10 --mean 0.3 --std 0.4 --size 8 --device cpu'.split()
 )
-SETTINGS = '--images 10 --set synthesis_batch_size=2 --set synthesis_steps=6 --save-every 1e-9'.split()
+SETTINGS = (
+    '--images 10 --set synthesis_batch_size=2 --set synthesis_steps=6'
+    ' --save-every 1e-9'.split()
+)
 COMMAND = ['invert', *NETWORK, *SETTINGS]
 ENVIRONMENT = {'OMP_NUM_THREADS': '1', 'DFKD_PROGRESS': '0', 'MPLBACKEND': 'Agg'}
 
@@ -52,8 +55,8 @@ def workers(
 ) -> list[int]:
     """Fork so many processes that run the command together. Returns exit codes.
 
-    `killed` kills itself in its second batch. `late` takes 2.5 seconds more than the others, while gloo's own limit on
-    waiting, half an hour, is one second.
+    `killed` kills itself in its second batch. `late` takes 2.5 seconds more than the
+    others, while gloo's own limit on waiting, half an hour, is one second.
     """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))

@@ -437,8 +437,8 @@ def test_gates_know_each_image_and_the_weights(digits, pool):
     teacher, filters = digits
     x, y = DIGITS.normalize(pool.images[:6]), pool.labels[:6]
 
-    def loss(answer, labels):
-        return nn.functional.cross_entropy(answer, labels, reduction='sum')
+    def loss(logits, labels):
+        return nn.functional.cross_entropy(logits, labels, reduction='sum')
 
     together = gate_gradients(teacher, filters, x, lambda a: loss(a, y))
     for i in range(6):
@@ -457,7 +457,7 @@ def test_gates_know_each_image_and_the_weights(digits, pool):
 
 
 def test_importance_by_hand():
-    "One image, one linear answer: a channel's mean times its weight."
+    "One image, one linear output: a channel's mean times its weight."
     model = nn.Sequential(
         nn.Conv2d(1, 2, 1, bias=False),
         nn.AdaptiveAvgPool2d(1),
@@ -485,11 +485,11 @@ def test_the_divergence_from_oneself_has_no_first_order(digits, pool):
     teacher, filters = digits
     exact = copy.deepcopy(teacher.model).double()
     x = DIGITS.normalize(pool.images[:50]).double()
-    answers = exact(x).detach()
+    expected = exact(x).detach()
 
     def divergence(logits):
         return nn.functional.kl_div(
-            logits.log_softmax(1), answers.log_softmax(1), log_target=True, reduction='sum'
+            logits.log_softmax(1), expected.log_softmax(1), log_target=True, reduction='sum'
         )
 
     assert all(
@@ -538,7 +538,7 @@ def test_importance_refuses_and_repeats(digits, pool):
     assert math.isclose(rank_agreement(first, {k: -v for k, v in first.items()}), -1)
 
 
-def test_filters_are_judged_by_sets_and_by_batches_alike(digits, pool):
+def test_filters_are_ranked_by_sets_and_by_batches_alike(digits, pool):
     teacher, filters = digits
     expected = filter_importance(teacher, filters, pool.batches(100))
     loader = torch.utils.data.DataLoader(
@@ -551,7 +551,7 @@ def test_filters_are_judged_by_sets_and_by_batches_alike(digits, pool):
     assert rank_agreement(filter_importance(double, filters, pool), expected) > 0.99
 
 
-def test_what_filters_cannot_be_judged_by(digits, pool):
+def test_what_filters_cannot_be_ranked_by(digits, pool):
     teacher, filters = digits
     normalised = [(DIGITS.normalize(pool.images[:9]), pool.labels[:9])]
     for images, text in (
@@ -574,7 +574,7 @@ def test_what_filters_cannot_be_judged_by(digits, pool):
 
 
 def test_a_teacher_of_another_normalisation_sees_the_same_images(digits, pool):
-    "Its first layer's weights take the other scale in, so that it answers alike."
+    "Its first layer's weights take the other scale in, so that its logits stay."
     teacher, filters = digits
     other = replace(DIGITS, mean=(0.0,), std=(1.0,))
 
@@ -671,7 +671,7 @@ def test_damaged_tables(tmp_path, change):
         LatencyTable.load(tmp_path / 'none.json')
 
 
-def test_a_line_and_a_share():
+def test_a_line_and_a_fraction():
     assert linear_fit([1.0, 2.0, 4.0], [5.0, 7.0, 11.0]) == pytest.approx((2, 3, 1))
     assert linear_fit([1.0, 2.0, 3.0], [1.0, 3.0, 1.0])[2] == pytest.approx(0)
     with pytest.raises(DFKDError, match='three or more'):
@@ -712,7 +712,7 @@ def test_networks_take_turns(digits):
 
 @given(st.floats(0.05, 0.6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
-def test_a_plan_is_kept(share, group_size, per_removal, seed):
+def test_a_plan_is_kept(fraction, group_size, per_removal, seed):
     filters = TINY
     rng = torch.Generator().manual_seed(seed)
     worth = {
@@ -721,11 +721,11 @@ def test_a_plan_is_kept(share, group_size, per_removal, seed):
     }
     kept = prune_filters(
         filters,
-        PruningPlan(share, filters_per_removal=per_removal, group_size=group_size),
+        PruningPlan(fraction, filters_per_removal=per_removal, group_size=group_size),
         lambda kept: worth,
     )
     removed = filters.removed_fraction(kept)
-    assert share <= removed <= share + group_size / filters.total + 1e-9
+    assert fraction <= removed <= fraction + group_size / filters.total + 1e-9
     for name, still in kept.items():
         assert still.any(), 'a layer keeps at least one filter'
         if not still.all():
@@ -742,27 +742,32 @@ def twenty():
     return find_filters(*network('resnet20'))
 
 
-@pytest.mark.parametrize('share', [0.01, 0.1, 0.5])
-def test_a_share_is_met_or_the_difference_is_said(share):
+@pytest.mark.parametrize('fraction', [0.01, 0.1, 0.5])
+def test_a_fraction_is_met_or_the_difference_is_logged(fraction):
     "ResNet-20's 336 removable filters: groups of 16 are 4.8 % of them."
     filters = twenty()
     with warnings.catch_warnings():
         warnings.simplefilter('error', DFKDWarning)
         kept = prune_filters(
             filters,
-            PruningPlan(share),
+            PruningPlan(fraction),
             lambda kept: {k: v / len(v) for k, v in kept.items()},
         )
-    assert share <= filters.removed_fraction(kept) <= 1.1 * share + 0.5 / filters.total
-    assert PruningPlan(share).size_of_groups(filters) == {0.01: 1, 0.1: 2, 0.5: 16}[share]
-    if share < 0.5:
+    assert (
+        fraction <= filters.removed_fraction(kept) <= 1.1 * fraction + 0.5 / filters.total
+    )
+    assert (
+        PruningPlan(fraction).size_of_groups(filters)
+        == {0.01: 1, 0.1: 2, 0.5: 16}[fraction]
+    )
+    if fraction < 0.5:
         with pytest.warns(
             DFKDWarning,
-            match=rf'% of the filters are removed instead of {share:.1%}: .*16 filters',
+            match=rf'% of the filters are removed instead of {fraction:.1%}: .*16 filters',
         ):
             prune_filters(
                 filters,
-                PruningPlan(share, group_size=16),
+                PruningPlan(fraction, group_size=16),
                 lambda kept: {k: v / len(v) for k, v in kept.items()},
             )
 
@@ -963,7 +968,7 @@ def test_saved_and_loaded(tmp_path, digits):
         load_pruned(path)
 
 
-def test_exports_answer_alike(tmp_path, digits):
+def test_exports_predict_alike(tmp_path, digits):
     teacher, filters = digits
     small = remove_filters(teacher, filters, some(filters))
     errors = export_network(small, DIGITS, tmp_path)

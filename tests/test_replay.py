@@ -32,7 +32,7 @@ from dfkd_nb.toolbox.teachers import Teacher
 
 
 def network(seed=0):
-    "A network that is sure of itself."
+    "A network that is confident."
     model = tiny.network(seed)
     with torch.no_grad():
         model[-1].weight.mul_(8)
@@ -63,15 +63,14 @@ def filled(n=5, size=5, priorities=None, **options):
     return pool
 
 
-# --- the formulas
-# -------------------------------------------------------------------------------------------------
+# --- the formulas -------------------------------------------------------------------------
 
-shares = st.floats(0, 1)
+fractions = st.floats(0, 1)
 many = st.lists(st.floats(0, 50, width=32), min_size=1, max_size=40)
 
 
 # class and confidence
-made = st.lists(st.tuples(st.integers(0, 3), shares), min_size=1, max_size=20)
+made = st.lists(st.tuples(st.integers(0, 3), fractions), min_size=1, max_size=20)
 
 
 @given(made, st.lists(st.integers(0, 9), min_size=4, max_size=4), st.floats(0, 5))
@@ -92,14 +91,14 @@ def test_modulation_is_equation_3(images, counts, gamma):
     assert (neither == 1).all()
 
 
-@given(shares, shares, st.integers(0, 100), st.integers(0, 100), st.floats(0.01, 5))
+@given(fractions, fractions, st.integers(0, 100), st.integers(0, 100), st.floats(0.01, 5))
 @settings(max_examples=60, deadline=None)
 def test_modulation_falls_with_confidence_and_with_frequency(p, q, few, more, gamma):
     p, q, few, more = min(p, q), max(p, q), min(few, more), max(few, more)
     counts, size = torch.tensor([few, more]), 200
     zero = torch.zeros(2, dtype=torch.long)
-    sure = modulation(zero, torch.tensor([p, q]).double(), counts, size, gamma)
-    assert sure[0] >= sure[1]
+    confident = modulation(zero, torch.tensor([p, q]).double(), counts, size, gamma)
+    assert confident[0] >= confident[1]
     often = modulation(
         torch.tensor([0, 1]), torch.tensor([p, p]).double(), counts, size, gamma
     )
@@ -141,8 +140,7 @@ def test_weights_undo_the_preference(priorities, beta):
     )
 
 
-# --- a reference in plain Python
-# ----------------------------------------------------------------------------------
+# --- a reference in plain Python ----------------------------------------------------------
 
 
 class PlainPool:
@@ -210,16 +208,17 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
     plain = PlainPool(size, 0.7, 0.5, 0.01, normalised)
     generator, twin = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     noise = torch.Generator().manual_seed(4)
-    for turn in range(12):
-        fresh = pictures(5, turn)
+    for index in range(12):
+        fresh = pictures(5, index)
         pool.add(fresh, torch.zeros(5, dtype=torch.long))
         with torch.no_grad():
-            known, said = teacher.predict(fresh), student(DIGITS.normalize(fresh))
+            teacher_logits = teacher.predict(fresh)
+            student_logits = student(DIGITS.normalize(fresh))
         rows = zip(
             fresh,
-            known.argmax(1).tolist(),
-            known.softmax(1).amax(1).tolist(),
-            divergence(known, said).tolist(),
+            teacher_logits.argmax(1).tolist(),
+            teacher_logits.softmax(1).amax(1).tolist(),
+            divergence(teacher_logits, student_logits).tolist(),
         )
         plain.add(
             [
@@ -236,9 +235,9 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
                 images, torch.stack([plain.slots[i]['image'] for i in chosen])
             )
             assert labels.tolist() == [plain.slots[i]['class'] for i in chosen]
-            answers = torch.randn(2, 20, 10, generator=noise)
-            pool.update(answers[0], answers[1])
-            plain.report(chosen, divergence(answers[1], answers[0]).tolist())
+            logits = torch.randn(2, 20, 10, generator=noise)
+            pool.update(logits[0], logits[1])
+            plain.report(chosen, divergence(logits[1], logits[0]).tolist())
         assert pool.probabilities.tolist() == pytest.approx(plain.probabilities(), rel=1e-4)
         assert pool.priorities.tolist() == pytest.approx(
             [row['priority'] for row in plain.slots], rel=1e-4, abs=1e-6
@@ -249,16 +248,16 @@ def test_the_buffer_follows_plain_python(teacher, normalised):
         assert pool.counts.tolist() == [
             sum(row['class'] == k for row in plain.slots) for k in range(10)
         ]
-        assert len(pool) == len(plain.slots) == min(size, 5 * (turn + 1))
+        assert len(pool) == len(plain.slots) == min(size, 5 * (index + 1))
 
 
 @given(st.lists(st.integers(1, 17), min_size=1, max_size=8), st.integers(1, 9))
 @settings(max_examples=40, deadline=None)
 def test_size_is_constant_and_the_oldest_go_first(portions, size):
     pool, everything = ReplayPool(DIGITS, size), []
-    for turn, n in enumerate(portions):
-        images = pictures(n, turn)
-        classes = torch.randint(10, (n,), generator=torch.Generator().manual_seed(turn))
+    for index, n in enumerate(portions):
+        images = pictures(n, index)
+        classes = torch.randint(10, (n,), generator=torch.Generator().manual_seed(index))
         pool.insert(images, classes, torch.rand(n))
         everything += [(int(c), image.sum().item()) for c, image in zip(classes, images)]
         kept = everything[-size:]
@@ -270,8 +269,7 @@ def test_size_is_constant_and_the_oldest_go_first(portions, size):
         assert pool.added == len(everything)
 
 
-# --- drawing
-# ------------------------------------------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('alpha', [0.0, 0.6, 2.0])
@@ -312,7 +310,7 @@ def test_no_number_below_one_draws_beyond_the_last_image():
     assert int(pool.last_indices.max()) <= 2 and int(pool.last_indices.min()) >= 0
 
 
-def test_draws_add_whole_numbers(monkeypatch):
+def test_sample_counts_add_whole_numbers(monkeypatch):
     "A sum of floats depends on its order, and a GPU has none."
     added = []
     plain = torch.Tensor.cumsum
@@ -328,20 +326,20 @@ def test_draws_add_whole_numbers(monkeypatch):
         torch.linspace(0, 9, size),
     )
     pool.sample(64, torch.Generator().manual_seed(0))
-    (share,) = added
-    assert not share.is_floating_point()
+    (widths,) = added
+    assert not widths.is_floating_point()
     torch.testing.assert_close(
-        share.double() / 2**53, pool.probabilities, rtol=1e-9, atol=0
+        widths.double() / 2**53, pool.probabilities, rtol=1e-9, atol=0
     )
-    assert 0 <= 2**53 - int(share.sum()) <= size, (
-        'what rounding takes is far below the smallest share'
+    assert 0 <= 2**53 - int(widths.sum()) <= size, (
+        'what rounding takes is far below the smallest width'
     )
-    shares, numbers = (
-        share.tolist(),
+    lengths, numbers = (
+        widths.tolist(),
         torch.rand(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
     )
     for index, ticket in zip(pool.last_indices.tolist(), (numbers * 2**53).long().tolist()):
-        assert sum(shares[:index]) <= ticket < sum(shares[: index + 1])
+        assert sum(lengths[:index]) <= ticket < sum(lengths[: index + 1])
 
 
 def test_without_priorities_every_image_comes_once_before_any_comes_twice():
@@ -359,8 +357,7 @@ def test_without_priorities_every_image_comes_once_before_any_comes_twice():
     assert torch.equal(pool.weights(torch.arange(10)), torch.ones(10))
 
 
-# --- priorities
-# ---------------------------------------------------------------------------------------------------
+# --- priorities ---------------------------------------------------------------------------
 
 
 def test_duplicates_share_the_mean_and_the_rest_keeps_its_priority():
@@ -377,9 +374,11 @@ def test_duplicates_are_weighed_by_the_probabilities_they_were_drawn_with():
     pool = filled(priorities=[1.0, 2.0, 3.0, 4.0, 5.0], beta=1.0)
     pool.sample(200, torch.Generator().manual_seed(0))
     chosen, weights = pool.last_indices.clone(), pool.weights(torch.arange(5))
-    known, said = torch.randn(2, 200, 10, generator=torch.Generator().manual_seed(1))
-    apart = divergence(known, said)
-    pool.update(said, known)
+    teacher_logits, student_logits = torch.randn(
+        2, 200, 10, generator=torch.Generator().manual_seed(1)
+    )
+    apart = divergence(teacher_logits, student_logits)
+    pool.update(student_logits, teacher_logits)
     for i in range(5):
         assert float(pool.priorities[i]) == pytest.approx(
             float(weights[i] * apart[chosen == i].mean()), rel=1e-4
@@ -440,9 +439,9 @@ def test_fixed_point_softens_alpha():
             DIGITS, 8, alpha=alpha, beta=beta, epsilon=1e-9, normalised=normalised
         )
         pool.insert(pictures(8), torch.arange(8), torch.ones(8), apart)
-        every = torch.arange(8)
+        indices = torch.arange(8)
         for _ in range(80):
-            pool.set_priorities(every, pool.weights(every) * apart)
+            pool.set_priorities(indices, pool.weights(indices) * apart)
         expected = apart.double() ** (alpha / (1 + alpha * beta))
         assert pool.probabilities.tolist() == pytest.approx(
             (expected / expected.sum()).tolist(), rel=1e-4
@@ -464,8 +463,7 @@ def test_a_loss_may_be_weighed(teacher):
     )
 
 
-# --- the term
-# -----------------------------------------------------------------------------------------------------
+# --- the term -----------------------------------------------------------------------------
 
 
 def inputs(logits):
@@ -515,8 +513,7 @@ def test_the_term_counts_what_the_buffer_holds_now(teacher):
     assert float(term(inputs(logits))) == pytest.approx(empty / 4)
 
 
-# --- keeping
-# ------------------------------------------------------------------------------------------------------
+# --- keeping ------------------------------------------------------------------------------
 
 
 def trainer(teacher, size=20, seed=0, **options):
@@ -550,19 +547,19 @@ def trainer(teacher, size=20, seed=0, **options):
 @pytest.mark.parametrize(
     'options', [{}, {'prioritised': False}, {'weighs_loss': True, 'normalised': True}]
 )
-def test_a_race_resumes_to_the_bit(teacher, tmp_path, options):
+def test_a_trainer_resumes_to_the_bit(teacher, tmp_path, options):
     torch.manual_seed(0)
     whole = trainer(teacher, **options)
-    for turn in range(42):
-        if turn in (13, 26):
-            save_checkpoint(tmp_path / f'{turn}.pt', whole.state_dict())
+    for index in range(42):
+        if index in (13, 26):
+            save_checkpoint(tmp_path / f'{index}.pt', whole.state_dict())
         whole.step()
     assert whole.finished
-    for turn in (13, 26):
+    for index in (13, 26):
         torch.manual_seed(99)
         second = trainer(teacher, **options)
-        second.load_state_dict(load_checkpoint(tmp_path / f'{turn}.pt'))
-        for _ in range(42 - turn):
+        second.load_state_dict(load_checkpoint(tmp_path / f'{index}.pt'))
+        for _ in range(42 - index):
             second.step()
         for a, b in zip(
             whole.student.state_dict().values(), second.student.state_dict().values()
@@ -589,17 +586,17 @@ def test_a_batch_that_waits_for_its_report_is_kept(teacher, tmp_path, options):
     first = ReplayPool(DIGITS, 9, teacher, network(1), **options)
     first.add(pictures(9))
     generator = torch.Generator().manual_seed(0)
-    for turn in range(2):  # the second time with priorities that differ
+    for index in range(2):  # the second time with priorities that differ
         first.sample(6, generator)
-        answers = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(turn))
-        if turn:
+        logits = torch.randn(2, 6, 10, generator=torch.Generator().manual_seed(index))
+        if index:
             save_checkpoint(tmp_path / 'pool.pt', first.state_dict())
-        first.update(*answers)
+        first.update(*logits)
     second = ReplayPool(DIGITS, 9, teacher, network(1), **options)
     second.load_state_dict(load_checkpoint(tmp_path / 'pool.pt'))
     if options.get('weighs_loss'):
         assert torch.equal(second.loss_weights, first.loss_weights)
-    second.update(*answers)
+    second.update(*logits)
     assert torch.equal(first.priorities, second.priorities) and torch.equal(
         first.max_priority, second.max_priority
     )
@@ -758,8 +755,7 @@ def test_a_report_belongs_to_its_batch(teacher):
         )
 
 
-# --- all of it
-# ----------------------------------------------------------------------------------------------------
+# --- all of it ----------------------------------------------------------------------------
 
 GENERATOR = Generator((1, 8, 8), 4, 4)
 SMALL = {
@@ -865,9 +861,9 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
         return built
 
     whole = trainer().run()
-    for turns in (1, 3, 5, 7, 10, 13):
+    for until in (1, 3, 5, 7, 10, 13):
         part, resumed = trainer(), trainer()
-        for _ in range(turns):
+        for _ in range(until):
             part.step()
         save_checkpoint(tmp_path / 'trainer.pt', part.state_dict())
         torch.manual_seed(99)
@@ -875,11 +871,11 @@ def test_ssd_kd_resumes_to_the_bit_from_anywhere(teacher, tmp_path):
         resumed.run()
         for name in ('images', 'priorities', 'sample_counts'):
             assert torch.equal(getattr(resumed.pool, name), getattr(whole.pool, name)), (
-                turns,
+                until,
                 name,
             )
         states = (trainer.student.state_dict().values() for trainer in (resumed, whole))
-        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), turns
+        assert all(torch.equal(a, b) for a, b in zip(*states, strict=True)), until
         assert resumed.synthesizer.history == whole.synthesizer.history
 
 

@@ -563,11 +563,11 @@ def test_a_training_stopped_everywhere_ends_in_the_same_bits(tmp_path):
 
 def test_what_is_reported_last_is_what_was_saved(tmp_path, monkeypatch):
     "The weights are judged in half precision, as they are in the file."
-    judge, halves = evaluation.evaluate, []
+    usual, halves = evaluation.evaluate, []
 
     def spy(network, *words, **more):
         halves.append(all(v.equal(v.half().float()) for v in network.parameters()))
-        return judge(network, *words, **more)
+        return usual(network, *words, **more)
 
     monkeypatch.setattr(evaluation, 'evaluate', spy)
     tiny(tmp_path).start()
@@ -623,8 +623,8 @@ KINDS = {
         'evaluations = 2\nrounds = 3\nsteps_per_round = 4\ncompetition_weight = 5.0'
     ),
     'metadata': (
-        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\nmetadata_images = 300\n'
-        'metadata_clusters = 2\nmetadata_components = 5'
+        'evaluations = 2\nclass_weight = 0.0\nembedding_weight = 1.0\n'
+        'metadata_images = 300\nmetadata_clusters = 2\nmetadata_components = 5'
     ),
     'labels': (
         'evaluations = 2\nlearn_from = "labels"\nstatistics_images = 50\nstatistics_data ='

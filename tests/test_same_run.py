@@ -1,6 +1,7 @@
-"""Same seed, same run: what a student learns depends on its seed and its images, and on nothing that ran before.
+"""Same seed, same run: what a student learns depends on its seed and its images alone.
 
-And what is handed in stays what it was: sets have no state, students keep their layout, teachers their device.
+Nothing that ran before matters. And what is handed in stays what it was: sets have no
+state, students keep their layout, teachers their device.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-# --- same seed, same run
-# ----------------------------------------------------------------------------------------------
+# --- same seed, same run ------------------------------------------------------------------
 
 
 def test_one_set_serves_two_runs_with_equal_bits() -> None:
@@ -179,8 +179,7 @@ def test_rows_are_means_of_their_updates_also_when_every_changes() -> None:
     )
 
 
-# --- an update, exactly
-# -----------------------------------------------------------------------------------------------
+# --- an update, exactly -------------------------------------------------------------------
 
 
 def test_an_update_is_nesterov_sgd_on_a_student_in_training_mode() -> None:
@@ -255,8 +254,7 @@ def test_a_single_update_changes_the_student(schedule: str) -> None:
     assert not torch.equal(next(student.parameters()), next(before.parameters()))
 
 
-# --- two networks, two normalisations
-# ---------------------------------------------------------------------------------
+# --- two networks, two normalisations -----------------------------------------------------
 
 
 def test_each_network_sees_the_images_on_its_own_scale(teacher: Teacher) -> None:
@@ -316,8 +314,7 @@ def test_normalisations_convert_exactly() -> None:
     assert TOY.renormalize(x, dataclasses.replace(TOY, name='twin')) is x
 
 
-# --- the caller's objects stay the caller's
-# ---------------------------------------------------------------------------
+# --- the caller's objects stay the caller's -----------------------------------------------
 
 
 class Flat(nn.Module):
@@ -365,8 +362,7 @@ def test_devices_are_compared_by_what_they_mean() -> None:
     )
 
 
-# --- meaning is checked where it can be
-# -------------------------------------------------------------------------------
+# --- meaning is checked where it can be ---------------------------------------------------
 
 
 def test_a_permuted_network_is_told_as_such_and_a_poor_one_is_not(teacher: Teacher) -> None:

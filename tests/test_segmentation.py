@@ -233,13 +233,13 @@ def test_an_image_and_its_mask_move_alike(padding, flip, seed):
     masks[:, 4, 4] = IGNORED
     # the picture is its own mask, padding 0
     images = (masks + 1).clamp_max(40).to(torch.uint8)[:, None].expand(-1, 3, -1, -1)
-    moved, answer = seg.augment_segmentation(
+    moved, moved_masks = seg.augment_segmentation(
         images, masks, Augment(padding, flip), torch.Generator().manual_seed(seed)
     )
     expected = torch.where(
         (moved[:, 0] == 0) | (moved[:, 0] == 40), IGNORED, moved[:, 0].long() - 1
     )
-    assert torch.equal(answer, expected) and answer.shape == masks.shape
+    assert torch.equal(moved_masks, expected) and moved_masks.shape == masks.shape
 
 
 def test_the_loss_at_pixels_by_hand():
@@ -260,7 +260,7 @@ def test_distillation_at_pixels_is_distillation_of_pixels():
     )
 
 
-def lesson(source, teacher=None, **more):
+def distiller_of(source, teacher=None, **more):
     usual = {
         'steps': 6,
         'batch_size': 4,
@@ -274,10 +274,10 @@ def lesson(source, teacher=None, **more):
 @pytest.mark.parametrize('label_weight', [0.0, 0.5])
 def test_a_distiller_goes_on_to_the_same_bits(scenes, teacher, label_weight):
     # one set, three consumers
-    whole = lesson(scenes, teacher, label_weight=label_weight).run()
-    first = lesson(scenes, teacher, label_weight=label_weight).run(until=3)
+    whole = distiller_of(scenes, teacher, label_weight=label_weight).run()
+    first = distiller_of(scenes, teacher, label_weight=label_weight).run(until=3)
     scenes.sampler().sample(5, torch.Generator())  # and a fourth
-    second = lesson(scenes, teacher, label_weight=label_weight)
+    second = distiller_of(scenes, teacher, label_weight=label_weight)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     second.run()
     assert all(
@@ -300,7 +300,7 @@ def test_pixels_are_learned_as_deterministically_as_images(scenes, teacher):
             return function(*args, **kwargs or {})
 
     names = set()
-    learner = lesson(scenes, teacher, label_weight=0.5)
+    learner = distiller_of(scenes, teacher, label_weight=0.5)
     with Recorder():
         learner.step()
     assert 'convolution_backward' in names and 'nll_loss_backward' in names
@@ -319,7 +319,7 @@ def test_a_student_of_another_normalisation_learns_the_same_masks(scenes, teache
     other = replace(scenes.domain, mean=(0.0,) * 3, std=(1.0,) * 3)
     known = []
     for domain in (scenes.domain, other):
-        learner = lesson(scenes, teacher, domain=domain, augment=None)
+        learner = distiller_of(scenes, teacher, domain=domain, augment=None)
         x, _ = learner.prepare(scenes.images[:4], None)
         known.append(learner.teacher_logits(x))
     torch.testing.assert_close(known[1], known[0], rtol=1e-4, atol=1e-4)
@@ -331,9 +331,9 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
         scenes.domain, classes=(*scenes.domain.classes[1::-1], *scenes.domain.classes[2:])
     )
     for call, words in (
-        (lambda: lesson(scenes, mixup_alpha=1.0), 'mixed scenes have no mask'),
-        (lambda: lesson(plain), 'give a SegmentationSet'),
-        (lambda: lesson(plain, teacher, label_weight=1.0), 'give a SegmentationSet'),
+        (lambda: distiller_of(scenes, mixup_alpha=1.0), 'mixed scenes have no mask'),
+        (lambda: distiller_of(plain), 'give a SegmentationSet'),
+        (lambda: distiller_of(plain, teacher, label_weight=1.0), 'give a SegmentationSet'),
         (
             lambda: seg.mean_iou(network(0, classes=5), scenes),
             'give a segmenter of its classes',
@@ -347,7 +347,7 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
         (lambda: seg.mean_iou(network(), plain), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), None), 'give a SegmentationSet'),
         (lambda: seg.mean_iou(network(), scenes, domain=swapped), "'sky' is class 0"),
-        (lambda: lesson('scenes', teacher), 'no images in a str'),
+        (lambda: distiller_of('scenes', teacher), 'no images in a str'),
     ):
         with pytest.raises(DFKDError, match=words):
             call()
@@ -355,9 +355,9 @@ def test_what_cannot_be_learned_is_refused(scenes, teacher):
 
 # measures
 class Says(torch.nn.Module):
-    def __init__(self, answers):
+    def __init__(self, predictions):
         super().__init__()
-        self.logits = F.one_hot(answers, 6).movedim(3, 1).float()
+        self.logits = F.one_hot(predictions, 6).movedim(3, 1).float()
 
     def forward(self, x):
         return {'out': self.logits}
@@ -366,16 +366,16 @@ class Says(torch.nn.Module):
 def test_intersection_over_union_by_hand():
     domain = segmentation_domain('scenes', (8, 8))
     truth = torch.zeros(1, 8, 8, dtype=torch.long)
-    answer = torch.zeros(1, 8, 8, dtype=torch.long)
+    predictions = torch.zeros(1, 8, 8, dtype=torch.long)
     # 32 pixels of each class, 16 of the second taken for the first
-    truth[:, :, 4:], answer[:, :, 6:] = 1, 1
-    truth[:, 7], answer[:, 7] = IGNORED, 5  # does not count, whatever is said there
+    truth[:, :, 4:], predictions[:, :, 6:] = 1, 1
+    truth[:, 7], predictions[:, 7] = IGNORED, 5  # does not count, whatever is said there
     scenes = SegmentationSet(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), truth, domain)
-    found = seg.intersection_over_union(seg.confusion_matrix(Says(answer), scenes))
+    found = seg.intersection_over_union(seg.confusion_matrix(Says(predictions), scenes))
     assert (
         found[:2].tolist() == pytest.approx([28 / 42, 14 / 28]) and found[2:].isnan().all()
     )
-    assert seg.mean_iou(Says(answer), scenes) == pytest.approx((28 / 42 + 1 / 2) / 2)
+    assert seg.mean_iou(Says(predictions), scenes) == pytest.approx((28 / 42 + 1 / 2) / 2)
 
 
 def test_mean_iou_is_that_of_torchmetrics():
@@ -383,15 +383,17 @@ def test_mean_iou_is_that_of_torchmetrics():
 
     rng = torch.Generator().manual_seed(0)
     # the sixth class never occurs
-    truth, answer = torch.randint(5, (2, 4, 8, 8), generator=rng)
+    truth, predictions = torch.randint(5, (2, 4, 8, 8), generator=rng)
     truth[:, :2] = IGNORED
     scenes = SegmentationSet(
         torch.zeros(4, 3, 8, 8, dtype=torch.uint8),
         truth,
         segmentation_domain('scenes', (8, 8)),
     )
-    theirs = MulticlassJaccardIndex(6, average='macro', ignore_index=IGNORED)(answer, truth)
-    assert seg.mean_iou(Says(answer), scenes, batch_size=4) == pytest.approx(
+    theirs = MulticlassJaccardIndex(6, average='macro', ignore_index=IGNORED)(
+        predictions, truth
+    )
+    assert seg.mean_iou(Says(predictions), scenes, batch_size=4) == pytest.approx(
         float(theirs), abs=1e-6
     )
 
@@ -444,7 +446,7 @@ def trainer_of(teacher, replay=0, **synthesizer):
 
 
 @pytest.mark.parametrize('replay', [0, 6])
-def test_a_race_goes_on_to_the_same_bits(teacher, replay):
+def test_a_trainer_goes_on_to_the_same_bits(teacher, replay):
     whole = trainer_of(teacher, replay, balance_weight=1.0).run(log_every=1)
     first = trainer_of(teacher, replay, balance_weight=1.0)
     second = trainer_of(teacher, replay, balance_weight=1.0)
@@ -472,7 +474,7 @@ def test_labels_in_a_buffer_are_those_of_the_images(teacher):
     assert (pool.labels == asked).float().mean() > 0.8
 
 
-def test_a_wish_for_an_image_is_refused(teacher):
+def test_a_target_for_an_image_is_refused(teacher):
     with pytest.raises(DFKDError, match='predicts pixels'):
         trainer_of(teacher, labels='sampled')
     # statistics and competition alone
@@ -573,14 +575,14 @@ def test_a_run_that_is_stopped_again_and_again_ends_alike(tmp_path, monkeypatch)
             quiet=True,
         )
 
-    whole, looks, stops = run('whole').start(), 0, 0
+    whole, checks, stops = run('whole').start(), 0, 0
 
-    def third_look(self):
-        nonlocal looks
-        looks += 1
-        return looks % 3 == 0
+    def third_check(self):
+        nonlocal checks
+        checks += 1
+        return checks % 3 == 0
 
-    monkeypatch.setattr(Run, 'asked_to_stop', property(third_look))
+    monkeypatch.setattr(Run, 'asked_to_stop', property(third_check))
     again = None
     while again is None:
         try:

@@ -104,8 +104,8 @@ def test_dreams_are_made_as_the_recipe_says(
     monkeypatch.setattr(DeepInversion, '__init__', note)
 
     def made(settings: Any) -> tuple[str, str]:
-        maker = build_inversion(settings, teacher, CPU, 0)
-        return repr(maker.settings), repr(asked['compile'])
+        synthesizer = build_inversion(settings, teacher, CPU, 0)
+        return repr(synthesizer.settings), repr(asked['compile'])
 
     elsewhere = {
         'teacher',
@@ -120,7 +120,9 @@ def test_dreams_are_made_as_the_recipe_says(
     # real images; a size too small here
     elsewhere |= {'statistics_images', 'statistics_data', 'quarter_size_steps'}
     elsewhere |= {
-        name for name in own(SynthesisSettings) if name.startswith(('metadata', 'embedding'))
+        name
+        for name in own(SynthesisSettings)
+        if name.startswith(('metadata', 'embedding'))
     }
     assert (
         ignored(

@@ -81,8 +81,7 @@ def page(*cells: dict[str, Any]) -> str:
     return '\n\n'.join(parts)
 
 
-# --- numbers and references
-# ------------------------------------------------------------
+# --- numbers and references ---------------------------------------------------------------
 
 
 def test_equations_figures_tables_and_sections_are_numbered() -> None:
@@ -179,8 +178,7 @@ def test_heading_numbers_skip_unnumbered() -> None:
     assert labels.numbers == {'sec-b': '1.1', 'sec-c': '2'}
 
 
-# --- citations
-# ------------------------------------------------------------
+# --- citations ----------------------------------------------------------------------------
 
 
 def test_citations_and_their_list() -> None:
@@ -231,8 +229,7 @@ def test_bibliography_is_complete() -> None:
     )
 
 
-# --- a notebook's directives
-# ------------------------------------------------------------
+# --- a notebook's directives --------------------------------------------------------------
 
 
 def test_hidden_cells_and_directives_are_gone() -> None:
@@ -368,8 +365,7 @@ def test_title_is_needed() -> None:
         process({'cells': [markdown('No title')]}, PurePosixPath('a.ipynb'), Index())
 
 
-# --- the site as built
-# ------------------------------------------------------------
+# --- the site as built --------------------------------------------------------------------
 
 
 def test_sidebar_lists_exactly_the_notebooks() -> None:

@@ -1,5 +1,6 @@
-"""Images in other programs' hands: data sets, loaders, folders and tables, in and out; and an
-optimiser and callbacks of the user's.
+"""Images in other programs' hands: data sets, loaders, folders and tables, in and out.
+
+And an optimiser and callbacks of the user's.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def rounds(teacher):
 
 
 @pytest.fixture(scope='module')
-def lessons(teacher):
+def training_steps(teacher):
     torch.manual_seed(0)
     pictures = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
     student = build_model('resnet8')
@@ -133,24 +133,26 @@ def test_a_round_that_forgets_a_term_is_caught(rounds):
         check_agreement([rounds[0], wrong])
 
 
-def test_lessons_are_equal(lessons):
-    before = lessons[0].gradient()[0]
-    check_agreement(lessons, 2e-5)
+def test_training_steps_are_equal(training_steps):
+    before = training_steps[0].gradient()[0]
+    check_agreement(training_steps, 2e-5)
     # looking changes nothing that counts
-    torch.testing.assert_close(lessons[0].gradient()[0], before)
+    torch.testing.assert_close(training_steps[0].gradient()[0], before)
 
 
-def test_a_step_leaves_the_same_student(lessons):
-    for lesson in lessons:
-        lesson()
-    wanted = torch.cat([p.flatten() for p in lessons[0].distiller.student.parameters()])
-    for lesson in lessons[1:5]:
-        got = torch.cat([p.flatten() for p in lesson.distiller.student.parameters()])
+def test_a_step_leaves_the_same_student(training_steps):
+    for training_step in training_steps:
+        training_step()
+    wanted = torch.cat(
+        [p.flatten() for p in training_steps[0].distiller.student.parameters()]
+    )
+    for training_step in training_steps[1:5]:
+        got = torch.cat([p.flatten() for p in training_step.distiller.student.parameters()])
         torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(('name', 'left'), [('resnet20', 0), ('wrn16-1', 7), ('vgg11', 0)])
-def test_folding_keeps_the_answers_and_the_teacher(name, left):
+def test_folding_keeps_the_logits_and_the_teacher(name, left):
     torch.manual_seed(0)
     network = build_model(name)
     for layer in batchnorm_layers(network).values():

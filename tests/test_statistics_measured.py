@@ -164,17 +164,17 @@ def test_mixing_changes_nothing_and_updating_keeps_no_graph():
 
 
 @pytest.mark.parametrize('momentum', [0.05, 0.1, 0.5, 1.0])
-def test_the_pull_of_a_later_batch_is_the_momentum(momentum):
+def test_the_weight_of_a_later_batch_is_the_momentum(momentum):
     statistics, running = Statistics(moments(9)), RunningStatistics(momentum)
-    for pull in (1.0, momentum, momentum):
+    for weight in (1.0, momentum, momentum):
         batch = {
             name: tuple(v.requires_grad_() for v in pair)
-            for name, pair in moments(int(100 * pull) + running.batches).items()
+            for name, pair in moments(int(100 * weight) + running.batches).items()
         }
         parts = [v for pair in batch.values() for v in pair]
         total, _ = feature_loss(running.mix(batch), statistics)
         for slope in torch.autograd.grad(total, parts):
-            assert abs(slope.norm() - pull) < 1e-6
+            assert abs(slope.norm() - weight) < 1e-6
         running.update(moments(20 + running.batches))
 
 
@@ -183,7 +183,7 @@ def test_the_gradient_at_the_pixels_is_that_of_finite_differences():
     statistics, running = Statistics.from_batchnorm(net), RunningStatistics(0.2)
     term = running_feature_term(statistics, running)
 
-    def price(x):
+    def loss(x):
         with Watch(net) as watch:
             logits = net(x)
         return term(
@@ -192,27 +192,27 @@ def test_the_gradient_at_the_pixels_is_that_of_finite_differences():
 
     for seed in range(3):
         x = noise(2, 2, 6, 5, seed=seed).requires_grad_()
-        assert torch.autograd.gradcheck(price, x)
+        assert torch.autograd.gradcheck(loss, x)
         with torch.no_grad(), Watch(net) as watch:
             net(x)
         running.update(watch.moments)
 
 
 def test_the_target_makes_up_for_what_was_accumulated():
-    "The price is 0 where the batch is at t + (1 - m) / m (t - a)."
+    "The loss is 0 where the batch is at t + (1 - m) / m (t - a)."
     statistics, running, momentum = Statistics(moments(3)), RunningStatistics(0.25), 0.25
     running.update(
         {name: (mean + 0.1, var * 0.9) for name, (mean, var) in statistics.items()}
     )
-    wished = {
+    expected = {
         name: tuple(
             t + (1 - momentum) / momentum * (t - a)
             for t, a in zip(pair, running.moments[name])
         )
         for name, pair in statistics.items()
     }
-    assert feature_loss(running.mix(wished), statistics)[0] < 1e-5
-    assert feature_loss(wished, statistics)[0] > 0.1
+    assert feature_loss(running.mix(expected), statistics)[0] < 1e-5
+    assert feature_loss(expected, statistics)[0] > 0.1
 
 
 def test_momentum_1_is_the_plain_term():
@@ -316,13 +316,13 @@ def test_a_term_among_others():
         {'features': (10.0, term), 'mean': (1.0, lambda inputs: inputs.x.mean())}
     )
     x = noise(4, 2, 6, 6).requires_grad_()
-    prices = []
+    losses = []
     for _ in range(5):
         with Watch(net) as watch:
             logits = net(x)
         total, values = objective(LossInputs(x, logits, torch.zeros(4), watch.moments))
-        prices.append(values['features'].item())
+        losses.append(values['features'].item())
         (slope,) = torch.autograd.grad(total, x)
         x = (x - 0.05 * slope / slope.norm()).detach().requires_grad_()
     # the term itself accumulates nothing
-    assert prices[-1] < prices[0] and running.batches == 0
+    assert losses[-1] < losses[0] and running.batches == 0

@@ -41,8 +41,7 @@ def text(cell: dict[str, Any]) -> str:
     return ''.join(cell['source'])
 
 
-# --- package and notebooks
-# ----------------------------------------------------------------------------------------
+# --- package and notebooks ----------------------------------------------------------------
 
 
 def test_package_is_what_the_notebooks_export() -> None:
@@ -124,9 +123,10 @@ def test_every_module_is_named_after_its_notebook() -> None:
 
 
 def test_package_imports_only_what_it_requires() -> None:
-    """Only the standard library and settings.ini's `requirements`, at the head of a module and inside of functions.
+    """Only the standard library and settings.ini's `requirements`.
 
-    Jupyter may be asked for where a widget is shown; `import_extra` fetches what is optional.
+    At the head of a module and inside of functions. Jupyter may be asked for where a widget
+    is shown; `import_extra` fetches what is optional.
     """
     config = configparser.ConfigParser(delimiters=['='])
     config.read(ROOT / 'settings.ini', encoding='utf-8')
@@ -154,8 +154,7 @@ def test_package_imports_only_what_it_requires() -> None:
                 )
 
 
-# --- notebooks as they are stored
-# ---------------------------------------------------------------------------------
+# --- notebooks as they are stored ---------------------------------------------------------
 
 
 @each('name', NAMES)

@@ -52,7 +52,7 @@ def digits():
     return load_data('digits', 'test')
 
 
-def test_each_scheme_makes_its_share(teacher):
+def test_each_scheme_makes_its_fraction(teacher):
     pool = two_schemes(teacher, 40, seed=3, **FAST)
     asked = {name: FAST[name] for name in ('jitter', 'flip', 'device', 'feature_weight')}
     single = DeepInversion(teacher, stages=[(8, 2)], seed=3 + 1, **asked).synthesize(20)
@@ -70,12 +70,12 @@ def test_each_scheme_makes_its_share(teacher):
     assert torch.equal(pool.images, again.images) and torch.equal(pool.labels, again.labels)
 
 
-@pytest.mark.parametrize('share', [0.0, 1.0])
-def test_one_scheme_alone(teacher, share):
-    assert len(two_schemes(teacher, 10, single_fraction=share, **FAST)) == 10
+@pytest.mark.parametrize('fraction', [0.0, 1.0])
+def test_one_scheme_alone(teacher, fraction):
+    assert len(two_schemes(teacher, 10, single_fraction=fraction, **FAST)) == 10
 
 
-def test_shares_of_a_recipe():
+def test_fractions_of_a_recipe():
     recipe = Recipe.load('cifar10-transfer-schemes-both')
     settings = recipe.resolve(
         'quick', {'images': 300, 'synthesis_batch_size': 4096, 'single_fraction': 0.25}
@@ -172,11 +172,16 @@ def naive(teacher, student, images, probe, temperature=3.0):
 
     def gradient(batch):
         x = teacher.domain.normalize(batch).double()
-        told, answer = (
+        teacher_log, student_log = (
             network(x).div(temperature).log_softmax(1) for network in (teacher, student)
         )
         loss = (
-            F.kl_div(answer, told.detach(), reduction='batchmean', log_target=True)
+            F.kl_div(
+                student_log,
+                teacher_log.detach(),
+                reduction='batchmean',
+                log_target=True,
+            )
             * temperature**2
         )
         return torch.cat(
@@ -223,17 +228,22 @@ def test_a_step_on_a_valuable_image_helps_elsewhere(teacher, student, digits):
     def after(image):
         "The probe's loss after one small step on one image."
         learner = copy.deepcopy(student).eval()
-        told = teacher(seen(image[None])).div(3).log_softmax(1)
-        answer = learner(seen(image[None])).div(3).log_softmax(1)
-        loss = F.kl_div(answer, told, reduction='batchmean', log_target=True) * 9
+        teacher_log = teacher(seen(image[None])).div(3).log_softmax(1)
+        student_log = learner(seen(image[None])).div(3).log_softmax(1)
+        loss = (
+            F.kl_div(student_log, teacher_log, reduction='batchmean', log_target=True) * 9
+        )
         for weight, g in zip(
             learner.parameters(), torch.autograd.grad(loss, list(learner.parameters()))
         ):
             weight.data -= 1e-2 * g
         with torch.no_grad():
-            answer = learner(x).div(3).log_softmax(1)
-            told = teacher(x).div(3).log_softmax(1)
-            return float(F.kl_div(answer, told, reduction='batchmean', log_target=True) * 9)
+            student_log = learner(x).div(3).log_softmax(1)
+            teacher_log = teacher(x).div(3).log_softmax(1)
+            return float(
+                F.kl_div(student_log, teacher_log, reduction='batchmean', log_target=True)
+                * 9
+            )
 
     changes = torch.tensor([after(image) for image in images], dtype=torch.double)
     assert torch.corrcoef(torch.stack([values, -changes]))[0, 1] > 0.9999, (

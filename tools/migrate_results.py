@@ -1,7 +1,10 @@
-"""Bring results of finished runs to the present names of settings: python tools/migrate_results.py [FOLDER ...]
+"""Bring results of finished runs to the present names of settings.
 
-Only names change (settings, keys of results, columns of histories) and words that settings choose from; lists that were
-words with commas become lists. No measured number does: that is checked for every file. A second pass changes nothing.
+    python tools/migrate_results.py [FOLDER ...]
+
+Only names change (settings, keys of results, columns of histories) and words that settings
+choose from; lists that were words with commas become lists. No measured number does: that
+is checked for every file. A second pass changes nothing.
 """
 
 from __future__ import annotations

@@ -342,7 +342,8 @@ def segmentation_ssd_kd(
 ) -> AlternatingTrainer:  # call `run()`; `.pool` holds the images
     """FastDFKD (a pool that grows) or SSD-KD (with `replay`) for segmenters, put together.
 
-    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit
+    together.
 
     Source: Fang et al. 2022; Liu et al. 2024.
 

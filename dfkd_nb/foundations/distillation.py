@@ -221,12 +221,12 @@ def as_callback(
 # %% ../../nbs/foundations/01_distillation.ipynb #093d2006
 #| code-fold: true
 class Distiller:
-    """Trains a student on images from a source, with a teacher's predictions, labels, or both.
+    """Trains a student on images with a teacher's predictions, labels, or both.
 
     A state that is saved and loaded goes on to the same bits.
 
-    Raises: `DFKDError` at once for settings and networks that cannot work together, and while
-    it runs for a loss that is not finite.
+    Raises: `DFKDError` at once for settings and networks that cannot work together, and
+    while it runs for a loss that is not finite.
 
     Source: Hinton et al., 2015, section 2.
 

@@ -333,8 +333,8 @@ class GrowingPool(Pool):
 class AlternatingTrainer:
     """Synthesize, distil, repeat: the one loop of all data-free methods.
 
-    Raises: `DFKDError` for numbers of rounds and steps that do not agree with the distiller,
-    and while it runs for a loss that is not finite.
+    Raises: `DFKDError` for numbers of rounds and steps that do not agree with the
+    distiller, and while it runs for a loss that is not finite.
 
     Example:
         >>> from dfkd_nb import DOMAINS, AlternatingTrainer, Distiller, GrowingPool

@@ -276,7 +276,8 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
 
     The others are those of earlier batches too, kept in a memory bank.
 
-    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit
+    together.
 
     Source: Fang et al., 2021 (CMI).
 

@@ -85,7 +85,8 @@ META_UPDATES = 'fomaml-sum', 'fomaml', 'reptile'  # words for the first-order gr
 class MetaSynthesizer(GeneratorSynthesizer):
     """Batches of images, each adapted in k steps from what earlier batches have in common.
 
-    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit
+    together.
 
     Source: Fang et al., 2022 (FastDFKD), Algorithm 1.
 

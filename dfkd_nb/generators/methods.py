@@ -425,7 +425,8 @@ def ssd_kd(
 ) -> AlternatingTrainer:  # call `run()`; `.pool` is the buffer
     """All parts of SSD-KD, put together (Algorithm 1).
 
-    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit
+    together.
 
     Source: Liu et al., 2024.
 

@@ -110,9 +110,9 @@ def _check_competition(
 class GeneratorObjective:
     """A generator, the networks that look at its images, and the loss of an image.
 
-    What is handed in stays as it is: the generator is copied and the copy trained (`.generator`
-    is the trained one); a teacher on another device is copied there; the student is only asked
-    for its logits.
+    What is handed in stays as it is: the generator is copied and the copy trained
+    (`.generator` is the trained one); a teacher on another device is copied there; the
+    student is only asked for its logits.
     """
 
     INITS: tuple[str, ...] = ('sequential', 'scratch')
@@ -156,8 +156,7 @@ class GeneratorObjective:
         # of what the networks see, as in their training
         augment: Augment | None = None,
         # keep `inputs.embedding`, for `activation_term` and further terms: 'classifier' or
-        # a
-        # layer
+        # a layer
         embedding: str = '',
         precision: str = 'float32',  # 'bfloat16' or 'float16' for mixed precision
         device: str | torch.device = 'auto',  # where everything is computed

@@ -49,8 +49,8 @@ class ReplayPool(Pool):
 
     Images are kept as uint8; when it is full, the oldest go first.
 
-    Raises: `DFKDError` for settings out of range, for images that do not fit, and for logits
-    of another batch than the last.
+    Raises: `DFKDError` for settings out of range, for images that do not fit, and for
+    logits of another batch than the last.
 
     Source: Liu et al., 2024 (SSD-KD), section 3.4.
 

@@ -51,7 +51,8 @@ class GeneratorSynthesizer(GeneratorObjective):
 
     Weights and switches are the methods: DAFL, ZSKT and DFQ are three rows of `METHODS`.
 
-    Raises: `DFKDError` for settings out of range, and for networks that do not fit together.
+    Raises: `DFKDError` for settings out of range, and for networks that do not fit
+    together.
 
     Example:
         >>> from dfkd_nb import DOMAINS, GeneratorSynthesizer, Teacher, build_model

@@ -15,11 +15,11 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import dfkd_nb
 from ..foundations.method_tables import method_tables
 from dfkd_nb.lab.application_settings import (
     ContinualSettings,
@@ -183,7 +183,7 @@ class Recipe:
 # %% ../../nbs/lab/17_recipes.ipynb #c6f5442b
 def package_folder() -> Path:  # of the installed package
     "Where the package's own files are."
-    return Path(dfkd_nb.__file__).parent
+    return Path(str(resources.files('dfkd_nb')))
 
 # %% ../../nbs/lab/17_recipes.ipynb #49e2c8b4
 def recipe_folder() -> Path:  # where the package keeps its recipes

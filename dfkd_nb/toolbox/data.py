@@ -211,8 +211,8 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
     Bytes take a quarter of the floats' memory and are normalised only when a batch is used.
     As a `Dataset` it gives normalised images for loops that are not from this package.
 
-    Raises: `DFKDError` for images that are not uint8 or do not fit the domain, and for labels
-    that are not one class number an image.
+    Raises: `DFKDError` for images that are not uint8 or do not fit the domain, and for
+    labels that are not one class number an image.
 
     Example:
         >>> import torch
@@ -396,8 +396,8 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
     ) -> 'ImageSet':
         """All images of a table, in memory, with the class names that it carries.
 
-        Raises: `DFKDError` where a file cannot be read, or says nothing of the normalisation
-        and no domain is given.
+        Raises: `DFKDError` where a file cannot be read, or says nothing of the
+        normalisation and no domain is given.
         """
         files = parquet_files(Path(path))
         encoded, labels = read_parquet(files)

@@ -73,9 +73,8 @@ class Domain:
         counts = self.shape[0], len(self.mean), len(self.std)
         if len(set(counts)) > 1:
             raise DFKDError(
-                "domain '{}' has {} channels, {} means and {} stds: give one each a channel".format(
-                    self.name, *counts
-                )
+                f"domain '{self.name}' has {counts[0]} channels, {counts[1]} means and"
+                f' {counts[2]} stds: give one each a channel'
             )
         if not all(0 < s < math.inf for s in self.std):
             raise DFKDError(
@@ -260,12 +259,17 @@ class Domain:
             )
 
 # %% ../../nbs/toolbox/domains.ipynb #bc76538b
-_CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
-caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl
-hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree
-orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal
-shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor
-train trout tulip turtle wardrobe whale willow_tree wolf woman worm"""
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach
+couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster
+house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket
+rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
+turtle wardrobe whale willow_tree wolf woman worm
+"""
 
 # %% ../../nbs/toolbox/domains.ipynb #9e88a37a
 # torchvision's names

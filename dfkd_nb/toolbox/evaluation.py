@@ -36,8 +36,8 @@ def evaluate(
 
     A `DFKDWarning` tells when the classes look permuted.
 
-    Raises: `DFKDError` for missing labels, for classes that the network does not have, and for
-    images of another size.
+    Raises: `DFKDError` for missing labels, for classes that the network does not have, and
+    for images of another size.
 
     Example:
         >>> from dfkd_nb import evaluate, load_data, load_teacher

@@ -195,11 +195,23 @@ class FilmStrip:
             for title in self.titles
         )
         script = (
-            f"var f=this.closest('.dfkd-film'),s={self.steps};f.querySelector('.dfkd-frame').style.backgroundPosition='0"
-            f" '+100*this.value/{max(last, 1)}+'%';f.querySelector('output').textContent='update"
-            " '+s[this.value]"
+            f"var f=this.closest('.dfkd-film'),s={self.steps};"
+            "f.querySelector('.dfkd-frame').style.backgroundPosition="
+            f"'0 '+100*this.value/{max(last, 1)}+'%';"
+            "f.querySelector('output').textContent='update '+s[this.value]"
         )
-        return f'''<div class="dfkd-film" style="max-width:{min(2 * width, 720)}px;font:12px sans-serif">
-<div style="display:flex;text-align:center">{heads}</div>
-<div class="dfkd-frame" role="img" aria-label="Images after the update that the slider shows" style="width:100%;aspect-ratio:{width}/{height};background:url(data:image/jpeg;base64,{base64.b64encode(self.picture()).decode()}) 0 100%/100% {100 * (last + 1)}%;image-rendering:pixelated"></div>
-<label style="display:flex;gap:8px;align-items:center"><input type="range" min="0" max="{last}" value="{last}" style="flex:1" aria-label="frame" oninput="{script}"><output style="min-width:8em">update {self.steps[-1]}</output></label></div>'''
+        picture = base64.b64encode(self.picture()).decode()
+        return (
+            '<div class="dfkd-film"'
+            f' style="max-width:{min(2 * width, 720)}px;font:12px sans-serif">\n'
+            f'<div style="display:flex;text-align:center">{heads}</div>\n'
+            '<div class="dfkd-frame" role="img"'
+            ' aria-label="Images after the update that the slider shows"'
+            f' style="width:100%;aspect-ratio:{width}/{height};'
+            f'background:url(data:image/jpeg;base64,{picture})'
+            f' 0 100%/100% {100 * (last + 1)}%;image-rendering:pixelated"></div>\n'
+            '<label style="display:flex;gap:8px;align-items:center">'
+            f'<input type="range" min="0" max="{last}" value="{last}" style="flex:1"'
+            f' aria-label="frame" oninput="{script}">'
+            f'<output style="min-width:8em">update {self.steps[-1]}</output></label></div>'
+        )

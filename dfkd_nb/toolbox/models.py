@@ -262,11 +262,11 @@ def build_model(
     if name in EFFICIENTNET_LITE:
         return efficientnet_lite(name, num_classes, channels, pretrained)
     if name not in MODELS:
-        near = difflib.get_close_matches(name, [*MODELS, *EFFICIENTNET_LITE], 1)
+        known = [*MODELS, *EFFICIENTNET_LITE]
+        near = difflib.get_close_matches(name, known, 1)
+        nearest = f'{near[0]} or another of ' if near else ''
         raise DFKDError(
-            f"unknown model '{name}': use"
-            f' {f"{near[0]} or another of " if near else ""}{", ".join([*MODELS, *EFFICIENTNET_LITE])},'
-            ' or torchvision:NAME'
+            f"unknown model '{name}': use {nearest}{', '.join(known)}, or torchvision:NAME"
         )
     if pretrained:
         raise DFKDError(

@@ -326,8 +326,8 @@ def load_weights(
 ) -> dict[str, str]:  # the file's metadata
     """Fill a network with saved weights.
 
-    Raises: `DFKDError` that names the first tensor whose name or shape does not fit; nothing
-    is changed then.
+    Raises: `DFKDError` that names the first tensor whose name or shape does not fit;
+    nothing is changed then.
 
     Example:
         >>> import tempfile

@@ -107,8 +107,9 @@ def as_source(
     A Dataset or DataLoader is read once, into memory. Its own random augmentation is
     therefore frozen: use the augmentation of whoever draws.
 
-    Raises: `DFKDError` for what is no source, for images whose domain is not known, that are
-    normalised already or of another size, and for a Dataset that does not fit into memory.
+    Raises: `DFKDError` for what is no source, for images whose domain is not known, that
+    are normalised already or of another size, and for a Dataset that does not fit into
+    memory.
 
     Example:
         >>> import torch

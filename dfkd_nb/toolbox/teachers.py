@@ -206,8 +206,8 @@ def _frozen_copy(
 class Teacher(DomainNetwork):
     """Any network, frozen: a copy in eval mode and float32, with its domain.
 
-    Raises: `DFKDError` for what is no network, does not take the domain's images, or does not
-    return one finite logit a class; a `DFKDWarning` where it returns probabilities.
+    Raises: `DFKDError` for what is no network, does not take the domain's images, or does
+    not return one finite logit a class; a `DFKDWarning` where it returns probabilities.
 
     Example:
         >>> import torch

@@ -97,8 +97,9 @@ def save_generated_images(
     teacher: Teacher,  # whose predictions
     limit: int = 2048,  # images
 ) -> None:
-    """Write images.safetensors: what the generator made last, with the teacher's predictions
-    as labels.
+    """Write images.safetensors: the images that the generator made last.
+
+    Their labels are the teacher's predictions.
     """
     if trainer.pool is not None:
         images = trainer.pool.images[-limit:]
