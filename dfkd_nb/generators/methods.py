@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SYNTHESIZERS', 'POOLS', 'Builder', 'MethodSettings', 'MethodParts', 'read_method', 'register_synthesizer',
            'register_pool', 'generator_synthesizer', 'modulated_terms', 'replay_pool', 'noise_synthesizer',
-           'growing_pool', 'build_method', 'distiller_keywords', 'ssd_kd']
+           'growing_pool', 'ssd_kd']
 
 # %% ../../nbs/generators/methods.ipynb #92fafe72
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..dreams.priors import Term
+from ..dreams.priors import Term, named_terms
 from ..foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
@@ -38,7 +38,7 @@ from .ssd_kd import modulated_class_term, ssd_kd_preset
 from .synthesizer import GeneratorSynthesizer, synthesizer_keywords
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import pick_device, seeded
-from ..toolbox.errors import DFKDError
+from ..toolbox.errors import DFKDError, not_registered
 from ..toolbox.sources import DrawnImages
 from ..toolbox.teachers import Teacher
 
@@ -78,6 +78,8 @@ class MethodSettings:
     synthesis_augment: bool = True  # of what the networks see, by `padding` and `flip`
     contrastive_weight: float = 0.0
     contrastive_temperature: float = 0.1
+    # further ones, by the names that `register_term` gave them, with their weights
+    terms: Mapping[str, float] = field(default_factory=dict)
     synthesis_precision: str = 'float32'
     # the pool: a name of `POOLS`, and what it is built with
     pool: str = 'grows'
@@ -203,6 +205,8 @@ def generator_synthesizer(
         for name in ('contrastive_weight', 'contrastive_temperature'):
             keywords.pop(name, None)
     keywords |= {'student': parts.student, 'device': parts.device, 'seed': settings.seed}
+    if settings.terms:
+        keywords['terms'] = named_terms(settings.terms)
     keywords |= dict(parts.options)
     if keywords.get('generator') is None:
         with seeded(settings.seed):
@@ -328,9 +332,14 @@ def build_method(
         return MethodParts(settings, row, teacher, student, place, options or {}, made)
 
     kept = _built(
-        settings.pool if pool is None else pool, POOLS, replay_pool, parts(pool_options)
+        'pool',
+        settings.pool if pool is None else pool,
+        POOLS,
+        replay_pool,
+        parts(pool_options),
     )
     maker = _built(
+        'synthesizer',
         settings.synthesizer if synthesizer is None else synthesizer,
         SYNTHESIZERS,
         generator_synthesizer,
@@ -338,9 +347,16 @@ def build_method(
     )
     source = kept
     if kept is None:
+<<<<<<< ours
         if not hasattr(maker, 'sample_images'):
             raise DFKDError(
                 f'a {type(maker).__name__} draws no images when asked: give it a pool'
+=======
+        if not callable(getattr(maker, 'sample_images', None)):
+            raise DFKDError(
+                f'without a pool the student learns from images that are drawn anew, and a'
+                f' {type(maker).__name__} has no sample_images: choose a pool'
+>>>>>>> theirs
             )
         source = DrawnImages(maker.sample_images, teacher.domain)
     learner = distiller(
@@ -360,6 +376,7 @@ def build_method(
 
 
 def _built(
+    kind: str,  # 'pool' or 'synthesizer'
     part: Any,  # a name, a class or a builder
     known: Mapping[str, Builder],  # builders by name
     of_class: Callable[[Any, MethodParts], Any],  # builds from a class
@@ -367,7 +384,7 @@ def _built(
 ) -> Any:
     if isinstance(part, str):
         if part not in known:
-            raise DFKDError(f"unknown part '{part}': use {', '.join(known)}")
+            raise not_registered(kind, part, known)
         return known[part](parts)
     if isinstance(part, type):
         return of_class(part, parts)
