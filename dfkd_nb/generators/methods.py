@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYNTHESIZERS', 'POOLS', 'Builder', 'MethodSettings', 'MethodParts', 'read_method', 'register_synthesizer',
            'register_pool', 'generator_synthesizer', 'modulated_terms', 'replay_pool', 'noise_synthesizer',
-           'growing_pool', 'ssd_kd']
+           'growing_pool', 'build_method', 'distiller_keywords', 'ssd_kd']
 
 # %% ../../nbs/generators/methods.ipynb #92fafe72
 from collections.abc import Callable, Mapping
@@ -24,12 +24,7 @@ from dfkd_nb.foundations.loop import (
     Pool,
     Synthesizer,
 )
-from dfkd_nb.foundations.method_tables import (
-    POOL_NAMES,
-    SYNTHESIZER_NAMES,
-    method_settings,
-    method_tables,
-)
+from ..foundations.method_tables import method_settings, method_tables
 from .contrastive import ContrastiveSynthesizer
 from .generators import Generator, Pixels
 from .meta import MetaSynthesizer
@@ -167,8 +162,6 @@ def register_synthesizer(
 
     def register(builder: Builder) -> Builder:
         SYNTHESIZERS[name] = builder
-        if name not in SYNTHESIZER_NAMES:
-            SYNTHESIZER_NAMES.append(name)
         return builder
 
     return register
@@ -181,8 +174,6 @@ def register_pool(
 
     def register(builder: Builder) -> Builder:
         POOLS[name] = builder
-        if name not in POOL_NAMES:
-            POOL_NAMES.append(name)
         return builder
 
     return register
@@ -347,16 +338,10 @@ def build_method(
     )
     source = kept
     if kept is None:
-<<<<<<< ours
-        if not hasattr(maker, 'sample_images'):
-            raise DFKDError(
-                f'a {type(maker).__name__} draws no images when asked: give it a pool'
-=======
         if not callable(getattr(maker, 'sample_images', None)):
             raise DFKDError(
                 f'without a pool the student learns from images that are drawn anew, and a'
                 f' {type(maker).__name__} has no sample_images: choose a pool'
->>>>>>> theirs
             )
         source = DrawnImages(maker.sample_images, teacher.domain)
     learner = distiller(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'STUDENT_INITS', 'ENTRIES', 'setting', 'toml_value', 'toml_key',
            'split_words', 'check_entry', 'check_setting', 'check_settings', 'setting_values', 'TrainingSettings',
-           'TeacherSettings', 'SynthesisSettings', 'DreamSettings', 'TransferSettings', 'GenerativeSettings']
+           'TeacherSettings', 'SynthesisSettings', 'DreamSettings', 'TransferSettings', 'GeneratorSettings',
+           'PoolSettings', 'GenerativeSettings']
 
 # %% ../../nbs/lab/settings.ipynb #60822102
 import dataclasses
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..foundations.method_tables import POOL_NAMES, SYNTHESIZER_NAMES
 from ..toolbox.errors import DFKDError, closest_word
 
 # %% ../../nbs/lab/settings.ipynb #377dc34c
@@ -367,13 +367,8 @@ class GeneratorSettings:
 
     synthesizer: str = setting(
         'generator',
-<<<<<<< ours
-        'what makes the images: see chapters 8, 9 and 10',
-        choices=SYNTHESIZER_NAMES,
-=======
         'what makes the images: a name of `SYNTHESIZERS`, see chapters 8, 9 and 10',
         names='synthesizer',
->>>>>>> theirs
     )
     latent_size: int = setting(256, 'numbers in a latent code', low=1)
     generator_width: int = setting(64, 'channels of the generator', low=1)
@@ -442,14 +437,9 @@ class PoolSettings:
 
     pool: str = setting(
         'grows',
-<<<<<<< ours
-        'keep every batch, draw fresh images each time, or replay by priority',
-        choices=POOL_NAMES,
-=======
         "a name of `POOLS`: 'grows' keeps every batch, 'none' draws fresh images each time,"
         " 'replay' draws by priority",
         names='pool',
->>>>>>> theirs
     )
     pool_size: int = setting(5000, 'images in a pool of constant size', low=1)
     prioritised: bool = setting(True, 'draw from it by priority')
