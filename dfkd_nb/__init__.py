@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from dfkd_nb.dreams.metadata import Metadata as Metadata
     from dfkd_nb.dreams.priors import Objective as Objective
     from dfkd_nb.dreams.statistics import Statistics as Statistics
-    from dfkd_nb.foundations.distillation import Callback as Callback
     from dfkd_nb.foundations.distillation import Distiller as Distiller
     from dfkd_nb.foundations.distillation import distill as distill
     from dfkd_nb.foundations.distillation import distillation_loss as distillation_loss
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from dfkd_nb.foundations.loop import NoiseSynthesizer as NoiseSynthesizer
     from dfkd_nb.foundations.loop import Pool as Pool
     from dfkd_nb.foundations.loop import Synthesizer as Synthesizer
+    from dfkd_nb.foundations.optimization import Callback as Callback
     from dfkd_nb.generators.contrastive import ContrastiveSynthesizer as ContrastiveSynthesizer
     from dfkd_nb.generators.meta import MetaSynthesizer as MetaSynthesizer
     from dfkd_nb.generators.methods import build_method as build_method
@@ -75,8 +75,9 @@ _MODULES = {
     'dreams.metadata': ('Metadata',),
     'dreams.priors': ('Objective',),
     'dreams.statistics': ('Statistics',),
-    'foundations.distillation': ('Callback', 'Distiller', 'distill', 'distillation_loss', 'train',),
+    'foundations.distillation': ('Distiller', 'distill', 'distillation_loss', 'train',),
     'foundations.loop': ('AlternatingTrainer', 'GrowingPool', 'NoiseSynthesizer', 'Pool', 'Synthesizer',),
+    'foundations.optimization': ('Callback',),
     'generators.contrastive': ('ContrastiveSynthesizer',),
     'generators.meta': ('MetaSynthesizer',),
     'generators.methods': ('build_method', 'ssd_kd',),

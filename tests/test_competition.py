@@ -459,7 +459,7 @@ def test_what_cannot_be_a_competition_is_refused(teacher):
             rounds=1,
             steps_per_round=4,
         )
-    with pytest.raises(DFKDError, match='no images to ask about'):
+    with pytest.raises(DFKDError, match='no images to predict'):
         predict_logits(teacher, GrowingPool(DIGITS), DIGITS)
     with pytest.raises(DFKDError, match='log_every is 0'):
         contest.run(log_every=0)

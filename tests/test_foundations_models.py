@@ -22,10 +22,10 @@ from dfkd_nb.foundations.distillation import (
     Distiller,
     distill,
     distillation_loss,
-    learning_rate_at,
     soften,
     train,
 )
+from dfkd_nb.foundations.optimization import learning_rate_at
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
     load_checkpoint,

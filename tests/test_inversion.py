@@ -23,7 +23,7 @@ from dfkd_nb.dreams.image_batch import resolution_stages, target_classes
 from dfkd_nb.dreams.inversion import DeepInversion, deepinversion_preset
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics
-from dfkd_nb.foundations.distillation import learning_rate_at
+from dfkd_nb.foundations.optimization import learning_rate_at
 from dfkd_nb.lab.explorers import DeepInversionExplorer
 from dfkd_nb.toolbox.core import load_checkpoint, same_device, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet

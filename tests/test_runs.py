@@ -18,7 +18,7 @@ from cases import each
 from torch import nn
 
 from dfkd_nb.dreams.inversion import deepinversion_preset
-from dfkd_nb.foundations import distillation
+from dfkd_nb.foundations import optimization
 from dfkd_nb.lab.recipes import (
     TASKS,
     Recipe,
@@ -155,7 +155,7 @@ def test_a_method_leaves_out_what_its_preset_leaves_out(data, method):
 
 
 def test_words_agree_with_the_foundations():
-    assert SCHEDULES == distillation.SCHEDULES and set(PRECISIONS) == set(CORE_PRECISIONS)
+    assert SCHEDULES == optimization.SCHEDULES and set(PRECISIONS) == set(CORE_PRECISIONS)
 
 
 @each(

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dfkd_nb.foundations.distillation import Distiller, distill, learning_rate_at, train
+from dfkd_nb.foundations.distillation import Distiller, distill, train
+from dfkd_nb.foundations.optimization import learning_rate_at
 from dfkd_nb.toolbox.core import RandomStreams, same_device
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.datasets import load_data

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .priors import jitter as shift
-from ..foundations.distillation import learning_rate_at
+from ..foundations.optimization import learning_rate_at
 from ..toolbox.core import RandomStreams
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import Domain

@@ -30,8 +30,8 @@ from dfkd_nb.dreams.image_batch import (
 from .inversion_loss import InversionLoss, inversion_objective
 from .priors import Objective, Term
 from .statistics import Statistics
-from ..foundations.distillation import learning_rate_at
 from ..foundations.method_tables import method_tables
+from ..foundations.optimization import learning_rate_at
 from dfkd_nb.toolbox.core import (
     load_checkpoint,
     pick_device,

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,13 @@ def environment(
     "What else decides a run's numbers and its time."
     import torch
 
-    from dfkd_nb import __version__
     from dfkd_nb.toolbox.core import import_torchvision
 
     processor = (
         torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
     )
     return {
-        'dfkd_nb': __version__,
+        'dfkd_nb': version('dfkd_nb'),
         'python': platform.python_version(),
         'torch': torch.__version__,
         'torchvision': import_torchvision().__version__,

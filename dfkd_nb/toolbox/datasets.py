@@ -197,9 +197,67 @@ def _domain_of(
             f"{name} is read as ImageNet's images are, {domain.shape[1]} pixels and its"
             ' normalisation: give domain= if the network expects another',
             DFKDWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return domain
+
+
+def _first(images: ImageSet, limit: int | None) -> ImageSet:
+    "The first `limit` images; all where there is no limit."
+    return images if limit is None else images.subset(limit)
+
+
+def _shipped(name: str, split: str) -> ImageSet:
+    "One of the two sets that come with the package."
+    if name == 'digits':
+        return _digits(split)
+    if split == 'train':
+        raise DFKDError(
+            "'cifar10-mini' ships test images only: use split='test', or 'cifar10' to train"
+        )
+    return _shipped_cifar10()
+
+
+def _from_folder(
+    folder: Path,  # of Parquet files, or of a folder a class
+    name: str,  # as it was given, for messages
+    limit: int | None,  # only the first so many
+    domain: Domain | None,  # None: the known domain with these classes
+) -> ImageFiles:
+    "Images that are decoded when they are drawn."
+    if tables := parquet_files(folder):
+        classes = class_names(tables[0])
+        domain = domain or _domain_of(classes, name)
+        domain = replace(domain, classes=classes or domain.classes)
+        return ImageFiles(*read_parquet(tables, limit), domain)
+    inside: tuple[str, ...] = ()
+    if folder.is_dir():
+        inside = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    files = read_folder(folder, domain or _domain_of(inside, name))
+    if limit is None:
+        return files
+    labels = None if files.labels is None else files.labels[:limit]
+    return ImageFiles(files.encoded[:limit], labels, files.domain)
+
+
+def _under_root(
+    folder: Path,  # of one data set
+    split: str,  # 'train' or 'test'
+    limit: int | None,  # only the first so many
+    domain: Domain,  # what the images mean
+) -> ImageSet | ImageFiles | None:  # None where there is nothing
+    "Parquet files or folders of classes in the data folder; ImageNet stays encoded."
+    wanted = (split,) if split == 'train' else ('test', 'val', 'validation')
+    for word in wanted:
+        # the hub keeps them one folder further down
+        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'):
+            if paths := sorted(folder.glob(pattern)):
+                encoded = ImageFiles(*read_parquet(paths, limit), domain)
+                return encoded if folder.name == 'imagenet' else encoded.in_memory()
+        if (folder / word).is_dir():
+            name = f'folder:{folder / word}'
+            return _from_folder(folder / word, name, limit, domain)
+    return None
 
 
 def load_data(
@@ -229,63 +287,24 @@ def load_data(
         raise DFKDError(f"unknown split '{split}': use 'train' or 'test'")
     if limit is not None and limit < 1:
         raise DFKDError(f'limit {limit} leaves no image: use 1 or more')
-    base = Path(root) if root is not None else data_root()
-    if name.startswith('folder:') and (
-        tables := parquet_files(Path(name.removeprefix('folder:')))
-    ):
-        classes = class_names(tables[0])
-        domain = domain or _domain_of(classes, name)
-        return ImageFiles(
-            *read_parquet(tables, limit), replace(domain, classes=classes or domain.classes)
-        )
     if name.startswith('folder:'):
-        folder = Path(name.removeprefix('folder:'))
-        inside = (
-            tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
-            if folder.is_dir()
-            else ()
-        )
-        files = read_folder(folder, domain or _domain_of(inside, name))
-        return (
-            files
-            if limit is None
-            else ImageFiles(
-                files.encoded[:limit],
-                None if files.labels is None else files.labels[:limit],
-                files.domain,
-            )
-        )
+        return _from_folder(Path(name.removeprefix('folder:')), name, limit, domain)
+    base = Path(root) if root is not None else data_root()
     if name == 'imagenet-sample':
         return _imagenet_sample(base, split, limit, domain or DOMAINS['imagenet'])
     if name in ('digits', 'cifar10-mini'):
-        if (name, split) == ('cifar10-mini', 'train'):
-            raise DFKDError(
-                "'cifar10-mini' ships test images only: use split='test', or 'cifar10' to"
-                ' train'
-            )
-        shipped = _digits(split) if name == 'digits' else _shipped_cifar10()
-        return shipped if limit is None else shipped.subset(limit)
+        return _first(_shipped(name, split), limit)
     if name not in DOMAINS:
-        raise DFKDError(
-            f"unknown data set '{name}': use"
-            f' {", ".join(["cifar10-mini", *DOMAINS, "imagenet-sample"])} or folder:PATH'
-        )
+        known = ', '.join(['cifar10-mini', *DOMAINS, 'imagenet-sample'])
+        raise DFKDError(f"unknown data set '{name}': use {known} or folder:PATH")
     if domain is None or name != 'imagenet':
         domain = DOMAINS[name]
-    wanted = (split,) if split == 'train' else ('test', 'val', 'validation')
-    for word in wanted:
-        # the hub keeps them one folder further down
-        for pattern in (f'{word}*.parquet', f'*/{word}*.parquet'):
-            if paths := sorted((base / name).glob(pattern)):
-                encoded = ImageFiles(*read_parquet(paths, limit), domain)
-                return encoded if name == 'imagenet' else encoded.in_memory()
-        if (base / name / word).is_dir():
-            return load_data(f'folder:{base / name / word}', limit=limit, domain=domain)
+    if (found := _under_root(base / name, split, limit, domain)) is not None:
+        return found
     if name == 'imagenet':
         word = 'train' if split == 'train' else 'val'
         raise DFKDError(
             f'no ImageNet under {base}: put {word}/CLASS/*.JPEG or {word}*.parquet into'
             f' {base / name} (DFKD_DATA names the folder)'
         )
-    found = _downloaded(name, split, base)
-    return found if limit is None else found.subset(limit)
+    return _first(_downloaded(name, split, base), limit)
