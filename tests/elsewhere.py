@@ -17,6 +17,7 @@ import torch
 from test_applications import TASKS, timed_once
 from test_methods import DIFFERENT, tiny
 
+from dfkd_nb.applications import latency
 from dfkd_nb.lab.recipes import Recipe
 from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox import core
@@ -47,12 +48,14 @@ def load(library: str) -> torch.device:
 
 def main(library: str, folder: Path) -> None:
     there, pick = load(library), core.pick_device
-    core.pick_device = lambda name='auto': (
-        there if str(name).startswith('elsewhere') else pick(name)
-    )
-    # only now: other modules take `pick_device` when they are imported
-    from dfkd_nb.applications import latency
 
+    def pick_either(name: str | torch.device = 'auto') -> torch.device:
+        return there if str(name).startswith('elsewhere') else pick(name)
+
+    # in every module that has taken the function by name
+    for module in list(sys.modules.values()):
+        if getattr(module, 'pick_device', None) is pick:
+            module.pick_device = pick_either  # type: ignore[attr-defined]
     latency.shortest_call = timed_once
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, object]] = {name: {} for name in RUNS}
