@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from dfkd_nb.foundations.loop import Pool as Pool
     from dfkd_nb.foundations.loop import Synthesizer as Synthesizer
     from dfkd_nb.foundations.optimization import Callback as Callback
-    from dfkd_nb.generators.contrastive import (
-        ContrastiveSynthesizer as ContrastiveSynthesizer,
-    )
+    from dfkd_nb.generators.contrastive import ContrastiveSynthesizer as ContrastiveSynthesizer
     from dfkd_nb.generators.meta import MetaSynthesizer as MetaSynthesizer
     from dfkd_nb.generators.methods import build_method as build_method
     from dfkd_nb.generators.methods import ssd_kd as ssd_kd
@@ -63,49 +61,41 @@ if TYPE_CHECKING:
     from dfkd_nb.toolbox.networks import save_weights as save_weights
     from dfkd_nb.toolbox.sources import as_source as as_source
     from dfkd_nb.toolbox.teachers import Teacher as Teacher
-    from dfkd_nb.toolbox.teachers import (
-        copy_blocks_from_teacher as copy_blocks_from_teacher,
-    )
+    from dfkd_nb.toolbox.teachers import copy_blocks_from_teacher as copy_blocks_from_teacher
     from dfkd_nb.toolbox.teachers import load_teacher as load_teacher
 
 # module -> the names that it hands out here
 _MODULES = {
     'applications.continual': ('add_classes',),
-    'applications.pruning': ('PruningDistiller', 'PruningPlan', 'prune_filters'),
-    'applications.quantization': ('calibrate', 'quantize'),
+    'applications.pruning': ('PruningDistiller', 'PruningPlan', 'prune_filters',),
+    'applications.quantization': ('calibrate', 'quantize',),
     'applications.segmentation': ('segmentation_ssd_kd',),
     'dreams.activation_matching': ('dream_distillation',),
-    'dreams.inversion': ('DeepInversion', 'deepinversion_preset'),
+    'dreams.inversion': ('DeepInversion', 'deepinversion_preset',),
     'dreams.metadata': ('Metadata',),
     'dreams.priors': ('Objective',),
     'dreams.statistics': ('Statistics',),
-    'foundations.distillation': ('Distiller', 'distill', 'distillation_loss', 'train'),
-    'foundations.loop': (
-        'AlternatingTrainer',
-        'GrowingPool',
-        'NoiseSynthesizer',
-        'Pool',
-        'Synthesizer',
-    ),
+    'foundations.distillation': ('Distiller', 'distill', 'distillation_loss', 'train',),
+    'foundations.loop': ('AlternatingTrainer', 'GrowingPool', 'NoiseSynthesizer', 'Pool', 'Synthesizer',),
     'foundations.optimization': ('Callback',),
     'generators.contrastive': ('ContrastiveSynthesizer',),
     'generators.meta': ('MetaSynthesizer',),
-    'generators.methods': ('build_method', 'ssd_kd'),
+    'generators.methods': ('build_method', 'ssd_kd',),
     'generators.replay': ('ReplayPool',),
     'generators.synthesizer': ('GeneratorSynthesizer',),
     'lab.diagnostics': ('verify',),
     'toolbox.augmentation': ('Augment',),
     'toolbox.core': ('seed_everything',),
-    'toolbox.data': ('ImageSet', 'ImageSource', 'Sampler', 'SyntheticBatch'),
+    'toolbox.data': ('ImageSet', 'ImageSource', 'Sampler', 'SyntheticBatch',),
     'toolbox.datasets': ('load_data',),
-    'toolbox.domains': ('DOMAINS', 'Domain', 'resize_images'),
-    'toolbox.errors': ('DFKDError', 'DFKDWarning'),
-    'toolbox.evaluation': ('evaluate', 'predict_logits'),
+    'toolbox.domains': ('DOMAINS', 'Domain', 'resize_images',),
+    'toolbox.errors': ('DFKDError', 'DFKDWarning',),
+    'toolbox.evaluation': ('evaluate', 'predict_logits',),
     'toolbox.figures': ('show_images',),
-    'toolbox.models': ('build_model', 'count_parameters'),
-    'toolbox.networks': ('load_weights', 'save_weights'),
+    'toolbox.models': ('build_model', 'count_parameters',),
+    'toolbox.networks': ('load_weights', 'save_weights',),
     'toolbox.sources': ('as_source',),
-    'toolbox.teachers': ('Teacher', 'copy_blocks_from_teacher', 'load_teacher'),
+    'toolbox.teachers': ('Teacher', 'copy_blocks_from_teacher', 'load_teacher',),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -20,7 +20,7 @@ from test_methods import DIFFERENT, tiny
 from dfkd_nb.applications import latency
 from dfkd_nb.lab.recipes import Recipe
 from dfkd_nb.lab.runs import Run
-from dfkd_nb.toolbox import core
+from dfkd_nb.toolbox.core import pick_device
 from dfkd_nb.toolbox.datasets import load_data
 
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
@@ -47,15 +47,15 @@ def load(library: str) -> torch.device:
 
 
 def main(library: str, folder: Path) -> None:
-    there, pick = load(library), core.pick_device
+    there, pick = load(library), pick_device
 
-    def pick_either(name: str | torch.device = 'auto') -> torch.device:
+    def picked(name: str | torch.device = 'auto') -> torch.device:
         return there if str(name).startswith('elsewhere') else pick(name)
 
-    # in every module that has taken the function by name
+    # wherever it was imported by name
     for module in list(sys.modules.values()):
-        if getattr(module, 'pick_device', None) is pick:
-            module.pick_device = pick_either  # type: ignore[attr-defined]
+        if vars(module).get('pick_device') is pick:
+            module.pick_device = picked
     latency.shortest_call = timed_once
     torch.set_num_threads(1)
     outcomes: dict[str, dict[str, object]] = {name: {} for name in RUNS}

@@ -733,7 +733,7 @@ NETWORK = {
             '--out',
             'dreams',
         ],
-        'give --checkpoint FILE or --pretrained',
+        'give either --checkpoint FILE or --pretrained',
     ),
     'no public weights': (
         ['invert', '--model', 'resnet20', '--pretrained', '--out', 'dreams'],

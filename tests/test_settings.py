@@ -15,7 +15,7 @@ import torch
 from tiny import DIGITS, network
 
 from dfkd_nb.dreams.inversion import DeepInversion
-from dfkd_nb.dreams.priors import LossInputs
+from dfkd_nb.dreams.priors import LossInputs, register_term
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.generators.methods import build_method
 from dfkd_nb.lab.settings import (
@@ -33,6 +33,12 @@ from dfkd_nb.toolbox.teachers import Teacher
 CPU = torch.device('cpu')
 
 
+@register_term('small')
+def small_term(inputs: LossInputs) -> torch.Tensor:
+    "A term that a plugin might register."
+    return inputs.x.abs().mean()
+
+
 @pytest.fixture(scope='module')
 def teacher() -> Teacher:
     return Teacher(network(), DIGITS, 'tiny')
@@ -41,6 +47,8 @@ def teacher() -> Teacher:
 def other(field: dataclasses.Field[Any]) -> Any:
     "Another value that the setting may have."
     value, rules = field.default, field.metadata
+    if rules['names'] == 'term':
+        return {'small': 0.5}
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):

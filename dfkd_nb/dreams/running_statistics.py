@@ -12,14 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layers import check_moments
 from .priors import LossInputs, Term
-from dfkd_nb.dreams.statistics import (
-    Moments,
-    Statistics,
-    check_moments,
-    feature_loss,
-    features_of,
-)
+from .statistics import Moments, Statistics, feature_loss, features_of
 from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/running_statistics.ipynb #ffe97f0d

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Moments', 'broadcast_channels', 'moments_around', 'channel_affine', 'batch_moments', 'mean_moments', 'Watch',
-           'check_moments', 'read_batchnorm', 'measure_moments', 'Statistics', 'feature_loss', 'features_of',
-           'feature_term']
+           'read_batchnorm', 'measure_moments', 'Statistics', 'feature_loss', 'features_of', 'feature_term']
 
 # %% ../../nbs/dreams/04_statistics.ipynb #451921f9
 import json
@@ -23,6 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from dfkd_nb.dreams.layers import (
     batchnorm_layers,
     channel_dim_of,
+    check_moments,
     find_layers,
     normalized_batches,
     suggest_layers,
@@ -253,25 +253,6 @@ class Watch:
     def __exit__(self, *error: object) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-
-# %% ../../nbs/dreams/04_statistics.ipynb #9c4d8c89
-def check_moments(name: str, mean: Tensor, var: Tensor) -> None:
-    "Statistics that could not have come from data are refused by the layer's name."
-    if mean.ndim != 1 or mean.shape != var.shape:
-        raise DFKDError(
-            f"layer '{name}': mean of shape {tuple(mean.shape)}, variance"
-            f' {tuple(var.shape)}: give (C,) each'
-        )
-    if not (mean.isfinite().all() and var.isfinite().all()):
-        raise DFKDError(
-            f"the statistics of layer '{name}' hold NaN or infinity: take a network whose"
-            ' training did not diverge'
-        )
-    if (var < 0).any():
-        raise DFKDError(
-            f"layer '{name}' has a negative variance: the network or file is damaged, load"
-            ' it again'
-        )
 
 # %% ../../nbs/dreams/04_statistics.ipynb #7626b773
 def read_batchnorm(

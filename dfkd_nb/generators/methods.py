@@ -9,13 +9,13 @@ __all__ = ['SYNTHESIZERS', 'POOLS', 'Builder', 'MethodSettings', 'MethodParts', 
 
 # %% ../../nbs/generators/methods.ipynb #92fafe72
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..dreams.priors import Term
+from ..dreams.priors import Term, named_terms
 from ..foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
@@ -33,7 +33,7 @@ from .ssd_kd import modulated_class_term, ssd_kd_preset
 from .synthesizer import GeneratorSynthesizer, synthesizer_keywords
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import pick_device, seeded
-from ..toolbox.errors import DFKDError
+from ..toolbox.errors import DFKDError, not_registered
 from ..toolbox.sources import DrawnImages
 from ..toolbox.teachers import Teacher
 
@@ -73,6 +73,8 @@ class MethodSettings:
     synthesis_augment: bool = True  # of what the networks see, by `padding` and `flip`
     contrastive_weight: float = 0.0
     contrastive_temperature: float = 0.1
+    # further ones, by the names that `register_term` gave them, with their weights
+    terms: Mapping[str, float] = field(default_factory=dict)
     synthesis_precision: str = 'float32'
     # the pool: a name of `POOLS`, and what it is built with
     pool: str = 'grows'
@@ -156,7 +158,7 @@ Builder = Callable[[MethodParts], Any]
 def register_synthesizer(
     name: str,  # as rows of settings call it
 ) -> Callable[[Builder], Builder]:  # a decorator of a builder
-    "Let `build_method` build synthesizers of one's own."
+    "Let `build_method` and recipes build synthesizers of one's own."
 
     def register(builder: Builder) -> Builder:
         SYNTHESIZERS[name] = builder
@@ -168,7 +170,7 @@ def register_synthesizer(
 def register_pool(
     name: str,  # as rows of settings call it
 ) -> Callable[[Builder], Builder]:  # a decorator of a builder
-    "Let `build_method` build pools of one's own."
+    "Let `build_method` and recipes build pools of one's own."
 
     def register(builder: Builder) -> Builder:
         POOLS[name] = builder
@@ -194,6 +196,8 @@ def generator_synthesizer(
         for name in ('contrastive_weight', 'contrastive_temperature'):
             keywords.pop(name, None)
     keywords |= {'student': parts.student, 'device': parts.device, 'seed': settings.seed}
+    if settings.terms:
+        keywords['terms'] = named_terms(settings.terms)
     keywords |= dict(parts.options)
     if keywords.get('generator') is None:
         with seeded(settings.seed):
@@ -319,9 +323,14 @@ def build_method(
         return MethodParts(settings, row, teacher, student, place, options or {}, made)
 
     kept = _built(
-        settings.pool if pool is None else pool, POOLS, replay_pool, parts(pool_options)
+        'pool',
+        settings.pool if pool is None else pool,
+        POOLS,
+        replay_pool,
+        parts(pool_options),
     )
     maker = _built(
+        'synthesizer',
         settings.synthesizer if synthesizer is None else synthesizer,
         SYNTHESIZERS,
         generator_synthesizer,
@@ -329,6 +338,11 @@ def build_method(
     )
     source = kept
     if kept is None:
+        if not callable(getattr(maker, 'sample_images', None)):
+            raise DFKDError(
+                f'without a pool the student learns from images that are drawn anew, and a'
+                f' {type(maker).__name__} has no sample_images: choose a pool'
+            )
         source = DrawnImages(maker.sample_images, teacher.domain)
     learner = distiller(
         teacher,
@@ -347,6 +361,7 @@ def build_method(
 
 
 def _built(
+    kind: str,  # 'pool' or 'synthesizer'
     part: Any,  # a name, a class or a builder
     known: Mapping[str, Builder],  # builders by name
     of_class: Callable[[Any, MethodParts], Any],  # builds from a class
@@ -354,7 +369,7 @@ def _built(
 ) -> Any:
     if isinstance(part, str):
         if part not in known:
-            raise DFKDError(f"unknown part '{part}': use {', '.join(known)}")
+            raise not_registered(kind, part, known)
         return known[part](parts)
     if isinstance(part, type):
         return of_class(part, parts)

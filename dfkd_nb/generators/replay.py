@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..foundations.loop import Pool, check_new_images, share_student_domain
+from ..foundations.loop import Pool, share_student_domain
 from .generators import DISTANCES, student_logits_of
 from ..toolbox.core import load_tensors, save_tensors
-from ..toolbox.data import EpochSampler, ImageSet, validate_labels
+from ..toolbox.data import EpochSampler, ImageSet, check_new_images, validate_labels
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode

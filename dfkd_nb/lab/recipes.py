@@ -67,7 +67,7 @@ class Recipe:
     hardware: str = ''  # what the full scale was meant for
     hours: float = 0.0  # of the full scale on that hardware
     expected: str = ''  # what should come out at full scale
-    # modules with tasks of one's own, imported before the recipe is checked
+    # modules with tasks and parts of one's own, imported before the recipe is checked
     plugins: tuple[str, ...] = ()
 
     @classmethod
@@ -119,6 +119,10 @@ class Recipe:
                 raise DFKDError(f"{where} has no '{key}': add it")
         document['plugins'] = tuple(document.get('plugins', ()))
         for module in document['plugins']:
+            if not isinstance(module, str):
+                raise DFKDError(
+                    f"{where}: 'plugins' has {toml_value(module)}: give names of modules"
+                )
             import_plugin(module, where, folder)
         task_settings(document['task'], where)
         scales = {s: document.pop(s) for s in SCALES if s in document}
@@ -376,15 +380,15 @@ def import_plugin(
     where: str,  # for the message
     folder: Path | None = None,  # of the recipe; the working directory is looked at too
 ) -> None:
-    "Import a module that registers tasks."
+    "Import a module that registers tasks, synthesizers, pools or terms."
     before = list(sys.path)
     sys.path[:0] = [str(Path(place).resolve()) for place in (folder or '.', '.')]
     try:
         importlib.import_module(module)
     except ImportError as error:
         raise DFKDError(
-            f"{where}: cannot import plugin '{module}' ({error}): put it beside the recipe,"
-            ' or into the working directory'
+            f"{where}: cannot import plugin '{module}' ({error}): give the module's name,"
+            ' without .py, and put it beside the recipe, or into the working directory'
         ) from None
     finally:
         sys.path[:] = before

@@ -29,7 +29,7 @@ def setting(
     help: str,  # what it does, with its unit
     low: float | None = None,  # smallest value allowed (of a list: of each entry)
     high: float | None = None,  # largest value allowed
-    choices: Sequence[str] = (),  # the words allowed
+    choices: Sequence[str] = (),  # the words allowed; a list may grow
     names: str = '',  # what kind of thing it names, a word of `NAMED`; '' for none
 ) -> T:
     "A field of a task's settings that knows its own limits."
@@ -37,7 +37,7 @@ def setting(
         'help': help,
         'low': low,
         'high': high,
-        'choices': tuple(choices),
+        'choices': choices,
         'names': names,
     }
     if isinstance(default, dict):
@@ -133,13 +133,14 @@ def check_setting(
     "The value of one setting: an entry, a list of entries, or a table of them."
     kind = str(getattr(each.type, '__name__', each.type))
     rules = each.metadata
-    if each.type in ('dict[str, str]', dict[str, str]):
+    if str(each.type).startswith('dict['):
+        wanted = 'float' if 'float' in str(each.type) else 'str'
         if type(value) is not dict:
+            one = 'NAME = 0.1' if wanted == 'float' else 'NAME = "VALUE"'
             raise DFKDError(
-                f'{name} is {toml_value(value)}: give {{ NAME = "VALUE", ... }}'
-                f' ({rules["help"]})'
+                f'{name} is {toml_value(value)}: give {{ {one}, ... }} ({rules["help"]})'
             )
-        return {k: check_entry(v, 'str', rules, f'{name}, {k},') for k, v in value.items()}
+        return {k: check_entry(v, wanted, rules, f'{name}, {k},') for k, v in value.items()}
     if kind in ENTRIES:
         return check_entry(value, kind, rules, name)
     wanted = typing.get_args(each.type)[0].__name__
@@ -300,6 +301,9 @@ class SynthesisSettings:
     metadata_images: int = setting(5000, 'real training images behind the metadata', low=1)
     metadata_clusters: int = setting(3, 'in each class', low=1)
     metadata_components: int = setting(20, 'principal components of each cluster', low=0)
+    terms: dict[str, float] = setting(
+        {}, 'further terms of the objective, by name, with their weights', names='term'
+    )
     jitter: int = setting(2, 'pixels of random shift at each step', low=0)
     synthesis_flip: bool = setting(True, 'mirror the batch at random')
     clip: bool = setting(True, 'keep the pixels in the range of images (Eq. 16)')
@@ -363,8 +367,8 @@ class GeneratorSettings:
 
     synthesizer: str = setting(
         'generator',
-        'what makes the images: see chapters 8, 9 and 10',
-        choices=('generator', 'pixels', 'contrastive', 'meta'),
+        'what makes the images: a name of `SYNTHESIZERS`, see chapters 8, 9 and 10',
+        names='synthesizer',
     )
     latent_size: int = setting(256, 'numbers in a latent code', low=1)
     generator_width: int = setting(64, 'channels of the generator', low=1)
@@ -419,6 +423,9 @@ class GeneratorSettings:
         0.0, 'of the contrastive loss with the memory bank', low=0
     )
     contrastive_temperature: float = setting(0.1, 'in it', low=0.001)
+    terms: dict[str, float] = setting(
+        {}, 'further terms of the objective, by name, with their weights', names='term'
+    )
     synthesis_precision: str = setting(
         'float32', 'of the arithmetic of synthesis', choices=PRECISIONS, names='precision'
     )
@@ -430,10 +437,11 @@ class PoolSettings:
 
     pool: str = setting(
         'grows',
-        'keep every batch, draw fresh images each time, or replay by priority',
-        choices=('grows', 'none', 'replay'),
+        "a name of `POOLS`: 'grows' keeps every batch, 'none' draws fresh images each time,"
+        " 'replay' draws by priority",
+        names='pool',
     )
-    pool_size: int = setting(5000, 'images in a replay pool', low=1)
+    pool_size: int = setting(5000, 'images in a pool of constant size', low=1)
     prioritised: bool = setting(True, 'draw from it by priority')
     alpha: float = setting(0.6, 'exponent of the priorities (SSD-KD, Eq. 6)', low=0)
     beta: float = setting(0.4, 'exponent of the importance weights (Eq. 5)', low=0)

@@ -27,13 +27,14 @@ from dfkd_nb.lab.tasks.common import (
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
+from ...toolbox.teachers import Teacher
 
 # %% ../../../nbs/lab/tasks/generative.ipynb #4f27aef8
 def check_generative(
     settings: GenerativeSettings,  # of a run that has not begun
 ) -> None:
     "What does not go together is a `DFKDError`."
-    if settings.modulated and settings.pool != 'replay':
+    if settings.modulated and settings.pool in ('grows', 'none'):
         raise DFKDError(
             'the modulated class loss counts the images of a replay buffer: set pool to'
             " 'replay', or modulated to false"
@@ -64,7 +65,7 @@ def generative(
         test,
         about,
         trainer,
-        keep=lambda: save_generated_images(run, trainer),
+        keep=lambda: save_generated_images(run, trainer, teacher),
     )
     images = ImageSet.load(run.folder / 'images.safetensors').to(run.device)
     numbers = run.phase(
@@ -93,21 +94,23 @@ def generative(
 def save_generated_images(
     run: Run,  # with `GenerativeSettings`
     trainer: Any,  # an `AlternatingTrainer` that is over
+    teacher: Teacher,  # whose predictions
     limit: int = 2048,  # images
 ) -> None:
     """Write images.safetensors: the images that the generator made last.
 
     Their labels are the teacher's predictions.
     """
-    teacher, settings = trainer.synthesizer.teacher, run.settings
     if trainer.pool is not None:
         images = trainer.pool.images[-limit:]
     else:
-        rng = torch.Generator().manual_seed(settings.seed)
+        rng = torch.Generator().manual_seed(run.settings.seed)
         parts = [
             trainer.synthesizer.sample_images(256, rng) for _ in range(-(-limit // 256))
         ]
-        images = (torch.cat(parts)[:limit] * 255).round().to(torch.uint8)
+        images = torch.cat(parts)[:limit]
+        if images.is_floating_point():  # intensities
+            images = (images * 255).round().to(torch.uint8)
     ImageSet(images, teacher.predict(images).argmax(1), teacher.domain).save(
         run.folder / 'images.safetensors'
     )

@@ -16,6 +16,7 @@ import torch
 from ...dreams.activation_matching import embedding_distance, embedding_term
 from ...dreams.inversion import DeepInversion
 from ...dreams.metadata import Metadata
+from ...dreams.priors import named_terms
 from ...dreams.statistics import Statistics
 from ..runs import Run
 from .common import describe_images, real_images, run_images, save_picture
@@ -58,6 +59,7 @@ def build_inversion(
     ]
     if single:
         stages = [((height, width), settings.single_size_steps)]
+    terms = named_terms(settings.terms) | more.pop('terms', {})
     return kind(
         teacher,
         stages=stages,
@@ -69,6 +71,7 @@ def build_inversion(
         precision=settings.synthesis_precision,
         device=device,
         seed=seed,
+        terms=terms,
         **{name: getattr(settings, name) for name in names},
         **more,
     )
