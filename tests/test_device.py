@@ -55,8 +55,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, ob
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# of the smallest set: last bits grow in a generator's rounds, by up to 0.4 % of a loss and two
-# images on the processors tried; an error of a device is far larger
+# of the smallest set: last bits grow in a generator's rounds, by up to 0.4 % of a loss and
+# two images on the processors tried; an error of a device is far larger
 TWO_IMAGES = 2 / 60
 
 
