@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .image_batch import BatchPlan
 from .inversion import DeepInversion
-from .priors import LossInputs, Term
+from .priors import LossInputs, Term, join_terms
 from ..foundations.loop import AlternatingTrainer, share_student_domain
 from ..toolbox.data import ImageSet, ImageSource, SyntheticBatch
 from ..toolbox.domains import Domain
@@ -118,7 +118,7 @@ class AdaptiveDeepInversion(DeepInversion):
             raise DFKDError(f'competition_weight {competition_weight}: give 0 or more')
         term = competition_term(competition_temperature)
         competition = {'competition': (competition_weight, term)}
-        super().__init__(teacher, terms=competition | dict(terms or {}), **settings)
+        super().__init__(teacher, terms=join_terms(competition, terms), **settings)
         self.competitor, self.student_domain = student, student_domain
         self.images_per_round = images_per_round
         self.competition_weight = competition_weight

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .extractor import FeatureExtractor
-from .priors import LossInputs, Objective, Term, class_loss, l2_term, tv_term
+from dfkd_nb.dreams.priors import (
+    LossInputs,
+    Objective,
+    Term,
+    class_loss,
+    join_terms,
+    l2_term,
+    tv_term,
+)
 from .statistics import Moments, Statistics, feature_term, features_of
 from ..toolbox.core import autocast
 from ..toolbox.domains import Domain
@@ -88,7 +96,7 @@ def inversion_objective(
     if statistics is not None:
         term = FEATURE_TERMS[feature_scale](statistics, weights['first_layer_weight'])
         known['features'] = weights['feature_weight'], term
-    return Objective(known | dict(terms or {}))
+    return Objective(join_terms(known, terms))
 
 # %% ../../nbs/dreams/inversion_loss.ipynb #0b9ec002
 #| code-fold: true

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..dreams.extractor import FusedBatchNorm, FusedTeacher, ObservedBatchNorm
 from ..dreams.layers import batchnorm_layers
-from ..dreams.priors import LossInputs
+from ..dreams.priors import LossInputs, join_terms
 from ..foundations.method_tables import method_settings, method_tables
 from .synthesizer import GeneratorSynthesizer, synthesizer_keywords
 from ..toolbox.augmentation import Augment
@@ -331,11 +331,11 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         self.negatives = negatives
         self.head_size = head_size
         self.weight_init = weight_init
-        further = settings.pop('terms', None) or {}
+        own = {'contrast': (contrastive_weight, self._contrast)}
         super().__init__(
             teacher,
             init=init,
-            terms={**further, 'contrast': (contrastive_weight, self._contrast)},
+            terms=join_terms(settings.pop('terms', None) or {}, own),
             **settings,
         )
         norms = list(batchnorm_layers(self.teacher.model))

@@ -16,7 +16,14 @@ from torch.func import functional_call
 
 from ..dreams.extractor import FeatureExtractor
 from ..dreams.inversion_loss import FEATURE_TERMS
-from ..dreams.priors import LossInputs, Objective, Term, class_loss, tv_term
+from dfkd_nb.dreams.priors import (
+    LossInputs,
+    Objective,
+    Term,
+    class_loss,
+    join_terms,
+    tv_term,
+)
 from ..dreams.statistics import Statistics
 from dfkd_nb.generators.generators import (
     Generator,
@@ -202,7 +209,7 @@ class GeneratorObjective:
         adversary = adversarial_term(distance, agreement, temperature)
         if student is not None:
             known['adversarial'] = adversarial_weight, adversary
-        self.objective = Objective(known | dict(terms or {}))
+        self.objective = Objective(join_terms(known, terms))
         self._made_with = {
             'steps': steps,
             'batch_size': batch_size,
