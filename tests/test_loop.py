@@ -4,6 +4,9 @@ A run that was stopped resumes to the same bits.
 """
 
 import copy
+import inspect
+import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from cases import each
 from tiny import DIGITS, network
 
 from dfkd_nb.dreams.inversion import DeepInversion
+from dfkd_nb.dreams.inversion_settings import INVERSION_KEYWORDS, inversion_keywords
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
@@ -19,18 +23,20 @@ from dfkd_nb.foundations.loop import (
     Pool,
     Synthesizer,
 )
-from dfkd_nb.foundations.method_tables import method_settings
+from dfkd_nb.foundations.method_tables import method_settings, method_tables
 from dfkd_nb.generators.contrastive import cmi_preset
 from dfkd_nb.generators.generators import METHODS, Generator
 from dfkd_nb.generators.meta import fast_preset
 from dfkd_nb.generators.methods import (
     POOLS,
     SYNTHESIZERS,
+    MethodSettings,
     build_method,
+    read_method,
     register_pool,
     register_synthesizer,
 )
-from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
+from dfkd_nb.generators.synthesizer import KEYWORDS, GeneratorSynthesizer
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet, SyntheticBatch
 from dfkd_nb.toolbox.errors import DFKDError
@@ -306,14 +312,88 @@ def test_presets_and_recipes_read_one_table(teacher):
         method_settings('fast-3')
 
 
-@pytest.mark.parametrize('name', ['dafl', 'dfq', 'cmi', 'fast-2', 'ssd-kd-10'])
-def test_every_method_is_one_row_and_one_call(teacher, name):
-    small = {'rounds': 2, 'warmup_rounds': 0, 'steps_per_round': 2, 'pool_size': 8}
+# rows that make their images, and DeepInversion without some of its terms
+NAMED = [
+    name
+    for name, row in method_tables()[1].items()
+    if 'task' in row and row['settings'].get('source') != 'real'
+]
+NAMED += ['noise', 'deepdream']
+
+
+def method_of(teacher, name, student):
+    loop = {'rounds': 2, 'warmup_rounds': 0, 'steps_per_round': 3, 'steps': 6}
+    if name in ('deepinversion', 'noise', 'deepdream'):
+        del loop['rounds']  # one, from the row
     sizes = {'generator_width': 4, 'latent_size': 8, 'synthesis_batch_size': 6}
     few = {'synthesis_steps': 2, 'batch_size': 4, 'padding': 1, 'flip': False}
-    torch.manual_seed(0)
-    student = copy.deepcopy(network(1))
-    trainer = build_method(
-        name, teacher, student, scale='quick', device='cpu', **small | sizes | few
-    ).run()
-    assert trainer.done == 4 and trainer.student is student
+    few |= {'pool_size': 8, 'images': 8, 'jitter': 1}
+    return build_method(
+        name,
+        teacher,
+        copy.deepcopy(student),
+        scale='quick',
+        device='cpu',
+        **loop | sizes | few,
+    )
+
+
+@pytest.mark.parametrize('name', NAMED)
+def test_every_method_is_one_row_and_one_call(teacher, tmp_path, name):
+    student = network(1)
+    whole = method_of(teacher, name, student)
+    before = bits(whole)
+    whole.run(log_every=1)
+    assert whole.finished and whole.done == 6
+    assert not torch.equal(bits(whole), before)
+    assert all(math.isfinite(row['loss']) for row in whole.distiller.history)
+    for steps in (1, 5, 8):  # among them in the middle of a batch
+        part, other = (method_of(teacher, name, student) for _ in range(2))
+        for _ in range(steps):
+            part.step()
+        save_checkpoint(tmp_path / 'state.pt', part.state_dict())
+        other.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
+        assert torch.equal(bits(other.run()), bits(whole))
+        if whole.pool is not None:
+            assert torch.equal(other.pool.images, whole.pool.images)
+
+
+def test_inversion_comes_before_the_student_or_in_rounds(teacher):
+    student = network(1)
+    made = []
+    for name in ('noise', 'deepdream', 'deepinversion', 'adaptive'):
+        trainer = method_of(teacher, name, student).run(until=1)
+        first = 4 if name == 'adaptive' else 8
+        assert len(trainer.pool) == first, 'all images, or those of the first round'
+        assert len(trainer.run().pool) == 8
+        made.append(trainer.pool.images)
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(made))
+    weights = trainer.synthesizer.objective.weights
+    assert weights['competition'] == 10.0 and trainer.synthesizer.batch_size == 6
+
+
+@each(
+    ('change', 'message'),
+    [
+        ({'rounds': 3}, 'a multiple of rounds'),
+        ({'steps': 3}, 'the last round comes after 3 steps'),
+        ({'learn_from': 'labels'}, 'run the recipe'),
+        ({'batches_per_round': 2}, 'set batches_per_round to 1'),
+        ({'pool': 'none'}, 'choose a pool'),
+    ],
+)
+def test_an_inversion_that_cannot_work_is_told(teacher, change, message):
+    row = read_method('adaptive', 'quick')[1] | {'rounds': 2, 'steps_per_round': 3}
+    with pytest.raises(DFKDError, match=message):
+        build_method(row | {'images': 8} | change, teacher, network(1), device='cpu')
+    with pytest.raises(DFKDError, match='makes no images'):
+        build_method('scratch', teacher, network(1))
+
+
+def test_inversion_keeps_its_own_defaults():
+    own = inspect.signature(DeepInversion).parameters
+    for name, keyword in INVERSION_KEYWORDS.items():
+        # generators know these words as well, with other defaults
+        if name not in KEYWORDS:
+            assert getattr(MethodSettings(), name) == own[keyword].default, name
+    assert inversion_keywords({}, (8, 8)) == {}

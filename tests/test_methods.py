@@ -2,6 +2,7 @@
 leaves of each method.
 """
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ import pytest
 import torch
 from cases import each
 
+from dfkd_nb.dreams.inversion import DeepInversion
+from dfkd_nb.dreams.inversion_settings import inversion_keywords
 from dfkd_nb.foundations.method_tables import method_tables
+from dfkd_nb.generators.methods import distiller_keywords, read_method
 from dfkd_nb.lab.recipes import SHIPPED, Recipe, compared, compose, find_task, recipe_names
 from dfkd_nb.lab.results import Result, read_history
 from dfkd_nb.lab.runs import Run
@@ -136,6 +140,23 @@ def test_settings_of_the_public_code() -> None:
     )
     assert (
         Recipe.load('cifar10-wrn40-2-wrn16-1-ssd-kd-10').resolve('full').pool_size == 5000
+    )
+
+
+@pytest.mark.parametrize('scale', ['quick', 'full'])
+@pytest.mark.parametrize('name', ['deepinversion', 'adaptive'])
+def test_a_row_says_what_its_recipe_says(name: str, scale: str) -> None:
+    pair = {'quick': 'cifar10-resnet20-resnet14', 'full': 'cifar10-resnet34-resnet18'}
+    recipe = vars(Recipe.load(f'{pair[scale]}-{name}').resolve(scale))
+    settings, row = read_method(name, scale)
+    own = {k: v.default for k, v in inspect.signature(DeepInversion).parameters.items()}
+    asked = inversion_keywords(recipe, (32, 32))
+    assert own | inversion_keywords(row, (32, 32)) == own | asked
+    loop = 'rounds', 'images', 'competition_weight', 'competition_temperature', 'steps'
+    device = torch.device('cpu')
+    assert {k: getattr(settings, k) for k in loop} == {k: recipe[k] for k in loop}
+    assert distiller_keywords(settings, device) == distiller_keywords(
+        read_method(recipe | {'synthesizer': 'inversion'})[0], device
     )
 
 

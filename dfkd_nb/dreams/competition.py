@@ -135,8 +135,14 @@ class AdaptiveDeepInversion(DeepInversion):
     def check_trainer(self, trainer: AlternatingTrainer) -> None:
         """See `AlternatingTrainer`.
 
-        Raises: `DFKDError` without a pool or a teacher, or for another student.
+        Raises: `DFKDError` without a pool or a teacher, for another student, or for more
+        than one batch a round.
         """
+        if trainer.batches_per_round != 1:
+            raise DFKDError(
+                f'{trainer.batches_per_round} batches a round: set batches_per_round to 1,'
+                ' a batch here is all images of the round'
+            )
         if trainer.pool is None:
             raise DFKDError(
                 'every round makes new images: give the Distiller a GrowingPool'

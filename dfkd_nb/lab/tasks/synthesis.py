@@ -15,8 +15,8 @@ import torch
 
 from ...dreams.activation_matching import embedding_distance, embedding_term
 from ...dreams.inversion import DeepInversion
+from ...dreams.inversion_settings import inversion_keywords
 from ...dreams.metadata import Metadata
-from ...dreams.priors import named_terms
 from ...dreams.statistics import Statistics
 from ..runs import Run
 from .common import describe_images, real_images, run_images, save_picture
@@ -31,49 +31,17 @@ def build_inversion(
     device: torch.device,  # where to compute
     seed: int,  # of the first batch
     single: bool = False,  # at full size alone
-    kind: Callable[..., Any] = DeepInversion,  # also a subclass
     **more: Any,  # further keywords of it
-) -> Any:  # makes images
-    "The part of a recipe that a `DeepInversion` is made with."
-    names = (
-        'class_weight',
-        'tv_l2',
-        'tv_l1',
-        'l2',
-        'feature_weight',
-        'first_layer_weight',
-        'feature_scale',
-        'jitter',
-        'clip',
-        'compile',
-    )
-    height, width = teacher.domain.size
-    stages = [
-        ((height // part, width // part), steps)
-        for part, steps in (
-            (4, settings.quarter_size_steps),
-            (2, settings.half_size_steps),
-            (1, settings.synthesis_steps),
-        )
-        if steps
-    ]
-    if single:
-        stages = [((height, width), settings.single_size_steps)]
-    terms = named_terms(settings.terms) | more.pop('terms', {})
-    return kind(
+) -> DeepInversion:  # makes images
+    "The `DeepInversion` of a recipe."
+    keywords = inversion_keywords(vars(settings), teacher.domain.size, single)
+    keywords['terms'] = keywords.get('terms', {}) | more.pop('terms', {})
+    return DeepInversion(
         teacher,
-        stages=stages,
-        learning_rate=settings.synthesis_learning_rate,
         statistics=recipe_statistics(settings, teacher),
-        batch_size=settings.synthesis_batch_size,
-        flip=settings.synthesis_flip,
-        schedule=settings.synthesis_schedule,
-        precision=settings.synthesis_precision,
         device=device,
         seed=seed,
-        terms=terms,
-        **{name: getattr(settings, name) for name in names},
-        **more,
+        **keywords | more,
     )
 
 
