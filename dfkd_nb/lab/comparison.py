@@ -215,7 +215,13 @@ def _default_settings(task: str) -> dict[str, Any]:
         fields = dataclasses.fields(task_settings(task, 'a result'))
     except ValueError:
         return {}
-    return {f.name: f.default for f in fields}
+    found = {}
+    for each in fields:
+        if each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+        elif each.default_factory is not dataclasses.MISSING:
+            found[each.name] = each.default_factory()  # a table
+    return found
 
 # %% ../../nbs/lab/21_comparison.ipynb #fe01aa73
 # settings that may differ within a cell
