@@ -172,9 +172,10 @@ def check_settings(
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise DFKDError(
-                f"{where}: unknown key '{key}'{closest_word(key, list(fields))}"
-            )
+            prefixed = f'synthesis_{key}'  # where training has no setting of that name
+            alike = prefixed if prefixed in fields else key
+            hint = closest_word(alike, list(fields))
+            raise DFKDError(f"{where}: unknown key '{key}'{hint}")
         checked[key] = check_setting(value, fields[key], f"{where}: '{key}'", key in typed)
     return kind(**checked)
 
