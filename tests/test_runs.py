@@ -63,7 +63,7 @@ def tiny(tmp_path, **settings):
 
 def rows(run):
     return [
-        {k: v for k, v in row.items() if k != 'seconds'}
+        {k: v for k, v in row.items() if 'seconds' not in k}
         for row in read_history(run.folder / 'history.csv')
     ]
 
