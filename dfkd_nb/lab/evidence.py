@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIR', 'METHODS', 'REPEATED', 'ABLATIONS', 'Planned', 'evidence_plan', 'open_run', 'foreign', 'published',
-           'run_state', 'run_queue', 'one_run', 'list_queue', 'add_arguments', 'chosen', 'run']
+           'run_state', 'run_queue', 'one_run', 'missing_evidence', 'list_queue', 'add_arguments', 'chosen', 'run']
 
 # %% ../../nbs/lab/evidence.ipynb #38e95189
 import argparse
@@ -210,6 +210,25 @@ def one_run(
     return result
 
 # %% ../../nbs/lab/evidence.ipynb #db5059d1
+def missing_evidence(
+    found: Sequence[Result],  # see `results`
+    plan: Sequence[Planned],  # see `evidence_plan`
+) -> str:  # one sentence
+    "How many runs of the queue have no result, and what does them."
+    present = {
+        (run.recipe, run.scale, run.settings.get('seed', 0))
+        for run in found
+        if not run.outdated
+    }
+    missing = sum((p.recipe, p.scale, p.seed) not in present for p in plan)
+    if not missing:
+        return f'All {len(plan)} runs of the hour scale have a result.'
+    return (
+        f'Of {len(plan)} runs of the hour scale, {missing} have no result yet;'
+        ' `dfkd evidence` does them, most valuable first.'
+    )
+
+
 def list_queue(
     plan: Sequence[Planned],
     out: str | Path,  # folder of runs
