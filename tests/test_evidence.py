@@ -1,4 +1,4 @@
-"The hour scale: one budget for all methods, the queue that does its runs, and their curves."
+"The hour scale: one budget for all methods, the queue of its runs, and their curves."
 
 import dataclasses
 import json

@@ -110,10 +110,11 @@ class Journal:
             ) from None
 
     def table(self) -> str:  # CSV
-        "All rows; columns in the order in which they first came, seconds last."
-        columns = list(
-            dict.fromkeys(k for row in self.rows.values() for k in row if k != 'seconds')
-        ) + ['seconds']
+        "All rows; columns in the order in which they first came, times last."
+        names = dict.fromkeys(k for row in self.rows.values() for k in row)
+        # those of the processor before those of the wall
+        names.pop('seconds', None)
+        columns = [*sorted(names, key='processor_seconds'.__eq__), 'seconds']
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
         writer.writeheader()
