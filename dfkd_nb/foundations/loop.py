@@ -365,6 +365,7 @@ class AlternatingTrainer:
         self.measure = measure
         self.round = 0  # rounds whose images are made
         self.seconds = 0.0  # spent on images
+        self.processor_seconds = 0.0  # likewise, on the processor's own clock
         self.history: list[dict[str, float]] = []  # one row a round, where measured
         self._begun = False  # whether a round's images are being made
         self._batches = 0  # of them, so far
@@ -431,9 +432,10 @@ class AlternatingTrainer:
         if not self.synthesis_due:
             self.distiller.step()
             return
-        began = time.perf_counter()
+        began, processor_began = time.perf_counter(), time.process_time()
         self._synthesis_step()
         self.seconds += time.perf_counter() - began
+        self.processor_seconds += time.process_time() - processor_began
 
     def _synthesis_step(self) -> None:
         """One step of images; a finished batch goes to the pool, the last one ends the
@@ -541,6 +543,7 @@ class AlternatingTrainer:
             'batches': self._batches,
             'unmeasured': [dict(vars(batch)) for batch in self._unmeasured],
             'seconds': self.seconds,
+            'processor_seconds': self.processor_seconds,
             'history': [dict(row) for row in self.history],
         }
 
@@ -569,6 +572,7 @@ class AlternatingTrainer:
         self.distiller.load_state_dict(state['distiller'])
         self.synthesizer.load_state_dict(state['synthesizer'])
         self.round, self.seconds = state['round'], state['seconds']
+        self.processor_seconds = state.get('processor_seconds', 0.0)
         self._begun, self._batches = state['begun'], state['batches']
         self._unmeasured = [SyntheticBatch(**batch) for batch in state['unmeasured']]
         self.history = [dict(row) for row in state['history']]

@@ -166,11 +166,18 @@ class StudentTraining:
 
     def report(self, seconds: float) -> None:
         "A row of the history and a line for the reader."
-        distiller, found = self.distiller, self.measure()
+        processor = round(self.run.learning_seconds, 2)
+        with self.run.evaluation_clock():
+            found = self.measure()
+        distiller = self.distiller
         row: dict[str, Any] = distiller.history[-1] if distiller.done else {}
         numbers = {self.metric: found} | {k: v for k, v in row.items() if k != 'step'}
         self.run.journal.add(
-            self.phase, distiller.done, **numbers, seconds=round(seconds, 2)
+            self.phase,
+            distiller.done,
+            **numbers,
+            processor_seconds=processor,
+            seconds=round(seconds, 2),
         )
         loss = f'loss {row["loss"]:.4f}, ' if row else ''
         self.run.say(
@@ -215,6 +222,8 @@ class StudentTraining:
         # part of this phase's, see `Run.finish`
         if self.trainer is not None:
             run.state['seconds']['synthesis'] = self.trainer.seconds
+            processor = self.trainer.processor_seconds
+            run.state['processor_seconds']['synthesis'] = processor
         last = f'{rows[-1][metric]:.4f}'
         about = self.about | {'recipe': run.recipe.name, 'scale': run.scale, metric: last}
         path = run.folder / f'{self.weights}.safetensors'
@@ -222,12 +231,14 @@ class StudentTraining:
         load_weights(path, distiller.student)
         if self.keep is not None:
             self.keep()  # a later process skips this phase and has only files
+        with run.evaluation_clock():
+            half = self.measure()
         return {
             f'{metric}_first': rows[0][metric],
             metric: rows[-1][metric],
             'loss': rows[-1]['loss'],
             'steps': distiller.steps,
-            f'{metric}_half': self.measure(),
+            f'{metric}_half': half,
         }
 
 
