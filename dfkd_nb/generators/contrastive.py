@@ -23,6 +23,7 @@ from ..foundations.method_tables import method_settings, method_tables
 from .synthesizer import GeneratorSynthesizer, synthesizer_keywords
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
+from ..toolbox.data import to_device
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import classifier_layer, full_precision, mean_over_positions
 from ..toolbox.teachers import Teacher
@@ -109,7 +110,8 @@ class LocalView:
         right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
         if self.flip:
             width = torch.where(uniform(0, 1) < 0.5, -width, width)
-        parts = torch.stack([width, right, height, down]).to(images.device, images.dtype)
+        drawn = torch.stack([width, right, height, down]).to(images.dtype)
+        parts = to_device(drawn, images.device)
         columns = _interpolation(parts[0], parts[1], images.shape[3])
         rows = _interpolation(parts[2], parts[3], images.shape[2])
         return rows[:, None] @ images @ columns[:, None].mT
@@ -245,9 +247,8 @@ class MemoryBank:
         generator: torch.Generator,  # a CPU generator
     ) -> Tensor:  # `(n, 2, features)`
         "Pairs at random, none twice."
-        return self.kept[
-            torch.randperm(len(self), generator=generator)[:n].to(self.kept.device)
-        ]
+        places = torch.randperm(len(self), generator=generator)[:n]
+        return self.kept[to_device(places, self.kept.device)]
 
     def state_dict(self) -> dict[str, Any]:
         "What is in it and where the ring stands."
@@ -381,8 +382,11 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         super()._fresh_weights()
         if self.weight_init != 'normal':
             return
-        for name, weight in self.weights.items():
-            noise = 0.02 * torch.randn(weight.shape, generator=self.rng).to(weight.device)
+        sizes = [weight.numel() for weight in self.weights.values()]
+        # all at once: one copy to the device
+        drawn = to_device(0.02 * torch.randn(sum(sizes), generator=self.rng), self.device)
+        for (name, weight), part in zip(self.weights.items(), drawn.split(sizes)):
+            noise = part.view(weight.shape)
             if weight.ndim > 1:
                 weight.copy_(noise)
             elif name.endswith('weight'):

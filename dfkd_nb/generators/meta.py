@@ -380,9 +380,19 @@ class MetaSynthesizer(GeneratorSynthesizer):
         self.meta_optimizer.step()
         self.summed_gradients = {}
 
+    def _kept_features(self, inputs: LossInputs) -> dict[str, Tensor | None]:
+        "Means and variances of the best iterate in one row: running statistics need them."
+        features, statistics = inputs.features, self.extractor.statistics
+        if self.running is None or features is None or statistics is None:
+            return {}
+        return {'moments': torch.cat([v.detach() for k in statistics for v in features[k]])}
+
     def _batch_finished(self, best: dict[str, Any]) -> None:
-        if self.running is not None and best['moments'] is not None:
-            self.running.update(best['moments'])
+        row, statistics = best.get('moments'), self.extractor.statistics
+        if self.running is None or row is None or statistics is None:
+            return
+        parts = iter(row.split([len(v) for pair in statistics.values() for v in pair]))
+        self.running.update({name: (next(parts), next(parts)) for name in statistics})
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the same bits, also in the middle of a batch.

@@ -36,6 +36,7 @@ from dfkd_nb.generators.generators import (
 )
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import RandomStreams, autocast, pick_device, same_device, seeded
+from ..toolbox.data import to_device
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import in_eval_mode
@@ -326,7 +327,7 @@ class GeneratorObjective:
     ) -> Tensor:  # intensities in [0, 1], `(n, C, H, W)`
         "Fresh images by the generator as it is: a function for `DrawnImages`."
         latents = torch.randn(n, *self.latent_shape, generator=generator)
-        return self.generate(latents.to(self.device), train=False)
+        return self.generate(to_device(latents, self.device), train=False)
 
     def compute_loss(
         self,

@@ -24,7 +24,7 @@ from dfkd_nb.foundations.loop import (
 from .objective import GeneratorObjective
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
-from ..toolbox.data import ImageSet, SyntheticBatch
+from ..toolbox.data import ImageSet, SyntheticBatch, to_device
 from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
@@ -80,8 +80,13 @@ class GeneratorSynthesizer(GeneratorObjective):
         # of whatever else learns with the generator
         self.extra_optimizers: list[torch.optim.Adam] = []
         self.steps_left = 0  # of the batch in hand
-        # of its iterates, the one with the lowest loss
+        # of its iterates, the one with the lowest loss: tensors on the device
         self.best: dict[str, Any] | None = None
+        # total and terms of each iterate, `(1 + terms,)` on the device, and their names
+        self.losses: list[Tensor] = []
+        self.loss_names: list[str] = []
+        # on other devices that would be a wait: there a batch is checked when it is done
+        self.checks_every_step = self.device.type == 'cpu'
         self._classes: Any = None  # of the batches that `synthesize` was asked for
 
     def check_trainer(self, trainer: AlternatingTrainer) -> None:
@@ -111,12 +116,13 @@ class GeneratorSynthesizer(GeneratorObjective):
         "Latents, target classes, and the weights to begin from."
         if self.fresh_latents:
             shape = self.batch_size, *self.latent_shape
-            self.latents = torch.randn(shape, generator=self.rng).to(self.device)
+            drawn = torch.randn(shape, generator=self.rng)
+            self.latents = to_device(drawn, self.device)
         else:
             self.latents = self.latents.detach()
         self.targets = self._sampled_targets() if self.labels == 'sampled' else None
         self._begin_weights()
-        self.steps_left, self.best = self.steps, None
+        self.steps_left, self.best, self.losses = self.steps, None, []
 
     def _sampled_targets(self) -> Tensor:
         if self._classes is not None:
@@ -125,7 +131,7 @@ class GeneratorSynthesizer(GeneratorObjective):
             targets = torch.randint(
                 self.domain.num_classes, (self.batch_size,), generator=self.rng
             )
-        return targets.to(self.device)
+        return to_device(targets, self.device)
 
     @property
     def fresh_latents(self) -> bool:
@@ -200,33 +206,48 @@ class GeneratorSynthesizer(GeneratorObjective):
     def _keep_best(
         self, images: Tensor, total: Tensor, values: dict[str, Tensor], inputs: LossInputs
     ) -> None:
-        """Remember this iterate if none was better; the comparison is the step's one wait
-        for the device.
-        """
-        loss = float(total)
-        if not math.isfinite(loss):
-            self._refuse_loss(values)
-        if self.best is not None and loss >= self.best['loss']:
-            return
+        "Remember this iterate if none was better; no value leaves the device."
+        losses = torch.stack([v.detach().float() for v in (total, *values.values())])
+        self.losses.append(losses)
+        self.loss_names = ['total', *values]
+        if self.checks_every_step:
+            self._check_losses()
         student_logits = inputs.student_logits
-        self.best = {
-            'loss': loss,
+        iterate = {
+            'loss': losses[0],
             'images': (images.detach().clamp(0, 1) * 255).round().to(torch.uint8),
-            'labels': inputs.targets.clone(),
+            'labels': inputs.targets,
             'teacher_logits': inputs.logits.detach(),
             'student_logits': None if student_logits is None else student_logits.detach(),
-            'values': torch.stack([v.detach().float() for v in (total, *values.values())]),
-            'names': ['total', *values],
-            'moments': _detached_moments(inputs),
-        }
+        } | self._kept_features(inputs)
+        if self.best is not None:
+            better = iterate['loss'] < self.best['loss']
+            iterate = {
+                name: None if new is None else torch.where(better, new, self.best[name])
+                for name, new in iterate.items()
+            }
+        self.best = iterate
 
-    def _refuse_loss(self, values: dict[str, Tensor]) -> None:
-        bad = (name for name, v in values.items() if not math.isfinite(float(v)))
-        raise DFKDError(
-            f"the term '{next(bad, 'total')}' is not finite at step {self.steps_done + 1}:"
-            f" lower learning_rate ({self.learning_rate:g}) or use precision='float32';"
-            ' batches that are finished are kept in their pool'
-        )
+    def _kept_features(self, inputs: LossInputs) -> dict[str, Tensor | None]:
+        "What else a subclass wants of the best iterate: tensors by name."
+        return {}
+
+    def _check_losses(self) -> list[list[float]]:  # a row for each iterate of the batch
+        "Read the losses of the batch in hand, in one piece; one not finite is refused."
+        if not self.losses:
+            return []
+        rows = torch.stack(self.losses).tolist()
+        for number, row in enumerate(rows, self.steps_done - self.steps + self.steps_left):
+            if all(map(math.isfinite, row)):
+                continue
+            bad = (k for k, v in zip(self.loss_names, row) if not math.isfinite(v))
+            name = next((k for k in bad if k != 'total'), 'total')
+            raise DFKDError(
+                f"the term '{name}' is not finite at step {number + 1}: lower learning_rate"
+                f" ({self.learning_rate:g}) or use precision='float32'; batches that are"
+                ' finished are kept in their pool'
+            )
+        return rows
 
     @property
     def batch_done(self) -> bool:
@@ -239,10 +260,12 @@ class GeneratorSynthesizer(GeneratorObjective):
         """
         if self.steps_left or self.best is None:
             raise DFKDError('this batch is not finished: call step() until batch_done')
-        best, self.best = self.best, None
+        rows = self._check_losses()
+        best, self.best, self.losses = self.best, None, []
         self.batches += 1
         row: dict[str, float] = {'batch': self.batches, 'steps': self.steps_done}
-        self.history.append(row | dict(zip(best['names'], best['values'].tolist())))
+        kept = min(rows, key=lambda losses: losses[0])  # of equal ones the first
+        self.history.append(row | dict(zip(self.loss_names, kept)))
         self._batch_finished(best)
         return SyntheticBatch(
             best['images'], best['labels'], best['teacher_logits'], best['student_logits']
@@ -273,7 +296,11 @@ class GeneratorSynthesizer(GeneratorObjective):
         """All that it takes to go on to the same bits, also in the middle of a batch.
 
         The tensors are alive: save them before the next step.
+
+        Raises: `DFKDError` where a loss of the batch in hand is not finite: from there no
+        run could go on.
         """
+        self._check_losses()
 
         def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {k: v.detach() for k, v in tensors.items()}
@@ -289,6 +316,8 @@ class GeneratorSynthesizer(GeneratorObjective):
             'latent_optimizer': latent.state_dict() if latent else None,
             'targets': self.targets if self.steps_left else None,
             'best': None if self.best is None else dict(self.best),
+            'losses': list(self.losses),
+            'loss_names': list(self.loss_names),
             'rng': self.rng.get_state(),
             'streams': self.streams.state_dict(),
             'steps_left': self.steps_left,
@@ -325,11 +354,19 @@ class GeneratorSynthesizer(GeneratorObjective):
             self.latents.requires_grad_()
             self.latent_optimizer = self._latent_adam()
             self.latent_optimizer.load_state_dict(copy.deepcopy(state['latent_optimizer']))
-        self.best = self._moved(state['best'])
+        best = state['best']
+        # it may have been read on another device
+        self.best = best and {
+            name: v.to(self.device) if isinstance(v, Tensor) else v
+            for name, v in best.items()
+        }
+        self.losses = [row.to(self.device) for row in state['losses']]
+        self.loss_names = list(state['loss_names'])
 
     def _check_state(self, state: dict[str, Any]) -> None:
         "A `DFKDError` for a state of something else, or of other settings."
-        if not {'settings', 'weights', 'buffers', 'latents', 'streams'} <= state.keys():
+        needed = {'settings', 'weights', 'buffers', 'latents', 'streams', 'losses'}
+        if not needed <= state.keys():
             raise DFKDError(
                 'this state was not saved by a synthesizer with a generator: give another'
                 ' path'
@@ -351,23 +388,6 @@ class GeneratorSynthesizer(GeneratorObjective):
                     'this state belongs to another generator: build the one it was saved'
                     ' from'
                 )
-
-    def _moved(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
-        "The best iterate of a checkpoint, which may have been read on another device."
-        if best is None:
-            return None
-        moved = {k: v.to(self.device) for k, v in best.items() if isinstance(v, Tensor)}
-        moments = best['moments'] and {
-            k: [v.to(self.device) for v in pair] for k, pair in best['moments'].items()
-        }
-        return best | moved | {'moments': moments}
-
-
-def _detached_moments(inputs: LossInputs) -> dict[str, list[Tensor]] | None:
-    "Mean and variance of each layer, without their graph."
-    if inputs.features is None:
-        return None
-    return {k: [v.detach() for v in pair] for k, pair in inputs.features.items()}
 
 # %% ../../nbs/generators/synthesizer.ipynb #e1148086
 # a setting's name to that of a keyword
