@@ -23,8 +23,8 @@ LIMITS = {
     'inversion': (1548, 2),
     'generator': (1829, 7),
     'generator-ssd-kd': (1839, 7),
-    'student': (306, 6),
-    'student-ssd-kd': (351, 5),
+    'student': (258, 4),
+    'student-ssd-kd': (303, 3),
 }
 
 

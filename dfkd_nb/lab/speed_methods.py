@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYNTHESIS_VARIANTS', 'DISTILLATION_VARIANTS', 'upsampling_kernel', 'convolve_upsampled', 'UpsamplingGenerator',
-           'ReferenceRound', 'as_vector', 'SynthesizerRound', 'make_round', 'benchmark_synthesis', 'fold_batchnorm',
-           'DistillationStep', 'benchmark_distillation']
+           'ReferenceRound', 'as_vector', 'SynthesizerRound', 'make_round', 'benchmark_synthesis', 'DistillationStep',
+           'benchmark_distillation']
 
 # %% ../../nbs/lab/speed_methods.ipynb #64c61c42
 import copy
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from ..dreams.priors import LossInputs
 from ..foundations.distillation import Distiller, distillation_loss
@@ -26,8 +25,8 @@ from .timing import compare_variants, count_flops
 from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet
 from ..toolbox.errors import DFKDError
+from ..toolbox.folding import fold_batchnorm
 from ..toolbox.models import build_model
-from ..toolbox.networks import trial_logits
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/speed_methods.ipynb #81a6dd26
@@ -305,30 +304,6 @@ def benchmark_synthesis(
         steps=steps,
     )
 
-# %% ../../nbs/lab/speed_methods.ipynb #3340da12
-def fold_batchnorm(
-    teacher: Teacher,  # not changed
-) -> Teacher:  # with the same logits, but fewer BatchNorm layers to read statistics from
-    """A teacher for distillation only: BatchNorm becomes part of the convolution before it.
-
-    Raises: `DFKDError` for a network that cannot be traced, or whose logits would change.
-    """
-    try:
-        folded = fuse(teacher.model)
-    except Exception as error:  # tracing fails with many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DFKDError(
-            f"the network '{teacher.name}' cannot be traced ({reason}): use it as it is"
-        ) from None
-    found = Teacher(folded, teacher.domain, teacher.name)
-    before, after = (trial_logits(network, teacher.domain) for network in (teacher, found))
-    if not torch.allclose(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise DFKDError(
-            f"BatchNorm of the network '{teacher.name}' cannot be folded, its logits would"
-            ' change (a convolution that is called twice, or hooks): use it as it is'
-        )
-    return found
-
 # %% ../../nbs/lab/speed_methods.ipynb #065014bb
 DISTILLATION_VARIANTS = (
     'plain',
@@ -376,6 +351,7 @@ class DistillationStep:
             learning_rate=1e-3,
             precision='bfloat16' if variant == 'bfloat16' else 'float32',
             device=images.device,
+            fold_teacher=variant != 'channels-last',
         )
         if self.plain_loop:
             trained: Any = self.distiller.student
