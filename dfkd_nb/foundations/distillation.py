@@ -21,6 +21,7 @@ from dfkd_nb.foundations.distiller_checks import (
     check_learning,
     check_numbers,
     check_state,
+    resolve_compile,
 )
 from dfkd_nb.foundations.optimization import (
     Callback,
@@ -162,6 +163,9 @@ class Distiller:
         callbacks: Iterable[Callback | Callable[['Distiller'], bool | None]] = (),
         # ask a private copy of the teacher without BatchNorm, see `FoldedTeacher`
         fold_teacher: bool = True,
+        # student, teacher and loss as one compiled graph; 'auto': where `steps` are
+        # enough, see `compiling_pays`
+        compile: bool | str = False,
     ) -> None:
         self.device = pick_device(device)
         if teacher is not None and not hasattr(teacher, 'domain'):
@@ -191,6 +195,11 @@ class Distiller:
         self.fold_teacher = fold_teacher
         # the teacher's forward passes; `.reason` tells why it is not folded
         self.folded: FoldedTeacher | None = None
+        self.compile = resolve_compile(compile, type(self).loss is Distiller.loss, self)
+        # on a GPU also without its launches, one by one
+        mode = 'reduce-overhead' if self.device.type == 'cuda' else None
+        if self.compile:
+            self._compiled: Any = torch.compile(self.forward, dynamic=False, mode=mode)
         self.generator = torch.Generator().manual_seed(seed)
         self.streams = RandomStreams(seed)
         self._counters = BatchCounters(self.student)
@@ -247,6 +256,7 @@ class Distiller:
             'mixup_alpha': self.mixup_alpha,
             'augment': repr(self.augment),
             'precision': self.precision,
+            'compile': self.compile,
             'mean': list(self.domain.mean),
             'std': list(self.domain.std),
             'optimizer': type(self.optimizer).__name__,
@@ -309,12 +319,20 @@ class Distiller:
             targets = None if targets is None else mixed
         return x, targets
 
-    def student_logits(self, x: Tensor) -> Tensor:
-        "The student's logits `(N, K)`, with their graph."
-        if self._counters.network is not self.student:
-            self._counters = BatchCounters(self.student)
-        with self._counters.added_at_once():
-            return logits_of(self.student(x))
+    def teacher_network(self) -> nn.Module:
+        "What answers for the teacher at this moment: itself, or its folded copy."
+        assert self.teacher is not None
+        if not self.fold_teacher:
+            return self.teacher
+        if self.folded is None or self.folded.teacher is not self.teacher:
+            self.folded = FoldedTeacher(self.teacher, PRECISIONS[self.precision])
+        return self.folded.network()
+
+    def teacher_inputs(self, x: Tensor) -> Tensor:
+        "Images in the student's normalisation, as the teacher takes them."
+        assert self.teacher is not None
+        x = self.domain.renormalize(x, self.teacher.domain)
+        return x.to(weights_dtype(self.teacher))
 
     @torch.no_grad()
     def teacher_logits(self, x: Tensor) -> Tensor:
@@ -322,13 +340,7 @@ class Distiller:
 
         The teacher gets them in its own.
         """
-        assert self.teacher is not None
-        x = self.domain.renormalize(x, self.teacher.domain).to(weights_dtype(self.teacher))
-        if not self.fold_teacher:
-            return self.teacher(x)
-        if self.folded is None or self.folded.teacher is not self.teacher:
-            self.folded = FoldedTeacher(self.teacher, PRECISIONS[self.precision])
-        return self.folded(x)
+        return logits_of(self.teacher_network()(self.teacher_inputs(x)))
 
     def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         "Cross-entropy of the student's logits with the targets of `prepare`."
@@ -337,27 +349,54 @@ class Distiller:
             logits, targets.to(logits.dtype), label_smoothing=self.label_smoothing
         )
 
+    def forward(
+        self,
+        x: Tensor,  # the student's inputs
+        targets: Tensor | None,  # of `label_loss`
+        teacher: nn.Module | None,  # see `teacher_network`
+        teacher_x: Tensor | None,  # the teacher's inputs
+        weights: Tensor | None,  # `(N,)`, how much each image counts
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+        "The loss, its parts, and both networks' logits: one graph where it is compiled."
+        terms: list[Tensor] = []
+        parts: dict[str, Tensor] = {}
+        logits, teacher_logits = logits_of(self.student(x)), None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_logits = logits_of(teacher(teacher_x))
+            parts['distillation'] = distillation_loss(
+                logits, teacher_logits, self.temperature, weights
+            )
+            terms.append(parts['distillation'])
+        if targets is not None:
+            parts['labels'] = self.label_loss(logits, targets)
+            weight = self.weight_of_labels
+            terms.append(parts['labels'] if weight == 1 else weight * parts['labels'])
+        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        return total, parts, logits, teacher_logits
+
     def loss(
         self, images: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         "The batch's loss and its parts, scalars with gradient."
         x, targets = self.prepare(images, labels)
-        parts: dict[str, Tensor] = {}
-        terms: list[Tensor] = []
+        inputs: list[Any] = [x, targets, None, None, self.sampler.loss_weights]
         with autocast(self.device, self.precision):
-            logits = self.student_logits(x)
             if self.teacher is not None:
-                teacher_logits = self.teacher_logits(x)
-                self.sampler.update(logits.detach(), teacher_logits)
-                parts['distillation'] = distillation_loss(
-                    logits, teacher_logits, self.temperature, self.sampler.loss_weights
-                )
-                terms.append(parts['distillation'])
-            if targets is not None:
-                parts['labels'] = self.label_loss(logits, targets)
-                weight = self.weight_of_labels
-                terms.append(parts['labels'] if weight == 1 else weight * parts['labels'])
-        return (terms[0] if len(terms) == 1 else terms[0] + terms[1]), parts
+                inputs[2:4] = self.teacher_network(), self.teacher_inputs(x)
+            if self.compile:
+                total, parts, logits, teacher_logits = self._compiled(*inputs)
+            else:
+                with self._counters_of_student().added_at_once():
+                    total, parts, logits, teacher_logits = self.forward(*inputs)
+        if teacher_logits is not None:
+            self.sampler.update(logits.detach(), teacher_logits)
+        return total, parts
+
+    def _counters_of_student(self) -> BatchCounters:
+        if self._counters.network is not self.student:
+            self._counters = BatchCounters(self.student)
+        return self._counters
 
     def _moved(self, batch: Tensor) -> Tensor:
         "A batch on the device; the processor does not wait for a GPU."
@@ -374,23 +413,29 @@ class Distiller:
             for group, peak in zip(self.optimizer.param_groups, self.peak_rates):
                 group['lr'] = peak * factor
             self.student.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.compile and self.device.type == 'cuda':
+                torch.compiler.cudagraph_mark_step_begin()
             try:
                 total, parts = self.loss(
                     self._moved(images), None if labels is None else self._moved(labels)
                 )
-            except ValueError as error:
+            # a compiled step says it in its own words
+            except (ValueError, RuntimeError) as error:
                 if 'more than 1 value per channel' not in str(error):
                     raise
                 raise DFKDError(
                     f'a batch of {len(images)} is too small for BatchNorm in the student: '
                     f'raise batch_size ({self.batch_size})'
                 ) from error
-            self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.done += 1
-            losses = {'loss': total.detach()} | {k: v.detach() for k, v in parts.items()}
+            losses = {k: v.detach() for k, v in {'loss': total, **parts}.items()}
+            if self.compile and self.device.type == 'cuda':
+                # the graph writes into the same memory again
+                losses = {k: v.clone() for k, v in losses.items()}
             for callback in self.callbacks:
                 callback.on_step(self, losses)
         self.seconds += time.perf_counter() - started

@@ -152,7 +152,7 @@ class FoldedTeacher:
 
     def _watched(self) -> bool:
         "Whether somebody reads what passes through the layers, or set a layer to train."
-        return any(
+        return 'forward' in vars(self.teacher) or any(
             module._forward_hooks or module._forward_pre_hooks or module.training
             for module in self._modules
         )
