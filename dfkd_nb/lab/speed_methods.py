@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SYNTHESIS_VARIANTS', 'DISTILLATION_VARIANTS', 'UpsamplingGenerator', 'plain_generator', 'as_vector',
-           'RivalRound', 'PackageRound', 'make_round', 'benchmark_synthesis', 'fold_batchnorm', 'RivalStudentStep',
-           'PackageStudentStep', 'make_student_step', 'benchmark_distillation', 'benchmark_pool']
+           'RivalRound', 'PackageRound', 'make_round', 'benchmark_synthesis', 'RivalStudentStep', 'PackageStudentStep',
+           'make_student_step', 'benchmark_distillation', 'benchmark_pool']
 
 # %% ../../nbs/lab/speed_methods.ipynb #64c61c42
 import copy
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from ..foundations.distillation import Distiller
 from ..generators.generators import Generator
@@ -43,7 +42,6 @@ from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet
 from ..toolbox.errors import DFKDError
 from ..toolbox.models import build_model
-from ..toolbox.networks import trial_logits
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/speed_methods.ipynb #d159d110
@@ -297,30 +295,6 @@ def benchmark_synthesis(
         steps=steps,
     )
 
-# %% ../../nbs/lab/speed_methods.ipynb #3340da12
-def fold_batchnorm(
-    teacher: Teacher,  # not changed
-) -> Teacher:  # with the same logits, but fewer BatchNorm layers to read statistics from
-    """A teacher for distillation only: BatchNorm becomes part of the convolution before it.
-
-    Raises: `DFKDError` for a network that cannot be traced, or whose logits would change.
-    """
-    try:
-        folded = fuse(teacher.model)
-    except Exception as error:  # tracing fails with many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DFKDError(
-            f"the network '{teacher.name}' cannot be traced ({reason}): use it as it is"
-        ) from None
-    found = Teacher(folded, teacher.domain, teacher.name)
-    before, after = (trial_logits(network, teacher.domain) for network in (teacher, found))
-    if not torch.allclose(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise DFKDError(
-            f"BatchNorm of the network '{teacher.name}' cannot be folded, its logits would"
-            ' change (a convolution that is called twice, or hooks): use it as it is'
-        )
-    return found
-
 # %% ../../nbs/lab/speed_methods.ipynb #065014bb
 class RivalStudentStep:
     "A step of `PlainDistillation`."
@@ -378,8 +352,6 @@ class PackageStudentStep:
     ) -> None:
         self.name, self.device = variant, pool.device
         self.still = pool[:batch_size]
-        if variant == 'folded':
-            teacher = fold_batchnorm(teacher)
         self.distiller = Distiller(
             teacher,
             copy.deepcopy(student),
@@ -389,6 +361,7 @@ class PackageStudentStep:
             augment=Augment(),
             precision='bfloat16' if 'bfloat16' in variant else 'float32',
             device=self.device,
+            fold_teacher=variant != 'channels-last',
         )
 
     def __call__(self) -> Tensor:  # the loss before the step, scalar
