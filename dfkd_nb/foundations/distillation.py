@@ -34,6 +34,7 @@ from dfkd_nb.toolbox.networks import (
     network_inputs,
     weights_dtype,
 )
+from ..toolbox.processes import BatchShare, average_gradients, copy_from_first
 from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher, check_network
 
@@ -252,6 +253,7 @@ class Distiller:
         if teacher is not None and not same_device(teacher.device, self.device):
             self.teacher = copy.deepcopy(teacher).to(self.device)
         self.student = student.to(self.device)
+        copy_from_first((*self.student.parameters(), *self.student.buffers()))
         check_network(self.student, self.domain, type(student).__name__)
         self.dtype = weights_dtype(self.student)  # of all its inputs
         if self.precision != 'float32' and self.dtype != torch.float32:
@@ -362,23 +364,28 @@ class Distiller:
     def loss(
         self, images: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The batch's loss and its parts, scalars with gradient."
+        "The batch's loss and its parts, scalars with gradient; see `BatchShare`."
         x, targets = self.prepare(images, labels)
+        share = BatchShare(len(x))
+        x, targets = share.take(x), share.take(targets)
         parts: dict[str, Tensor] = {}
-        with autocast(self.device, self.precision):
+        with autocast(self.device, self.precision), share.batchnorm(self.student):
             logits = logits_of(self.student(x))
             total = logits.new_zeros((), dtype=torch.float32)
             if self.teacher is not None:
                 teacher_logits = self.teacher_logits(x)
-                self.sampler.update(logits.detach(), teacher_logits)
+                self.sampler.update(
+                    share.gather(logits.detach()), share.gather(teacher_logits)
+                )
+                weights = share.take(self.sampler.loss_weights)
                 parts['distillation'] = distillation_loss(
-                    logits, teacher_logits, self.temperature, self.sampler.loss_weights
+                    logits, teacher_logits, self.temperature, weights
                 )
                 total = total + parts['distillation']
             if targets is not None:
                 parts['labels'] = self.label_loss(logits, targets)
                 total = total + self.weight_of_labels * parts['labels']
-        return total, parts
+        return share.weigh(total), {k: share.weigh(v) for k, v in parts.items()}
 
     def step(self) -> dict[str, Tensor]:
         """One step of the optimiser; returns the loss and its parts, detached, on the
@@ -405,10 +412,10 @@ class Distiller:
                 ) from error
             self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
+            losses = average_gradients(self.student.parameters(), {'loss': total} | parts)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.done += 1
-            losses = {'loss': total.detach()} | {k: v.detach() for k, v in parts.items()}
             for callback in self.callbacks:
                 callback.on_step(self, losses)
         self.seconds += time.perf_counter() - started

@@ -16,7 +16,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,19 @@ from .settings import setting_values, toml_value
 from dfkd_nb.toolbox.core import (
     atomic_path,
     load_checkpoint,
-    pick_device,
     random_state,
     restore_random_state,
     save_checkpoint,
 )
 from ..toolbox.errors import DFKDError, RunStopped
+from dfkd_nb.toolbox.processes import (
+    all_gather_objects,
+    highest,
+    on_first_process,
+    own_folder,
+    process_device,
+    rank_and_world_size,
+)
 
 # %% ../../nbs/lab/18_runs.ipynb #a4aa84e2
 @contextmanager
@@ -155,7 +162,11 @@ class RunFolder:
             if Path('results').is_dir()
             else None
         )
-        self.device_name, self.save_every, self.quiet = device, save_every, quiet
+        self.rank, self.processes = rank_and_world_size()
+        # seen by all processes; `folder` is another one in all but the first
+        self.home = self.folder
+        self.device_name, self.save_every = device, save_every
+        self.quiet = quiet or self.rank > 0
         self.state: dict[str, Any] = {
             'phases': {},
             'current': None,
@@ -186,7 +197,8 @@ class RunFolder:
     @property
     def saved(self) -> bool:
         "Whether there is something that a later process could go on from."
-        return (self.folder / 'checkpoint.pt').is_file() or (self.folder / 'parts').is_dir()
+        names = 'checkpoint.pt', 'parts', 'batches'
+        return any((self.home / name).exists() for name in names)
 
     def say(self, text: str) -> None:
         "One line for whoever watches."
@@ -234,6 +246,7 @@ class SavedRun(RunFolder):
 
     device: torch.device  # where it computes
     environment: dict[str, Any]  # what else decides its numbers
+    rows_told = 0  # of the history, to the first process
 
     def open(
         self,
@@ -248,22 +261,28 @@ class SavedRun(RunFolder):
         self.say(
             f'{"resuming" if begun else "starting"} {self.recipe.name} ({self.scale}) in'
             f' {self.folder} on {self.device.type}, {self.environment["threads"]} threads'
+            + (f', {self.processes} processes' if self.processes > 1 else '')
         )
         self.journal = Journal(self.folder / 'journal.jsonl')
+        self.rows_told = len(self.journal.rows)
         self.saved_at = time.monotonic()
 
     def create(self, command: str) -> None:
-        "The first process: note what is done and where."
-        self.environment = environment(
-            self.device, getattr(self.settings, 'seed', None), command
-        )
+        "Note what is done and where."
+        seed = getattr(self.settings, 'seed', None)
+        self.environment = on_first_process(lambda: environment(self.device, seed, command))
         self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
         self.write('recipe.toml', resolved_toml(self.recipe, self.scale, self.settings))
 
     def reopen(self) -> None:
-        "A later process: same recipe, same device, last checkpoint."
+        "Later: same recipe, same device, last checkpoint."
         self.same_recipe()
         self.environment = read_json(self.folder / 'environment.json')
+        before = self.environment.get('processes', 1)
+        if before != self.processes:
+            now = {'processes': self.processes, 'processes_before': before}
+            self.environment |= now
+            self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
         was = str(self.environment.get('device', ''))
         if not was:
             raise DFKDError(
@@ -271,7 +290,7 @@ class SavedRun(RunFolder):
                 ' --fresh'
             )
         if self.device_name == 'auto':
-            self.device = pick_device(was)
+            self.device = process_device(was)
         if self.device.type != was:
             raise DFKDError(
                 f"{self.folder} was started on '{was}': use --device {was}, or start over"
@@ -293,10 +312,21 @@ class SavedRun(RunFolder):
             path.write_text(text, encoding='utf-8')
 
     def save(self) -> None:
-        "The checkpoint and the table of the history, each whole or not at all."
+        """The checkpoint and the table of the history, each whole or not at all.
+
+        Of several processes the first one saves, with the history of all.
+        """
+        self.saved_at = time.monotonic()
+        own = list(self.journal.rows.values())[self.rows_told :]
+        self.rows_told = len(self.journal.rows)
+        told = all_gather_objects(own if self.rank else [])
+        if self.rank:
+            return
+        for row in (row for rows in told for row in rows):
+            if self.journal.key(row) not in self.journal.rows:
+                self.journal.add(**row)
         save_checkpoint(self.folder / 'checkpoint.pt', self.state)
         self.write('history.csv', self.journal.table())
-        self.saved_at = time.monotonic()
 
 # %% ../../nbs/lab/18_runs.ipynb #a602cc29
 class Run(SavedRun):
@@ -321,27 +351,46 @@ class Run(SavedRun):
                 f'--max-minutes is {max_minutes:g}: give a positive number of minutes'
             )
         self.deadline = time.monotonic() + 60 * max_minutes
-        if fresh or not self.finished:
+        begun = on_first_process(lambda: fresh or not self.finished)
+        if begun:
             self.check()
-        with run_lock(self.folder):
-            if fresh:
-                self.clear()
-            if self.finished:
-                self.same_recipe()
-                self.say(f'{self.folder} is finished (--fresh runs it again)')
+        with ExitStack() as held:
+            if on_first_process(lambda: self.take_folder(held, resume, fresh)):
                 return Result.load(self.folder)
-            if self.begun and not resume:
-                raise DFKDError(
-                    f'{self.folder} holds an unfinished run: go on with --resume, or start'
-                    ' over with --fresh'
-                )
-            with self.watch_signals():
-                return self.work(command)
+            with own_folder(self.home, ('lock', 'batches')) as self.folder:
+                with self.watch_signals():
+                    return self.work(command)
+
+    def take_folder(
+        self,
+        held: ExitStack,  # until when the lock is held
+        resume: bool,  # see `start`
+        fresh: bool,  # see `start`
+    ) -> bool:  # whether it holds a finished run
+        "Lock the folder, and refuse one that holds something else."
+        held.enter_context(run_lock(self.folder))
+        if fresh:
+            self.clear()
+        if self.finished:
+            self.same_recipe()
+            self.say(f'{self.folder} is finished (--fresh runs it again)')
+            return True
+        if self.begun and not resume:
+            raise DFKDError(
+                f'{self.folder} holds an unfinished run: go on with --resume, or start'
+                ' over with --fresh'
+            )
+        return False
 
     def check(self) -> None:
         "All that can be known to be wrong before the folder begins. Raises a `DFKDError`."
-        self.device = pick_device(self.device_name)
+        self.device = process_device(self.device_name)
         kind = find_task(self.recipe.task, 'this run')
+        if self.processes > 1 and not kind.several_processes:
+            raise DFKDError(
+                f"{self.recipe.name}: the task '{kind.name}' runs in one process: start it"
+                ' without torchrun'
+            )
         where = f"recipe '{self.recipe.name}' ({self.scale})"
         check_names(self.settings, self.device, where)
         if kind.check is not None:
@@ -395,7 +444,7 @@ class Run(SavedRun):
             random_state(),
         )
         self.save()
-        if self.stop_reason:
+        if highest(bool(self.stop_reason))[0]:
             self.stop()
         return numbers
 
@@ -409,14 +458,17 @@ class Run(SavedRun):
         phase: str,  # what is being done
         # all that the phase needs to go on from here
         state: Callable[[], dict[str, Any]],
-    ) -> None:
+        working: bool = True,  # False where this process only waits for the others
+    ) -> bool:  # whether some process is working
         """Between two updates: save when it is time, stop when asked to.
 
-        Raises `RunStopped`.
+        Several processes do both together, whichever was asked to stop. Raises
+        `RunStopped`.
         """
-        stop = self.asked_to_stop
-        if not (stop or time.monotonic() - self.saved_at > self.save_every):
-            return
+        due = self.rank == 0 and time.monotonic() - self.saved_at > self.save_every
+        stop, due, working = map(bool, highest(self.asked_to_stop, due, working))
+        if not (stop or due):
+            return working
 
         self.state['current'] = {
             'phase': phase,
@@ -426,12 +478,23 @@ class Run(SavedRun):
         self.save()
         if stop:
             self.stop()
+        return working
+
+    def wait_for_others(
+        self,
+        phase: str,  # see `tick`
+        state: Callable[[], dict[str, Any]],
+    ) -> None:
+        "Take part in the ticks of the processes that are still working."
+        while self.tick(phase, state, working=False):
+            pass
 
     def stop(self) -> None:
-        "Raise `RunStopped` with the reason."
-        reason = self.stop_reason or 'time is up'
+        "Raise `RunStopped` with the reason, once the first process has saved."
+        reasons = all_gather_objects(self.stop_reason)
+        reason = next(filter(None, reasons), 'time is up')
         raise RunStopped(
-            f'stopped ({reason}) with everything saved in {self.folder}: the same command'
+            f'stopped ({reason}) with everything saved in {self.home}: the same command'
             ' with --resume goes on'
         )
 
@@ -453,15 +516,22 @@ class Run(SavedRun):
     def watch_signals(self) -> Iterator[None]:
         """Take the first SIGINT or SIGTERM as a wish to stop at the next update; a second
         one ends at once.
+
+        Of several processes each may get one from torchrun and one from elsewhere: what
+        comes within two seconds is one.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
+        first = 0.0
+
         def note(number: int, frame: Any) -> None:
-            if self.stop_reason:
+            nonlocal first
+            several = rank_and_world_size()[1] > 1
+            if self.stop_reason and not (several and time.monotonic() < first + 2):
                 raise KeyboardInterrupt
-            self.stop_reason = signal.Signals(number).name
+            self.stop_reason, first = signal.Signals(number).name, time.monotonic()
 
         before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -496,6 +566,8 @@ class Run(SavedRun):
             changed=self.changed,
             revision=int(self.environment.get('revision', 1)),
         )
+        if self.rank:
+            return result
         self.write('result.json', result.to_json())
         # what was left, by whom, how good, what to mind
         write_card(self.folder, json.loads(result.to_json()))
