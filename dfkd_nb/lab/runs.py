@@ -467,7 +467,7 @@ class Run(SavedRun):
         """
         due = self.rank == 0 and time.monotonic() - self.saved_at > self.save_every
         stop, due, working = map(bool, highest(self.asked_to_stop, due, working))
-        if not (stop or due):
+        if not working or not (stop or due):
             return working
 
         self.state['current'] = {
