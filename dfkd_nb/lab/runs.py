@@ -384,6 +384,11 @@ class Run(SavedRun):
 
     def check(self) -> None:
         "All that can be known to be wrong before the folder begins. Raises a `DFKDError`."
+        on_first_process(self._check)  # of several, one tells
+        if self.rank:
+            self._check()
+
+    def _check(self) -> None:
         self.device = process_device(self.device_name)
         kind = find_task(self.recipe.task, 'this run')
         if self.processes > 1 and not kind.several_processes:
