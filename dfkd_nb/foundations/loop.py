@@ -29,6 +29,7 @@ from dfkd_nb.toolbox.data import (
 )
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
+from ..toolbox.processes import copy_from_first
 from ..toolbox.sources import DrawnImages
 
 # %% ../../nbs/foundations/02_loop.ipynb #abd40de3
@@ -449,6 +450,8 @@ class AlternatingTrainer:
         if not self.synthesizer.batch_done:
             return
         batch = self.synthesizer.pop()
+        # of several processes all go on with the same images, to the last bit
+        copy_from_first(vars(batch).values())
         if self.pool is not None:
             self._fill_pool(batch)
         if self.measure is not None:

@@ -328,6 +328,8 @@ class Task:
     function: Callable[[Any], dict[str, Any]]  # does the work, returns the numbers
     # raises for settings that do not go together
     check: Callable[[Any], Any] | None = None
+    # whether the processes that torchrun starts can do it together
+    several_processes: bool = False
 
 # %% ../../nbs/lab/17_recipes.ipynb #c905479b
 TASKS: dict[str, Task] = {}
@@ -379,13 +381,15 @@ def task(
     settings: type,  # a dataclass of `setting` fields
     # raises for settings that do not go together
     check: Callable[[Any], Any] | None = None,
+    # whether the processes that torchrun starts can do it together
+    several_processes: bool = False,
 ) -> Callable[[Callable[[Any], dict[str, Any]]], Callable[[Any], dict[str, Any]]]:
     "Register a function as a task that recipes can name."
 
     def register(
         function: Callable[[Any], dict[str, Any]],
     ) -> Callable[[Any], dict[str, Any]]:
-        TASKS[name] = Task(name, settings, function, check)
+        TASKS[name] = Task(name, settings, function, check, several_processes)
         return function
 
     return register

@@ -35,6 +35,7 @@ from ...toolbox.evaluation import evaluate
 from ...toolbox.figures import show_images, tile
 from ...toolbox.models import build_model, count_parameters
 from ...toolbox.networks import load_weights, save_weights
+from ...toolbox.processes import rank_and_world_size
 from ...toolbox.teachers import Teacher, copy_blocks_from_teacher, load_teacher
 
 # %% ../../../nbs/lab/tasks/common.ipynb #36ad17bb
@@ -388,6 +389,8 @@ def save_picture(
     count: int,  # how many
 ) -> None:
     "The first images as a grid: images.png, or images.jpg where they are large."
+    if rank_and_world_size()[0]:
+        return  # one picture is enough
     import matplotlib.pyplot as plt
     from PIL import Image
 
