@@ -20,11 +20,11 @@ from operations import PARTS, count
 HERE = Path(__file__).parent
 # operations and waits of one update, at most
 LIMITS = {
-    'inversion': (1548, 2),
-    'generator': (1829, 7),
-    'generator-ssd-kd': (1839, 7),
-    'student': (306, 6),
-    'student-ssd-kd': (351, 5),
+    'inversion': (600, 0),
+    'generator': (800, 3),
+    'generator-ssd-kd': (800, 3),
+    'student': (304, 4),
+    'student-ssd-kd': (349, 3),
 }
 
 
