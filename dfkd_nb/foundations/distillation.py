@@ -389,7 +389,9 @@ class Distiller:
         with autocast(self.device, self.precision), share.batchnorm(self.student):
             if self.teacher is not None:
                 inputs[2:4] = self.teacher_network(), self.teacher_inputs(x)
-            if self.compile and share.processes == 1:
+            if share.processes > 1:  # layers that many share count for themselves
+                total, parts, logits, teacher_logits = self.forward(*inputs)
+            elif self.compile:
                 total, parts, logits, teacher_logits = self._compiled(*inputs)
             else:
                 with self._counters_of_student().added_at_once():

@@ -269,9 +269,7 @@ class MetaSynthesizer(GeneratorSynthesizer):
                 if inputs.features is None
                 else replace(
                     inputs,
-                    features=running.mix(
-                        {name: inputs.features[name] for name in statistics}
-                    ),
+                    features=running.mix(statistics.join(inputs.features)),
                 )
             )
 
@@ -357,17 +355,11 @@ class MetaSynthesizer(GeneratorSynthesizer):
         found = dict[str, Tensor | None]()
         # at the adapted weights, whose images count as well
         if self.meta_update == 'fomaml':
-            images = self.generate(self.latents)
-            total, values, inputs = self.compute_loss(images, self.targets)
-            found = dict(
-                zip(
-                    learned,
-                    torch.autograd.grad(
-                        total, [self._adapted[name] for name in learned], allow_unused=True
-                    ),
-                )
-            )
-            self._keep_best(images, total, values, inputs)
+            look = self.look(self.latents, self.targets)
+            leaves = [self._adapted[name] for name in learned]
+            gradients = torch.autograd.grad(look.total, leaves, allow_unused=True)
+            found = dict(zip(learned, gradients))
+            self._keep_best(look)
         elif self.meta_update == 'fomaml-sum':
             found = {name: self.summed_gradients.get(name) for name in learned}
         else:
@@ -380,19 +372,18 @@ class MetaSynthesizer(GeneratorSynthesizer):
         self.meta_optimizer.step()
         self.summed_gradients = {}
 
-    def _kept_features(self, inputs: LossInputs) -> dict[str, Tensor | None]:
+    def _others(self, inputs: LossInputs) -> dict[str, Tensor]:
         "Means and variances of the best iterate in one row: running statistics need them."
         features, statistics = inputs.features, self.extractor.statistics
         if self.running is None or features is None or statistics is None:
             return {}
-        return {'moments': torch.cat([v.detach() for k in statistics for v in features[k]])}
+        return {'moments': statistics.join(features).tensor.detach()}
 
     def _batch_finished(self, best: dict[str, Any]) -> None:
         row, statistics = best.get('moments'), self.extractor.statistics
         if self.running is None or row is None or statistics is None:
             return
-        parts = iter(row.split([len(v) for pair in statistics.values() for v in pair]))
-        self.running.update({name: (next(parts), next(parts)) for name in statistics})
+        self.running.update(statistics.join(statistics).with_tensor(row))
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the same bits, also in the middle of a batch.

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ..dreams.image_batch import target_classes
-from ..dreams.priors import LossInputs
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
     share_student_domain,
     synthesize_batches,
 )
-from .objective import GeneratorObjective
+from .objective import GeneratorObjective, Look
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet, SyntheticBatch, to_device
@@ -82,9 +81,8 @@ class GeneratorSynthesizer(GeneratorObjective):
         self.steps_left = 0  # of the batch in hand
         # of its iterates, the one with the lowest loss: tensors on the device
         self.best: dict[str, Any] | None = None
-        # total and terms of each iterate, `(1 + terms,)` on the device, and their names
+        # total and terms of each iterate, `(1 + terms,)` on the device
         self.losses: list[Tensor] = []
-        self.loss_names: list[str] = []
         # on other devices that would be a wait: there a batch is checked when it is done
         self.checks_every_step = self.device.type == 'cpu'
         self._classes: Any = None  # of the batches that `synthesize` was asked for
@@ -184,42 +182,36 @@ class GeneratorSynthesizer(GeneratorObjective):
     def _step(self) -> None:
         if not self.steps_left:
             self.begin_batch()
-        images = self.generate(self.latents)
-        total, values, inputs = self.compute_loss(images, self.targets)
+        look = self.look(self.latents, self.targets)
         candidates = self.optimizer, self.latent_optimizer, *self.extra_optimizers
         optimizers = [optimizer for optimizer in candidates if optimizer is not None]
         leaves = [
             leaf for o in optimizers for group in o.param_groups for leaf in group['params']
         ]
-        if not total.requires_grad:
+        if not look.total.requires_grad:
             raise DFKDError(
                 'no gradient reaches the generator: it or a term detaches what it is given'
             )
         # some networks have weights that they never use
-        set_gradients(torch.autograd.grad(total, leaves, allow_unused=True), leaves)
-        self._keep_best(images, total, values, inputs)
+        set_gradients(torch.autograd.grad(look.total, leaves, allow_unused=True), leaves)
+        self._keep_best(look)
         for optimizer in optimizers:
             optimizer.step()
         self.steps_done, self.steps_left = self.steps_done + 1, self.steps_left - 1
 
     @torch.no_grad()
-    def _keep_best(
-        self, images: Tensor, total: Tensor, values: dict[str, Tensor], inputs: LossInputs
-    ) -> None:
-        "Remember this iterate if none was better; no value leaves the device."
-        losses = torch.stack([v.detach().float() for v in (total, *values.values())])
-        self.losses.append(losses)
-        self.loss_names = ['total', *values]
+    def _keep_best(self, look: Look) -> None:
+        "Remember these images if none were better; no value leaves the device."
+        self.losses.append(look.losses)
         if self.checks_every_step:
             self._check_losses()
-        student_logits = inputs.student_logits
         iterate = {
-            'loss': losses[0],
-            'images': (images.detach().clamp(0, 1) * 255).round().to(torch.uint8),
-            'labels': inputs.targets,
-            'teacher_logits': inputs.logits.detach(),
-            'student_logits': None if student_logits is None else student_logits.detach(),
-        } | self._kept_features(inputs)
+            'loss': look.losses[0],
+            'images': (look.images.clamp(0, 1) * 255).round().to(torch.uint8),
+            'labels': look.targets,
+            'teacher_logits': look.logits,
+            'student_logits': look.student_logits,
+        } | look.others
         if self.best is not None:
             better = iterate['loss'] < self.best['loss']
             iterate = {
@@ -227,10 +219,6 @@ class GeneratorSynthesizer(GeneratorObjective):
                 for name, new in iterate.items()
             }
         self.best = iterate
-
-    def _kept_features(self, inputs: LossInputs) -> dict[str, Tensor | None]:
-        "What else a subclass wants of the best iterate: tensors by name."
-        return {}
 
     def _check_losses(self) -> list[list[float]]:  # a row for each iterate of the batch
         "Read the losses of the batch in hand, in one piece; one not finite is refused."
@@ -317,7 +305,6 @@ class GeneratorSynthesizer(GeneratorObjective):
             'targets': self.targets if self.steps_left else None,
             'best': None if self.best is None else dict(self.best),
             'losses': list(self.losses),
-            'loss_names': list(self.loss_names),
             'rng': self.rng.get_state(),
             'streams': self.streams.state_dict(),
             'steps_left': self.steps_left,
@@ -361,7 +348,6 @@ class GeneratorSynthesizer(GeneratorObjective):
             for name, v in best.items()
         }
         self.losses = [row.to(self.device) for row in state['losses']]
-        self.loss_names = list(state['loss_names'])
 
     def _check_state(self, state: dict[str, Any]) -> None:
         "A `DFKDError` for a state of something else, or of other settings."
@@ -409,6 +395,7 @@ KEYWORDS = {
         'contrastive_weight',
         'contrastive_temperature',
         'meta_update',
+        'compile',
     )
 } | {
     'synthesis_steps': 'steps',
