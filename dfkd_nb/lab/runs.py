@@ -128,7 +128,7 @@ class RunFolder:
     def __init__(
         self,
         recipe: Recipe,  # what to do
-        scale: str = 'quick',  # 'quick' or 'full'
+        scale: str = 'quick',  # of `SCALES`
         overrides: dict[str, Any] | None = None,  # settings changed for this run
         out: str | Path = 'runs',  # folder of runs
         # folder of results; None takes ./results if it exists
