@@ -392,10 +392,10 @@ def test_torchrun_is_asked_to_stop(made, tmp_path):
         env=os.environ | ENVIRONMENT,
     )
     checkpoint, begun = root / 'two' / 'long' / 'quick' / 'checkpoint.pt', time.monotonic()
-    while not checkpoint.is_file() and time.monotonic() < begun + 120:
+    while not checkpoint.is_file() and time.monotonic() < begun + 240:
         time.sleep(0.1)
     running.terminate()
-    heard = running.communicate(timeout=60)[0]
+    heard = running.communicate(timeout=120)[0]
     assert running.returncode and checkpoint.is_file()
     said = reports(heard)
     assert len(said) == 1 and 'stopped (SIGTERM) with everything saved' in said[0], heard
