@@ -25,19 +25,19 @@ def random_crop(
     One gather for the batch.
     """
     count, channels, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    rows = top + torch.arange(height)
-    columns = torch.arange(width).expand(count, -1)
+    top, left = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator).to(
+        images.device
+    )
+    rows = top + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, -1)
     if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        mirrored = torch.rand(count, 1, generator=generator).to(images.device) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    # all of it on the CPU, then one small copy that nobody waits for
-    lines = torch.cat([rows * (width + 2 * padding), columns + left], 1)
-    lines = lines.to(images.device, non_blocking=images.device.type != 'mps')
-    # (N, H, W): places in a padded plane
-    flat = lines[:, :height, None] + lines[:, None, height:]
-    places = flat.view(count, 1, -1).expand(-1, channels, -1)
+    columns = columns + left
     padded = F.pad(images, (padding,) * 4)
+    # (N, H, W): places in a padded plane
+    flat = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+    places = flat.view(count, 1, -1).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, places).view_as(images)
 
 # %% ../../nbs/toolbox/augmentation.ipynb #cca35e1e
@@ -46,8 +46,7 @@ def random_flip(
     generator: torch.Generator,  # a CPU generator
 ) -> Tensor:  # `(N, C, H, W)`
     "Mirror every image left to right with probability one half."
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    mirrored = mirrored.to(images.device, non_blocking=images.device.type != 'mps')
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
 
 # %% ../../nbs/toolbox/augmentation.ipynb #44f0d9a1
