@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .distillation import Distiller
+from .image_store import ImageStore
 from ..toolbox.core import progress
 from dfkd_nb.toolbox.data import (
     EpochSampler,
@@ -221,7 +222,8 @@ class GrowingPool(Pool):
         domain: Domain,  # what the images mean
         # images that were added are drawn before older ones, once; then all alike
         newest_first: bool = True,
-        device: str | torch.device = 'cpu',  # where the images are kept
+        # where the images are kept, as long as they fit there; see `ImageStore`
+        device: str | torch.device = 'cpu',
         # whether `state_dict` holds them; False where somebody else keeps them and adds
         # them again
         saves_images: bool = True,
@@ -231,19 +233,25 @@ class GrowingPool(Pool):
         self.newest_first = newest_first
         self.device = torch.device(device)
         self.saves_images = saves_images
+        self.store = ImageStore(domain.shape, self.device)
         # with room to grow
-        self._images = torch.empty(0, *domain.shape, dtype=torch.uint8, device=self.device)
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
-        # images in all; those that were there at the last drawing
-        self._count = self._old = 0
+        self._old = 0  # images that were there at the last drawing
+
+    def __len__(self) -> int:
+        return len(self.store)
 
     @property
     def images(self) -> Tensor:  # type: ignore[override]
-        return self._images[: self._count]
+        return self.store.images
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        "The images at `indices`, uint8 `(n, C, H, W)`, on the device."
+        return self.store.fetch(indices)
 
     @property
     def labels(self) -> Tensor:
-        return self._labels[: self._count]  # type: ignore[override]
+        return self._labels[: len(self)]  # type: ignore[override]
 
     @labels.setter
     def labels(self, value: Any) -> None:
@@ -261,19 +269,15 @@ class GrowingPool(Pool):
         checked = validate_labels(labels, len(images), self.domain)
         if checked is None:
             raise DFKDError('images without labels: give the target classes with them')
-        total = self._count + len(images)
-        # twice the room, so that n images are copied about n times in all
-        if total > len(self._images):
-            room = max(total, 2 * self._count) - len(self._images)
-            self._images = torch.cat(
-                [self._images, self._images.new_empty(room, *self.domain.shape)]
-            )
+        before, total = len(self), len(self) + len(images)
+        if total > len(self._labels):
+            room = max(total, 2 * before) - len(self._labels)
             self._labels = torch.cat([self._labels, self._labels.new_zeros(room)])
-        self._images[self._count : total] = images.to(self.device)
-        self._labels[self._count : total] = checked.to(self.device)
+        self._labels[before:total] = checked.to(self.device)
+        self.store.append(images)
         if len(self._epochs.order):
-            self._old = self._count
-        self._count, self._epochs = total, EpochSampler(self)
+            self._old = before
+        self._epochs = EpochSampler(self)
 
     def sample(
         self, batch_size: int, generator: torch.Generator
@@ -281,15 +285,15 @@ class GrowingPool(Pool):
         """A random batch: after `add` what is new comes first, then the rest, then all in a
         new order, again and again.
         """
-        epochs = self._epochs
-        if self.newest_first and not len(epochs.order) and 0 < self._old < self._count:
-            new = torch.randperm(self._count - self._old, generator=generator) + self._old
+        epochs, count = self._epochs, len(self)
+        if self.newest_first and not len(epochs.order) and 0 < self._old < count:
+            new = torch.randperm(count - self._old, generator=generator) + self._old
             epochs.order = torch.cat([new, torch.randperm(self._old, generator=generator)])
         return epochs.sample(batch_size, generator)
 
     def state_dict(self) -> dict[str, Any]:
         "The images and where the drawing stands."
-        state = self._epochs.state_dict() | {'count': self._count, 'old': self._old}
+        state = self._epochs.state_dict() | {'count': len(self), 'old': self._old}
         if self.saves_images:  # a view would save all the empty room
             state |= {'images': self.images.clone(), 'labels': self.labels.clone()}
         return state
@@ -304,12 +308,11 @@ class GrowingPool(Pool):
             )
         if 'images' in state:
             self.domain.check(state['images'])
-            self._images = state['images'].to(self.device)
+            self.store.replace(state['images'])
             self._labels = state['labels'].to(self.device)
-            self._count = len(self._images)
-        if self._count != state['count']:
+        if len(self) != state['count']:
             raise DFKDError(
-                f'the pool holds {self._count} images, the saved state is about'
+                f'the pool holds {len(self)} images, the saved state is about'
                 f' {state["count"]}: add those first'
             )
         self._old = state['old']
