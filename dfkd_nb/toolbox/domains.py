@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import DFKDError
+from .preprocessing import DomainReaders
 
 # %% ../../nbs/toolbox/domains.ipynb #cbaad9f7
 def _per_channel(
@@ -29,7 +30,7 @@ def _per_channel(
 # %% ../../nbs/toolbox/domains.ipynb #9e229fc8
 #| code-fold: true
 @dataclass(frozen=True)
-class Domain:
+class Domain(DomainReaders):
     """What a tensor of images means: shape, normalisation and classes.
 
     Raises: `DFKDError` for numbers that do not belong together, such as two means for three
