@@ -9,6 +9,7 @@ __all__ = ['file_kind', 'Checkpoint', 'read_checkpoint', 'HeadMismatch', 'fit_ch
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -147,7 +148,8 @@ def read_checkpoint(
 def _unpickled(path: str | Path) -> Any:
     "What a pickle holds, read by PyTorch's restricted unpickler."
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of the pickle's protocol
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)|global[^:]*: (\S+)|class (\S+)', str(error))
