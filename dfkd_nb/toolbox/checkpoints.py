@@ -12,7 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,10 @@ def read_checkpoint(
             f'{path} is a whole network ({names[kind]}), not weights: name it as the model'
         )
     metadata: dict[str, str] = {}
+    if not kind:
+        raise DFKDError(
+            f'{path} is no checkpoint: give a .safetensors file, or what torch.save wrote'
+        )
     if kind == 'safetensors':
         state, metadata = load_tensors(path)
     else:
@@ -159,6 +163,11 @@ def _unpickled(path: str | Path) -> Any:
                 f"{path} holds Python objects ('{what.strip(chr(39))}'), and reading them"
                 ' could run any code: nothing was run; where you trust it, save'
                 ' model.state_dict() and give that file'
+            ) from error
+        if 'Unsupported operand' in str(error):
+            raise DFKDError(
+                f'{path} is a pickle of another protocol or program, and nothing was run:'
+                ' save model.state_dict() with torch.save as it is, or as safetensors'
             ) from error
         raise DFKDError(
             f'{path} is truncated, or holds more than weights: save model.state_dict() and'
@@ -204,7 +213,8 @@ _OPTIONAL = re.compile(
     r'relative_position_index|position_ids)$'
 )
 _AVERAGED = re.compile(r'(^|[._])(ema|averaged|swa|shadow)([._]|$)|_ema\b|ema_')
-_KINDS = {'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean'}
+_KINDS = {'kernel': 'weight', 'gamma': 'weight', 'beta': 'bias'}
+_KINDS |= {'moving_mean': 'running_mean'}
 _KINDS |= {'moving_variance': 'running_var', 'moving_var': 'running_var'}
 
 
@@ -233,8 +243,10 @@ def fit_checkpoint(
     needed = [name for name in own if not _OPTIONAL.search(name)]
     if not needed:
         raise DFKDError(f'{type(model).__name__} has no weights to load: leave them out')
-    found = [prefix] if prefix is not None else _prefixes(checkpoint, needed)
-    full = [p for p in found if all(p + name in checkpoint.tensors for name in needed)]
+    found, full = _full_prefixes(checkpoint, needed, prefix)
+    if not full and (renamed := _in_pytorchs_words(checkpoint)) is not None:
+        _, full = _full_prefixes(renamed, needed, prefix)
+        checkpoint = renamed if full else checkpoint
     notes: list[str] = []
     if full:
         chosen = _one_prefix(checkpoint, full, own, needed, notes)
@@ -248,6 +260,26 @@ def fit_checkpoint(
     weights = {n: _converted(checkpoint, names[n], own[n]) for n in names}
     model.load_state_dict(own | weights)
     return notes
+
+
+def _full_prefixes(
+    checkpoint: Checkpoint, needed: list[str], prefix: str | None
+) -> tuple[list[str], list[str]]:  # what may stand in front, and what fits
+    found = [prefix] if prefix is not None else _prefixes(checkpoint, needed)
+    return found, [p for p in found if all(p + n in checkpoint.tensors for n in needed)]
+
+
+def _in_pytorchs_words(checkpoint: Checkpoint) -> Checkpoint | None:
+    "The same with Keras' words for tensors replaced; None where it has none."
+    names = {}
+    for name in checkpoint.tensors:
+        layer, dot, last = name.rpartition('.')
+        names[name] = f'{layer}{dot}{_KINDS.get(last, last)}'
+    if list(names) == list(names.values()) or len(set(names.values())) < len(names):
+        return None
+    tensors = {names[name]: value for name, value in checkpoint.tensors.items()}
+    containers = {names[name]: value for name, value in checkpoint.containers.items()}
+    return replace(checkpoint, tensors=tensors, containers=containers)
 
 
 def _prefixes(checkpoint: Checkpoint, needed: list[str]) -> list[str]:

@@ -607,7 +607,7 @@ def adapt_outputs(
                 'one logit z an image: taken as the two logits [0, z], classes'
                 f" '{domain.classes[0]}' and '{domain.classes[1]}'"
             )
-    elif _are_sigmoids(logits):
+    elif _are_sigmoids(model, domain):
         warnings.warn(
             f"'{found.name}' answers with numbers in [0, 1] that do not sum to one, as"
             " sigmoids do: give outputs='sigmoid', on the command line --outputs sigmoid",
@@ -616,7 +616,12 @@ def adapt_outputs(
         )
 
 
-def _are_sigmoids(logits: torch.Tensor) -> bool:
+def _are_sigmoids(model: nn.Module, domain: Domain) -> bool:
+    "Whether all answers to black, white and noise are in [0, 1] and do not sum to one."
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(16, *domain.shape, generator=generator)
+    images[0], images[1], images[2:6] = 0.0, 1.0, images[2:6].round()
+    with torch.no_grad():
+        logits = logits_of(model(network_inputs(model, images, domain)))
     inside = bool(((logits >= 0) & (logits <= 1)).all())
-    sums = logits.sum(1)
-    return inside and bool(((sums - 1).abs() > 1e-3).any())
+    return inside and bool(((logits.sum(1) - 1).abs() > 1e-3).any())
