@@ -1141,7 +1141,7 @@ def test_bad_options_are_one_line(
 
 
 def test_invert_and_inspect_a_network_of_ones_own(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = stirred(load_network('own_code.py:net(width=5)', num_classes=3).model)
     torch.save({'state_dict': prefixed('module.')(net.state_dict())}, here / 'best.pth')
@@ -1155,10 +1155,18 @@ def test_invert_and_inspect_a_network_of_ones_own(
     assert [line['class'] for line in manifest['images']] == [1, 1]
     pictures = sorted((here / 'dreams').rglob('*.png'))
     assert len(pictures) == 2 and manifest['model'] == 'own_code.py:net(width=5)'
-    assert main(['inspect', 'dreams', *own, '--real', '']) == 0
-    assert (
-        'own_code.py:net(width=5)' in (here / 'dreams/inspection/report.json').read_text()
-    )
+    seen: list[Any] = []
+
+    def inspected(folder: Any, real: Any, verifiers: Any, teacher: Any, **rest: Any) -> Any:
+        seen.append(teacher)
+        raise DFKDError('enough')
+
+    monkeypatch.setattr('dfkd_nb.lab.reports.inspect_run', inspected)
+    assert main(['inspect', 'dreams', *own, '--real', '']) == 2
+    (teacher,) = seen
+    assert teacher.domain.classes == ('cat', 'dog', 'bird')
+    assert teacher.domain.shape == (3, 8, 10) and teacher.domain.std == (1 / 255,) * 3
+    assert teacher.model[4].bias.equal(net[4].bias)
 
 
 def test_everything_that_is_a_file_is_read_by_one_call(here: Path) -> None:
