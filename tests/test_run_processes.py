@@ -298,7 +298,8 @@ def test_two_processes_take_the_steps_of_one(made, kind):
         two = torch.load(root / f'{kind}-{rank}-of-2.pt')
         assert two.keys() == one.keys()
         for name, value in one.items():
-            near = 1e-10 if name.startswith('student.') else 1e-5
+            # the teacher's logits are float32: its kernels round by the size of a batch
+            near = 1e-7 if name.startswith('student.') else 1e-5
             assert torch.allclose(two[name], value, rtol=near, atol=near), name
 
 

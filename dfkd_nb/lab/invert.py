@@ -23,7 +23,12 @@ import torch
 
 from ..dreams.inversion import DeepInversion
 from ..dreams.memory import max_batch_size
-from .arguments import add_common_options, format_hours, positive_number
+from dfkd_nb.lab.arguments import (
+    add_common_options,
+    add_network_options,
+    format_hours,
+    positive_number,
+)
 from dfkd_nb.lab.dream_folder import (
     REQUEST,
     DreamFolder,
@@ -37,8 +42,8 @@ from dfkd_nb.lab.invert_settings import (
     REAL_DATA_SETTINGS,
     chosen_classes,
     inversion_settings,
-    own_teacher,
 )
+from .network_options import own_teacher
 from .reproducibility import deterministic, environment
 from .runs import Run, run_lock
 from .settings import SynthesisSettings
@@ -316,50 +321,16 @@ def add_arguments(
 
 
 def _add_network_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         '--teacher',
         default='',
         metavar='NAME',
         help=(
             'a network by name: cifar10-resnet20, imagenet-efficientnet-lite0, run:RECIPE,'
-            ' ...'
+            ' ... (or describe one of your own, below)'
         ),
     )
-    add(
-        '--model',
-        default='',
-        metavar='NAME',
-        help=(
-            'or an architecture, e.g. resnet20, efficientnet-lite0 or torchvision:resnet18,'
-            ' with --checkpoint or --pretrained'
-        ),
-    )
-    add(
-        '--checkpoint',
-        default='',
-        metavar='FILE',
-        help='its weights: .safetensors, or what torch.save(model.state_dict()) wrote',
-    )
-    add('--pretrained', action='store_true', help='its public ImageNet weights')
-    add(
-        '--num-classes',
-        type=int,
-        metavar='K',
-        help='outputs of the architecture (default: 1000)',
-    )
-    add(
-        '--mean',
-        metavar='R,G,B',
-        help="mean of its normalisation, pixels in [0, 1] (default: ImageNet's)",
-    )
-    add('--std', metavar='R,G,B', help="its standard deviation (default: ImageNet's)")
-    add(
-        '--size',
-        type=int,
-        metavar='PIXELS',
-        help='height and width of its images (default: 224)',
-    )
+    add_network_options(parser)
 
 
 def run(
