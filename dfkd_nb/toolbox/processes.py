@@ -11,6 +11,7 @@ __all__ = ['WAIT_LIMIT', 'rank_and_world_size', 'joined_processes', 'process_dev
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -60,7 +61,7 @@ def joined_processes(
     try:
         yield
     except Exception as error:
-        if _is_first_report(store):
+        if _is_first_report(store, rank, processes):
             raise
         raise SystemExit(3 if isinstance(error, RunStopped) else 2) from error
     finally:
@@ -76,10 +77,16 @@ def _backend(device: str) -> str:
     return 'cpu:gloo,cuda:nccl'
 
 
-def _is_first_report(store: Any) -> bool:
+def _is_first_report(store: Any, rank: int, processes: int) -> bool:
     "Whether no other process has said yet why all of them end."
     try:
-        return store.add('reports', 1) == 1
+        first = store.add('reports', 1) == 1
+        # where torchrun does not keep the store the first process does: it ends last
+        kept = rank == 0 and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True'
+        latest = time.monotonic() + 2
+        while kept and time.monotonic() < latest and store.add('reports', 0) < processes:
+            time.sleep(0.01)
+        return first
     except RuntimeError:  # the process that kept the store has ended
         return True
 
