@@ -18,7 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dfkd_nb.dreams.layers import batchnorm_layers
-from dfkd_nb.generators.generators import Generator
+from dfkd_nb.generators.generators import (
+    Generator,
+    convolve_upsampled,
+    upsampling_kernel,
+)
 from dfkd_nb.lab import speed, timing
 from dfkd_nb.lab.bench import BENCHMARKS, add_arguments, run
 from dfkd_nb.lab.speed import INVERSION_VARIANTS, fresh_teacher, make_step
@@ -26,11 +30,9 @@ from dfkd_nb.lab.speed_methods import (
     DISTILLATION_VARIANTS,
     SYNTHESIS_VARIANTS,
     UpsamplingGenerator,
-    convolve_upsampled,
     fold_batchnorm,
     make_round,
     make_student_step,
-    upsampling_kernel,
 )
 from dfkd_nb.lab.timing import check_agreement, describe, interleaved_times, stopwatch
 from dfkd_nb.toolbox.domains import DOMAINS
@@ -116,14 +118,35 @@ def test_its_gradient_lies_in_memory_as_the_weight_does():
     assert gradient.stride() == weight.stride()
 
 
-@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 8, 8), (3, 20, 28)])
-def test_both_generators_are_chapter_tens(shape):
+@pytest.mark.parametrize('shape', [(3, 32, 32), (1, 8, 8), (3, 21, 29), (1, 5, 7)])
+def test_both_forms_of_the_generator_agree(shape):
     torch.manual_seed(1)
-    generator = UpsamplingGenerator(shape, 8, 3).double()
-    latents = torch.randn(4, 8, dtype=torch.float64)
-    wanted = Generator.forward(generator, latents)
-    for generator.transposed in (False, True):
-        torch.testing.assert_close(generator(latents), wanted)
+    plain, generator = UpsamplingGenerator(shape, 8, 3).double(), Generator(shape, 8, 3)
+    # the same names: weights of either form fit the other
+    generator.double().load_state_dict(plain.state_dict())
+    latents = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    wanted = plain(latents)
+    push = torch.rand_like(wanted)
+    torch.testing.assert_close(generator(latents), wanted)
+    found = []
+    for network in (generator, plain):
+        leaves = [*network.parameters(), latents]
+        found.append(torch.autograd.grad((network(latents) * push).sum(), leaves))
+    torch.testing.assert_close(*found)
+    plain.transposed = True
+    torch.testing.assert_close(plain(latents), wanted)
+
+
+def test_the_generator_never_makes_the_doubled_map(monkeypatch):
+    generator = Generator((3, 32, 32), 8, 3)
+    monkeypatch.setattr(F, 'interpolate', lambda *a, **k: pytest.fail('a map was doubled'))
+    assert generator(torch.randn(2, 8)).shape == (2, 3, 32, 32)
+
+
+def test_names_of_the_generators_weights_are_those_of_older_files():
+    names = Generator((3, 32, 32), 8, 3).state_dict().keys()
+    assert {'linear.weight', 'blocks.0.0.weight', 'blocks.1.0.weight'} <= names
+    assert len(names) == 21
 
 
 def exact(variants):
