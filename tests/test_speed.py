@@ -5,6 +5,7 @@ Losses, gradients, and what a whole round or step leaves.
 
 import argparse
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from dfkd_nb.toolbox.domains import DOMAINS
 from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 
 @pytest.fixture(scope='module')
@@ -459,3 +462,26 @@ def test_bench_refuses_what_it_cannot_do():
             Generator((3, 32, 32), 8, 2),
             2,
         )
+
+
+def test_one_command_times_every_method_in_every_mode(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location('bench_gpu', TOOLS / 'bench_gpu.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert {'scratch', 'fast-5', 'adaptive', 'ssd-kd-10'} <= set(tool.methods())
+    path = tmp_path / 'methods.json'
+    small = ['--device', 'cpu', '--rounds', '1', '--calls', '1', '--warm-up', '1']
+    small += ['--batch', '4', '--width', '2', '--teacher', 'resnet8', '--student', 'resnet8']
+    chosen = ['--methods', 'vanilla', 'fast-2', '--modes', 'eager', 'captured']
+    assert tool.main([*small, *chosen, '--out', str(path)]) == 0
+    rows = json.loads(path.read_text())['rows']
+    timed = [(r['method'], r['part']) for r in rows if r.get('ms', 0) > 0]
+    expected = [('vanilla', 'student'), ('fast-2', 'synthesis'), ('fast-2', 'student')]
+    assert timed == expected
+    assert sum('need a GPU' in row.get('error', '') for row in rows) == 2
+    assert '(1.00x)' in capsys.readouterr().out
+    # no row is begun after its time; no GPU is a line
+    options = tool.read_options([*small, *chosen, '--minutes', '0', '--out', str(path)])
+    assert all(row['error'] == 'the time was up' for row in tool.run(options)['rows'])
+    if not torch.cuda.is_available():
+        assert tool.main([]) == 2 and 'no GPU' in capsys.readouterr().err
