@@ -24,7 +24,7 @@ from dfkd_nb.generators.generators import (
     convolve_upsampled,
     upsampling_kernel,
 )
-from dfkd_nb.lab import speed, timing
+from dfkd_nb.lab import mixed_precision, speed, timing
 from dfkd_nb.lab.bench import BENCHMARKS, add_arguments, run
 from dfkd_nb.lab.speed import INVERSION_VARIANTS, fresh_teacher, make_step
 from dfkd_nb.lab.speed_methods import (
@@ -462,6 +462,31 @@ def test_bench_refuses_what_it_cannot_do():
             Generator((3, 32, 32), 8, 2),
             2,
         )
+
+
+def test_bfloat16_is_judged_by_gradients_and_by_students(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(mixed_precision, 'digits_teacher', lambda: fresh_teacher('resnet8'))
+    monkeypatch.setattr(
+        mixed_precision,
+        'student_accuracy',
+        lambda teacher, precision, seed, rounds: asked.append((precision, seed)) or 0.5,
+    )
+    words = ['--what', 'precision', '--model', 'resnet8', '--student', 'resnet8']
+    assert bench([*words, '--batch', '2', '--sizes', '3', '4', '--out', str(tmp_path)]) == 0
+    found = json.loads((tmp_path / 'precision-resnet8-resnet8-2.json').read_text())
+    assert asked == [(p, s) for p in ('float32', 'bfloat16') for s in (3, 4)]
+    for row in found['gradients'].values():
+        # another number of bits, the same direction
+        assert 1e-4 < row['gradient_error'] < 0.5 and 0.9 < row['gradient_cosine'] < 1
+    assert found['accuracies'] == {'float32': [0.5, 0.5], 'bfloat16': [0.5, 0.5]}
+    assert 'cosine' in capsys.readouterr().out
+
+
+def test_a_student_of_digits_learns_without_data():
+    teacher = mixed_precision.digits_teacher(60)
+    one, two = (mixed_precision.student_accuracy(teacher, 'float32', s, 6) for s in (0, 1))
+    assert one > 0.11 and two > 0.11 and one != two
 
 
 def test_one_command_times_every_method_in_every_mode(tmp_path, capsys):
