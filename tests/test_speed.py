@@ -485,8 +485,7 @@ def test_bfloat16_is_judged_by_gradients_and_by_students(monkeypatch, tmp_path, 
 
 def test_a_student_of_digits_learns_without_data():
     teacher = mixed_precision.digits_teacher(60)
-    one, two = (mixed_precision.student_accuracy(teacher, 'float32', s, 6) for s in (0, 1))
-    assert one > 0.11 and two > 0.11 and one != two
+    assert mixed_precision.student_accuracy(teacher, 'float32', 0, 6) > 0.12
 
 
 def test_one_command_times_every_method_in_every_mode(tmp_path, capsys):
