@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import batchnorm_layers, find_layers
+from .moment_rows import MomentRow
 from dfkd_nb.dreams.statistics import (
     Moments,
     Statistics,
@@ -49,14 +50,15 @@ class _NormAndMoments(torch.autograd.Function):
         running_var: Tensor,
         weight: Tensor,
         bias: Tensor,
+        slope: Tensor,  # `weight / sqrt(running_var + eps)`
         point: Tensor | None,  # near the mean of `x`, see `moments_around`
         eps: float,  # of the layer
     ) -> tuple[Tensor, Tensor, Tensor]:  # output, mean and variance
         point = None if point is None else point.to(x.dtype)
         centred, rest, var = moments_around(x, point, 1)
-        ctx.save_for_backward(centred, rest, weight * torch.rsqrt(running_var + eps))
+        ctx.save_for_backward(centred, rest, slope)
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return y, rest.clone() if point is None else point + rest, var
+        return y, rest if point is None else point + rest, var
 
     @staticmethod
     def backward(
@@ -64,10 +66,10 @@ class _NormAndMoments(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         centred, rest, slope = ctx.saved_tensors
         count = centred.numel() // centred.shape[1]
-        scale = 2 * grad_var / count
-        grad = channel_affine(centred, scale, grad_mean / count - scale * rest)
+        shift = torch.addcmul(grad_mean, grad_var, rest, value=-2) / count
+        grad = channel_affine(centred, grad_var, shift, factor=2 / count)
         grad.addcmul_(grad_y, broadcast_channels(slope, centred, 1).to(centred.dtype))
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 # %% ../../nbs/dreams/extractor.ipynb #7ff266a0
 class FusedBatchNorm(nn.Module):
@@ -93,13 +95,15 @@ class FusedBatchNorm(nn.Module):
         }.items():
             self.register_buffer(name, v.detach().clone())
         self.eps = float(layer.eps)  # type: ignore[arg-type]
+        slope = weight.detach() * torch.rsqrt(var.detach() + self.eps)
+        self.register_buffer('slope', slope)
         # nearer, zero is accurate enough
         far = bool((mean.square() > 100 * (var + self.eps)).any())
         self.register_buffer('point', mean.detach().clone() if far else None)
         self.calls: tuple[Moments, ...] = ()  # one for each time it was called
 
     def forward(self, x: Tensor) -> Tensor:
-        numbers = self.running_mean, self.running_var, self.weight, self.bias
+        numbers = self.running_mean, self.running_var, self.weight, self.bias, self.slope
         y, mean, var = _NormAndMoments.apply(x, *numbers, self.point, self.eps)
         self.calls = *self.calls, (mean, var)
         return y
@@ -175,7 +179,7 @@ class FusedTeacher(nn.Module):
         "It never leaves eval mode."
         return super().train(False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Moments]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, MomentRow]:
         "Logits `(N, K)` of normalised images, and the moments by layer name."
         norms: dict[str, Any] = {n: self.model.get_submodule(n) for n in self.names}
         for norm in norms.values():
@@ -184,7 +188,7 @@ class FusedTeacher(nn.Module):
         moments = {n: mean_moments(norm.calls) for n, norm in norms.items() if norm.calls}
         for norm in norms.values():
             norm.calls = ()  # keeps no graph alive
-        return logits, moments
+        return logits, MomentRow.join(moments)
 
 # %% ../../nbs/dreams/extractor.ipynb #34137342
 def fuse_statistics(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .extractor import FeatureExtractor
+from .moment_rows import MomentRow
 from dfkd_nb.dreams.priors import (
     LossInputs,
     Objective,
@@ -39,26 +40,21 @@ def relative_feature_term(
 
     Raises: `DFKDError` where the inputs have no features.
     """
-    centres, factors, weights = [], [], []
-    for i, (mean, var) in enumerate(statistics.values()):
+    scales: dict[str, Moments] = {}  # of means, and of variances
+    for i, (name, (mean, var)) in enumerate(statistics.items()):
         spread, root = (var + floor * var.mean()).clamp_min(1e-12), len(mean) ** 0.5
-        centres += [mean, var]
-        factors += [spread.rsqrt() / root, spread.reciprocal() / root]
-        weights += [first_layer_weight if i == 0 else 1.0] * 2
-    lengths = [len(v) for v in centres]
-    kept = [torch.cat(centres), torch.cat(factors), torch.tensor(weights)]
+        weight = first_layer_weight / root if i == 0 else 1 / root
+        scales[name] = spread.rsqrt() * weight, spread.reciprocal() * weight
+    factors = MomentRow.join(scales).tensor
+    kept = {factors.device: factors}
 
     def term(inputs: LossInputs) -> Tensor:
         features = features_of(inputs)
-        found = torch.cat([v for name in statistics for v in features[name]])
-        if kept[0].device != found.device:
-            kept[:] = [v.to(found.device) for v in kept]
-        centre, factor, weight = kept
-        parts = ((found - centre) * factor).split(lengths)
-        # at length 0 its gradient is 0
-        return (
-            torch.stack([torch.linalg.vector_norm(part) for part in parts]) * weight
-        ).sum()
+        found = statistics.join(features)
+        device = found.tensor.device
+        if device not in kept:
+            kept[device] = factors.to(device)
+        return statistics.part_norms(found, kept[device]).sum()
 
     return term
 

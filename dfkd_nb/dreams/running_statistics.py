@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import check_moments
+from .moment_rows import MomentRow, check_all_moments
 from .priors import LossInputs, Term
 from .statistics import Moments, Statistics, feature_loss, features_of
 from ..toolbox.errors import DFKDError
@@ -48,39 +48,36 @@ class RunningStatistics:
                 ' at most 1'
             )
         self.momentum, self.batches = float(momentum), 0  # accumulated so far
-        # of all of them, by layer name; none before the first
-        self.moments: dict[str, Moments] = {}
+        self._accumulated: MomentRow | None = None
+
+    @property
+    def moments(self) -> Mapping[str, Moments]:
+        "Of all batches so far, by layer name; none before the first."
+        return {} if self._accumulated is None else self._accumulated
+
+    @moments.setter
+    def moments(self, value: Mapping[str, Moments]) -> None:
+        self._accumulated = MomentRow.join(value) if value else None
 
     def mix(
         self,
         moments: Mapping[str, Moments],  # of a batch, by layer name
-    ) -> dict[
-        str, Moments
-    ]:  # what the accumulated statistics would be after it; the gradient goes to the batch
+        # what the accumulated statistics would be after it; the gradient goes to the batch
+    ) -> Mapping[str, Moments]:
         """The accumulated statistics, moved towards a batch by `momentum`.
 
         The first batch is taken as it is.
         """
-        if not self.batches:
-            return dict(moments)
-        for name, (mean, _) in self.moments.items():
-            if name not in moments:
-                raise DFKDError(
-                    f"no moments of layer '{name}': give those of the same layers each time"
-                )
-            if moments[name][0].shape != mean.shape:
-                raise DFKDError(
-                    f"layer '{name}' has {len(moments[name][0])} channels, accumulated were"
-                    f' {len(mean)}: begin new RunningStatistics for another network'
-                )
-
-        def moved(old: Tensor, new: Tensor) -> Tensor:
-            return torch.lerp(old.to(new), new, self.momentum)
-
-        return {
-            name: (moved(mean, moments[name][0]), moved(var, moments[name][1]))
-            for name, (mean, var) in self.moments.items()
-        }
+        known = self._accumulated
+        if known is None:
+            return moments
+        new = known.select(
+            moments,
+            'give those of the same layers each time',
+            'accumulated were',
+            'begin new RunningStatistics for another network',
+        ).tensor
+        return known.with_tensor(torch.lerp(known.tensor.to(new), new, self.momentum))
 
     def update(
         self,
@@ -90,15 +87,13 @@ class RunningStatistics:
 
         Raises: `DFKDError` for moments that are not finite; nothing has changed then.
         """
-        mixed = {
-            name: (mean.detach().clone(), var.detach().clone())
-            for name, (mean, var) in self.mix(moments).items()
-        }
-        if not mixed:
+        if not moments:
             raise DFKDError('moments of no layer: run the network inside Watch(model)')
-        for name, moment in mixed.items():
-            check_moments(name, *moment)
-        self.moments, self.batches = mixed, self.batches + 1
+        mixed = self.mix(moments)
+        check_all_moments(mixed)
+        row = MomentRow.join(mixed)
+        self.moments = row.with_tensor(row.tensor.detach().clone())
+        self.batches += 1
 
     def state_dict(self) -> dict[str, Any]:
         "Copies, ready for a checkpoint."
@@ -113,10 +108,7 @@ class RunningStatistics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Go on where `state_dict` stood."
         self.momentum, self.batches = state['momentum'], state['batches']
-        self.moments = {
-            name: (mean.clone(), var.clone())
-            for name, (mean, var) in state['moments'].items()
-        }
+        self.moments = state['moments']  # joined: copies
 
     def __repr__(self) -> str:
         return f'RunningStatistics(momentum={self.momentum:g}, {self.batches} batches)'

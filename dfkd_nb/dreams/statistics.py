@@ -22,11 +22,16 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from dfkd_nb.dreams.layers import (
     batchnorm_layers,
     channel_dim_of,
-    check_moments,
     find_layers,
     normalized_batches,
     suggest_layers,
     unreadable_message,
+)
+from dfkd_nb.dreams.moment_rows import (
+    MomentRow,
+    MomentSum,
+    PartNorms,
+    check_all_moments,
 )
 from .priors import LossInputs, Term, accumulation_dtype
 from ..toolbox.core import load_tensors, progress, save_tensors
@@ -39,6 +44,11 @@ from ..toolbox.teachers import Teacher
 Moments = tuple[Tensor, Tensor]  # mean and biased variance of each channel, `(C,)` both
 
 # %% ../../nbs/dreams/04_statistics.ipynb #3e84d490
+def _others(x: Tensor, channel_dim: int) -> tuple[int, ...]:
+    "All dimensions but that of the channels."
+    return tuple(d for d in range(x.ndim) if d != channel_dim % x.ndim)
+
+
 def _sums(
     x: Tensor,  # any shape, one dimension of which is channels
     channel_dim: int,  # which one
@@ -52,7 +62,7 @@ def _sums(
         return x.sum(inner, dtype=dtype).sum(0), torch.linalg.vector_norm(
             x, dim=inner, dtype=dtype
         ).square().sum(0)
-    others = tuple(d for d in range(x.ndim) if d != channel_dim)
+    others = _others(x, channel_dim)
     return x.sum(others, dtype=dtype), x.to(dtype).square().sum(others)
 
 
@@ -78,6 +88,11 @@ def moments_around(
     Exact where the mean of `x` is near it.
     """
     centred = x if point is None else x - broadcast_channels(point, x, channel_dim)
+    if x.device.type != 'cpu':  # there it is one operator, and slow on the CPU
+        others = _others(x, channel_dim)
+        exact = centred.to(accumulation_dtype(x))
+        var, rest = torch.var_mean(exact, others, correction=0)
+        return centred, rest, var
     total, squares = _sums(centred, channel_dim)
     count = x.numel() // x.shape[channel_dim]
     rest = total / count
@@ -85,14 +100,20 @@ def moments_around(
 
 
 def channel_affine(
-    x: Tensor,  # `(N, C, *)`
+    x: Tensor,  # any shape, one dimension of which is channels
     scale: Tensor,  # `(C,)`
     shift: Tensor,  # `(C,)`
-) -> Tensor:  # `scale * x + shift`, channel by channel, in one pass
-    "An affine map per channel, as BatchNorm in eval mode: fast on every backend."
-    return F.batch_norm(
-        x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0
-    )
+    channel_dim: int = 1,  # which dimension
+    factor: float = 1.0,  # of `scale`
+) -> Tensor:  # `factor * scale * x + shift`, channel by channel, in the type of `x`
+    "An affine map per channel, in one pass on every backend."
+    half = x.dtype != scale.dtype
+    if channel_dim == 1 and x.ndim > 2 and (half or x.device.type == 'cpu'):
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        # as BatchNorm in eval mode
+        return F.batch_norm(x, zeros, ones, scale * factor, shift, False, 0.0, 0.0)
+    scale, shift = (broadcast_channels(v, x, channel_dim) for v in (scale, shift))
+    return torch.addcmul(shift, x, scale, value=factor).to(x.dtype)
 
 # %% ../../nbs/dreams/04_statistics.ipynb #9ea823b3
 class _BatchMoments(torch.autograd.Function):
@@ -100,11 +121,12 @@ class _BatchMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, channel_dim: int) -> Moments:
-        others = tuple(d for d in range(x.ndim) if d != channel_dim)
         exact = x.to(accumulation_dtype(x))
-        mean = exact.mean(others)
-        _, rest, var = moments_around(exact, mean, channel_dim)
-        mean = mean + rest
+        # on the CPU two passes: around a first mean nothing is lost
+        near = x.device.type == 'cpu'
+        point = exact.mean(_others(x, channel_dim)) if near else None
+        _, mean, var = moments_around(exact, point, channel_dim)
+        mean = mean if point is None else point + mean
         ctx.save_for_backward(x, mean)
         ctx.channel_dim, ctx.count = channel_dim, x.numel() // x.shape[channel_dim]
         return mean, var
@@ -114,14 +136,10 @@ class _BatchMoments(torch.autograd.Function):
         ctx: Any, grad_mean: Tensor, grad_var: Tensor
     ) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
-        scale, shift = 2 * grad_var / ctx.count, grad_mean / ctx.count
         centred = x.to(mean.dtype) - broadcast_channels(mean, x, ctx.channel_dim)
-        if ctx.channel_dim == 1 and x.ndim > 2:
-            return channel_affine(centred, scale, shift).to(x.dtype), None
-        scale, shift = (
-            broadcast_channels(v, centred, ctx.channel_dim) for v in (scale, shift)
-        )
-        return (centred * scale + shift).to(x.dtype), None
+        shift = grad_mean / ctx.count
+        grad = channel_affine(centred, grad_var, shift, ctx.channel_dim, 2 / ctx.count)
+        return grad.to(x.dtype), None
 
 # %% ../../nbs/dreams/04_statistics.ipynb #2750f012
 def batch_moments(
@@ -304,28 +322,6 @@ def _called_layers(
         teacher(black)
     return [name for name in watch.layers if name in watch.moments]
 
-# %% ../../nbs/dreams/04_statistics.ipynb #d993f7f2
-class _MomentSum:
-    "Mean and variance of a union, in float64 on the CPU: not every accelerator has it."
-
-    def __init__(self) -> None:
-        self.count, self.mean = 0, torch.zeros(()).double()
-        self.squares = torch.zeros(()).double()  # squared distances from the mean, summed
-
-    def add(self, mean: Tensor, var: Tensor, count: int) -> None:
-        "Moments of `count` more numbers a channel."
-        total = self.count + count
-        step = mean.cpu().double() - self.mean
-        self.mean = self.mean + step * count / total
-        within = var.cpu().double() * count
-        between = step.square() * self.count * count / total
-        self.squares = self.squares + within + between
-        self.count = total
-
-    @property
-    def moments(self) -> Moments:
-        return self.mean.float(), (self.squares / self.count).float()
-
 # %% ../../nbs/dreams/04_statistics.ipynb #7df6e6c5
 @torch.no_grad()
 def measure_moments(
@@ -352,7 +348,7 @@ def measure_moments(
     >>> bool((one[1] - two[1]).abs().max() < 1e-5)
     True
     """
-    unions: dict[str, list[_MomentSum]] = {}  # one for each call of a layer
+    unions: dict[str, list[MomentSum]] = {}  # one for each call of a layer
     watch, count = Watch(model, layers, at), 0
     with in_eval_mode(model), watch:
         for x in progress(normalized_batches(model, images), 'statistics'):
@@ -360,7 +356,7 @@ def measure_moments(
             count += len(x)
             for name, calls in watch.calls.items():
                 met = unions.setdefault(name, [])
-                met += [_MomentSum() for _ in calls[len(met) :]]
+                met += [MomentSum() for _ in calls[len(met) :]]
                 for union, (moments, numbers) in zip(met, calls):
                     union.add(*moments, numbers)
     if not count:
@@ -405,10 +401,11 @@ class Statistics(Mapping[str, Moments]):
             name: (mean.detach().float().clone(), var.detach().float().clone())
             for name, (mean, var) in moments.items()
         }
+        check_all_moments(self._moments)
+        self._own = MomentRow.join(self._moments)
+        self._norms = PartNorms(self._own.sizes * 2)
         # everything in a row, once a device
         self._targets: dict[torch.device, Tensor] = {}
-        for name, moment in self._moments.items():
-            check_moments(name, *moment)
 
     @classmethod
     def from_batchnorm(cls, model: nn.Module) -> Self:
@@ -487,12 +484,23 @@ class Statistics(Mapping[str, Moments]):
             ) from None
 
     def row(self, device: torch.device) -> Tensor:
-        "All means and variances in one tensor, kept on the device after the first time."
+        "All means, then all variances, kept on the device after the first time."
         if device not in self._targets:
-            self._targets[device] = torch.cat(
-                [v.to(device) for pair in self.values() for v in pair]
-            )
+            self._targets[device] = self._own.tensor.to(device)
+            self._norms.layout(device)
         return self._targets[device]
+
+    def join(
+        self,
+        moments: Mapping[str, Moments],  # of a batch, by layer name
+    ) -> MomentRow:
+        "Moments of these layers alone, in one tensor; raises what `distance` does."
+        return self._own.select(
+            moments,
+            'run the network inside Watch(model, layers) of the same layers',
+            'its statistics',
+            'they belong to another network',
+        )
 
     def distance(
         self,
@@ -505,23 +513,19 @@ class Statistics(Mapping[str, Moments]):
 
         Source: Yin et al., 2020 (DeepInversion), the summands of Eq. 4.
         """
-        for name, (mean, _) in self.items():
-            if name not in moments:
-                raise DFKDError(
-                    f"no moments of layer '{name}': run the network inside Watch(model,"
-                    ' layers) of the same layers'
-                )
-            if moments[name][0].shape != mean.shape:
-                raise DFKDError(
-                    f"layer '{name}' has {len(moments[name][0])} channels, its statistics"
-                    f' {len(mean)}: they belong to another network'
-                )
-        found = torch.cat([v for name in self for v in moments[name]])
-        differences = found - self.row(found.device)
-        parts = differences.split([len(v) for pair in self.values() for v in pair])
+        return self.part_norms(self.join(moments)).sum(0)
+
+    def part_norms(
+        self,
+        moments: MomentRow,  # of a batch, see `join`
+        factors: Tensor | None = None,  # of the differences, `(2 C,)`
+    ) -> Tensor:  # `(2, L)`
+        "Distance of means and of variances from the data's, layer by layer."
+        differences = moments.tensor - self.row(moments.tensor.device)
+        if factors is not None:
+            differences = differences * factors
         # at length 0 its gradient is 0
-        lengths = torch.stack([torch.linalg.vector_norm(part) for part in parts])
-        return lengths.view(len(self), 2).sum(1)
+        return self._norms(differences).view(2, len(self))
 
 # %% ../../nbs/dreams/04_statistics.ipynb #e5d13962
 def feature_loss(

@@ -288,6 +288,8 @@ def benchmark_synthesis(
         steps * count_flops(lambda: build('transposed').first_loss()[0]),
         rounds,
         clock,
+        # a KL divergence is a small difference of large sums
+        tolerance=5e-5,
         what='synthesis',
         model=model,
         batch=batch,

@@ -14,17 +14,34 @@ from importlib import resources
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .errors import DFKDError
 
 # %% ../../nbs/toolbox/domains.ipynb #cbaad9f7
+_KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+
+
 def _per_channel(
     values: Sequence[float],  # one a channel
     like: Tensor,  # whose device and float type to take
 ) -> Tensor:  # `(1, C, 1, 1)`
-    "Numbers shaped so that they apply to each channel of a batch."
+    """Numbers shaped so that they apply to each channel of a batch.
+
+    Kept on the device after the first time: to copy them there is to wait for it.
+    """
     dtype = like.dtype if like.is_floating_point() else torch.float32
-    return torch.tensor(values, dtype=dtype, device=like.device).view(1, -1, 1, 1)
+    key = tuple(values), dtype, like.device
+    if key in _KEPT:
+        return _KEPT[key]
+    with torch.inference_mode(False):  # a later call may need it in a graph
+        found = torch.tensor(key[0], dtype=dtype, device=like.device).view(1, -1, 1, 1)
+    # a tensor of a trace ends with it
+    if not torch.compiler.is_compiling() and not isinstance(found, FakeTensor):
+        if len(_KEPT) >= 256:
+            _KEPT.clear()
+        _KEPT[key] = found
+    return found
 
 # %% ../../nbs/toolbox/domains.ipynb #9e229fc8
 #| code-fold: true
