@@ -197,12 +197,13 @@ def test_looking_at_a_round_does_not_use_up_its_latents(rounds):
 def test_rounds_end_equal_one_after_the_other(teacher):
     "Latents, classes, and what the meta-step leaves for the second round."
     rounds = exact(make_rounds(teacher))
-    for _ in range(2):
+    # in the second, Adam has made whole steps of what rounding left
+    for bound in (0.1, 2.0):
         wanted = rounds[0]().float()
         for variant in rounds[1:]:
             images = variant()
             assert images.dtype == torch.uint8
-            assert (images.float() - wanted).abs().mean() < 0.5, variant.name
+            assert (images.float() - wanted).abs().mean() < bound, variant.name
 
 
 def test_a_round_that_forgets_a_term_is_caught(rounds):
