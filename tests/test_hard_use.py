@@ -37,12 +37,12 @@ from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.lab.commands import main
 from dfkd_nb.lab.invert_settings import read_network
 from dfkd_nb.lab.observations import observe
-from dfkd_nb.lab.speed_methods import fold_batchnorm
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import Domain
 from dfkd_nb.toolbox.errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.evaluation import evaluate, predict_logits
+from dfkd_nb.toolbox.folding import fold_batchnorm
 from dfkd_nb.toolbox.teachers import Teacher
 
 QUICK: dict[str, Any] = {

@@ -23,8 +23,8 @@ LIMITS = {
     'inversion': (600, 0),
     'generator': (800, 3),
     'generator-ssd-kd': (800, 3),
-    'student': (304, 4),
-    'student-ssd-kd': (349, 3),
+    'student': (258, 4),
+    'student-ssd-kd': (303, 3),
 }
 
 

@@ -31,13 +31,13 @@ from dfkd_nb.lab.speed_methods import (
     DISTILLATION_VARIANTS,
     SYNTHESIS_VARIANTS,
     UpsamplingGenerator,
-    fold_batchnorm,
     make_round,
     make_student_step,
 )
 from dfkd_nb.lab.timing import check_agreement, describe, interleaved_times, stopwatch
 from dfkd_nb.toolbox.domains import DOMAINS
 from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.folding import fold_batchnorm
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
 

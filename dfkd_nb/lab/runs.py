@@ -7,6 +7,7 @@ __all__ = ['run_lock', 'Journal', 'RunFolder', 'SavedRun', 'Run', 'publish']
 
 # %% ../../nbs/lab/18_runs.ipynb #af343dca
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -26,7 +27,12 @@ from filelock import FileLock, Timeout
 from .cards import write_card
 from .names import check_names
 from .recipes import Recipe, find_task, resolved_toml
-from .reproducibility import deterministic, environment, own_streams
+from dfkd_nb.lab.reproducibility import (
+    deterministic,
+    environment,
+    own_streams,
+    run_switches,
+)
 from .results import Result, read_json
 from .settings import setting_values, toml_value
 from dfkd_nb.toolbox.core import (
@@ -140,7 +146,8 @@ class RunFolder:
         self.scale = scale
         self.root = Path(out)
         self.overrides = overrides or {}
-        self.settings = recipe.resolve(scale, overrides)
+        # as the recipe says; and with what 'auto' means here, once the run is opened
+        self.given = self.settings = recipe.resolve(scale, overrides)
         seed, usual = (
             getattr(self.settings, 'seed', 0),
             getattr(recipe.resolve(scale), 'seed', 0),
@@ -169,7 +176,7 @@ class RunFolder:
         does not.
         """
         ours, usual = (
-            setting_values(s) for s in (self.settings, self.recipe.resolve(self.scale))
+            setting_values(s) for s in (self.given, self.recipe.resolve(self.scale))
         )
         return sorted(key for key in ours if ours[key] != usual[key])
 
@@ -211,7 +218,7 @@ class RunFolder:
                 f'{self.folder}/recipe.toml cannot be read ({error}): start over with'
                 ' --fresh'
             ) from None
-        now = tomllib.loads(resolved_toml(self.recipe, self.scale, self.settings))
+        now = tomllib.loads(resolved_toml(self.recipe, self.scale, self.given))
         old, new = before.get(self.scale, {}), now[self.scale]
         # settings that are younger than the run
         old = setting_values(type(self.settings)()) | old
@@ -245,6 +252,9 @@ class SavedRun(RunFolder):
             path.unlink()
         begun = self.begun
         self.reopen() if begun else self.create(command)
+        words = self.environment.get('resolved') or {}
+        if words:
+            self.settings = dataclasses.replace(self.given, **words)
         self.say(
             f'{"resuming" if begun else "starting"} {self.recipe.name} ({self.scale}) in'
             f' {self.folder} on {self.device.type}, {self.environment["threads"]} threads'
@@ -255,10 +265,10 @@ class SavedRun(RunFolder):
     def create(self, command: str) -> None:
         "The first process: note what is done and where."
         self.environment = environment(
-            self.device, getattr(self.settings, 'seed', None), command
-        )
+            self.device, getattr(self.given, 'seed', None), command
+        ) | run_switches(self.given, self.device)
         self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
-        self.write('recipe.toml', resolved_toml(self.recipe, self.scale, self.settings))
+        self.write('recipe.toml', resolved_toml(self.recipe, self.scale, self.given))
 
     def reopen(self) -> None:
         "A later process: same recipe, same device, last checkpoint."
@@ -357,7 +367,11 @@ class Run(SavedRun):
         try:
             self.open(command)
             with (
-                deterministic(self.environment.get('threads')),
+                deterministic(
+                    self.environment.get('threads'),
+                    self.environment.get('deterministic', True),
+                    self.environment.get('tf32'),
+                ),
                 own_streams(getattr(self.settings, 'seed', 0)),
             ):
                 return self.finish(find_task(self.recipe.task, 'this run').function(self))
@@ -489,7 +503,7 @@ class Run(SavedRun):
             task=recipe.task,
             title=recipe.title,
             paper=recipe.paper,
-            settings=setting_values(self.settings),
+            settings=setting_values(self.given),
             numbers=numbers,
             seconds=seconds | {'total': round(sum(seconds.values()), 2)},
             environment=self.environment,

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SYNTHESIS_VARIANTS', 'DISTILLATION_VARIANTS', 'UpsamplingGenerator', 'plain_generator', 'as_vector',
-           'RivalRound', 'PackageRound', 'make_round', 'benchmark_synthesis', 'fold_batchnorm', 'RivalStudentStep',
-           'PackageStudentStep', 'make_student_step', 'benchmark_distillation', 'benchmark_pool']
+           'RivalRound', 'PackageRound', 'make_round', 'benchmark_synthesis', 'RivalStudentStep', 'PackageStudentStep',
+           'make_student_step', 'benchmark_distillation', 'benchmark_pool']
 
 # %% ../../nbs/lab/speed_methods.ipynb #64c61c42
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 from ..foundations.distillation import Distiller
 from ..generators.generators import Generator
@@ -43,7 +42,6 @@ from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet
 from ..toolbox.errors import DFKDError
 from ..toolbox.models import build_model
-from ..toolbox.networks import trial_logits
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/speed_methods.ipynb #d159d110
@@ -299,30 +297,6 @@ def benchmark_synthesis(
         steps=steps,
     )
 
-# %% ../../nbs/lab/speed_methods.ipynb #3340da12
-def fold_batchnorm(
-    teacher: Teacher,  # not changed
-) -> Teacher:  # with the same logits, but fewer BatchNorm layers to read statistics from
-    """A teacher for distillation only: BatchNorm becomes part of the convolution before it.
-
-    Raises: `DFKDError` for a network that cannot be traced, or whose logits would change.
-    """
-    try:
-        folded = fuse(teacher.model)
-    except Exception as error:  # tracing fails with many kinds of errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        raise DFKDError(
-            f"the network '{teacher.name}' cannot be traced ({reason}): use it as it is"
-        ) from None
-    found = Teacher(folded, teacher.domain, teacher.name)
-    before, after = (trial_logits(network, teacher.domain) for network in (teacher, found))
-    if not torch.allclose(after, before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        raise DFKDError(
-            f"BatchNorm of the network '{teacher.name}' cannot be folded, its logits would"
-            ' change (a convolution that is called twice, or hooks): use it as it is'
-        )
-    return found
-
 # %% ../../nbs/lab/speed_methods.ipynb #065014bb
 class RivalStudentStep:
     "A step of `PlainDistillation`."
@@ -367,6 +341,11 @@ class RivalStudentStep:
         return total.detach()[None], as_vector(torch.autograd.grad(total, weights))
 
 
+def _plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    "SGD as `Distiller` has it by default, but weight after weight."
+    return torch.optim.SGD(parameters, 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+
+
 class PackageStudentStep:
     "A step of the package's `Distiller`."
 
@@ -380,8 +359,6 @@ class PackageStudentStep:
     ) -> None:
         self.name, self.device = variant, pool.device
         self.still = pool[:batch_size]
-        if variant == 'folded':
-            teacher = fold_batchnorm(teacher)
         self.distiller = Distiller(
             teacher,
             copy.deepcopy(student),
@@ -391,6 +368,9 @@ class PackageStudentStep:
             augment=Augment(),
             precision='bfloat16' if 'bfloat16' in variant else 'float32',
             device=self.device,
+            fold_teacher=variant != 'channels-last',
+            compile='compiled' in variant,
+            optimizer=_plain_sgd if variant in ('channels-last', 'folded') else None,
         )
 
     def __call__(self) -> Tensor:  # the loss before the step, scalar
@@ -415,7 +395,9 @@ DISTILLATION_VARIANTS = (
     'channels-last',
     'folded',
     'package',
+    'compiled',
     'bfloat16',
+    'compiled-bfloat16',
 )
 
 
@@ -476,10 +458,10 @@ def benchmark_distillation(
     def build(variant: str) -> RivalStudentStep | PackageStudentStep:
         return make_student_step(variant, teacher, network, pool, batch, workers)
 
-    folded: Any = build('folded')
+    package: Any = build('package')
     return compare_variants(
         [build(variant) for variant in variants],
-        count_flops(lambda: folded.distiller.loss(pool[:batch], None)[0]),
+        count_flops(lambda: package.distiller.loss(pool[:batch], None)[0]),
         rounds,
         clock,
         # a KL divergence is a small difference of large sums

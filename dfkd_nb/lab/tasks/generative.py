@@ -23,6 +23,7 @@ from dfkd_nb.lab.tasks.common import (
     save_picture,
     student_metrics,
     train_student,
+    with_compile,
 )
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
@@ -56,7 +57,15 @@ def generative(
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     seed_everything(settings.seed)
     student = fresh_student(settings, teacher).to(run.device)
-    trainer = build_method(settings, teacher, student, device=run.device)
+    taught = settings.rounds - settings.warmup_rounds
+    settings = with_compile(settings, taught * settings.steps_per_round, run.device)
+    trainer = build_method(
+        settings,
+        teacher,
+        student,
+        device=run.device,
+        distiller_options={'compile': settings.compile},
+    )
     about = {'model': settings.student, 'domain': teacher.domain.name}
     learned = train_student(
         run,
