@@ -284,7 +284,7 @@ def test_the_best_iterate_is_kept_and_is_a_copy(teacher):
     for _ in range(6):
         latents = synthesizer.latents if synthesizer.steps_left else None
         synthesizer.step()
-        losses.append(synthesizer.best['loss'])
+        losses.append(float(synthesizer.best['loss']))
         pictures.append(synthesizer.best['images'].clone())
         assert latents is None or torch.equal(latents, synthesizer.latents)
     assert losses == sorted(losses, reverse=True)
@@ -440,6 +440,44 @@ def test_a_generator_that_gets_no_gradient_and_a_loss_that_is_none(teacher):
         ).step()
     with pytest.raises(DFKDError, match='ask for 1 or more'):
         synthesizer_of(teacher).synthesize(0)
+
+
+def test_on_other_devices_losses_are_read_once_a_batch_and_still_checked(
+    teacher, monkeypatch
+):
+    """Without a look at each step the same iterate is kept, a loss that is not finite is
+    told by its step, and no checkpoint is written after it.
+    """
+    settings = {'steps': 6, 'learning_rate': 0.5}
+    start = Generator((1, 8, 8), 8, 4)
+    eager, deferred = (
+        synthesizer_of(teacher, generator=start, **settings) for _ in range(2)
+    )
+    deferred.checks_every_step = False
+    assert torch.equal(eager.synthesize(12).images, deferred.synthesize(12).images)
+    assert eager.history == deferred.history
+    count = []
+
+    def bursts_later(inputs):
+        count.append(1)
+        return inputs.x.mean() / (0 if len(count) > 2 else 1)
+
+    deferred = synthesizer_of(teacher, terms={'burst': (1.0, bursts_later)})
+    deferred.checks_every_step = False
+    reads = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda v: reads.append(1) or plain(v))
+    monkeypatch.setattr(torch.Tensor, '__float__', lambda v: pytest.fail('read a value'))
+    monkeypatch.setattr(torch.Tensor, '__bool__', lambda v: pytest.fail('read a value'))
+    deferred.step()
+    deferred.step()
+    assert not reads
+    monkeypatch.undo()
+    deferred.state_dict()
+    deferred.step()
+    for ask in (deferred.state_dict, deferred.pop):
+        with pytest.raises(DFKDError, match="'burst' is not finite at step 3"):
+            ask()
 
 
 # --- what is handed in ---
@@ -696,7 +734,7 @@ def test_bfloat16_is_finite_and_close(kind):
             teacher, generator=Generator((3, 32, 32), 8, 4), **shared | weights | settings
         )
         synthesizer.step()
-        losses.append(synthesizer.best['loss'])
+        losses.append(float(synthesizer.best['loss']))
         while synthesizer.steps_left:
             synthesizer.step()
         assert synthesizer.best['loss'] < losses[-1], 'some updates later it costs less'

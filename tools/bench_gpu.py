@@ -12,7 +12,6 @@ each row, so a run that is stopped leaves what it has measured.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import json
 import statistics
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.method_tables import method_settings, method_tables
 from dfkd_nb.generators.methods import build_method, distiller_keywords, read_method
@@ -84,6 +84,8 @@ def build(name: str, mode: str, options: argparse.Namespace) -> Steps:
         trainer.pool.add(images.images, images.labels)
     synthesizer = trainer.synthesizer
     synthesizer.begin_round(max(trainer.warmup_rounds, 1), True)
+    if mode == 'captured' and isinstance(synthesizer, DeepInversion):
+        keep_losses(synthesizer)
 
     def synthesize() -> None:
         if synthesizer.batch_done:
@@ -91,6 +93,17 @@ def build(name: str, mode: str, options: argparse.Namespace) -> Steps:
         synthesizer.step()
 
     return {'synthesis': synthesize, 'student': trainer.distiller.step}
+
+
+def keep_losses(inversion: DeepInversion) -> None:
+    "It reads the losses of many steps at once; the next replay would write over them."
+    compute = inversion.loss._call
+
+    def kept(*of: Any) -> Any:
+        total, values = compute(*of)
+        return total, values.clone()
+
+    inversion.loss._call = kept
 
 
 def real_step(
@@ -111,9 +124,13 @@ def in_mode(mode: str) -> Iterator[None]:
     "Deterministic algorithms, or a torch.compile that captures what it compiled."
     torch.compiler.reset()
     original = torch.compile
-    if mode == 'captured':
-        captured: Any = functools.partial(original, mode='reduce-overhead')
-        torch.compile = captured
+    graphs = 'reduce-overhead' if mode == 'captured' else None
+
+    def compile_in_mode(*of: Any, **settings: Any) -> Any:
+        # the parts choose for themselves otherwise
+        return original(*of, **settings | {'mode': graphs})
+
+    torch.compile = compile_in_mode  # type: ignore[assignment]
     try:
         with deterministic() if mode == 'deterministic' else nullcontext():
             yield

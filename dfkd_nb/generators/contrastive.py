@@ -8,7 +8,8 @@ __all__ = ['CMI_PRESETS', 'info_nce', 'LocalView', 'PooledFeatures', 'MemoryBank
 # %% ../../nbs/generators/09_contrastive.ipynb #71b35fef
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..foundations.method_tables import method_settings, method_tables
 from .synthesizer import GeneratorSynthesizer, synthesizer_keywords
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
+from ..toolbox.data import to_device
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import classifier_layer, full_precision, mean_over_positions
 from ..toolbox.teachers import Teacher
@@ -98,6 +100,14 @@ class LocalView:
                 f'views of a {images.dtype} tensor of shape {tuple(images.shape)}: '
                 'give floats (N, C, H, W)'
             )
+        return self.apply(images, self.draw(images, generator))
+
+    def draw(
+        self,
+        images: Tensor,  # `(N, C, H, W)`; their number, type and device count
+        generator: torch.Generator,  # a CPU generator
+    ) -> Tensor:  # `(4, N)`: width and middle across, height and middle down
+        "The random part of a call."
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(len(images), generator=generator)
@@ -109,7 +119,15 @@ class LocalView:
         right, down = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
         if self.flip:
             width = torch.where(uniform(0, 1) < 0.5, -width, width)
-        parts = torch.stack([width, right, height, down]).to(images.device, images.dtype)
+        parts = torch.stack([width, right, height, down]).to(images.dtype)
+        return to_device(parts, images.device)
+
+    def apply(
+        self,
+        images: Tensor,  # floats, `(N, C, H, W)`
+        parts: Tensor,  # by `draw`, for as many images
+    ) -> Tensor:  # `(N, C, H, W)`
+        "The part of a call that is not random."
         columns = _interpolation(parts[0], parts[1], images.shape[3])
         rows = _interpolation(parts[2], parts[3], images.shape[2])
         return rows[:, None] @ images @ columns[:, None].mT
@@ -245,9 +263,8 @@ class MemoryBank:
         generator: torch.Generator,  # a CPU generator
     ) -> Tensor:  # `(n, 2, features)`
         "Pairs at random, none twice."
-        return self.kept[
-            torch.randperm(len(self), generator=generator)[:n].to(self.kept.device)
-        ]
+        places = torch.randperm(len(self), generator=generator)[:n]
+        return self.kept[to_device(places, self.kept.device)]
 
     def state_dict(self) -> dict[str, Any]:
         "What is in it and where the ring stands."
@@ -350,7 +367,8 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
             self.features = self.summary.vectors().shape[1]
         self.bank = MemoryBank(bank_size, self.features, self.device)
         self._new_head()
-        self._images: Tensor | None = None
+        # the images that are looked at, and their random numbers
+        self._views: tuple[Tensor, dict[str, Any]] | None = None
         self._made_with |= {
             'contrastive_temperature': contrastive_temperature,
             'negatives': negatives,
@@ -381,8 +399,11 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         super()._fresh_weights()
         if self.weight_init != 'normal':
             return
-        for name, weight in self.weights.items():
-            noise = 0.02 * torch.randn(weight.shape, generator=self.rng).to(weight.device)
+        sizes = [weight.numel() for weight in self.weights.values()]
+        # all at once: one copy to the device
+        drawn = to_device(0.02 * torch.randn(sum(sizes), generator=self.rng), self.device)
+        for (name, weight), part in zip(self.weights.items(), drawn.split(sizes)):
+            noise = part.view(weight.shape)
             if weight.ndim > 1:
                 weight.copy_(noise)
             elif name.endswith('weight'):
@@ -390,25 +411,45 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
             else:
                 weight.zero_()
 
-    def compute_loss(
-        self, images: Tensor, targets: Tensor | None
+    @contextmanager
+    def _networks_ready(self) -> Iterator[None]:
+        with super()._networks_ready(), self.summary:
+            yield
+
+    def _draw(self, images: Tensor) -> dict[str, Any]:
+        "The global view's random numbers, those of the local one, places in the bank."
+        drawn = super()._draw(images)
+        if self.objective.weights['contrast']:
+            if isinstance(self.local, LocalView):
+                drawn['local'] = self.local.draw(images, self.rng)
+            drawn['bank'] = self.bank.draw(self.negatives, self.rng)
+        return drawn
+
+    def _weighted_terms(
+        self, images: Tensor, targets: Tensor | None, drawn: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], LossInputs]:
         """The weighted terms, contrast included.
 
         What the teacher sees first is the global view.
         """
-        self._images = images
-        with self.summary:
-            return super().compute_loss(images, targets)
+        self._views = images, drawn
+        found = super()._weighted_terms(images, targets, drawn)
+        self._views = None
+        return found
 
     def _contrast(self, inputs: LossInputs) -> Tensor:  # scalar
         """InfoNCE from local views to global ones; batch and bank are averaged apart, and
         the keys get no gradient.
         """
-        assert self._images is not None
+        assert self._views is not None
+        images, drawn = self._views
         seen = self.summary.vectors()
-        self.extractor(self.domain.normalize(self.local(self._images, self.rng)))
-        part, old = self.summary.vectors(), self.bank.draw(self.negatives, self.rng)
+        if 'local' in drawn:
+            local = self.local.apply(images, drawn['local'])
+        else:  # a function of somebody else
+            local = self.local(images, self.rng)
+        self.extractor(self.domain.normalize(local))
+        part, old = self.summary.vectors(), drawn['bank']
         anchors = self.head(torch.cat([part, old[:, 0]]))
         keys = self.head(torch.cat([seen, old[:, 1]]).detach()).detach()
         losses = info_nce(anchors, keys, self.contrastive_temperature)

@@ -357,17 +357,11 @@ class MetaSynthesizer(GeneratorSynthesizer):
         found = dict[str, Tensor | None]()
         # at the adapted weights, whose images count as well
         if self.meta_update == 'fomaml':
-            images = self.generate(self.latents)
-            total, values, inputs = self.compute_loss(images, self.targets)
-            found = dict(
-                zip(
-                    learned,
-                    torch.autograd.grad(
-                        total, [self._adapted[name] for name in learned], allow_unused=True
-                    ),
-                )
-            )
-            self._keep_best(images, total, values, inputs)
+            look = self.look(self.latents, self.targets)
+            leaves = [self._adapted[name] for name in learned]
+            gradients = torch.autograd.grad(look.total, leaves, allow_unused=True)
+            found = dict(zip(learned, gradients))
+            self._keep_best(look)
         elif self.meta_update == 'fomaml-sum':
             found = {name: self.summed_gradients.get(name) for name in learned}
         else:
@@ -380,9 +374,19 @@ class MetaSynthesizer(GeneratorSynthesizer):
         self.meta_optimizer.step()
         self.summed_gradients = {}
 
+    def _others(self, inputs: LossInputs) -> dict[str, Tensor]:
+        "Means and variances of the best iterate in one row: running statistics need them."
+        features, statistics = inputs.features, self.extractor.statistics
+        if self.running is None or features is None or statistics is None:
+            return {}
+        return {'moments': torch.cat([v.detach() for k in statistics for v in features[k]])}
+
     def _batch_finished(self, best: dict[str, Any]) -> None:
-        if self.running is not None and best['moments'] is not None:
-            self.running.update(best['moments'])
+        row, statistics = best.get('moments'), self.extractor.statistics
+        if self.running is None or row is None or statistics is None:
+            return
+        parts = iter(row.split([len(v) for pair in statistics.values() for v in pair]))
+        self.running.update({name: (next(parts), next(parts)) for name in statistics})
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the same bits, also in the middle of a batch.

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from ..foundations.loop import Pool, share_student_domain
 from .generators import DISTANCES, student_logits_of
 from ..toolbox.core import load_tensors, save_tensors
-from ..toolbox.data import EpochSampler, ImageSet, check_new_images, validate_labels
+from dfkd_nb.toolbox.data import (
+    EpochSampler,
+    ImageSet,
+    check_new_images,
+    to_device,
+    validate_labels,
+)
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode
@@ -197,7 +203,7 @@ class ReplayPool(Pool):
             teacher_logits = self._teacher_logits(images)
         if student_logits is None and self.student is not None:
             student_logits = self._student_logits(images)
-        self.insert(images, *self._summary(teacher_logits, student_logits))
+        self._insert(images, *self._summary(teacher_logits, student_logits))
 
     def _teacher_logits(self, images: Tensor) -> Tensor:
         if self.teacher is None:
@@ -242,7 +248,18 @@ class ReplayPool(Pool):
         images = check_new_images(images, self.domain)
         checked = validate_labels(classes, len(images), self.domain)
         assert checked is not None
-        for name, given in {'confidences': confidences, 'priorities': priorities}.items():
+        self._insert(images, checked, confidences, priorities)
+
+    def _insert(
+        self,
+        images: Tensor,
+        classes: Tensor,
+        confidences: Tensor,
+        priorities: Tensor | None,
+    ) -> None:
+        "`insert` without a look at the values, for which it would wait for the device."
+        known = {'classes': classes, 'confidences': confidences, 'priorities': priorities}
+        for name, given in known.items():
             if given is not None and tuple(given.shape) != (len(images),):
                 raise DFKDError(
                     f'{len(images)} images but {name} of shape {tuple(given.shape)}: '
@@ -251,25 +268,20 @@ class ReplayPool(Pool):
         # of more than there is room for, the newest
         before, n = len(self), min(len(images), self.size)
         self.added += len(images)
-        where = (torch.arange(self.added - n, self.added) % self.size).to(self.device)
-        self.counts -= torch.bincount(
-            self._classes[where[where < before]], minlength=len(self.counts)
-        )
-        self._images[where], self._classes[where] = (
-            images[-n:].to(self.device),
-            checked[-n:].to(self.device),
-        )
-        self._confidences[where], self._sample_counts[where] = (
-            confidences[-n:].float().to(self.device),
-            0,
-        )
-        self.counts += torch.bincount(self._classes[where], minlength=len(self.counts))
+        where = torch.arange(self.added - n, self.added, device=self.device) % self.size
+        # what is overwritten; a bincount would wait for the device
+        self.counts.index_add_(0, self._classes[where], -(where < before).long())
+        self._images[where] = to_device(images[-n:], self.device)
+        self._classes[where] = to_device(classes[-n:], self.device)
+        self._confidences[where] = to_device(confidences[-n:].float(), self.device)
+        self._sample_counts.index_fill_(0, where, 0)
+        self.counts.index_add_(0, self._classes[where], torch.ones_like(where))
         self.set_priorities(
             where,
             (
                 self.max_priority.expand(n)
                 if priorities is None
-                else priorities[-n:].to(self.device)
+                else to_device(priorities[-n:], self.device)
             ),
         )
         self._epochs, self.last_indices = EpochSampler(self), None
@@ -285,8 +297,8 @@ class ReplayPool(Pool):
         if batch_size < 1:
             raise DFKDError(f'a batch of {batch_size} images: draw 1 or more')
         if not self.prioritised:
-            self.last_indices = self._epochs.next_indices(batch_size, generator).to(
-                self.device
+            self.last_indices = to_device(
+                self._epochs.next_indices(batch_size, generator), self.device
             )
             batch = self.fetch_labelled(self.last_indices)
             self._weights = self.weights(self.last_indices)
@@ -297,7 +309,7 @@ class ReplayPool(Pool):
             # not
             reach = (probabilities * 2**53).long().cumsum(0)
             numbers = torch.rand(batch_size, generator=generator, dtype=torch.float64)
-            ticket = (numbers * 2**53).long().to(reach.device)
+            ticket = to_device((numbers * 2**53).long(), reach.device)
             found = torch.searchsorted(reach, ticket, right=True)
             # rounding leaves a few beyond the last
             self.last_indices = found.clamp_max(len(self) - 1)

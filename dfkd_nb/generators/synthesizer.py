@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from ..dreams.image_batch import target_classes
-from ..dreams.priors import LossInputs
 from dfkd_nb.foundations.loop import (
     AlternatingTrainer,
     share_student_domain,
     synthesize_batches,
 )
-from .objective import GeneratorObjective
+from .objective import GeneratorObjective, Look
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
-from ..toolbox.data import ImageSet, SyntheticBatch
+from ..toolbox.data import ImageSet, SyntheticBatch, to_device
 from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
@@ -80,8 +79,12 @@ class GeneratorSynthesizer(GeneratorObjective):
         # of whatever else learns with the generator
         self.extra_optimizers: list[torch.optim.Adam] = []
         self.steps_left = 0  # of the batch in hand
-        # of its iterates, the one with the lowest loss
+        # of its iterates, the one with the lowest loss: tensors on the device
         self.best: dict[str, Any] | None = None
+        # total and terms of each iterate, `(1 + terms,)` on the device
+        self.losses: list[Tensor] = []
+        # on other devices that would be a wait: there a batch is checked when it is done
+        self.checks_every_step = self.device.type == 'cpu'
         self._classes: Any = None  # of the batches that `synthesize` was asked for
 
     def check_trainer(self, trainer: AlternatingTrainer) -> None:
@@ -111,12 +114,13 @@ class GeneratorSynthesizer(GeneratorObjective):
         "Latents, target classes, and the weights to begin from."
         if self.fresh_latents:
             shape = self.batch_size, *self.latent_shape
-            self.latents = torch.randn(shape, generator=self.rng).to(self.device)
+            drawn = torch.randn(shape, generator=self.rng)
+            self.latents = to_device(drawn, self.device)
         else:
             self.latents = self.latents.detach()
         self.targets = self._sampled_targets() if self.labels == 'sampled' else None
         self._begin_weights()
-        self.steps_left, self.best = self.steps, None
+        self.steps_left, self.best, self.losses = self.steps, None, []
 
     def _sampled_targets(self) -> Tensor:
         if self._classes is not None:
@@ -125,7 +129,7 @@ class GeneratorSynthesizer(GeneratorObjective):
             targets = torch.randint(
                 self.domain.num_classes, (self.batch_size,), generator=self.rng
             )
-        return targets.to(self.device)
+        return to_device(targets, self.device)
 
     @property
     def fresh_latents(self) -> bool:
@@ -178,55 +182,60 @@ class GeneratorSynthesizer(GeneratorObjective):
     def _step(self) -> None:
         if not self.steps_left:
             self.begin_batch()
-        images = self.generate(self.latents)
-        total, values, inputs = self.compute_loss(images, self.targets)
+        look = self.look(self.latents, self.targets)
         candidates = self.optimizer, self.latent_optimizer, *self.extra_optimizers
         optimizers = [optimizer for optimizer in candidates if optimizer is not None]
         leaves = [
             leaf for o in optimizers for group in o.param_groups for leaf in group['params']
         ]
-        if not total.requires_grad:
+        if not look.total.requires_grad:
             raise DFKDError(
                 'no gradient reaches the generator: it or a term detaches what it is given'
             )
         # some networks have weights that they never use
-        set_gradients(torch.autograd.grad(total, leaves, allow_unused=True), leaves)
-        self._keep_best(images, total, values, inputs)
+        set_gradients(torch.autograd.grad(look.total, leaves, allow_unused=True), leaves)
+        self._keep_best(look)
         for optimizer in optimizers:
             optimizer.step()
         self.steps_done, self.steps_left = self.steps_done + 1, self.steps_left - 1
 
     @torch.no_grad()
-    def _keep_best(
-        self, images: Tensor, total: Tensor, values: dict[str, Tensor], inputs: LossInputs
-    ) -> None:
-        """Remember this iterate if none was better; the comparison is the step's one wait
-        for the device.
-        """
-        loss = float(total)
-        if not math.isfinite(loss):
-            self._refuse_loss(values)
-        if self.best is not None and loss >= self.best['loss']:
-            return
-        student_logits = inputs.student_logits
-        self.best = {
-            'loss': loss,
-            'images': (images.detach().clamp(0, 1) * 255).round().to(torch.uint8),
-            'labels': inputs.targets.clone(),
-            'teacher_logits': inputs.logits.detach(),
-            'student_logits': None if student_logits is None else student_logits.detach(),
-            'values': torch.stack([v.detach().float() for v in (total, *values.values())]),
-            'names': ['total', *values],
-            'moments': _detached_moments(inputs),
-        }
+    def _keep_best(self, look: Look) -> None:
+        "Remember these images if none were better; no value leaves the device."
+        self.losses.append(look.losses)
+        if self.checks_every_step:
+            self._check_losses()
+        iterate = {
+            'loss': look.losses[0],
+            'images': (look.images.clamp(0, 1) * 255).round().to(torch.uint8),
+            'labels': look.targets,
+            'teacher_logits': look.logits,
+            'student_logits': look.student_logits,
+        } | look.others
+        if self.best is not None:
+            better = iterate['loss'] < self.best['loss']
+            iterate = {
+                name: None if new is None else torch.where(better, new, self.best[name])
+                for name, new in iterate.items()
+            }
+        self.best = iterate
 
-    def _refuse_loss(self, values: dict[str, Tensor]) -> None:
-        bad = (name for name, v in values.items() if not math.isfinite(float(v)))
-        raise DFKDError(
-            f"the term '{next(bad, 'total')}' is not finite at step {self.steps_done + 1}:"
-            f" lower learning_rate ({self.learning_rate:g}) or use precision='float32';"
-            ' batches that are finished are kept in their pool'
-        )
+    def _check_losses(self) -> list[list[float]]:  # a row for each iterate of the batch
+        "Read the losses of the batch in hand, in one piece; one not finite is refused."
+        if not self.losses:
+            return []
+        rows = torch.stack(self.losses).tolist()
+        for number, row in enumerate(rows, self.steps_done - self.steps + self.steps_left):
+            if all(map(math.isfinite, row)):
+                continue
+            bad = (k for k, v in zip(self.loss_names, row) if not math.isfinite(v))
+            name = next((k for k in bad if k != 'total'), 'total')
+            raise DFKDError(
+                f"the term '{name}' is not finite at step {number + 1}: lower learning_rate"
+                f" ({self.learning_rate:g}) or use precision='float32'; batches that are"
+                ' finished are kept in their pool'
+            )
+        return rows
 
     @property
     def batch_done(self) -> bool:
@@ -239,10 +248,12 @@ class GeneratorSynthesizer(GeneratorObjective):
         """
         if self.steps_left or self.best is None:
             raise DFKDError('this batch is not finished: call step() until batch_done')
-        best, self.best = self.best, None
+        rows = self._check_losses()
+        best, self.best, self.losses = self.best, None, []
         self.batches += 1
         row: dict[str, float] = {'batch': self.batches, 'steps': self.steps_done}
-        self.history.append(row | dict(zip(best['names'], best['values'].tolist())))
+        kept = min(rows, key=lambda losses: losses[0])  # of equal ones the first
+        self.history.append(row | dict(zip(self.loss_names, kept)))
         self._batch_finished(best)
         return SyntheticBatch(
             best['images'], best['labels'], best['teacher_logits'], best['student_logits']
@@ -273,7 +284,11 @@ class GeneratorSynthesizer(GeneratorObjective):
         """All that it takes to go on to the same bits, also in the middle of a batch.
 
         The tensors are alive: save them before the next step.
+
+        Raises: `DFKDError` where a loss of the batch in hand is not finite: from there no
+        run could go on.
         """
+        self._check_losses()
 
         def detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {k: v.detach() for k, v in tensors.items()}
@@ -289,6 +304,7 @@ class GeneratorSynthesizer(GeneratorObjective):
             'latent_optimizer': latent.state_dict() if latent else None,
             'targets': self.targets if self.steps_left else None,
             'best': None if self.best is None else dict(self.best),
+            'losses': list(self.losses),
             'rng': self.rng.get_state(),
             'streams': self.streams.state_dict(),
             'steps_left': self.steps_left,
@@ -325,11 +341,18 @@ class GeneratorSynthesizer(GeneratorObjective):
             self.latents.requires_grad_()
             self.latent_optimizer = self._latent_adam()
             self.latent_optimizer.load_state_dict(copy.deepcopy(state['latent_optimizer']))
-        self.best = self._moved(state['best'])
+        best = state['best']
+        # it may have been read on another device
+        self.best = best and {
+            name: v.to(self.device) if isinstance(v, Tensor) else v
+            for name, v in best.items()
+        }
+        self.losses = [row.to(self.device) for row in state['losses']]
 
     def _check_state(self, state: dict[str, Any]) -> None:
         "A `DFKDError` for a state of something else, or of other settings."
-        if not {'settings', 'weights', 'buffers', 'latents', 'streams'} <= state.keys():
+        needed = {'settings', 'weights', 'buffers', 'latents', 'streams', 'losses'}
+        if not needed <= state.keys():
             raise DFKDError(
                 'this state was not saved by a synthesizer with a generator: give another'
                 ' path'
@@ -352,23 +375,6 @@ class GeneratorSynthesizer(GeneratorObjective):
                     ' from'
                 )
 
-    def _moved(self, best: dict[str, Any] | None) -> dict[str, Any] | None:
-        "The best iterate of a checkpoint, which may have been read on another device."
-        if best is None:
-            return None
-        moved = {k: v.to(self.device) for k, v in best.items() if isinstance(v, Tensor)}
-        moments = best['moments'] and {
-            k: [v.to(self.device) for v in pair] for k, pair in best['moments'].items()
-        }
-        return best | moved | {'moments': moments}
-
-
-def _detached_moments(inputs: LossInputs) -> dict[str, list[Tensor]] | None:
-    "Mean and variance of each layer, without their graph."
-    if inputs.features is None:
-        return None
-    return {k: [v.detach() for v in pair] for k, pair in inputs.features.items()}
-
 # %% ../../nbs/generators/synthesizer.ipynb #e1148086
 # a setting's name to that of a keyword
 KEYWORDS = {
@@ -389,6 +395,7 @@ KEYWORDS = {
         'contrastive_weight',
         'contrastive_temperature',
         'meta_update',
+        'compile',
     )
 } | {
     'synthesis_steps': 'steps',

@@ -173,6 +173,7 @@ class PackageRound:
             agreement=True,
             student=copy.deepcopy(student),
             precision='bfloat16' if 'bfloat16' in variant else 'float32',
+            compile='compiled' in variant,
             device=self.device,
             seed=seed,
         )
@@ -198,12 +199,10 @@ class PackageRound:
         own = self.synthesizer
         before = copy.deepcopy(own.state_dict())
         own.begin_batch()
-        images = own.generate(own.latents)
-        total, values, _ = own.compute_loss(images, own.targets)
+        look = own.look(own.latents, own.targets)
         leaves = [*own.weights.values(), own.latents]
         own.load_state_dict(before)
-        losses = torch.stack([v.detach() for v in (total, *values.values())])
-        return total, losses, leaves
+        return look.total, look.losses, leaves
 
     # losses `(L,)`; the gradient of weights and latents as one vector
     def gradient(self) -> tuple[Tensor, Tensor]:
@@ -229,7 +228,9 @@ SYNTHESIS_VARIANTS = (
     'transposed',
     'package',
     'channels-last',
+    'compiled',
     'bfloat16',
+    'compiled-bfloat16',
 )
 
 
