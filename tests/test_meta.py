@@ -284,8 +284,7 @@ def test_momentum_weighs_the_new_batch(teacher):
     term = m.objective.terms['features'][1]
     slope = torch.autograd.grad(term(inputs), leaf)[0].norm()
     assert float(slope) == pytest.approx(0.1, rel=1e-4)
-    row = torch.cat([v for name in m.extractor.statistics for v in best[name]])
-    m._batch_finished({'moments': row})
+    m._batch_finished({'moments': m.extractor.statistics.join(best).tensor})
     torch.testing.assert_close(m.running.moments[name][0], old[name][0] + 0.1)
 
 

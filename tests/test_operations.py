@@ -21,10 +21,10 @@ HERE = Path(__file__).parent
 # operations and waits of one update, at most
 LIMITS = {
     'inversion': (600, 0),
-    'generator': (800, 3),
-    'generator-ssd-kd': (800, 3),
-    'student': (258, 4),
-    'student-ssd-kd': (303, 3),
+    'generator': (660, 0),
+    'generator-ssd-kd': (680, 0),
+    'student': (258, 1),
+    'student-ssd-kd': (303, 0),
 }
 
 

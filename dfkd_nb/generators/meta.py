@@ -269,9 +269,7 @@ class MetaSynthesizer(GeneratorSynthesizer):
                 if inputs.features is None
                 else replace(
                     inputs,
-                    features=running.mix(
-                        {name: inputs.features[name] for name in statistics}
-                    ),
+                    features=running.mix(statistics.join(inputs.features)),
                 )
             )
 
@@ -379,14 +377,13 @@ class MetaSynthesizer(GeneratorSynthesizer):
         features, statistics = inputs.features, self.extractor.statistics
         if self.running is None or features is None or statistics is None:
             return {}
-        return {'moments': torch.cat([v.detach() for k in statistics for v in features[k]])}
+        return {'moments': statistics.join(features).tensor.detach()}
 
     def _batch_finished(self, best: dict[str, Any]) -> None:
         row, statistics = best.get('moments'), self.extractor.statistics
         if self.running is None or row is None or statistics is None:
             return
-        parts = iter(row.split([len(v) for pair in statistics.values() for v in pair]))
-        self.running.update({name: (next(parts), next(parts)) for name in statistics})
+        self.running.update(statistics.join(statistics).with_tensor(row))
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the same bits, also in the middle of a batch.
