@@ -52,6 +52,7 @@ from dfkd_nb.toolbox.networks import (
     network_inputs,
     weights_dtype,
 )
+from ..toolbox.processes import BatchShare, average_gradients, copy_from_first
 from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher, check_network
 
@@ -229,6 +230,7 @@ class Distiller:
         if teacher is not None and not same_device(teacher.device, self.device):
             self.teacher = copy.deepcopy(teacher).to(self.device)
         self.student = student.to(self.device)
+        copy_from_first((*self.student.parameters(), *self.student.buffers()))
         check_network(self.student, self.domain, type(student).__name__)
         self.dtype = weights_dtype(self.student)  # of all its inputs
         if self.precision != 'float32' and self.dtype != torch.float32:
@@ -378,20 +380,27 @@ class Distiller:
     def loss(
         self, images: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The batch's loss and its parts, scalars with gradient."
+        "The batch's loss and its parts, scalars with gradient; see `BatchShare`."
         x, targets = self.prepare(images, labels)
-        inputs: list[Any] = [x, targets, None, None, self.sampler.loss_weights]
-        with autocast(self.device, self.precision):
+        share = BatchShare(len(x))
+        x, targets = share.take(x), share.take(targets)
+        weights = share.take(self.sampler.loss_weights)
+        inputs: list[Any] = [x, targets, None, None, weights]
+        with autocast(self.device, self.precision), share.batchnorm(self.student):
             if self.teacher is not None:
                 inputs[2:4] = self.teacher_network(), self.teacher_inputs(x)
-            if self.compile:
+            if share.processes > 1:  # layers that many share count for themselves
+                total, parts, logits, teacher_logits = self.forward(*inputs)
+            elif self.compile:
                 total, parts, logits, teacher_logits = self._compiled(*inputs)
             else:
                 with self._counters_of_student().added_at_once():
                     total, parts, logits, teacher_logits = self.forward(*inputs)
         if teacher_logits is not None:
-            self.sampler.update(logits.detach(), teacher_logits)
-        return total, parts
+            self.sampler.update(
+                share.gather(logits.detach()), share.gather(teacher_logits)
+            )
+        return share.weigh(total), {k: share.weigh(v) for k, v in parts.items()}
 
     def _counters_of_student(self) -> BatchCounters:
         if self._counters.network is not self.student:
@@ -429,10 +438,10 @@ class Distiller:
                     f'raise batch_size ({self.batch_size})'
                 ) from error
             self.scaler.scale(total).backward()
+            losses = average_gradients(self.student.parameters(), {'loss': total} | parts)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.done += 1
-            losses = {k: v.detach() for k, v in {'loss': total, **parts}.items()}
             if self.compile and self.device.type == 'cuda':
                 # the graph writes into the same memory again
                 losses = {k: v.clone() for k, v in losses.items()}

@@ -22,6 +22,7 @@ import torch
 
 from .recipes import package_folder
 from .results import REVISION
+from ..toolbox.processes import rank_and_world_size
 
 # %% ../../nbs/lab/reproducibility.ipynb #d94ba0e7
 @contextmanager
@@ -118,7 +119,8 @@ def environment(
         'device': device.type,
         'processor': processor,
         'cores': os.cpu_count(),
-        'threads': torch.get_num_threads(),
+        'threads': torch.get_num_threads(),  # of each process
+        'processes': rank_and_world_size()[1],
         'seed': seed,
         'revision': REVISION,
         'commit': _commit(),

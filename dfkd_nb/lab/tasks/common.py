@@ -35,6 +35,7 @@ from ...toolbox.evaluation import evaluate
 from ...toolbox.figures import show_images, tile
 from ...toolbox.models import build_model, count_parameters
 from ...toolbox.networks import load_weights, save_weights
+from ...toolbox.processes import rank_and_world_size
 from ...toolbox.teachers import Teacher, copy_blocks_from_teacher, load_teacher
 
 # %% ../../../nbs/lab/tasks/common.ipynb #36ad17bb
@@ -193,11 +194,18 @@ class StudentTraining:
 
     def report(self, seconds: float) -> None:
         "A row of the history and a line for the reader."
-        distiller, found = self.distiller, self.measure()
+        processor = round(self.run.learning_seconds, 2)
+        with self.run.evaluation_clock():
+            found = self.measure()
+        distiller = self.distiller
         row: dict[str, Any] = distiller.history[-1] if distiller.done else {}
         numbers = {self.metric: found} | {k: v for k, v in row.items() if k != 'step'}
         self.run.journal.add(
-            self.phase, distiller.done, **numbers, seconds=round(seconds, 2)
+            self.phase,
+            distiller.done,
+            **numbers,
+            processor_seconds=processor,
+            seconds=round(seconds, 2),
         )
         loss = f'loss {row["loss"]:.4f}, ' if row else ''
         self.run.say(
@@ -248,6 +256,8 @@ class StudentTraining:
         # part of this phase's, see `Run.finish`
         if self.trainer is not None:
             run.state['seconds']['synthesis'] = self.trainer.seconds
+            processor = self.trainer.processor_seconds
+            run.state['processor_seconds']['synthesis'] = processor
         last = f'{rows[-1][metric]:.4f}'
         about = self.about | {'recipe': run.recipe.name, 'scale': run.scale, metric: last}
         path = run.folder / f'{self.weights}.safetensors'
@@ -255,12 +265,14 @@ class StudentTraining:
         load_weights(path, distiller.student)
         if self.keep is not None:
             self.keep()  # a later process skips this phase and has only files
+        with run.evaluation_clock():
+            half = self.measure()
         return {
             f'{metric}_first': rows[0][metric],
             metric: rows[-1][metric],
             'loss': rows[-1]['loss'],
             'steps': distiller.steps,
-            f'{metric}_half': self.measure(),
+            f'{metric}_half': half,
         }
 
 
@@ -377,6 +389,8 @@ def save_picture(
     count: int,  # how many
 ) -> None:
     "The first images as a grid: images.png, or images.jpg where they are large."
+    if rank_and_world_size()[0]:
+        return  # one picture is enough
     import matplotlib.pyplot as plt
     from PIL import Image
 

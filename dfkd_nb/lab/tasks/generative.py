@@ -47,7 +47,7 @@ def check_generative(
         )
 
 # %% ../../../nbs/lab/tasks/generative.ipynb #ea26384d
-@task('generative', GenerativeSettings, check_generative)
+@task('generative', GenerativeSettings, check_generative, several_processes=True)
 def generative(
     run: Run,  # with `GenerativeSettings`
 ) -> dict[str, Any]:  # accuracies of teacher and student on real test images

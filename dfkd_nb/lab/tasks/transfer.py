@@ -159,7 +159,7 @@ def transfer_distiller(
     return Distiller(teacher, student, images, temperature=settings.temperature, **keywords)
 
 
-@task('transfer', TransferSettings, check_transfer)
+@task('transfer', TransferSettings, check_transfer, several_processes=True)
 def transfer(
     run: Run,  # with `TransferSettings`
 ) -> dict[str, Any]:  # accuracies of teacher and student on real test images
