@@ -5,6 +5,7 @@ Losses, gradients, and what a whole round or step leaves.
 
 import argparse
 import copy
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from dfkd_nb.generators.generators import (
     convolve_upsampled,
     upsampling_kernel,
 )
-from dfkd_nb.lab import speed, timing
+from dfkd_nb.lab import mixed_precision, speed, timing
 from dfkd_nb.lab.bench import BENCHMARKS, add_arguments, run
 from dfkd_nb.lab.speed import INVERSION_VARIANTS, fresh_teacher, make_step
 from dfkd_nb.lab.speed_methods import (
@@ -39,6 +40,8 @@ from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.folding import fold_batchnorm
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 
 @pytest.fixture(scope='module')
@@ -194,12 +197,13 @@ def test_looking_at_a_round_does_not_use_up_its_latents(rounds):
 def test_rounds_end_equal_one_after_the_other(teacher):
     "Latents, classes, and what the meta-step leaves for the second round."
     rounds = exact(make_rounds(teacher))
-    for _ in range(2):
+    # in the second, Adam has made whole steps of what rounding left
+    for bound in (0.1, 2.0):
         wanted = rounds[0]().float()
         for variant in rounds[1:]:
             images = variant()
             assert images.dtype == torch.uint8
-            assert (images.float() - wanted).abs().mean() < 1, variant.name
+            assert (images.float() - wanted).abs().mean() < bound, variant.name
 
 
 def test_a_round_that_forgets_a_term_is_caught(rounds):
@@ -459,3 +463,51 @@ def test_bench_refuses_what_it_cannot_do():
             Generator((3, 32, 32), 8, 2),
             2,
         )
+
+
+def test_bfloat16_is_judged_by_gradients_and_by_students(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(mixed_precision, 'digits_teacher', lambda: fresh_teacher('resnet8'))
+    monkeypatch.setattr(
+        mixed_precision,
+        'student_accuracy',
+        lambda teacher, precision, seed, rounds: asked.append((precision, seed)) or 0.5,
+    )
+    words = ['--what', 'precision', '--model', 'resnet8', '--student', 'resnet8']
+    assert bench([*words, '--batch', '2', '--sizes', '3', '4', '--out', str(tmp_path)]) == 0
+    found = json.loads((tmp_path / 'precision-resnet8-resnet8-2.json').read_text())
+    assert asked == [(p, s) for p in ('float32', 'bfloat16') for s in (3, 4)]
+    for row in found['gradients'].values():
+        # another number of bits, the same direction
+        assert 1e-4 < row['gradient_error'] < 0.5 and 0.9 < row['gradient_cosine'] < 1
+    assert found['accuracies'] == {'float32': [0.5, 0.5], 'bfloat16': [0.5, 0.5]}
+    assert 'cosine' in capsys.readouterr().out
+
+
+def test_a_student_of_digits_learns_without_data():
+    teacher = mixed_precision.digits_teacher(60)
+    assert mixed_precision.student_accuracy(teacher, 'float32', 0, 6) > 0.12
+
+
+def test_one_command_times_every_method_in_every_mode(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location('bench_gpu', TOOLS / 'bench_gpu.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert {'scratch', 'fast-5', 'adaptive', 'ssd-kd-10'} <= set(tool.methods())
+    path = tmp_path / 'methods.json'
+    small = ['--device', 'cpu', '--rounds', '1', '--calls', '1', '--warm-up', '1']
+    small += ['--batch', '4', '--width', '2', '--teacher', 'resnet8']
+    small += ['--student', 'resnet8']
+    chosen = ['--methods', 'vanilla', 'fast-2', '--modes', 'eager', 'captured']
+    assert tool.main([*small, *chosen, '--out', str(path)]) == 0
+    rows = json.loads(path.read_text())['rows']
+    timed = [(r['method'], r['part']) for r in rows if r.get('ms', 0) > 0]
+    expected = [('vanilla', 'student'), ('fast-2', 'synthesis'), ('fast-2', 'student')]
+    assert timed == expected
+    assert sum('need a GPU' in row.get('error', '') for row in rows) == 2
+    assert '(1.00x)' in capsys.readouterr().out
+    # no row is begun after its time; no GPU is a line
+    options = tool.read_options([*small, *chosen, '--minutes', '0', '--out', str(path)])
+    assert all(row['error'] == 'the time was up' for row in tool.run(options)['rows'])
+    if not torch.cuda.is_available():
+        assert tool.main([]) == 2 and 'no GPU' in capsys.readouterr().err

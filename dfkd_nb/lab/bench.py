@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .mixed_precision import benchmark_precision
 from dfkd_nb.lab.speed import (
     INVERSION_VARIANTS,
     benchmark,
@@ -63,6 +64,7 @@ BENCHMARKS = {
     ),
     'images': Benchmark(benchmark_images, sizes=(64, 128, 256, 512), keywords=('steps',)),
     'pool': Benchmark(benchmark_pool, sizes=(1000, 10_000, 100_000), keywords=('student',)),
+    'precision': Benchmark(benchmark_precision, sizes=(1, 2, 3), keywords=('student',)),
 }
 
 # %% ../../nbs/lab/bench.ipynb #4adb1a20
@@ -78,7 +80,8 @@ def add_arguments(
         help=(
             'a step of DeepInversion (default), a round of synthesis with a generator, a'
             ' step of a student, or all three in turn; images: the cost of more images;'
-            ' pool: that of a larger pool'
+            ' pool: that of a larger pool; precision: what bfloat16 does to gradients and'
+            ' to students'
         ),
     )
     add(
@@ -123,7 +126,7 @@ def add_arguments(
         metavar='N',
         help=(
             'numbers of images (default: 64 128 256 512), or sizes of the pool (default:'
-            ' 1000 10000 100000)'
+            ' 1000 10000 100000), or seeds of precision (default: 1 2 3)'
         ),
     )
     _add_timing(parser)
@@ -231,9 +234,10 @@ def _check(arguments: argparse.Namespace) -> None:
             f'the memory of {arguments.what} is not measured: leave out --memory, or use'
             ' --what inversion'
         )
-    if arguments.sizes and arguments.what not in ('images', 'pool'):
+    sized = [name for name, chosen in BENCHMARKS.items() if chosen.sizes]
+    if arguments.sizes and arguments.what not in sized:
         raise DFKDError(
-            f'--sizes belongs to --what images and --what pool: leave it out of'
+            f'--sizes belongs to --what {", ".join(sized)}: leave it out of'
             f' {arguments.what}'
         )
 

@@ -9,7 +9,7 @@ __all__ = ['WEIGHTS', 'SYNTHESIS_VARIANTS', 'DISTILLATION_VARIANTS', 'Upsampling
 
 # %% ../../nbs/lab/speed_methods.ipynb #64c61c42
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -173,6 +173,7 @@ class PackageRound:
             agreement=True,
             student=copy.deepcopy(student),
             precision='bfloat16' if 'bfloat16' in variant else 'float32',
+            compile='compiled' in variant,
             device=self.device,
             seed=seed,
         )
@@ -198,12 +199,10 @@ class PackageRound:
         own = self.synthesizer
         before = copy.deepcopy(own.state_dict())
         own.begin_batch()
-        images = own.generate(own.latents)
-        total, values, _ = own.compute_loss(images, own.targets)
+        look = own.look(own.latents, own.targets)
         leaves = [*own.weights.values(), own.latents]
         own.load_state_dict(before)
-        losses = torch.stack([v.detach() for v in (total, *values.values())])
-        return total, losses, leaves
+        return look.total, look.losses, leaves
 
     # losses `(L,)`; the gradient of weights and latents as one vector
     def gradient(self) -> tuple[Tensor, Tensor]:
@@ -229,7 +228,9 @@ SYNTHESIS_VARIANTS = (
     'transposed',
     'package',
     'channels-last',
+    'compiled',
     'bfloat16',
+    'compiled-bfloat16',
 )
 
 
@@ -286,6 +287,8 @@ def benchmark_synthesis(
         steps * count_flops(lambda: build('transposed').first_loss()[0]),
         rounds,
         clock,
+        # a KL divergence is a small difference of large sums
+        tolerance=5e-5,
         what='synthesis',
         model=model,
         batch=batch,
@@ -339,6 +342,11 @@ class RivalStudentStep:
         return total.detach()[None], as_vector(torch.autograd.grad(total, weights))
 
 
+def _plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    "SGD as `Distiller` has it by default, but weight after weight."
+    return torch.optim.SGD(parameters, 0.1, 0.9, weight_decay=5e-4, nesterov=True)
+
+
 class PackageStudentStep:
     "A step of the package's `Distiller`."
 
@@ -362,6 +370,8 @@ class PackageStudentStep:
             precision='bfloat16' if 'bfloat16' in variant else 'float32',
             device=self.device,
             fold_teacher=variant != 'channels-last',
+            compile='compiled' in variant,
+            optimizer=_plain_sgd if variant in ('channels-last', 'folded') else None,
         )
 
     def __call__(self) -> Tensor:  # the loss before the step, scalar
@@ -386,7 +396,9 @@ DISTILLATION_VARIANTS = (
     'channels-last',
     'folded',
     'package',
+    'compiled',
     'bfloat16',
+    'compiled-bfloat16',
 )
 
 
@@ -447,10 +459,10 @@ def benchmark_distillation(
     def build(variant: str) -> RivalStudentStep | PackageStudentStep:
         return make_student_step(variant, teacher, network, pool, batch, workers)
 
-    folded: Any = build('folded')
+    package: Any = build('package')
     return compare_variants(
         [build(variant) for variant in variants],
-        count_flops(lambda: folded.distiller.loss(pool[:batch], None)[0]),
+        count_flops(lambda: package.distiller.loss(pool[:batch], None)[0]),
         rounds,
         clock,
         # a KL divergence is a small difference of large sums

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +54,8 @@ def check_agreement(
     variants: Sequence[Variant],  # the first is the reference; all at the same point
     # largest relative error of a loss; bfloat16 is reported, never refused
     tolerance: float = 1e-5,
-    # by variant: the largest relative error of a loss, and of the gradient's norm
+    # by variant: the largest relative error of a loss, that of the gradient, and the
+    # cosine between the gradient and the reference's
 ) -> dict[str, dict[str, float]]:
     """Errors of every variant's losses and gradient, relative to the first variant's.
 
@@ -70,9 +72,11 @@ def check_agreement(
             difference = (losses - reference).abs()
             loss_error = float((difference / reference.abs().clamp_min(1e-12)).max())
         gradient_error = (gradient - reference_gradient).norm() / reference_gradient.norm()
+        pair = gradient.flatten(), reference_gradient.flatten()
         errors[variant.name] = {
             'loss_error': loss_error,
             'gradient_error': float(gradient_error),
+            'gradient_cosine': float(F.cosine_similarity(*pair, dim=0)),
         }
         if 'bfloat16' not in variant.name and not loss_error <= tolerance:
             raise DFKDError(
@@ -258,6 +262,8 @@ def describe(
     machine = found['machine']
     if 'rows' in found:
         return _describe_sizes(found)
+    if 'accuracies' in found:
+        return _describe_precision(found)
     head = _HEADS.get(found.get('what', ''), '').format_map(found)
     threads = f'{machine["threads"]} thread{"" if machine["threads"] == 1 else "s"}'
     lines = [
@@ -321,3 +327,22 @@ def _describe_sizes(found: dict[str, Any]) -> str:
             f' {unit}',
         ]
     )
+
+
+def _describe_precision(found: dict[str, Any]) -> str:
+    "What bfloat16 does to gradients and to students."
+    lines = [
+        f'bfloat16 against float32 on {found["machine"]["device"]}, teacher'
+        f' {found["model"]}, student {found["student"]}, batch {found["batch"]}',
+        f'{"gradient of":<24}{"loss error":>12}{"relative error":>16}{"cosine":>9}',
+    ]
+    for name, row in found['gradients'].items():
+        lines.append(
+            f'{name:<24}{row["loss_error"]:12.0e}{row["gradient_error"]:16.1%}'
+            f'{row["gradient_cosine"]:9.4f}'
+        )
+    lines.append(f'accuracy of students of digits, seeds {found["seeds"]}:')
+    for precision, values in found['accuracies'].items():
+        each = ', '.join(f'{value:.1%}' for value in values)
+        lines.append(f'{precision:<10}{statistics.mean(values):7.1%} ({each})')
+    return '\n'.join(lines)
