@@ -228,7 +228,7 @@ def test_order_does_not_win_over_names(tmp_path: Path) -> None:
     one_line(lambda: load_network(Two('b', 'a'), tmp_path / 'net.pt'), 'are missing')
     kinds = [k.replace('weight', 'scale') for k in trained().state_dict()]
     torch.save(dict(zip(kinds, trained().state_dict().values())), tmp_path / 'kinds.pt')
-    one_line(lambda: load_network(Renamed(), tmp_path / 'kinds.pt'), 'none of its names')
+    one_line(lambda: load_network(Renamed(), tmp_path / 'kinds.pt'), 'none of its names is there')
 
 
 def test_two_sets_that_agree_in_order_are_for_the_user_to_choose(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     'a tensor': (saved(torch.ones(3)), ('no weights',)),
     'a list': (saved([torch.ones(3)]), ('no weights',)),
-    'another network': (saved({'a.weight': torch.ones(3)}), ('none of its names',)),
+    'another network': (saved({'a.weight': torch.ones(3)}), ('none of its names is there',)),
     'NaN': (changed(fc__bias=torch.full((4,), torch.nan)), ('NaN', "'fc.bias'")),
     'infinity': (changed(bn__running_var=torch.full((6,), torch.inf)), ('infinite',)),
     'quantised': (
@@ -608,7 +608,7 @@ BAD_SPECS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     'no domain': (lambda: load_network('own_code:net').teacher(), ('Domain.from_values',)),
     'a prefix that is not there': (
         lambda: load_network('own_code:net', 'net.pt', prefix='ema.'),
-        ('none of its names',),
+        ('none of its names is there',),
     ),
     'no weights to fill': (lambda: load_network(nn.ReLU(), 'net.pt'), ('has no weights',)),
 }
@@ -1150,7 +1150,7 @@ def test_invert_and_inspect_a_network_of_ones_own(
     own += '--range 0..255 --size 8x10 --class-names names.txt'.split()
     assert main([*INVERT, *own, '--classes', 'dog']) == 0
     said = capsys.readouterr()
-    assert "weights named 'state_dict.module....'" in said.out and not said.err
+    assert "names in the file begin with 'state_dict.module.'" in said.out and not said.err
     manifest = json.loads((here / 'dreams' / 'manifest.json').read_text())
     assert [line['class'] for line in manifest['images']] == [1, 1]
     pictures = sorted((here / 'dreams').rglob('*.png'))
