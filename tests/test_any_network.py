@@ -228,7 +228,7 @@ def test_order_does_not_win_over_names(tmp_path: Path) -> None:
     one_line(lambda: load_network(Two('b', 'a'), tmp_path / 'net.pt'), 'are missing')
     kinds = [k.replace('weight', 'scale') for k in trained().state_dict()]
     torch.save(dict(zip(kinds, trained().state_dict().values())), tmp_path / 'kinds.pt')
-    one_line(lambda: load_network(Renamed(), tmp_path / 'kinds.pt'), 'none of its names is there')
+    one_line(lambda: load_network(Renamed(), tmp_path / 'kinds.pt'), 'none of its names')
 
 
 def test_two_sets_that_agree_in_order_are_for_the_user_to_choose(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     'a tensor': (saved(torch.ones(3)), ('no weights',)),
     'a list': (saved([torch.ones(3)]), ('no weights',)),
-    'another network': (saved({'a.weight': torch.ones(3)}), ('none of its names is there',)),
+    'another network': (saved({'a.weight': torch.ones(3)}), ('none of its names',)),
     'NaN': (changed(fc__bias=torch.full((4,), torch.nan)), ('NaN', "'fc.bias'")),
     'infinity': (changed(bn__running_var=torch.full((6,), torch.inf)), ('infinite',)),
     'quantised': (
@@ -608,7 +608,7 @@ BAD_SPECS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     'no domain': (lambda: load_network('own_code:net').teacher(), ('Domain.from_values',)),
     'a prefix that is not there': (
         lambda: load_network('own_code:net', 'net.pt', prefix='ema.'),
-        ('none of its names is there',),
+        ('none of its names',),
     ),
     'no weights to fill': (lambda: load_network(nn.ReLU(), 'net.pt'), ('has no weights',)),
 }
