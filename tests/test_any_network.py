@@ -1150,7 +1150,7 @@ def test_invert_and_inspect_a_network_of_ones_own(
     own += '--range 0..255 --size 8x10 --class-names names.txt'.split()
     assert main([*INVERT, *own, '--classes', 'dog']) == 0
     said = capsys.readouterr()
-    assert "weights named 'state_dict.module....'" in said.out and not said.err
+    assert "names in the file begin with 'state_dict.module.'" in said.out and not said.err
     manifest = json.loads((here / 'dreams' / 'manifest.json').read_text())
     assert [line['class'] for line in manifest['images']] == [1, 1]
     pictures = sorted((here / 'dreams').rglob('*.png'))

@@ -377,7 +377,7 @@ def open_network(
     """
     if name.startswith('torchvision:') and '@' not in name:
         name = f'{name}@pretrained'
-    if name.startswith(('torchvision:', 'timm:', 'hf:')):
+    if ':' in name and not name.startswith('run:'):
         return load_network(name).teacher()
     return open_teacher(name, root, scale)
 

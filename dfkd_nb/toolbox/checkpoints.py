@@ -236,7 +236,7 @@ def fit_checkpoint(
         >>> weights = {f'module.{name}': value for name, value in state.items()}
         >>> file = Checkpoint('net.pt', weights, dict.fromkeys(weights, ''))
         >>> fit_checkpoint(build_model('resnet8'), file)
-        ["weights named 'module....' in the file"]
+        ["names in the file begin with 'module.'"]
     """
     model = unwrap(model)
     own = dict(model.state_dict())
@@ -314,9 +314,9 @@ def _one_prefix(
                 ' command line --checkpoint-prefix'
             )
     if averaged and others:
-        notes.append(f"the averaged weights '{first}...' of the file, not '{others[0]}...'")
+        notes.append(f"the averaged weights of the file, '{first}', not '{others[0]}'")
     elif first:
-        notes.append(f"weights named '{first}...' in the file")
+        notes.append(f"names in the file begin with '{first}'")
     return first
 
 
@@ -362,9 +362,9 @@ def _names_differ(
     start = f'{checkpoint.path} does not fit this network: '
     if len(lacks) == len(needed):
         return DFKDError(
-            f"{start}it has none of its names (the network's first is '{needed[0]}', the"
-            f" file's '{next(iter(tensors))}') and other shapes in order: name the network"
-            ' it was saved from'
+            f"{start}none of its names is there (the network's first is '{needed[0]}', the"
+            f" file's '{next(iter(tensors))}'), and shapes differ in order: name the"
+            ' network it was saved from'
         )
     return DFKDError(
         f"{start}{len(lacks)} of {len(needed)} tensors are missing, first '{lacks[0]}':"

@@ -52,7 +52,7 @@ class LoadedNetwork:
             raise DFKDError(
                 f"the images of '{self.name}' are not described: give a domain, e.g."
                 ' Domain.from_values((3, 32, 32), 10, mean, std), on the command line'
-                ' --mean, --std, --size and --num-classes'
+                ' --model with --mean, --std, --size and --num-classes'
             )
         teacher = Teacher(self.model, domain, self.name)
         teacher.about = {'model': self.name, 'domain': domain.name}
@@ -60,7 +60,7 @@ class LoadedNetwork:
 
 
 def load_network(
-    spec: str | nn.Module,  # see the table, or a network of yours
+    spec: str | nn.Module,  # see the table, or a network of yours, filled in place
     checkpoint: str | Path | None = None,  # its weights
     *,
     num_classes: int | None = None,  # None: the domain's, the checkpoint's or the usual
