@@ -837,6 +837,22 @@ def test_a_folder_of_transformers(here: Path) -> None:
 
 
 @pytest.mark.filterwarnings('ignore')
+def test_a_folder_of_transformers_runs_no_code(here: Path) -> None:
+    transformers = library('transformers')
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
+    folder = here / 'net'
+    config.save_pretrained(folder)
+    torch.save({'more': Bomb()}, folder / 'pytorch_model.bin')
+    one_line(lambda: load_network('hf:net'), 'could not be built')
+    (folder / 'own.py').write_text("import os\nos.mkdir('marker')\n")
+    values = {'model_type': 'own', 'auto_map': {'AutoConfig': 'own.Config'}}
+    values['auto_map']['AutoModelForImageClassification'] = 'own.Net'
+    (folder / 'config.json').write_text(json.dumps(values))
+    one_line(lambda: load_network('hf:net'), 'could not be built')
+    assert not (here / 'marker').exists()
+
+
+@pytest.mark.filterwarnings('ignore')
 def test_an_onnx_file(here: Path) -> None:
     library('onnx2torch')
     net = trained(1)
