@@ -199,7 +199,10 @@ class Distiller:
         # on a GPU also without its launches, one by one
         mode = 'reduce-overhead' if self.device.type == 'cuda' else None
         if self.compile:
-            self._compiled: Any = torch.compile(self.forward, dynamic=False, mode=mode)
+            self._forward, self._answers = (
+                torch.compile(part, dynamic=False, mode=mode)
+                for part in (self.forward, self.answers)
+            )
         self.generator = torch.Generator().manual_seed(seed)
         self.streams = RandomStreams(seed)
         self._counters = BatchCounters(self.student)
@@ -349,49 +352,63 @@ class Distiller:
             logits, targets.to(logits.dtype), label_smoothing=self.label_smoothing
         )
 
-    def forward(
+    def answers(
         self,
         x: Tensor,  # the student's inputs
-        targets: Tensor | None,  # of `label_loss`
         teacher: nn.Module | None,  # see `teacher_network`
         teacher_x: Tensor | None,  # the teacher's inputs
+    ) -> tuple[Tensor, Tensor | None]:
+        "The logits of the student, and of the teacher where there is one."
+        logits = logits_of(self.student(x))
+        if teacher is None:
+            return logits, None
+        with torch.no_grad():
+            return logits, logits_of(teacher(teacher_x))
+
+    def losses(
+        self,
+        logits: Tensor,  # the student's
+        teacher_logits: Tensor | None,
+        targets: Tensor | None,  # of `label_loss`
         weights: Tensor | None,  # `(N,)`, how much each image counts
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-        "The loss, its parts, and both networks' logits: one graph where it is compiled."
-        terms: list[Tensor] = []
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss and its parts."
         parts: dict[str, Tensor] = {}
-        logits, teacher_logits = logits_of(self.student(x)), None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_logits = logits_of(teacher(teacher_x))
+        if teacher_logits is not None:
             parts['distillation'] = distillation_loss(
                 logits, teacher_logits, self.temperature, weights
             )
-            terms.append(parts['distillation'])
+        terms = list(parts.values())
         if targets is not None:
-            parts['labels'] = self.label_loss(logits, targets)
-            weight = self.weight_of_labels
+            parts['labels'], weight = self.label_loss(logits, targets), self.weight_of_labels
             terms.append(parts['labels'] if weight == 1 else weight * parts['labels'])
-        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        return total, parts, logits, teacher_logits
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1], parts
+
+    def forward(
+        self, x: Tensor, teacher: Any, teacher_x: Any, targets: Any, weights: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        "`losses` of `answers`: one graph where it is compiled."
+        return self.losses(*self.answers(x, teacher, teacher_x), targets, weights)
 
     def loss(
         self, images: Tensor, labels: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         "The batch's loss and its parts, scalars with gradient."
         x, targets = self.prepare(images, labels)
-        inputs: list[Any] = [x, targets, None, None, self.sampler.loss_weights]
+        asked: tuple[Any, ...] = x, None, None
         with autocast(self.device, self.precision):
             if self.teacher is not None:
-                inputs[2:4] = self.teacher_network(), self.teacher_inputs(x)
+                asked = x, self.teacher_network(), self.teacher_inputs(x)
+            if self.compile and not self.sampler.wants_update:
+                return self._forward(*asked, targets, self.sampler.loss_weights)
             if self.compile:
-                total, parts, logits, teacher_logits = self._compiled(*inputs)
+                logits, teacher_logits = self._answers(*asked)
             else:
                 with self._counters_of_student().added_at_once():
-                    total, parts, logits, teacher_logits = self.forward(*inputs)
-        if teacher_logits is not None:
-            self.sampler.update(logits.detach(), teacher_logits)
-        return total, parts
+                    logits, teacher_logits = self.answers(*asked)
+            if teacher_logits is not None:
+                self.sampler.update(logits.detach(), teacher_logits)
+            return self.losses(logits, teacher_logits, targets, self.sampler.loss_weights)
 
     def _counters_of_student(self) -> BatchCounters:
         if self._counters.network is not self.student:
