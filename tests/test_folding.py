@@ -335,3 +335,25 @@ def test_nothing_is_folded_where_nothing_can_be() -> None:
     assert fast.copy is not None
     left = [m for m in fast.copy.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(left) == 7
+
+
+class Row(nn.Module):
+    "Cannot be folded, and flattens with `view`, which wants the usual order in memory."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).relu().view(len(x), -1))
+
+
+def test_a_teacher_gets_its_images_in_an_order_that_it_takes() -> None:
+    "Whatever order the student likes best."
+    torch.manual_seed(0)
+    learner = Distiller(Teacher(Row(), TOY), network(1), images(), device='cpu', **SHORT)
+    assert learner.memory_format == torch.channels_last
+    assert learner.run(until=2).done == 2
+    x = X.contiguous(memory_format=torch.channels_last)
+    assert learner.teacher is not None
+    assert learner.teacher_logits(x).equal(learner.teacher(X))

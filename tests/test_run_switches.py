@@ -282,8 +282,8 @@ def test_student_teacher_and_loss_are_one_graph() -> None:
     )
     learner.student.train()
     x, targets = learner.prepare(images().images[:8], torch.arange(8) % 3)
-    inputs = x, targets, learner.teacher_network(), learner.teacher_inputs(x), None
-    found = torch._dynamo.explain(learner.forward)(*inputs)
+    inputs = x, learner.teacher_network(), learner.teacher_inputs(x), targets, None
+    found = torch._dynamo.explain(learner.batch_forward)(*inputs)
     torch._dynamo.reset()
     assert found.graph_break_count == 0 and found.graph_count == 1, found.break_reasons
 

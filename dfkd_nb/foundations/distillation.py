@@ -31,11 +31,10 @@ from dfkd_nb.foundations.optimization import (
     build_optimizer,
     learning_rate_at,
 )
-from ..toolbox.augmentation import Augment, mixup
+from .student_loss import StudentLoss
+from ..toolbox.augmentation import Augment
 from dfkd_nb.toolbox.core import (
-    PRECISIONS,
     RandomStreams,
-    autocast,
     pick_device,
     progress,
     resolve_precision,
@@ -43,16 +42,8 @@ from dfkd_nb.toolbox.core import (
 )
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
-from ..toolbox.folding import FoldedTeacher
-from dfkd_nb.toolbox.networks import (
-    BatchCounters,
-    full_precision,
-    in_eval_mode,
-    logits_of,
-    network_inputs,
-    weights_dtype,
-)
-from ..toolbox.processes import BatchShare, average_gradients, copy_from_first
+from ..toolbox.networks import fastest_layout, full_precision, weights_dtype
+from ..toolbox.processes import average_gradients, copy_from_first
 from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher, check_network
 
@@ -112,7 +103,7 @@ def distillation_loss(
 
 # %% ../../nbs/foundations/01_distillation.ipynb #093d2006
 #| code-fold: true
-class Distiller:
+class Distiller(StudentLoss):
     """Trains a student on images with a teacher's predictions, labels, or both.
 
     A state that is saved and loaded goes on to the same bits.
@@ -194,16 +185,10 @@ class Distiller:
         check_domains(self, teacher)
         self._place(teacher, student)
         self.fold_teacher = fold_teacher
-        # the teacher's forward passes; `.reason` tells why it is not folded
-        self.folded: FoldedTeacher | None = None
-        self.compile = resolve_compile(compile, type(self).loss is Distiller.loss, self)
-        # on a GPU also without its launches, one by one
-        mode = 'reduce-overhead' if self.device.type == 'cuda' else None
-        if self.compile:
-            self._compiled: Any = torch.compile(self.forward, dynamic=False, mode=mode)
+        can = type(self).loss is Distiller.loss
+        self._compile_steps(resolve_compile(compile, can, self))
         self.generator = torch.Generator().manual_seed(seed)
         self.streams = RandomStreams(seed)
-        self._counters = BatchCounters(self.student)
         # gradients of float16 are scaled back before the optimiser sees them
         self.optimizer = build_optimizer(
             self.student.parameters(),
@@ -239,7 +224,7 @@ class Distiller:
                 f' {self.precision!r}: mixed precision begins from float32,'
                 " student.float(), or set 'float32'"
             )
-        self.memory_format = self._fastest_layout()
+        self.memory_format = fastest_layout(self.student, self.domain)
 
     def _settings(
         self, momentum: float, weight_decay: float
@@ -264,152 +249,11 @@ class Distiller:
             'optimizer': type(self.optimizer).__name__,
         }
 
-    def _fastest_layout(self) -> torch.memory_format:
-        """Channels last where the student takes it.
-
-        Convolutions are faster, and its weights stay as they are.
-        """
-        black = torch.zeros(2, *self.domain.shape, dtype=torch.uint8)
-        x = network_inputs(self.student, black, self.domain)
-        try:
-            with torch.no_grad(), in_eval_mode(self.student):
-                self.student(x.contiguous(memory_format=torch.channels_last))
-        except Exception:  # of x.view(len(x), -1), which needs the usual order
-            return torch.contiguous_format
-        return torch.channels_last
-
-    @property
-    def weight_of_labels(self) -> float:
-        "Of the second term: all of the loss where there is no teacher."
-        return self.label_weight if self.teacher is not None else 1.0
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """Images, uint8 or intensities in [0, 1], as the student takes them.
-
-        On its scale, in its precision and layout.
-        """
-        if images.is_floating_point():
-            images = images.to(self.dtype)
-        return (
-            self.domain.normalize(images)
-            .to(self.dtype)
-            .contiguous(memory_format=self.memory_format)
-        )
-
-    def prepare(
-        self, images: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Normalised inputs, and the targets of `label_loss`.
-
-        The images are uint8 or in [0, 1], and on the device.
-        """
-        if self.augment is not None:
-            images = self.augment(images, self.generator)
-        x = self.normalized(images)
-        targets = (
-            None
-            if labels is None or not self.weight_of_labels
-            else F.one_hot(labels, self.domain.num_classes).to(x.dtype)
-        )
-        if self.mixup_alpha:  # the teacher predicts the mixed image
-            x, mixed = mixup(
-                x,
-                x.new_zeros(len(x), 1) if targets is None else targets,
-                self.mixup_alpha,
-                self.generator,
-            )
-            targets = None if targets is None else mixed
-        return x, targets
-
-    def teacher_network(self) -> nn.Module:
-        "What answers for the teacher at this moment: itself, or its folded copy."
-        assert self.teacher is not None
-        if not self.fold_teacher:
-            return self.teacher
-        if self.folded is None or self.folded.teacher is not self.teacher:
-            self.folded = FoldedTeacher(self.teacher, PRECISIONS[self.precision])
-        return self.folded.network()
-
-    def teacher_inputs(self, x: Tensor) -> Tensor:
-        "Images in the student's normalisation, as the teacher takes them."
-        assert self.teacher is not None
-        x = self.domain.renormalize(x, self.teacher.domain)
-        return x.to(weights_dtype(self.teacher))
-
-    @torch.no_grad()
-    def teacher_logits(self, x: Tensor) -> Tensor:
-        """The teacher's logits `(N, K)` for images in the student's normalisation.
-
-        The teacher gets them in its own.
-        """
-        return logits_of(self.teacher_network()(self.teacher_inputs(x)))
-
-    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        "Cross-entropy of the student's logits with the targets of `prepare`."
-        logits = full_precision(logits)
-        return F.cross_entropy(
-            logits, targets.to(logits.dtype), label_smoothing=self.label_smoothing
-        )
-
-    def forward(
-        self,
-        x: Tensor,  # the student's inputs
-        targets: Tensor | None,  # of `label_loss`
-        teacher: nn.Module | None,  # see `teacher_network`
-        teacher_x: Tensor | None,  # the teacher's inputs
-        weights: Tensor | None,  # `(N,)`, how much each image counts
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-        "The loss, its parts, and both networks' logits: one graph where it is compiled."
-        terms: list[Tensor] = []
-        parts: dict[str, Tensor] = {}
-        logits, teacher_logits = logits_of(self.student(x)), None
-        if teacher is not None:
-            with torch.no_grad():
-                teacher_logits = logits_of(teacher(teacher_x))
-            parts['distillation'] = distillation_loss(
-                logits, teacher_logits, self.temperature, weights
-            )
-            terms.append(parts['distillation'])
-        if targets is not None:
-            parts['labels'] = self.label_loss(logits, targets)
-            weight = self.weight_of_labels
-            terms.append(parts['labels'] if weight == 1 else weight * parts['labels'])
-        total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-        return total, parts, logits, teacher_logits
-
-    def loss(
-        self, images: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The batch's loss and its parts, scalars with gradient; see `BatchShare`."
-        x, targets = self.prepare(images, labels)
-        share = BatchShare(len(x))
-        x, targets = share.take(x), share.take(targets)
-        weights = share.take(self.sampler.loss_weights)
-        inputs: list[Any] = [x, targets, None, None, weights]
-        with autocast(self.device, self.precision), share.batchnorm(self.student):
-            if self.teacher is not None:
-                inputs[2:4] = self.teacher_network(), self.teacher_inputs(x)
-            if share.processes > 1:  # layers that many share count for themselves
-                total, parts, logits, teacher_logits = self.forward(*inputs)
-            elif self.compile:
-                total, parts, logits, teacher_logits = self._compiled(*inputs)
-            else:
-                with self._counters_of_student().added_at_once():
-                    total, parts, logits, teacher_logits = self.forward(*inputs)
-        if teacher_logits is not None:
-            self.sampler.update(
-                share.gather(logits.detach()), share.gather(teacher_logits)
-            )
-        return share.weigh(total), {k: share.weigh(v) for k, v in parts.items()}
-
-    def _counters_of_student(self) -> BatchCounters:
-        if self._counters.network is not self.student:
-            self._counters = BatchCounters(self.student)
-        return self._counters
-
-    def _moved(self, batch: Tensor) -> Tensor:
-        "A batch on the device; the processor does not wait for a GPU."
-        return batch.to(self.device, non_blocking=self.device.type != 'mps')
+    def teacher_loss(
+        self, logits: Tensor, teacher_logits: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        "`distillation_loss` at this temperature."
+        return distillation_loss(logits, teacher_logits, self.temperature, weights)
 
     def step(self) -> dict[str, Tensor]:
         """One step of the optimiser; returns the loss and its parts, detached, on the
@@ -427,7 +271,7 @@ class Distiller:
                 torch.compiler.cudagraph_mark_step_begin()
             try:
                 total, parts = self.loss(
-                    self._moved(images), None if labels is None else self._moved(labels)
+                    self.moved(images), None if labels is None else self.moved(labels)
                 )
             # a compiled step says it in its own words
             except (ValueError, RuntimeError) as error:
