@@ -480,6 +480,84 @@ def test_on_other_devices_losses_are_read_once_a_batch_and_still_checked(
             ask()
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What `torch.compile` was asked to compile: whole graphs, or it is an error.
+
+    With a backend that needs no C++ compiler.
+    """
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return torch._dynamo.lookup_backend('aot_eager')(graph, inputs)
+
+    plain = torch.compile
+    monkeypatch.setattr(
+        torch, 'compile', lambda f, mode: plain(f, backend=backend, fullgraph=True)
+    )
+    torch._dynamo.reset()
+    return found
+
+
+def compilable(kind, teacher, compile):
+    torch.manual_seed(0)
+    settings = {
+        'generator': Generator((1, 8, 8), 8, 4),
+        'student': network(1),
+        'batch_size': 4,
+        'steps': 3,
+        'augment': Augment(1, False),
+        'class_weight': 1.0,
+        'feature_weight': 1.0,
+        'adversarial_weight': 0.5,
+        'latent_learning_rate': 0.01,
+        'device': 'cpu',
+        'compile': compile,
+    }
+    if kind is MetaSynthesizer:
+        settings |= {'momentum': 0.1}
+    if kind is ContrastiveSynthesizer:
+        settings |= {'bank_size': 8, 'negatives': 6, 'head_size': 8}
+    return kind(teacher, **settings)
+
+
+@pytest.mark.parametrize(
+    'kind', [GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer]
+)
+def test_a_compiled_look_is_one_graph_and_the_same(kind, teacher, graphs, tmp_path):
+    """No break, no graph for each batch, the same images; and a run goes on from anywhere
+    to the same bits.
+    """
+    compiled, eager = (compilable(kind, teacher, flag) for flag in (True, False))
+    images = compiled.synthesize(20).images
+    # the second where there are running statistics, or where the bank is empty at first
+    assert len(graphs) <= 3, 'compiled again and again'
+    difference = images.int() - eager.synthesize(20).images.int()
+    assert difference.abs().max() <= 1
+    for row, wanted in zip(compiled.history, eager.history, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    part = compilable(kind, teacher, True)
+    part.synthesize(8)
+    part.step()
+    save_checkpoint(tmp_path / 'state.pt', part.state_dict())
+    resumed = compilable(kind, teacher, True)
+    resumed.load_state_dict(load_checkpoint(tmp_path / 'state.pt'))
+    while resumed.steps_left:
+        resumed.step()
+    assert torch.equal(resumed.pop().images, images[8:12])
+
+
+def test_a_compiled_look_computes_no_gradient_of_the_students_weights(teacher, graphs):
+    synthesizer = compilable(GeneratorSynthesizer, teacher, True)
+    synthesizer.step()
+    assert all(p.grad is None for p in synthesizer.student.parameters())
+    look = synthesizer.look(synthesizer.latents, None)
+    leaves = [p for p in synthesizer.student.parameters() if p.requires_grad]
+    found = torch.autograd.grad(look.total, leaves, allow_unused=True)
+    assert leaves and all(gradient is None for gradient in found)
+
+
 # --- what is handed in ---
 
 KINDS = {

@@ -366,6 +366,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
                 self.summary.drop_unused()
             self.features = self.summary.vectors().shape[1]
         self.bank = MemoryBank(bank_size, self.features, self.device)
+        self.head: Any = None
         self._new_head()
         # the images that are looked at, and their random numbers
         self._views: tuple[Tensor, dict[str, Any]] | None = None
@@ -384,10 +385,14 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         sizes = self.features, self.head_size
         with seeded(seed):
             first, second = nn.Linear(*sizes), nn.Linear(self.head_size, self.head_size)
-        self.head = nn.Sequential(first, nn.ReLU(), second).to(self.device)
-        self.extra_optimizers = [
-            torch.optim.Adam(self.head.parameters(), self.learning_rate, betas=(0.5, 0.999))
-        ]
+        fresh = nn.Sequential(first, nn.ReLU(), second)
+        if self.head is None:
+            self.head = fresh.to(self.device)
+        else:  # in place: a compiled look stays valid
+            with torch.no_grad():
+                for old, new in zip(self.head.parameters(), fresh.parameters()):
+                    old.copy_(to_device(new, self.device))
+        self.extra_optimizers = [self._adam(self.head.parameters(), self.learning_rate)]
 
     def _begin_weights(self) -> None:
         super()._begin_weights()

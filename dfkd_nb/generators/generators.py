@@ -9,12 +9,13 @@ __all__ = ['METHODS', 'DISTANCES', 'upsampling_kernel', 'convolve_upsampled', 'G
 # %% ../../nbs/generators/08_generators.ipynb #330ea970
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..dreams.competition import jensen_shannon
 from ..dreams.priors import LossInputs, Term
@@ -161,12 +162,15 @@ def check_generator(network: nn.Module, domain: Domain, device: torch.device) ->
         )
 
 
-def student_logits_of(student: nn.Module, x: Tensor) -> Tensor:
-    """A student's logits for images on its own scale, which it gets in the precision of its
-    weights.
-    """
+def student_logits_of(
+    student: nn.Module,
+    x: Tensor,  # images on its own scale
+    weights: Mapping[str, Tensor] | None = None,  # instead of some of its own, by name
+) -> Tensor:
+    "A student's logits for images, which it gets in the precision of its weights."
     like = next((p for p in student.parameters() if p.is_floating_point()), x)
-    return logits_of(student(x.to(like.dtype)))
+    x = x.to(like.dtype)
+    return logits_of(functional_call(student, dict(weights), x) if weights else student(x))
 
 # %% ../../nbs/generators/08_generators.ipynb #df237aa0
 # weights that the field's public code uses for CIFAR

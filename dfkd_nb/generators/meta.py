@@ -250,12 +250,7 @@ class MetaSynthesizer(GeneratorSynthesizer):
             groups.append(
                 {'params': [self.meta_latents], 'lr': self.meta_latent_learning_rate}
             )
-        return torch.optim.Adam(
-            groups,
-            self.meta_learning_rate,
-            betas=(0.5, 0.999),
-            fused=self.device.type in ('cpu', 'cuda'),
-        )
+        return self._adam(groups, self.meta_learning_rate)
 
     def _feature_term(self, statistics: Statistics, scale: str) -> Term:
         "Each batch is judged with those before it, where `momentum` says so."
@@ -337,15 +332,23 @@ class MetaSynthesizer(GeneratorSynthesizer):
         if self.init != 'meta':
             return
         if self.meta_update == 'fomaml-sum':
-            for name, leaf in self._adapted.items():
-                if leaf.grad is not None:
-                    self.summed_gradients[name] = (
-                        self.summed_gradients[name] + leaf.grad
-                        if name in self.summed_gradients
-                        else leaf.grad
-                    )
+            self._sum_gradients()
         if not self.steps_left:
             self._meta_step()
+
+    @torch.no_grad()
+    def _sum_gradients(self) -> None:
+        "Add this step's gradients to those of the batch's earlier steps, all at once."
+        found = {k: v.grad for k, v in self._adapted.items() if v.grad is not None}
+        known = [name for name in found if name in self.summed_gradients]
+        if known:
+            sums = [self.summed_gradients[name] for name in known]
+            torch._foreach_add_(sums, [found.pop(name) for name in known])
+        # a replayed graph writes its gradients to the same memory again
+        self.summed_gradients |= {
+            name: gradient.clone() if self.replays else gradient
+            for name, gradient in found.items()
+        }
 
     def _meta_step(self) -> None:
         "One step of the meta-weights, and of the meta-learned latents."

@@ -8,7 +8,7 @@ __all__ = ['same_normalisation', 'Look', 'GeneratorObjective']
 # %% ../../nbs/generators/objective.ipynb #f1159f2d
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -269,6 +269,7 @@ class GeneratorObjective:
 
     def _prepare_look(self, compile: bool) -> None:
         "The function behind `look`: on CUDA a compiled one is recorded and replayed."
+        self.compiled = compile
         self.replays = compile and self.device.type == 'cuda'
         mode = 'reduce-overhead' if self.replays else None
         self._call = torch.compile(self._look, mode=mode) if compile else self._look
@@ -307,7 +308,10 @@ class GeneratorObjective:
         """
         self.weights = {k: v.detach().clone().requires_grad_() for k, v in weights.items()}
         self.buffers = {k: v.detach().clone() for k, v in buffers.items()}
-        self.optimizer = self._adam(self.weights)
+        # None where there is nothing to learn
+        self.optimizer = (
+            self._adam(self.weights.values(), self.learning_rate) if self.weights else None
+        )
 
     @property
     def generator(self) -> nn.Module:  # in eval mode; later steps do not reach it
@@ -318,17 +322,13 @@ class GeneratorObjective:
                 tensor.copy_(now[name])
         return found
 
-    def _adam(self, weights: Mapping[str, Tensor]) -> torch.optim.Adam | None:
-        "Adam as the field's code has it; None where there is nothing to learn."
-        return (
-            torch.optim.Adam(
-                weights.values(),
-                self.learning_rate,
-                betas=(0.5, 0.999),
-                fused=self.device.type in ('cpu', 'cuda'),
-            )
-            if weights
-            else None
+    def _adam(self, leaves: Iterable[Any], learning_rate: float) -> torch.optim.Adam:
+        "Adam as the field's code has it, in one operation."
+        return torch.optim.Adam(
+            leaves,
+            learning_rate,
+            betas=(0.5, 0.999),
+            fused=self.device.type in ('cpu', 'cuda'),
         )
 
     def generate(
@@ -458,8 +458,11 @@ class GeneratorObjective:
         if self.student is None:
             return None
         theirs = self.domain.renormalize(x, self.student_domain or self.domain)
+        weights: dict[str, Tensor] = {}
+        if self.compiled:  # a compiled graph would compute their gradients too
+            weights = {k: p.detach() for k, p in self.student.named_parameters()}
         with autocast(self.device, self.extractor.precision):
-            return student_logits_of(self.student, theirs)
+            return student_logits_of(self.student, theirs, weights)
 
     def _objective_now(self) -> Objective:
         "The terms that count: without a student's logits nobody competes."

@@ -149,9 +149,7 @@ class GeneratorSynthesizer(GeneratorObjective):
             self.latent_optimizer = self._latent_adam()
 
     def _latent_adam(self) -> torch.optim.Adam:
-        return torch.optim.Adam(
-            [self.latents], self.latent_learning_rate, betas=(0.5, 0.999)
-        )
+        return self._adam([self.latents], self.latent_learning_rate)
 
     @torch.no_grad()
     def _fresh_weights(self) -> None:
