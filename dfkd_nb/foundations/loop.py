@@ -229,10 +229,8 @@ class GrowingPool(Pool):
         saves_images: bool = True,
     ) -> None:
         self._epochs = EpochSampler(self)
-        self.domain = domain
-        self.newest_first = newest_first
-        self.device = torch.device(device)
-        self.saves_images = saves_images
+        self.domain, self.newest_first = domain, newest_first
+        self.device, self.saves_images = torch.device(device), saves_images
         self.store = ImageStore(domain.shape, self.device)
         # with room to grow
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
@@ -282,9 +280,7 @@ class GrowingPool(Pool):
     def sample(
         self, batch_size: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """A random batch: after `add` what is new comes first, then the rest, then all in a
-        new order, again and again.
-        """
+        "A random batch: after `add` what is new first, then the rest, then all, reshuffled."
         epochs, count = self._epochs, len(self)
         if self.newest_first and not len(epochs.order) and 0 < self._old < count:
             new = torch.randperm(count - self._old, generator=generator) + self._old
