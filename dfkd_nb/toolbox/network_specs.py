@@ -133,6 +133,7 @@ class _Request:
         known = 1 if spec == 'digits-net' else 3
         known = known if domain is None else domain.channels
         self.channels = known if channels is None else channels
+        self.guessed = channels is None and domain is None
         self.domain = domain
         self.classes = num_classes if domain is None else domain.num_classes
         self.notes: list[str] = []
@@ -149,6 +150,12 @@ class _Request:
             model, domain, has_weights = self._built(self.classes)
         if self.checkpoint:
             file = read_checkpoint(self.checkpoint)
+            if self.guessed and self.spec == 'digits-net':
+                # the one network here that is used for both kinds of images
+                first = next((v for v in file.tensors.values() if v.ndim == 4), None)
+                if first is not None and first.shape[1] != self.channels:
+                    self.channels = first.shape[1]
+                    model, domain, _ = self._built(self.classes)
             try:
                 self.notes += fit_checkpoint(model, file, prefix)
             except HeadMismatch as error:

@@ -22,6 +22,7 @@ from dfkd_nb.applications.quantization import (
     quantize,
     signal_to_noise,
 )
+from ...foundations.distillation import Distiller
 from ..application_settings import QuantizationSettings
 from ..recipes import task
 from ..runs import Run
@@ -106,10 +107,12 @@ def quantization_source(
         )
         if state is not None:
             distiller.load_state_dict(state)
-        distiller.run(
-            log_every=max(1, min(20, settings.steps // 2)),
-            callback=lambda d: run.tick(phase, d.state_dict) if d.done < d.steps else None,
-        )
+
+        def tick(learner: Distiller) -> None:
+            if learner.done < learner.steps:
+                run.tick(phase, learner.state_dict)
+
+        distiller.run(log_every=max(1, min(20, settings.steps // 2)), callback=tick)
         finetuned, loss = evaluate(network, test), distiller.history[-1]['loss']
         seconds = round(spent(), 2)
         run.journal.add(
