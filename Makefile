@@ -6,7 +6,7 @@ NB        ?=
 KILLS     ?= 100
 
 .DEFAULT_GOAL := help
-.PHONY: help tour lab todo-gpu setup setup-cpu test lint mutants kills check-export check-clean notebooks export readme run results site look clean
+.PHONY: help tour lab todo-gpu setup setup-cpu test lint mutants kills check-export check-clean notebooks export readme run evidence results site look clean
 
 help:             ## this list
 	@echo "dfkd_nb: data-free knowledge distillation, a book that is a package. Start with: make tour"
@@ -68,6 +68,9 @@ readme: dev       ## nbs/index.ipynb -> README.md
 
 run: dev          ## execute notebooks and store their outputs: make run NB=nbs/dreams/03_priors.ipynb (default: all)
 	$(BIN)/python tools/run_nbs.py $(NB)
+
+evidence: book    ## the missing runs at the hour scale, one core, most valuable first: make evidence MINUTES=170 stops in time
+	@$(BIN)/dfkd evidence $(if $(MINUTES),--max-minutes $(MINUTES)) || test $$? -eq 3
 
 results: dev      ## the chapters that show results, again, after a run has left a new one
 	$(BIN)/python tools/run_nbs.py nbs/lab/21_comparison.ipynb nbs/lab/22_methods.ipynb

@@ -52,6 +52,7 @@ setuptools.setup(
         'applications': applications,
         'book': book,
         'imagenet': imagenet,
+        'networks': requirements('networks_requirements'),
         'dev': book + imagenet + requirements('dev_requirements'),
     },
     entry_points={

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from dfkd_nb.toolbox.figures import show_images as show_images
     from dfkd_nb.toolbox.models import build_model as build_model
     from dfkd_nb.toolbox.models import count_parameters as count_parameters
+    from dfkd_nb.toolbox.network_specs import load_network as load_network
     from dfkd_nb.toolbox.networks import load_weights as load_weights
     from dfkd_nb.toolbox.networks import save_weights as save_weights
     from dfkd_nb.toolbox.sources import as_source as as_source
@@ -93,6 +94,7 @@ _MODULES = {
     'toolbox.evaluation': ('evaluate', 'predict_logits',),
     'toolbox.figures': ('show_images',),
     'toolbox.models': ('build_model', 'count_parameters',),
+    'toolbox.network_specs': ('load_network',),
     'toolbox.networks': ('load_weights', 'save_weights',),
     'toolbox.sources': ('as_source',),
     'toolbox.teachers': ('Teacher', 'copy_blocks_from_teacher', 'load_teacher',),

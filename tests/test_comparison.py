@@ -228,7 +228,8 @@ def test_ten_pairs_have_every_method():
         (p, m)
         for p in pairs
         for m in ('teacher', *METHOD_TITLES)
-        if published(p, m) is None
+        # of the hour scale only: in no table of CIFAR students
+        if m not in ('noise', 'deepdream', 'metadata') and published(p, m) is None
     }
     # of DeepInversion's own table
     both = {'cifar10-resnet34-resnet18', 'cifar10-vgg11-resnet18'}

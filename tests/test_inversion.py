@@ -637,7 +637,7 @@ def test_bench_command(tmp_path, capsys):
 
     assert main(['bench', '--batch', '2', '--rounds', '1', '--out', str(tmp_path)]) == 0
     found = json.loads((tmp_path / 'resnet20-2.json').read_text())
-    assert list(found['variants']) == ['plain', 'frozen', 'one-pass', 'folded']
+    assert list(found['variants']) == ['plain', 'frozen', 'one-pass', 'folded', 'package']
     assert all(row['loss_error'] <= 1e-5 for row in found['variants'].values())
     assert 'floor' in capsys.readouterr().out
     assert main(['bench', '--batch', '0']) == 2

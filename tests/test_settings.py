@@ -21,6 +21,7 @@ from dfkd_nb.generators.methods import build_method
 from dfkd_nb.lab.settings import (
     GenerativeSettings,
     GeneratorSettings,
+    RunSettings,
     SynthesisSettings,
     TrainingSettings,
     TransferSettings,
@@ -31,6 +32,8 @@ from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.teachers import Teacher
 
 CPU = torch.device('cpu')
+# how a run computes, whatever it does: see `tests/test_run_switches.py`
+OF_THE_RUN = 'deterministic', 'tf32'
 
 
 @register_term('small')
@@ -86,7 +89,7 @@ def own(kind: type, *without: str) -> set[str]:
 
 def test_a_student_learns_as_the_recipe_says() -> None:
     # of the run, not of the student
-    names = own(TrainingSettings, 'evaluations', 'test_data', 'test_limit')
+    names = own(TrainingSettings, 'evaluations', 'test_data', 'test_limit', *OF_THE_RUN)
     assert (
         ignored(
             TrainingSettings,
@@ -126,7 +129,7 @@ def test_dreams_are_made_as_the_recipe_says(
         'single_size_steps',
     }
     # real images; a size too small here
-    elsewhere |= {'statistics_images', 'statistics_data', 'quarter_size_steps'}
+    elsewhere |= {'statistics_images', 'statistics_data', 'quarter_size_steps', *OF_THE_RUN}
     elsewhere |= {
         name
         for name in own(SynthesisSettings)
@@ -253,7 +256,8 @@ def test_every_setting_of_synthesis_is_one_keyword() -> None:
     """
     training = keywords(Distiller, Augment) & own(TrainingSettings)
     assert {'batch_size', 'learning_rate', 'momentum', 'schedule', 'flip'} <= training
-    for name in own(SynthesisSettings) | own(GeneratorSettings):
+    synthesis = own(SynthesisSettings) | own(GeneratorSettings)
+    for name in synthesis - own(RunSettings):  # which both share
         plain = name.removeprefix('synthesis_')
         if name == plain:
             assert name not in training, f"'{name}' is a keyword of training: prefix it"

@@ -5,13 +5,18 @@ Losses, gradients, and what a whole round or step leaves.
 
 import argparse
 import copy
+import importlib.util
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from dfkd_nb.dreams.layers import batchnorm_layers
 from dfkd_nb.generators.generators import (
@@ -19,22 +24,24 @@ from dfkd_nb.generators.generators import (
     convolve_upsampled,
     upsampling_kernel,
 )
-from dfkd_nb.lab import timing
-from dfkd_nb.lab.bench import add_arguments, run
-from dfkd_nb.lab.speed import fresh_teacher
+from dfkd_nb.lab import mixed_precision, speed, timing
+from dfkd_nb.lab.bench import BENCHMARKS, add_arguments, run
+from dfkd_nb.lab.speed import INVERSION_VARIANTS, fresh_teacher, make_step
 from dfkd_nb.lab.speed_methods import (
     DISTILLATION_VARIANTS,
     SYNTHESIS_VARIANTS,
-    DistillationStep,
     UpsamplingGenerator,
-    fold_batchnorm,
     make_round,
+    make_student_step,
 )
 from dfkd_nb.lab.timing import check_agreement, describe, interleaved_times, stopwatch
 from dfkd_nb.toolbox.domains import DOMAINS
 from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.folding import fold_batchnorm
 from dfkd_nb.toolbox.models import build_model
 from dfkd_nb.toolbox.teachers import Teacher
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 
 @pytest.fixture(scope='module')
@@ -43,27 +50,44 @@ def teacher():
 
 
 @pytest.fixture(scope='module')
-def rounds(teacher):
-    torch.manual_seed(0)
-    generator = UpsamplingGenerator((3, 32, 32), 32, 4)
-    student = build_model('resnet8')
-    latents = torch.randn(6, 32)
+def updates(teacher):
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     return [
-        make_round(variant, teacher, student, generator, latents, 2)
+        make_step(variant, teacher, pixels, torch.arange(6))
+        for variant in INVERSION_VARIANTS
+        if 'compiled' not in variant
+    ]
+
+
+def make_rounds(teacher):
+    torch.manual_seed(0)
+    generator, student = Generator((3, 32, 32), 32, 4), build_model('resnet8')
+    return [
+        make_round(variant, teacher, student, generator, 6, 2)
         for variant in SYNTHESIS_VARIANTS
+        if 'compiled' not in variant
+    ]
+
+
+@pytest.fixture(scope='module')
+def rounds(teacher):
+    return make_rounds(teacher)
+
+
+def make_training_steps(teacher):
+    torch.manual_seed(0)
+    pool = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
+    student = build_model('resnet8')
+    return [
+        make_student_step(variant, teacher, student, pool, 6)
+        for variant in DISTILLATION_VARIANTS
+        if 'compiled' not in variant
     ]
 
 
 @pytest.fixture(scope='module')
 def training_steps(teacher):
-    torch.manual_seed(0)
-    pictures = torch.randint(256, (6, 3, 32, 32)).to(torch.uint8)
-    student = build_model('resnet8')
-    return [
-        DistillationStep(variant, teacher, student, pictures)
-        for variant in DISTILLATION_VARIANTS
-        if variant != 'compiled'
-    ]
+    return make_training_steps(teacher)
 
 
 @settings(max_examples=20, deadline=None)
@@ -128,25 +152,58 @@ def test_names_of_the_generators_weights_are_those_of_older_files():
     assert len(names) == 21
 
 
+def exact(variants):
+    return [variant for variant in variants if 'bfloat16' not in variant.name]
+
+
+def test_updates_begin_equal(updates):
+    errors = check_agreement(updates)
+    for variant in exact(updates):
+        assert errors[variant.name]['loss_error'] <= 1e-5
+        assert errors[variant.name]['gradient_error'] < 1e-4, variant.name
+
+
+def test_some_updates_later_the_rival_and_the_package_have_the_same_pixels(teacher):
+    "Without shifts, which each draws for itself."
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain, package = (
+        make_step(name, teacher, pixels, torch.arange(6)) for name in ('plain', 'package')
+    )
+    plain.rival.jitter, plain.rival.flip = 0, False
+    package.batch.jitter, package.batch.flip = 0, False
+    for update in (plain, package):
+        for _ in range(3):
+            update()
+    assert (plain.rival.pixels - pixels).abs().mean() > 0.1
+    # Adam's first steps are signs: where a gradient is nearly 0 they may differ
+    apart = (plain.rival.pixels - package.batch.x).abs()
+    assert apart.mean() < 1e-3
+
+
 def test_rounds_begin_equal(rounds):
     errors = check_agreement(rounds)
-    assert all(
-        e['loss_error'] <= 1e-5 for variant, e in errors.items() if variant != 'bfloat16'
-    )
-    assert all(
-        e['gradient_error'] < 0.01 for variant, e in errors.items() if variant != 'bfloat16'
-    )
+    for variant in exact(rounds):
+        assert errors[variant.name]['loss_error'] <= 1e-5
+        assert errors[variant.name]['gradient_error'] < 0.01, variant.name
 
 
-def test_rounds_end_equal_and_repeat(rounds):
-    wanted = rounds[0]().float()
-    for variant in rounds[:5]:
-        images = variant()
-        assert (
-            images.dtype == torch.uint8 and (images.float() - wanted).abs().mean() < 0.5
-        ), variant.name
-        # a second round starts where the first did
-        assert torch.equal(images, variant()), variant.name
+def test_looking_at_a_round_does_not_use_up_its_latents(rounds):
+    before = [variant.gradient() for variant in rounds[:3]]
+    for variant, (losses, gradient) in zip(rounds, before):
+        again = variant.gradient()
+        assert torch.equal(again[0], losses) and torch.equal(again[1], gradient)
+
+
+def test_rounds_end_equal_one_after_the_other(teacher):
+    "Latents, classes, and what the meta-step leaves for the second round."
+    rounds = exact(make_rounds(teacher))
+    # in the second, Adam has made whole steps of what rounding left
+    for bound in (0.1, 2.0):
+        wanted = rounds[0]().float()
+        for variant in rounds[1:]:
+            images = variant()
+            assert images.dtype == torch.uint8
+            assert (images.float() - wanted).abs().mean() < bound, variant.name
 
 
 def test_a_round_that_forgets_a_term_is_caught(rounds):
@@ -163,15 +220,48 @@ def test_training_steps_are_equal(training_steps):
     torch.testing.assert_close(training_steps[0].gradient()[0], before)
 
 
-def test_a_step_leaves_the_same_student(training_steps):
-    for training_step in training_steps:
-        training_step()
-    wanted = torch.cat(
-        [p.flatten() for p in training_steps[0].distiller.student.parameters()]
+def test_a_step_leaves_the_same_student(teacher):
+    "On the same images as they are, each by its own optimiser."
+    students = []
+    for variant in exact(make_training_steps(teacher)):
+        if variant.name.startswith('plain'):
+            variant.rival.update(variant.still)
+            students.append(variant.rival.student)
+        else:
+            variant.distiller.augment = None
+            variant.distiller.sampler.sample = lambda *_, still=variant.still: (still, None)
+            variant()
+            students.append(variant.distiller.student)
+    first, *others = (
+        torch.cat([p.flatten() for p in student.parameters()]) for student in students
     )
-    for training_step in training_steps[1:5]:
-        got = torch.cat([p.flatten() for p in training_step.distiller.student.parameters()])
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    assert len(others) >= 4
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-5)
+
+
+def test_the_rival_reads_its_images_from_files(training_steps):
+    on_disk = sorted(Path(training_steps[0].folder.name).iterdir())
+    assert len(on_disk) == 6
+    with Image.open(on_disk[2]) as image:
+        found = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert torch.equal(found, training_steps[-1].still[2])
+    assert training_steps[0]() > 0
+
+
+def test_workers_that_no_clock_sees_are_refused():
+    with pytest.raises(DFKDError, match='does not count 2 processes'):
+        bench(['--what', 'distillation', '--workers', '2', '--clock', 'processor'])
+
+
+def test_memory_is_that_of_a_process_of_its_own(monkeypatch):
+    assert 5e7 < speed.peak_memory('resnet8', 2, variant='plain') < 5e9
+    asked = []
+    monkeypatch.setattr(speed, 'peak_memory', lambda *of: asked.append(of) or 10**9)
+    found = speed.measure_memory('resnet8', 3)
+    assert list(found) == ['peak', 'plain', 'idle', 'activations']
+    assert ('resnet8', 3, 'cpu', 'plain') in asked and ('resnet8', 3, 'cpu') in asked
+    assert found['idle'] < 10**9 and found['activations'] > 10**6
 
 
 @pytest.mark.parametrize(('name', 'left'), [('resnet20', 0), ('wrn16-1', 7), ('vgg11', 0)])
@@ -304,8 +394,8 @@ def test_bench_keeps_what_it_measured(what, tmp_path, capsys):
     assert (
         path.name
         == {
-            'synthesis': 'synthesis-resnet8-width4-4.json',
-            'distillation': 'distillation-resnet8-4.json',
+            'synthesis': 'synthesis-resnet8-resnet8-width4-4.json',
+            'distillation': 'distillation-resnet8-resnet8-4.json',
         }[what]
     )
     assert (
@@ -316,16 +406,108 @@ def test_bench_keeps_what_it_measured(what, tmp_path, capsys):
     assert describe(found).splitlines()[0] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(('what', 'unit'), [('images', 'an image'), ('pool', 'the pool')])
+def test_bench_draws_a_line_through_sizes(what, unit, tmp_path, capsys):
+    words = ['--what', what, '--model', 'resnet8', '--student', 'resnet8', '--steps', '1']
+    words += ['--batch', '4', '--rounds', '1', '--sizes', '4', '8', '--out', str(tmp_path)]
+    assert bench(words) == 0
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert [row['size'] for row in found['rows']] == [4, 8]
+    rise = found['rows'][1]['seconds'] - found['rows'][0]['seconds']
+    assert found['slope'] == pytest.approx(rise / 4)
+    assert unit in capsys.readouterr().out
+
+
+def test_bench_times_all_three(tmp_path, monkeypatch):
+    asked = []
+
+    def stand_in(name):
+        def run(model, batch, variants, rounds, **options):
+            asked.append((name, list(variants), sorted(options)))
+            row = {'seconds': 1.0, 'speed': 1.0, 'loss_error': 0.0, 'gradient_error': 0.0}
+            return {'what': name, 'model': model, 'batch': batch, 'rounds': rounds} | {
+                'variants': {'plain': row},
+                'floor_seconds': 0.1,
+                'operations': 1,
+                'peak': 10.0,
+                'machine': timing.describe_machine(torch.device('cpu')),
+                'student': '',
+                'width': 1,
+                'steps': 1,
+            }
+
+        return run
+
+    for name, chosen in BENCHMARKS.items():
+        monkeypatch.setitem(BENCHMARKS, name, replace(chosen, run=stand_in(name)))
+    assert bench(['--what', 'all', '--channels-last', '--out', str(tmp_path)]) == 0
+    assert [name for name, *_ in asked] == ['inversion', 'synthesis', 'distillation']
+    assert all({'plain', 'package'} <= set(variants) for _, variants, _ in asked)
+    assert 'workers' in asked[2][2] and 'width' in asked[1][2]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_bench_refuses_what_it_cannot_do():
     with pytest.raises(DFKDError, match='memory of synthesis'):
         bench(['--what', 'synthesis', '--memory'])
     with pytest.raises(DFKDError, match="no variant 'compiled'"):
-        bench(['--what', 'synthesis', '--compile'])
+        bench(['--what', 'pool', '--compile'])
+    with pytest.raises(DFKDError, match='--sizes belongs to'):
+        bench(['--sizes', '3'])
     with pytest.raises(DFKDError, match='unknown variant'):
         make_round(
             'guess',
             fresh_teacher('resnet8'),
             build_model('resnet8'),
-            UpsamplingGenerator((3, 32, 32), 8, 2),
-            torch.randn(2, 8),
+            Generator((3, 32, 32), 8, 2),
+            2,
         )
+
+
+def test_bfloat16_is_judged_by_gradients_and_by_students(monkeypatch, tmp_path, capsys):
+    asked = []
+    monkeypatch.setattr(mixed_precision, 'digits_teacher', lambda: fresh_teacher('resnet8'))
+    monkeypatch.setattr(
+        mixed_precision,
+        'student_accuracy',
+        lambda teacher, precision, seed, rounds: asked.append((precision, seed)) or 0.5,
+    )
+    words = ['--what', 'precision', '--model', 'resnet8', '--student', 'resnet8']
+    assert bench([*words, '--batch', '2', '--sizes', '3', '4', '--out', str(tmp_path)]) == 0
+    found = json.loads((tmp_path / 'precision-resnet8-resnet8-2.json').read_text())
+    assert asked == [(p, s) for p in ('float32', 'bfloat16') for s in (3, 4)]
+    for row in found['gradients'].values():
+        # another number of bits, the same direction
+        assert 1e-4 < row['gradient_error'] < 0.5 and 0.9 < row['gradient_cosine'] < 1
+    assert found['accuracies'] == {'float32': [0.5, 0.5], 'bfloat16': [0.5, 0.5]}
+    assert 'cosine' in capsys.readouterr().out
+
+
+def test_a_student_of_digits_learns_without_data():
+    teacher = mixed_precision.digits_teacher(60)
+    assert mixed_precision.student_accuracy(teacher, 'float32', 0, 6) > 0.12
+
+
+def test_one_command_times_every_method_in_every_mode(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location('bench_gpu', TOOLS / 'bench_gpu.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert {'scratch', 'fast-5', 'adaptive', 'ssd-kd-10'} <= set(tool.methods())
+    path = tmp_path / 'methods.json'
+    small = ['--device', 'cpu', '--rounds', '1', '--calls', '1', '--warm-up', '1']
+    small += ['--batch', '4', '--width', '2', '--teacher', 'resnet8']
+    small += ['--student', 'resnet8']
+    chosen = ['--methods', 'vanilla', 'fast-2', '--modes', 'eager', 'captured']
+    assert tool.main([*small, *chosen, '--out', str(path)]) == 0
+    rows = json.loads(path.read_text())['rows']
+    timed = [(r['method'], r['part']) for r in rows if r.get('ms', 0) > 0]
+    expected = [('vanilla', 'student'), ('fast-2', 'synthesis'), ('fast-2', 'student')]
+    assert timed == expected
+    assert sum('need a GPU' in row.get('error', '') for row in rows) == 2
+    assert '(1.00x)' in capsys.readouterr().out
+    # no row is begun after its time; no GPU is a line
+    options = tool.read_options([*small, *chosen, '--minutes', '0', '--out', str(path)])
+    assert all(row['error'] == 'the time was up' for row in tool.run(options)['rows'])
+    if not torch.cuda.is_available():
+        assert tool.main([]) == 2 and 'no GPU' in capsys.readouterr().err

@@ -23,6 +23,7 @@ from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.evaluation import evaluate, predict_logits
 from ..toolbox.networks import full_precision
+from ..toolbox.processes import all_gather_objects
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/06_competition.ipynb #a686eb51
@@ -123,6 +124,7 @@ class AdaptiveDeepInversion(DeepInversion):
         self.images_per_round = images_per_round
         self.competition_weight = competition_weight
         self.underway = False  # whether a round's images are being made
+        self._asked = 0  # steps of the round, of the process with most batches
         self._competing = False  # whether they compete
         self._try_to_compete()
 
@@ -174,10 +176,23 @@ class AdaptiveDeepInversion(DeepInversion):
         classes = torch.arange(first, first + self.images_per_round)
         self.start(self.images_per_round, classes % self.domain.num_classes)
         self.underway, self._competing = True, competing
+        self._asked = 0
+
+    def step(self) -> None:
+        """See `DeepInversion`.
+
+        With several processes, one that has made its share lets the steps of the others
+        pass.
+        """
+        self._asked += 1
+        if not (self.underway and self.finished):
+            super().step()
 
     @property
-    def batch_done(self) -> bool:  # all images of the round, in however many batches
-        return self.underway and self.finished
+    def batch_done(self) -> bool:
+        "Whether all images of the round, in however many batches, are made."
+        longest = -(-len(self.plan.sizes) // self.plan.processes) * self.steps
+        return self.underway and self.finished and self._asked >= longest
 
     def pop(self) -> SyntheticBatch:
         "The round's images; under torchrun those of all processes."
@@ -202,12 +217,19 @@ class AdaptiveDeepInversion(DeepInversion):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        "All that it takes to go on to the same bits, also in the middle of a round."
+        """All that it takes to go on to the same bits, also in the middle of a round.
+
+        With several processes the shares of all of them: all have to call it.
+        """
+        images = super().state_dict() if self.underway else None
+        if images is not None and self.plan.processes > 1:
+            images = {'shares': all_gather_objects(images)}
         return {
+            'asked': self._asked,
             'rounds of': self._round_settings(),
             'round': self.round if self.underway else None,
             'competing': self._competing,
-            'images': super().state_dict() if self.underway else None,
+            'images': images,
             'scaler': self.scaler.state_dict(),
         }
 
@@ -233,7 +255,11 @@ class AdaptiveDeepInversion(DeepInversion):
         if state['round'] is not None:
             # the student stands still while images are made: the copy is the same again
             self.begin_round(state['round'], state['competing'])
-            super().load_state_dict(state['images'])
+            shares = state['images'].get('shares', [state['images']])
+            # of another number of processes: the round begins again, to the same images
+            if len(shares) == self.plan.processes:
+                super().load_state_dict(shares[self.plan.rank])
+                self._asked = state.get('asked', self.steps_done)
         self.scaler.load_state_dict(state['scaler'])
 
 # %% ../../nbs/dreams/06_competition.ipynb #8503fc43

@@ -16,24 +16,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd_nb.foundations.distiller_checks import (
+    check_domains,
+    check_learning,
+    check_numbers,
+    check_state,
+    resolve_compile,
+)
 from dfkd_nb.foundations.optimization import (
     Callback,
     OptimizerLike,
+    RunningMeans,
     as_callback,
     build_optimizer,
     learning_rate_at,
 )
-from ..toolbox.augmentation import Augment, mixup
-from ..toolbox.core import RandomStreams, autocast, pick_device, progress, same_device
+from .student_loss import StudentLoss
+from ..toolbox.augmentation import Augment
+from dfkd_nb.toolbox.core import (
+    RandomStreams,
+    pick_device,
+    progress,
+    resolve_precision,
+    same_device,
+)
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
-from dfkd_nb.toolbox.networks import (
-    full_precision,
-    in_eval_mode,
-    logits_of,
-    network_inputs,
-    weights_dtype,
-)
+from ..toolbox.networks import fastest_layout, full_precision, weights_dtype
+from ..toolbox.processes import average_gradients, copy_from_first
 from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher, check_network
 
@@ -89,11 +99,11 @@ def distillation_loss(
         total = F.kl_div(student, teacher, reduction='none', log_target=True).flatten(
             1
         ).sum(1) @ weights.to(student)
-    return total / (student.numel() // student.shape[1]) * temperature**2
+    return total * (temperature**2 / (student.numel() // student.shape[1]))
 
 # %% ../../nbs/foundations/01_distillation.ipynb #093d2006
 #| code-fold: true
-class Distiller:
+class Distiller(StudentLoss):
     """Trains a student on images with a teacher's predictions, labels, or both.
 
     A state that is saved and loaded goes on to the same bits.
@@ -132,7 +142,8 @@ class Distiller:
         label_smoothing: float = 0.0,  # of that cross-entropy
         mixup_alpha: float = 0.0,  # 0: none
         augment: Augment | None = None,  # None: images as they are
-        precision: str = 'float32',  # see `autocast`
+        # see `autocast`; 'auto' is resolved here, once
+        precision: str = 'float32',
         device: str | torch.device = 'auto',  # where the student is trained
         # of batches, augmentation, and what the student itself draws (dropout)
         seed: int = 0,
@@ -142,6 +153,11 @@ class Distiller:
         optimizer: OptimizerLike | None = None,  # see `build_optimizer`; None: 'sgd'
         # called after each step or row of the history; a function: after each row
         callbacks: Iterable[Callback | Callable[['Distiller'], bool | None]] = (),
+        # ask a private copy of the teacher without BatchNorm, see `FoldedTeacher`
+        fold_teacher: bool = True,
+        # student, teacher and loss as one compiled graph; 'auto': where `steps` are
+        # enough, see `compiling_pays`
+        compile: bool | str = False,
     ) -> None:
         self.device = pick_device(device)
         if teacher is not None and not hasattr(teacher, 'domain'):
@@ -160,91 +176,38 @@ class Distiller:
         self.label_weight = label_weight
         self.label_smoothing = label_smoothing
         self.mixup_alpha = mixup_alpha
-        self.augment, self.precision = augment, precision
-        self._check_settings(momentum, weight_decay)
+        self.augment = augment
+        self.precision = resolve_precision(precision, self.device)
+        check_numbers(self, momentum, weight_decay)
         self.sampler = self.source.sampler()
-        self._check_learning(teacher, student)
+        check_learning(self, teacher, student)
         self.domain = known or self.source.domain
-        self._check_domains(teacher)
+        check_domains(self, teacher)
         self._place(teacher, student)
+        self.fold_teacher = fold_teacher
+        can = type(self).loss is Distiller.loss
+        self._compile_steps(resolve_compile(compile, can, self))
         self.generator = torch.Generator().manual_seed(seed)
         self.streams = RandomStreams(seed)
+        # gradients of float16 are scaled back before the optimiser sees them
         self.optimizer = build_optimizer(
-            self.student.parameters(), optimizer, learning_rate, momentum, weight_decay
+            self.student.parameters(),
+            optimizer,
+            learning_rate,
+            momentum,
+            weight_decay,
+            fused=self.precision != 'float16',
         )
         # the schedule multiplies them
         self.peak_rates = [group['lr'] for group in self.optimizer.param_groups]
         # half-precision gradients underflow unless scaled up
-        self.scaler = torch.amp.GradScaler('cuda', enabled=precision == 'float16')
+        self.scaler = torch.amp.GradScaler('cuda', enabled=self.precision == 'float16')
         self.callbacks = [as_callback(callback) for callback in callbacks]
         self._made_with = self._settings(momentum, weight_decay)
         self.done = 0  # steps so far
         self.seconds = 0.0  # that they took
         self.history: list[dict[str, float]] = []
-        self._sums: dict[str, Tensor] = {}  # of the losses since the last row
-        self._summed = 0  # steps in them
-
-    def _check_settings(self, momentum: float, weight_decay: float) -> None:
-        "A `DFKDError` for numbers and words that cannot be meant."
-        if self.steps < 1 or self.batch_size < 1:
-            raise DFKDError(
-                f'{self.steps} steps of {self.batch_size} images: give 1 or more of each'
-            )
-        if not 0 < self.learning_rate < math.inf or not 0 <= self.warmup <= 1:
-            raise DFKDError(
-                f'learning_rate {self.learning_rate}, warmup {self.warmup}: give a positive'
-                ' rate, and a fraction from 0 to 1'
-            )
-        if not 0 < self.temperature < math.inf:
-            raise DFKDError(f'temperature {self.temperature}: give a positive one')
-        weights = self.label_weight, self.mixup_alpha, weight_decay
-        if not all(0 <= weight < math.inf for weight in weights):
-            raise DFKDError(
-                f'label_weight {weights[0]}, mixup_alpha {weights[1]}, weight_decay'
-                f' {weights[2]}: give 0 or more'
-            )
-        if not (0 <= self.label_smoothing <= 1 and 0 <= momentum < 1):
-            raise DFKDError(
-                f'label_smoothing {self.label_smoothing}, momentum {momentum}: give'
-                ' fractions from 0 to 1'
-            )
-        learning_rate_at(0, self.steps, self.schedule, self.warmup)
-        autocast(self.device, self.precision)
-
-    def _check_learning(self, teacher: Teacher | None, student: nn.Module) -> None:
-        "A `DFKDError` where there is nothing to learn, or nothing that could."
-        labels = self.source.labels
-        if teacher is None and labels is None:
-            raise DFKDError('neither a teacher nor labels to learn from: give one of them')
-        if self.label_weight and labels is None:
-            raise DFKDError(
-                f'label_weight is {self.label_weight} but the images have no labels: set it'
-                ' to 0, or give labels'
-            )
-        if not any(p.requires_grad for p in student.parameters()):
-            raise DFKDError(
-                'the student has no weight that may change: switch requires_grad on'
-            )
-        if self.mixup_alpha and self.sampler.wants_update:
-            raise DFKDError(
-                f'mixup_alpha is {self.mixup_alpha}, but a {type(self.sampler).__name__}'
-                ' learns from the predictions of its own images: set it to 0'
-            )
-
-    def _check_domains(self, teacher: Teacher | None) -> None:
-        "A `DFKDError` unless student, teacher and images agree on shape and classes."
-        teacher_domain = self.domain if teacher is None else teacher.domain
-        others = {'source': self.source.domain, 'teacher': teacher_domain}
-        for owner, other in others.items():
-            if self.domain.shape != other.shape:
-                raise DFKDError(
-                    f"the student takes {self.domain.shape}, the {owner}'s images are"
-                    f' {other.shape}: resize one of them'
-                )
-        if self.source.labels is not None and (teacher is None or self.label_weight):
-            self.domain.check_labels(self.source.labels, self.source.domain)
-        if teacher is not None:
-            self.domain.check_classes(teacher.domain)
+        self._means = RunningMeans()  # of the losses since the last row
 
     def _place(self, teacher: Teacher | None, student: nn.Module) -> None:
         "Put both networks on the device, the teacher as a copy where it is elsewhere."
@@ -252,6 +215,7 @@ class Distiller:
         if teacher is not None and not same_device(teacher.device, self.device):
             self.teacher = copy.deepcopy(teacher).to(self.device)
         self.student = student.to(self.device)
+        copy_from_first((*self.student.parameters(), *self.student.buffers()))
         check_network(self.student, self.domain, type(student).__name__)
         self.dtype = weights_dtype(self.student)  # of all its inputs
         if self.precision != 'float32' and self.dtype != torch.float32:
@@ -260,7 +224,7 @@ class Distiller:
                 f' {self.precision!r}: mixed precision begins from float32,'
                 " student.float(), or set 'float32'"
             )
-        self.memory_format = self._fastest_layout()
+        self.memory_format = fastest_layout(self.student, self.domain)
 
     def _settings(
         self, momentum: float, weight_decay: float
@@ -279,106 +243,17 @@ class Distiller:
             'mixup_alpha': self.mixup_alpha,
             'augment': repr(self.augment),
             'precision': self.precision,
+            'compile': self.compile,
             'mean': list(self.domain.mean),
             'std': list(self.domain.std),
             'optimizer': type(self.optimizer).__name__,
         }
 
-    def _fastest_layout(self) -> torch.memory_format:
-        """Channels last where the student takes it.
-
-        Convolutions are faster, and its weights stay as they are.
-        """
-        black = torch.zeros(2, *self.domain.shape, dtype=torch.uint8)
-        x = network_inputs(self.student, black, self.domain)
-        try:
-            with torch.no_grad(), in_eval_mode(self.student):
-                self.student(x.contiguous(memory_format=torch.channels_last))
-        except Exception:  # of x.view(len(x), -1), which needs the usual order
-            return torch.contiguous_format
-        return torch.channels_last
-
-    @property
-    def weight_of_labels(self) -> float:
-        "Of the second term: all of the loss where there is no teacher."
-        return self.label_weight if self.teacher is not None else 1.0
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """Images, uint8 or intensities in [0, 1], as the student takes them.
-
-        On its scale, in its precision and layout.
-        """
-        if images.is_floating_point():
-            images = images.to(self.dtype)
-        return (
-            self.domain.normalize(images)
-            .to(self.dtype)
-            .contiguous(memory_format=self.memory_format)
-        )
-
-    def prepare(
-        self, images: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Normalised inputs, and the targets of `label_loss`.
-
-        The images are uint8 or in [0, 1], and on the device.
-        """
-        if self.augment is not None:
-            images = self.augment(images, self.generator)
-        x = self.normalized(images)
-        targets = (
-            None
-            if labels is None or not self.weight_of_labels
-            else F.one_hot(labels, self.domain.num_classes).to(x.dtype)
-        )
-        if self.mixup_alpha:  # the teacher predicts the mixed image
-            x, mixed = mixup(
-                x,
-                x.new_zeros(len(x), 1) if targets is None else targets,
-                self.mixup_alpha,
-                self.generator,
-            )
-            targets = None if targets is None else mixed
-        return x, targets
-
-    @torch.no_grad()
-    def teacher_logits(self, x: Tensor) -> Tensor:
-        """The teacher's logits `(N, K)` for images in the student's normalisation.
-
-        The teacher gets them in its own.
-        """
-        assert self.teacher is not None
-        return self.teacher(
-            self.domain.renormalize(x, self.teacher.domain).to(weights_dtype(self.teacher))
-        )
-
-    def label_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        "Cross-entropy of the student's logits with the targets of `prepare`."
-        logits = full_precision(logits)
-        return F.cross_entropy(
-            logits, targets.to(logits.dtype), label_smoothing=self.label_smoothing
-        )
-
-    def loss(
-        self, images: Tensor, labels: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        "The batch's loss and its parts, scalars with gradient."
-        x, targets = self.prepare(images, labels)
-        parts: dict[str, Tensor] = {}
-        with autocast(self.device, self.precision):
-            logits = logits_of(self.student(x))
-            total = logits.new_zeros((), dtype=torch.float32)
-            if self.teacher is not None:
-                teacher_logits = self.teacher_logits(x)
-                self.sampler.update(logits.detach(), teacher_logits)
-                parts['distillation'] = distillation_loss(
-                    logits, teacher_logits, self.temperature, self.sampler.loss_weights
-                )
-                total = total + parts['distillation']
-            if targets is not None:
-                parts['labels'] = self.label_loss(logits, targets)
-                total = total + self.weight_of_labels * parts['labels']
-        return total, parts
+    def teacher_loss(
+        self, logits: Tensor, teacher_logits: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        "`distillation_loss` at this temperature."
+        return distillation_loss(logits, teacher_logits, self.temperature, weights)
 
     def step(self) -> dict[str, Tensor]:
         """One step of the optimiser; returns the loss and its parts, detached, on the
@@ -391,24 +266,29 @@ class Distiller:
             for group, peak in zip(self.optimizer.param_groups, self.peak_rates):
                 group['lr'] = peak * factor
             self.student.train()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.compile and self.device.type == 'cuda':
+                torch.compiler.cudagraph_mark_step_begin()
             try:
                 total, parts = self.loss(
-                    images.to(self.device),
-                    None if labels is None else labels.to(self.device),
+                    self.moved(images), None if labels is None else self.moved(labels)
                 )
-            except ValueError as error:
+            # a compiled step says it in its own words
+            except (ValueError, RuntimeError) as error:
                 if 'more than 1 value per channel' not in str(error):
                     raise
                 raise DFKDError(
                     f'a batch of {len(images)} is too small for BatchNorm in the student: '
                     f'raise batch_size ({self.batch_size})'
                 ) from error
-            self.optimizer.zero_grad(set_to_none=True)
             self.scaler.scale(total).backward()
+            losses = average_gradients(self.student.parameters(), {'loss': total} | parts)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.done += 1
-            losses = {'loss': total.detach()} | {k: v.detach() for k, v in parts.items()}
+            if self.compile and self.device.type == 'cuda':
+                # the graph writes into the same memory again
+                losses = {k: v.clone() for k, v in losses.items()}
             for callback in self.callbacks:
                 callback.on_step(self, losses)
         self.seconds += time.perf_counter() - started
@@ -441,10 +321,7 @@ class Distiller:
             while self.done < end and not late():
                 with self.streams:  # entered once for all steps of a row
                     while True:
-                        for key, value in self.step().items():
-                            before = self._sums.get(key)
-                            self._sums[key] = value if before is None else before + value
-                        self._summed += 1
+                        self._means.add(self.step())
                         bar.update()
                         if self.done % log_every == 0 or self.done >= end or late():
                             break
@@ -460,8 +337,7 @@ class Distiller:
 
     def _write_row(self) -> dict[str, float]:  # the new row of the history
         "Means of the losses since the last row."
-        means = {k: float(v) / self._summed for k, v in self._sums.items()}
-        self._sums, self._summed = {}, 0
+        means = self._means.take()
         if not math.isfinite(means['loss']):
             raise DFKDError(
                 f'the loss is {means["loss"]} after {self.done} steps: lower'
@@ -488,8 +364,7 @@ class Distiller:
             'done': self.done,
             'seconds': self.seconds,
             'history': list(self.history),
-            'sums': dict(self._sums),
-            'summed': self._summed,
+            'sums': self._means.state_dict(),
             'streams': self.streams.state_dict(),
         }
 
@@ -498,7 +373,7 @@ class Distiller:
 
         Raises: `DFKDError` for another state; nothing is changed then.
         """
-        self._check_state(state)
+        check_state(self, state)
         self.sampler.load_state_dict(state['sampler'])
         self.student.load_state_dict(state['student'])
         self.optimizer.load_state_dict(state['optimizer'])
@@ -510,38 +385,11 @@ class Distiller:
         self.done = state['done']
         self.seconds = state['seconds']
         self.history = list(state['history'])
-        self._sums = {k: v.to(self.device) for k, v in state['sums'].items()}
-        self._summed = state['summed']
+        sums = state['sums']
+        if 'summed' in state:  # written by an earlier version
+            sums = {'count': state['summed'], 'waiting': {}, 'sums': sums}
+        self._means.load_state_dict(sums, self.device)
         self.streams.load_state_dict(state['streams'])
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        "A `DFKDError` unless the state was saved by a Distiller like this one."
-        if not {'student', 'sampler', 'streams', 'sums'} <= state.keys():
-            raise DFKDError('this state was not saved by a Distiller: give another path')
-        changed = [
-            f'{k} (was {v}, now {self._made_with.get(k)})'
-            for k, v in state.get('settings', {}).items()
-            if self._made_with.get(k) != v
-        ]
-        if changed:
-            raise DFKDError(
-                f'the checkpoint was made with other settings: {", ".join(changed)}; '
-                'set them back or give another path'
-            )
-        saved, own = (
-            {k: v.shape for k, v in weights.items() if isinstance(v, Tensor)}
-            for weights in (state['student'], self.student.state_dict())
-        )
-        if saved != own:
-            raise DFKDError(
-                'this state belongs to another student: build the one it was saved from'
-            )
-        count = len(state.get('callbacks', self.callbacks))
-        if count != len(self.callbacks):
-            raise DFKDError(
-                f'this state was saved with {count} callbacks, there are'
-                f' {len(self.callbacks)}: give the same ones'
-            )
 
 # %% ../../nbs/foundations/01_distillation.ipynb #483939de
 def distill(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .distillation import Distiller
+from .image_store import ImageStore
 from ..toolbox.core import progress
 from dfkd_nb.toolbox.data import (
     EpochSampler,
@@ -29,6 +30,7 @@ from dfkd_nb.toolbox.data import (
 )
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
+from ..toolbox.processes import copy_from_first
 from ..toolbox.sources import DrawnImages
 
 # %% ../../nbs/foundations/02_loop.ipynb #abd40de3
@@ -220,29 +222,34 @@ class GrowingPool(Pool):
         domain: Domain,  # what the images mean
         # images that were added are drawn before older ones, once; then all alike
         newest_first: bool = True,
-        device: str | torch.device = 'cpu',  # where the images are kept
+        # where the images are kept, as long as they fit there; see `ImageStore`
+        device: str | torch.device = 'cpu',
         # whether `state_dict` holds them; False where somebody else keeps them and adds
         # them again
         saves_images: bool = True,
     ) -> None:
         self._epochs = EpochSampler(self)
-        self.domain = domain
-        self.newest_first = newest_first
-        self.device = torch.device(device)
-        self.saves_images = saves_images
+        self.domain, self.newest_first = domain, newest_first
+        self.device, self.saves_images = torch.device(device), saves_images
+        self.store = ImageStore(domain.shape, self.device)
         # with room to grow
-        self._images = torch.empty(0, *domain.shape, dtype=torch.uint8, device=self.device)
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
-        # images in all; those that were there at the last drawing
-        self._count = self._old = 0
+        self._old = 0  # images that were there at the last drawing
+
+    def __len__(self) -> int:
+        return len(self.store)
 
     @property
     def images(self) -> Tensor:  # type: ignore[override]
-        return self._images[: self._count]
+        return self.store.images
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        "The images at `indices`, uint8 `(n, C, H, W)`, on the device."
+        return self.store.fetch(indices)
 
     @property
     def labels(self) -> Tensor:
-        return self._labels[: self._count]  # type: ignore[override]
+        return self._labels[: len(self)]  # type: ignore[override]
 
     @labels.setter
     def labels(self, value: Any) -> None:
@@ -260,35 +267,29 @@ class GrowingPool(Pool):
         checked = validate_labels(labels, len(images), self.domain)
         if checked is None:
             raise DFKDError('images without labels: give the target classes with them')
-        total = self._count + len(images)
-        # twice the room, so that n images are copied about n times in all
-        if total > len(self._images):
-            room = max(total, 2 * self._count) - len(self._images)
-            self._images = torch.cat(
-                [self._images, self._images.new_empty(room, *self.domain.shape)]
-            )
+        before, total = len(self), len(self) + len(images)
+        if total > len(self._labels):
+            room = max(total, 2 * before) - len(self._labels)
             self._labels = torch.cat([self._labels, self._labels.new_zeros(room)])
-        self._images[self._count : total] = images.to(self.device)
-        self._labels[self._count : total] = checked.to(self.device)
+        self._labels[before:total] = checked.to(self.device)
+        self.store.append(images)
         if len(self._epochs.order):
-            self._old = self._count
-        self._count, self._epochs = total, EpochSampler(self)
+            self._old = before
+        self._epochs = EpochSampler(self)
 
     def sample(
         self, batch_size: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        """A random batch: after `add` what is new comes first, then the rest, then all in a
-        new order, again and again.
-        """
-        epochs = self._epochs
-        if self.newest_first and not len(epochs.order) and 0 < self._old < self._count:
-            new = torch.randperm(self._count - self._old, generator=generator) + self._old
+        "A random batch: after `add` what is new first, then the rest, then all anew."
+        epochs, count = self._epochs, len(self)
+        if self.newest_first and not len(epochs.order) and 0 < self._old < count:
+            new = torch.randperm(count - self._old, generator=generator) + self._old
             epochs.order = torch.cat([new, torch.randperm(self._old, generator=generator)])
         return epochs.sample(batch_size, generator)
 
     def state_dict(self) -> dict[str, Any]:
         "The images and where the drawing stands."
-        state = self._epochs.state_dict() | {'count': self._count, 'old': self._old}
+        state = self._epochs.state_dict() | {'count': len(self), 'old': self._old}
         if self.saves_images:  # a view would save all the empty room
             state |= {'images': self.images.clone(), 'labels': self.labels.clone()}
         return state
@@ -303,12 +304,11 @@ class GrowingPool(Pool):
             )
         if 'images' in state:
             self.domain.check(state['images'])
-            self._images = state['images'].to(self.device)
+            self.store.replace(state['images'])
             self._labels = state['labels'].to(self.device)
-            self._count = len(self._images)
-        if self._count != state['count']:
+        if len(self) != state['count']:
             raise DFKDError(
-                f'the pool holds {self._count} images, the saved state is about'
+                f'the pool holds {len(self)} images, the saved state is about'
                 f' {state["count"]}: add those first'
             )
         self._old = state['old']
@@ -365,6 +365,7 @@ class AlternatingTrainer:
         self.measure = measure
         self.round = 0  # rounds whose images are made
         self.seconds = 0.0  # spent on images
+        self.processor_seconds = 0.0  # likewise, on the processor's own clock
         self.history: list[dict[str, float]] = []  # one row a round, where measured
         self._begun = False  # whether a round's images are being made
         self._batches = 0  # of them, so far
@@ -431,9 +432,10 @@ class AlternatingTrainer:
         if not self.synthesis_due:
             self.distiller.step()
             return
-        began = time.perf_counter()
+        began, processor_began = time.perf_counter(), time.process_time()
         self._synthesis_step()
         self.seconds += time.perf_counter() - began
+        self.processor_seconds += time.process_time() - processor_began
 
     def _synthesis_step(self) -> None:
         """One step of images; a finished batch goes to the pool, the last one ends the
@@ -447,6 +449,8 @@ class AlternatingTrainer:
         if not self.synthesizer.batch_done:
             return
         batch = self.synthesizer.pop()
+        # of several processes all go on with the same images, to the last bit
+        copy_from_first(vars(batch).values())
         if self.pool is not None:
             self._fill_pool(batch)
         if self.measure is not None:
@@ -541,6 +545,7 @@ class AlternatingTrainer:
             'batches': self._batches,
             'unmeasured': [dict(vars(batch)) for batch in self._unmeasured],
             'seconds': self.seconds,
+            'processor_seconds': self.processor_seconds,
             'history': [dict(row) for row in self.history],
         }
 
@@ -569,6 +574,7 @@ class AlternatingTrainer:
         self.distiller.load_state_dict(state['distiller'])
         self.synthesizer.load_state_dict(state['synthesizer'])
         self.round, self.seconds = state['round'], state['seconds']
+        self.processor_seconds = state.get('processor_seconds', 0.0)
         self._begun, self._batches = state['begun'], state['batches']
         self._unmeasured = [SyntheticBatch(**batch) for batch in state['unmeasured']]
         self.history = [dict(row) for row in state['history']]

@@ -15,8 +15,20 @@ from typing import Any
 
 import torch
 
-from .speed import benchmark, measure_memory
-from .speed_methods import benchmark_distillation, benchmark_synthesis
+from .mixed_precision import benchmark_precision
+from dfkd_nb.lab.speed import (
+    INVERSION_VARIANTS,
+    benchmark,
+    benchmark_images,
+    measure_memory,
+)
+from dfkd_nb.lab.speed_methods import (
+    DISTILLATION_VARIANTS,
+    SYNTHESIS_VARIANTS,
+    benchmark_distillation,
+    benchmark_pool,
+    benchmark_synthesis,
+)
 from .timing import CLOCKS, describe
 from ..toolbox.core import atomic_path
 from ..toolbox.errors import DFKDError
@@ -27,29 +39,32 @@ class Benchmark:
     "One thing that `dfkd bench` can time."
 
     run: Callable[..., dict[str, Any]]  # see `benchmark`
-    variants: tuple[str, ...]  # always timed, the first as the reference
-    optional: tuple[str, ...]  # timed where an option names them
+    # always timed, the first as the reference; none: cost against a size
+    variants: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()  # timed where an option names them
+    sizes: tuple[int, ...] = ()  # at which a cost is measured
     keywords: tuple[str, ...] = ()  # options that `run` takes beside the common ones
 
 
 BENCHMARKS = {
     'inversion': Benchmark(
-        benchmark,
-        ('plain', 'frozen', 'one-pass', 'folded'),
-        ('channels-last', 'compiled', 'bfloat16'),
+        benchmark, INVERSION_VARIANTS[:5], optional=INVERSION_VARIANTS[5:]
     ),
     'synthesis': Benchmark(
         benchmark_synthesis,
-        ('plain', 'frozen', 'folded', 'transposed', 'channels-last'),
-        ('bfloat16',),
-        ('student', 'width', 'steps'),
+        SYNTHESIS_VARIANTS[:5],
+        optional=SYNTHESIS_VARIANTS[5:],
+        keywords=('student', 'width', 'steps'),
     ),
     'distillation': Benchmark(
         benchmark_distillation,
-        ('plain', 'no-graph', 'channels-last', 'folded'),
-        ('compiled', 'bfloat16'),
-        ('student',),
+        DISTILLATION_VARIANTS[:5],
+        optional=DISTILLATION_VARIANTS[5:],
+        keywords=('student', 'workers'),
     ),
+    'images': Benchmark(benchmark_images, sizes=(64, 128, 256, 512), keywords=('steps',)),
+    'pool': Benchmark(benchmark_pool, sizes=(1000, 10_000, 100_000), keywords=('student',)),
+    'precision': Benchmark(benchmark_precision, sizes=(1, 2, 3), keywords=('student',)),
 }
 
 # %% ../../nbs/lab/bench.ipynb #4adb1a20
@@ -61,10 +76,12 @@ def add_arguments(
     add(
         '--what',
         default='inversion',
-        choices=list(BENCHMARKS),
+        choices=[*BENCHMARKS, 'all'],
         help=(
-            'a step of DeepInversion (default), a round of synthesis with a generator, or a'
-            ' step of a student'
+            'a step of DeepInversion (default), a round of synthesis with a generator, a'
+            ' step of a student, or all three in turn; images: the cost of more images;'
+            ' pool: that of a larger pool; precision: what bfloat16 does to gradients and'
+            ' to students'
         ),
     )
     add(
@@ -85,7 +102,7 @@ def add_arguments(
         type=int,
         default=5,
         metavar='N',
-        help='steps in a round of synthesis (default: 5)',
+        help='steps in a round of synthesis, or for each image of images (default: 5)',
     )
     add(
         '--model',
@@ -100,6 +117,17 @@ def add_arguments(
         default=[64],
         metavar='N',
         help='images in a batch; several sizes are timed one after the other (default: 64)',
+    )
+    add(
+        '--sizes',
+        type=int,
+        nargs='+',
+        default=[],
+        metavar='N',
+        help=(
+            'numbers of images (default: 64 128 256 512), or sizes of the pool (default:'
+            ' 1000 10000 100000), or seeds of precision (default: 1 2 3)'
+        ),
     )
     _add_timing(parser)
 
@@ -135,6 +163,13 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
         metavar='N',
         help="CPU threads (default: PyTorch's choice)",
     )
+    add(
+        '--workers',
+        type=int,
+        default=0,
+        metavar='N',
+        help="processes that read the plain rival's files (default: 0, the same process)",
+    )
     add('--device', default='cpu', metavar='D', help='cpu (default) or cuda')
     add('--out', type=Path, metavar='DIR', help='folder for a JSON file of each batch size')
 
@@ -142,68 +177,100 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 def run(
     arguments: argparse.Namespace,  # of `add_arguments`
 ) -> int:  # exit code
-    "`dfkd bench`: time the plainest correct variant and faster ones, at equal losses."
-    chosen = BENCHMARKS[arguments.what]
-    variants = _variants(arguments, chosen)
+    "`dfkd bench`: time the plain rival and faster variants, at equal losses."
+    _check(arguments)
+    subjects = [arguments.what]
+    if arguments.what == 'all':
+        subjects = [name for name, chosen in BENCHMARKS.items() if chosen.variants]
+    variants = {name: _variants(arguments, name) for name in subjects}
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    for batch in arguments.batch:
-        found = chosen.run(
-            arguments.model,
-            batch,
-            variants,
-            arguments.rounds,
-            device=arguments.device,
-            clock=arguments.clock,
-            **{name: getattr(arguments, name) for name in chosen.keywords},
-        )
-        if arguments.memory:
-            found['memory'] = measure_memory(arguments.model, batch, arguments.device)
-        print(describe(found), flush=True)
-        if arguments.out is not None:
-            path = arguments.out / _file_name(arguments, chosen, batch)
-            with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + '\n')
-            print(f'saved in {path}')
+    for name in subjects:
+        for batch in arguments.batch:
+            found = _measure(arguments, name, batch, variants[name])
+            print(describe(found), flush=True)
+            if arguments.out is not None:
+                path = arguments.out / _file_name(arguments, name, batch)
+                with atomic_path(path) as temporary:
+                    temporary.write_text(json.dumps(found, indent=1) + '\n')
+                print(f'saved in {path}')
     return 0
 
 
-def _variants(arguments: argparse.Namespace, chosen: Benchmark) -> list[str]:
-    "The variants to time; options that do not fit together are a `DFKDError`."
-    sizes = (*arguments.batch, arguments.rounds, arguments.steps, arguments.width)
-    if min(sizes) < 1:
+def _measure(
+    arguments: argparse.Namespace, name: str, batch: int, variants: list[str]
+) -> dict[str, Any]:
+    "One benchmark with one size of the batch."
+    chosen = BENCHMARKS[name]
+    found = chosen.run(
+        arguments.model,
+        batch,
+        variants or tuple(arguments.sizes) or chosen.sizes,
+        arguments.rounds,
+        device=arguments.device,
+        clock=arguments.clock,
+        **{option: getattr(arguments, option) for option in chosen.keywords},
+    )
+    if arguments.memory and name == 'inversion':
+        found['memory'] = measure_memory(arguments.model, batch, arguments.device)
+    return found
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    "A `DFKDError` for numbers out of range, and for options that do not fit together."
+    sizes = arguments.rounds, arguments.steps, arguments.width, *arguments.sizes
+    if min(*arguments.batch, *sizes) < 1:
         raise DFKDError(
             f'batch {arguments.batch}, {arguments.rounds} rounds, {arguments.steps} steps,'
-            f' width {arguments.width}: give 1 or more'
+            f' width {arguments.width}, sizes {arguments.sizes}: give 1 or more'
         )
-    if arguments.threads < 0:
+    if min(arguments.threads, arguments.workers) < 0:
         raise DFKDError(
-            f'{arguments.threads} threads: give 1 or more, or 0 for as many as PyTorch'
-            ' chooses'
+            f'{arguments.threads} threads, {arguments.workers} workers: give 1 or more, or'
+            ' 0 for as many threads as PyTorch chooses and for no workers'
         )
-    if arguments.memory and arguments.what != 'inversion':
+    if arguments.memory and arguments.what not in ('inversion', 'all'):
         raise DFKDError(
             f'the memory of {arguments.what} is not measured: leave out --memory, or use'
             ' --what inversion'
         )
+    sized = [name for name, chosen in BENCHMARKS.items() if chosen.sizes]
+    if arguments.sizes and arguments.what not in sized:
+        raise DFKDError(
+            f'--sizes belongs to --what {", ".join(sized)}: leave it out of'
+            f' {arguments.what}'
+        )
+
+
+def _variants(
+    arguments: argparse.Namespace,
+    name: str,  # of a benchmark
+) -> list[str]:
+    "The variants to time, or a `DFKDError` for one that the only benchmark does not know."
+    chosen = BENCHMARKS[name]
     options = {
         'channels-last': arguments.channels_last,
         'compiled': arguments.compile,
         'bfloat16': arguments.bfloat16,
+        'compiled-bfloat16': arguments.compile and arguments.bfloat16,
     }
-    wanted = [name for name, given in options.items() if given]
+    wanted = [variant for variant, given in options.items() if given]
     known = (*chosen.variants, *chosen.optional)
-    if unknown := next((name for name in wanted if name not in known), None):
+    if arguments.what == 'all':
+        wanted = [variant for variant in wanted if variant in known]
+    if unknown := next((variant for variant in wanted if variant not in known), None):
         raise DFKDError(
-            f"there is no variant '{unknown}' of {arguments.what}: use {', '.join(known)}"
+            f"there is no variant '{unknown}' of {name}: "
+            + (f'use {", ".join(known)}' if known else 'leave that option out')
         )
     return list(dict.fromkeys([*chosen.variants, *wanted]))
 
 
-def _file_name(arguments: argparse.Namespace, chosen: Benchmark, batch: int) -> str:
-    "E.g. resnet20-64.json, or synthesis-resnet20-width16-64.json."
-    parts = [] if arguments.what == 'inversion' else [arguments.what]
-    parts.append(arguments.model.replace(':', '-'))
-    if 'width' in chosen.keywords:
-        parts.append(f'width{arguments.width}')
-    return '-'.join([*parts, str(batch)]) + '.json'
+def _file_name(arguments: argparse.Namespace, name: str, batch: int) -> str:
+    "E.g. resnet20-64.json, or synthesis-resnet20-resnet14-width16-64.json."
+    keywords = BENCHMARKS[name].keywords
+    parts = [] if name == 'inversion' else [name]
+    parts.append(arguments.model)
+    parts += [arguments.student] if 'student' in keywords else []
+    parts += [f'width{arguments.width}'] if 'width' in keywords else []
+    return '-'.join([*parts, str(batch)]).replace(':', '-') + '.json'

@@ -257,12 +257,22 @@ def _rows(numbers: Mapping[str, Any]) -> list[str]:
 def _machine(result: Mapping[str, Any]) -> str:
     "Time, processor, seed and versions."
     about = result['environment']
-    return (
+    text = (
         f'{result["seconds"].get("total", 0):,.0f} s on'
         f' {about.get("processor", "an unknown processor")}, seed'
         f' {result["settings"].get("seed", "none")}, dfkd_nb {about.get("dfkd_nb", "?")},'
         f' PyTorch {about.get("torch", "?")}.'
     )
+    for name, word in (about.get('resolved') or {}).items():
+        text += f" There {name.replace('_', ' ')} 'auto' was {word}."
+    if about.get('tf32'):
+        text += ' Products of float32 numbers were rounded to TF32.'
+    if about.get('deterministic', True) is False:
+        text += (
+            ' The run was not deterministic: made again, its numbers differ in the last'
+            ' digits.'
+        )
+    return text
 
 # %% ../../nbs/lab/25_cards.ipynb #6b4933cd
 def write_card(

@@ -119,6 +119,11 @@ MODULES = {
         'dfkd_nb.lab.run_command',
         'run a recipe; interrupt it at any time and continue with --resume',
     ),
+    'evidence': (
+        'dfkd_nb.lab.evidence',
+        'do the missing runs of the hour scale, most valuable first; the same command goes'
+        ' on after an interruption',
+    ),
     'invert': (
         'dfkd_nb.lab.invert',
         'synthesise images from a network; interrupt it at any time and continue with'

@@ -81,6 +81,9 @@ def standard_error(
 METHOD_TITLES = {
     'scratch': 'student on real data',
     'vanilla': 'KD on real data',
+    'noise': 'optimised noise',
+    'deepdream': 'DeepDream',
+    'metadata': 'Dream Distillation',
     'deepinversion': 'DeepInversion',
     'adaptive': 'Adaptive DeepInversion',
     'cmi': 'CMI',
@@ -164,9 +167,10 @@ class Cell:
     def hours(
         self,
         phase: str,  # 'synthesis', 'distillation' or 'total'
+        clock: str = 'seconds',  # or 'processor_seconds'
     ) -> float | None:  # None where it was not measured, or on machines that differ
         "Mean time over the seeds."
-        times = [run.seconds.get(phase) for run in self.runs]
+        times = [getattr(run, clock).get(phase) for run in self.runs]
         if None in times or len({hardware(run) for run in self.runs}) > 1:
             return None
         return statistics.mean(t for t in times if t is not None) / 3600
@@ -230,7 +234,7 @@ _FREE = {'seed', 'picture', 'evaluations', 'pair', 'method'}
 
 def comparison(
     found: Iterable[Result],  # see `results`
-    scale: str = 'full',  # the other is left out: they are never mixed
+    scale: str = 'full',  # the others are left out: they are never mixed
 ) -> list[Cell]:  # by pair, then in the order of `METHOD_TITLES`
     """Every method and pair that has a run.
 

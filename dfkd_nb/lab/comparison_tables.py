@@ -105,12 +105,18 @@ def row_of(
         for run in cell.runs
         if 'teacher_accuracy' in run.numbers
     ]
+    # of one core, which may do other work as well
+    processor = cell.scale == 'hour'
+    clock, word = ('processor_seconds', ', processor') if processor else ('seconds', '')
+    times = {
+        f'{phase}{word}': duration(cell.hours(phase, clock))
+        for phase in ('synthesis', 'distillation')
+    }
     return row | {
         'teacher, %': plus_minus(teachers[:1]),
         'images': number(cell, 'images'),
         'steps': number(cell, 'steps'),
-        'synthesis': duration(cell.hours('synthesis')),
-        'distillation': duration(cell.hours('distillation')),
+        **times,
         'hardware': cell.hardware,
     }
 
@@ -150,7 +156,7 @@ def text_table(
 
 # %% ../../nbs/lab/comparison_tables.ipynb #27ca80bb
 def table_cells(
-    scale: str,  # 'quick' or 'full'
+    scale: str,  # of `SCALES`
 ) -> dict[PairMethod, str]:  # to the name of its recipe, cheapest first
     "All cells that a recipe can fill."
     recipes = [
@@ -327,7 +333,7 @@ def other_rows(
 # %% ../../nbs/lab/comparison_tables.ipynb #6dce37fb
 def results_text(
     found: Sequence[Result],  # see `results`
-    scale: str | None = None,  # None takes both, full first
+    scale: str | None = None,  # None takes all, full first
 ) -> str:  # many lines
     "The comparison for a terminal: runs, missing runs, and runs that are not part of it."
     parts = []
@@ -372,7 +378,7 @@ def _short(run: Result) -> Row:
 # %% ../../nbs/lab/comparison_tables.ipynb #0ca7698a
 def results_command(
     folder: str | Path | None = None,  # of results; None takes `results_folder()`
-    scale: str | None = None,  # 'quick' or 'full'; None takes both
+    scale: str | None = None,  # of `SCALES`; None takes all
 ) -> int:  # exit code
     """`dfkd results --compare`: print the comparison.
 

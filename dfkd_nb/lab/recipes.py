@@ -20,7 +20,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from ..foundations.method_tables import method_tables
+from dfkd_nb.foundations.method_tables import (
+    method_head,
+    method_parts,
+    method_tables,
+)
 from dfkd_nb.lab.application_settings import (
     ContinualSettings,
     PruningSettings,
@@ -40,7 +44,7 @@ from dfkd_nb.lab.settings import (
 from ..toolbox.errors import DFKDError, closest_word
 
 # %% ../../nbs/lab/17_recipes.ipynb #0fa4651a
-SCALES = ('quick', 'full')
+SCALES = ('quick', 'hour', 'full')
 HEAD = {
     'title': str,
     'task': str,
@@ -61,12 +65,12 @@ class Recipe:
     title: str  # one line
     task: str  # a name in `TASKS`
     settings: dict[str, Any]  # common to all scales
-    scales: dict[str, dict[str, Any]]  # 'quick' and 'full': what each changes
+    scales: dict[str, dict[str, Any]]  # of `SCALES`: what each changes
     paper: str = ''  # where the numbers come from
     order: int = 100  # place in the list, cheapest first
-    hardware: str = ''  # what the full scale was meant for
-    hours: float = 0.0  # of the full scale on that hardware
-    expected: str = ''  # what should come out at full scale
+    hardware: str = ''  # what the largest scale was meant for
+    hours: float = 0.0  # of the largest scale on that hardware
+    expected: str = ''  # what should come out at that scale
     # modules with tasks and parts of one's own, imported before the recipe is checked
     plugins: tuple[str, ...] = ()
 
@@ -127,7 +131,8 @@ class Recipe:
         task_settings(document['task'], where)
         scales = {s: document.pop(s) for s in SCALES if s in document}
         if not scales:
-            raise DFKDError(f'{where} has no scale: add a table [quick] or [full]')
+            tables = ' or '.join(f'[{scale}]' for scale in SCALES)
+            raise DFKDError(f'{where} has no scale: add a table {tables}')
         recipe = cls(
             name=name, settings=document.pop('settings', {}), scales=scales, **document
         )
@@ -160,7 +165,7 @@ class Recipe:
 
     def resolve(
         self,
-        scale: str = 'quick',  # 'quick' or 'full'
+        scale: str = 'quick',  # of `SCALES`
         overrides: dict[str, Any] | None = None,  # from `--set`
     ) -> Any:  # the task's settings
         """The settings of one scale: common ones, then the scale's, then what the command
@@ -208,6 +213,7 @@ def compared() -> dict[str, tuple[str, str]]:  # recipe to pair and method
         for pair in pairs
         for method in methods
         if not method.startswith('common-')
+        and any(runs_at(pair, scale) for scale in methods[method].get('scales', SCALES))
     }
 
 # %% ../../nbs/lab/17_recipes.ipynb #f153989c
@@ -218,18 +224,14 @@ def compose(
 
     The common settings of its task, its method's, its pair's, and what is peculiar to both.
     """
-    pairs, methods = method_tables()
     pair_name, method_name = compared()[name]
-    pair, method = pairs[pair_name], methods[method_name]
-    parts = [
-        methods[f'common-{method["task"]}'],
-        *([methods[f'common-{method["base"]}']] if 'base' in method else []),
-        method,
-    ]
+    pair, method = method_tables()[0][pair_name], method_head(method_name)
+    # what distinguishes an ablation holds at every scale
+    own = method['settings'] if 'ablates' in method else {}
 
     def merged(part: str) -> dict[str, Any]:  # a later line wins
         found: dict[str, Any] = {}
-        for source in (*parts, pair):
+        for source in (*method_parts(method_name), pair):
             found |= source.get(part, {})
         return (
             found
@@ -237,38 +239,52 @@ def compose(
             | pair.get(method.get('base'), {})
             | pair.get(method_name, {})
             | pair.get(f'{method_name}-{part}', {})
+            | own
         )
 
-    scales = {
-        scale: merged(scale) for scale in ('quick', 'full') if runs_at(pair_name, scale)
-    }
+    scales = {scale: merged(scale) for scale in SCALES if runs_at(pair_name, scale)}
     settings = (
         merged('settings')
         | method.get('always', {})
         | {'pair': pair_name, 'method': method_name}
     )
+    hours = {'quick': 0.05, 'hour': method['minutes'] / 60, 'full': method.get('hours')}
+    largest = [scale for scale in SCALES if scale in scales][-1]
+    hardware, expected = _AT_SCALE[largest]
     return {
         'title': f'{pair["title"]}: {method["title"]}',
         'task': method['task'],
         'paper': method['paper'],
         'order': pair['order'] + method['order'],
-        'hours': method['hours'] if 'full' in scales else 0.05,
-        'hardware': '1 GPU (an estimate)' if 'full' in scales else '2 CPU cores',
-        'expected': "the paper's figure, which stands beside ours in chapter 21"
-        if 'full' in scales
-        else 'a row of the table in chapter 22; no paper has this pair',
+        'hours': hours[largest],
+        'hardware': hardware,
+        'expected': expected,
         'settings': settings,
     } | scales
+
+
+# hardware, and what to expect
+_AT_SCALE = {
+    'quick': ('2 CPU cores', 'a row of the table in chapter 22; no paper has this pair'),
+    'hour': ('1 CPU core', 'a curve in chapter 21; no paper has this pair'),
+    'full': (
+        '1 GPU (an estimate)',
+        "the paper's figure, which stands beside ours in chapter 21",
+    ),
+}
 
 # %% ../../nbs/lab/17_recipes.ipynb #36a8ec59
 def runs_at(
     pair: str,  # of `pairs.toml`
-    scale: str,  # 'quick' or 'full'
+    scale: str,  # of `SCALES`
 ) -> bool:  # whether its recipes have that scale
-    """The pairs of the papers run in full, on a GPU; those of the shipped and the digits
-    teacher quickly, on a CPU.
+    """The pairs of the papers run in full, on a GPU; those that have a table `quick` or
+    `hour` run at that scale, on a CPU.
     """
-    return (scale == 'quick') == ('quick' in method_tables()[0][pair])
+    row = method_tables()[0][pair]
+    if scale == 'full':
+        return not {'quick', 'hour'} & set(row)
+    return scale in row
 
 # %% ../../nbs/lab/17_recipes.ipynb #d3350558
 def parse_assignment(
@@ -312,6 +328,8 @@ class Task:
     function: Callable[[Any], dict[str, Any]]  # does the work, returns the numbers
     # raises for settings that do not go together
     check: Callable[[Any], Any] | None = None
+    # whether the processes that torchrun starts can do it together
+    several_processes: bool = False
 
 # %% ../../nbs/lab/17_recipes.ipynb #c905479b
 TASKS: dict[str, Task] = {}
@@ -363,13 +381,15 @@ def task(
     settings: type,  # a dataclass of `setting` fields
     # raises for settings that do not go together
     check: Callable[[Any], Any] | None = None,
+    # whether the processes that torchrun starts can do it together
+    several_processes: bool = False,
 ) -> Callable[[Callable[[Any], dict[str, Any]]], Callable[[Any], dict[str, Any]]]:
     "Register a function as a task that recipes can name."
 
     def register(
         function: Callable[[Any], dict[str, Any]],
     ) -> Callable[[Any], dict[str, Any]]:
-        TASKS[name] = Task(name, settings, function, check)
+        TASKS[name] = Task(name, settings, function, check, several_processes)
         return function
 
     return register

@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from .arguments import add_network_options
 from .coverage import coverage_map, nearest_neighbours
 from dfkd_nb.lab.diagnostics import (
     class_histogram,
@@ -30,6 +31,7 @@ from dfkd_nb.lab.diagnostics import (
     noise_images,
     verify,
 )
+from .network_options import own_teacher
 from dfkd_nb.lab.observations import (
     Finding,
     ImagesOrObservations,
@@ -43,11 +45,11 @@ from .tasks.common import open_teacher
 from ..toolbox.core import atomic_path
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import ImageFiles, load_data, read_folder
-from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.figures import book_style
 from ..toolbox.formats import read_parquet
-from ..toolbox.models import build_model
+from ..toolbox.network_specs import load_network
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/reports.ipynb #1d8bd0d6
@@ -363,7 +365,8 @@ def _read_class_folders(folder: Path, domain: Domain) -> ImageFiles:
 
 
 def open_network(
-    # one that ships, 'run:RECIPE/SCALE', or 'torchvision:NAME' with downloaded weights
+    # one that ships, 'run:RECIPE/SCALE', 'torchvision:NAME' with downloaded weights,
+    # 'timm:NAME@pretrained' or 'hf:FOLDER'
     name: str,
     root: Path = Path('runs'),  # folder of runs
     scale: str = 'full',  # of runs, where the name does not say
@@ -372,9 +375,11 @@ def open_network(
 
     Raises: `DFKDError` for an unknown name.
     """
-    if not name.startswith('torchvision:'):
-        return open_teacher(name, root, scale)
-    return Teacher(build_model(name, 1000, 3, pretrained=True), DOMAINS['imagenet'], name)
+    if name.startswith('torchvision:') and '@' not in name:
+        name = f'{name}@pretrained'
+    if ':' in name and not name.startswith('run:'):
+        return load_network(name).teacher()
+    return open_teacher(name, root, scale)
 
 # %% ../../nbs/lab/reports.ipynb #1f860c6c
 def inspect_run(
@@ -532,6 +537,7 @@ def add_arguments(
         metavar='DIR',
         help='folder for the page (default: RUN_OR_FOLDER/inspection)',
     )
+    add_network_options(parser)
 
 # %% ../../nbs/lab/reports.ipynb #14479321
 def run(
@@ -544,11 +550,14 @@ def run(
     if arguments.limit < 4:
         raise DFKDError(f'--limit {arguments.limit}: give 4 real images or more')
     place = Path(arguments.folder)
+    teacher: str | Teacher = arguments.teacher
+    if arguments.model:
+        teacher = own_teacher(arguments)
     report = inspect_run(
         place,
         arguments.real,
         arguments.verifier or None,
-        arguments.teacher,
+        teacher,
         limit=arguments.limit,
     )
     folder = place if place.is_dir() else place.parent

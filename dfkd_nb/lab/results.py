@@ -56,7 +56,7 @@ class Result:
     "What came of a run."
 
     recipe: str  # its name
-    scale: str  # 'quick' or 'full'
+    scale: str  # of `SCALES`
     task: str  # what kind
     title: str  # one line
     paper: str  # where the settings come from
@@ -68,6 +68,8 @@ class Result:
     # settings that differ from the recipe
     changed: list[str] = field(default_factory=list)
     revision: int = REVISION  # of the package's numbers when the run began
+    # as `seconds`, on the processor's clock: what other programs do does not count
+    processor_seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def outdated(self) -> bool:
@@ -85,7 +87,9 @@ class Result:
     ) -> 'Result':  # checked
         "Read and check result.json."
         path = Path(folder) / 'result.json'
-        document = {'revision': 1} | read_json(path)
+        # what older results do not have
+        young: dict[str, Any] = {'revision': 1, 'processor_seconds': {}}
+        document = young | read_json(path)
         shapes = {
             'recipe': str,
             'scale': str,
@@ -98,6 +102,7 @@ class Result:
             'environment': dict,
             'changed': list,
             'revision': int,
+            'processor_seconds': dict,
         }
         for key, kind in shapes.items():
             if not isinstance(document.get(key), kind):

@@ -16,6 +16,7 @@ from .arguments import add_common_options
 from .recipes import SCALES, Recipe, parse_assignment
 from .results import Result
 from .runs import Run
+from ..toolbox.processes import joined_processes, on_first_process
 
 # %% ../../nbs/lab/run_command.ipynb #cd501569
 def add_arguments(
@@ -49,10 +50,16 @@ def add_arguments(
 def run(
     arguments: argparse.Namespace,  # of `add_arguments`
 ) -> int:  # exit code
-    """`dfkd run RECIPE`: run a recipe, or continue it.
+    """`dfkd run RECIPE`: run a recipe, or continue it, in all processes of torchrun.
 
     Raises: `DFKDError` for wrong arguments, `RunStopped` when stopped early.
     """
+    with joined_processes(arguments.device):
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    "All of `run`, in every process."
     recipe = Recipe.load(arguments.recipe)
     changes = dict(map(parse_assignment, arguments.set))
     if arguments.seed is not None:
@@ -68,8 +75,8 @@ def run(
     current = Run(recipe, arguments.scale, changes, **where)
     if not current.finished:
         current.check()
-    for name, scale in required_runs(current):
-        print(f'first {name} ({scale}): this recipe needs its output', flush=True)
+    for name, scale in on_first_process(lambda: required_runs(current)):
+        current.say(f'first {name} ({scale}): this recipe needs its output')
         arguments.current_run = Run(Recipe.load(name), scale, **where)
         arguments.current_run.start(True, False, minutes, arguments.command_line)
         minutes = max(minutes - (time.monotonic() - begin) / 60, 1e-6)
@@ -78,8 +85,9 @@ def run(
     result = current.start(
         arguments.resume, arguments.fresh, minutes, arguments.command_line
     )
-    print_result(result)
-    print(f'saved in {current.folder}')
+    if current.rank == 0:
+        print_result(result)
+    current.say(f'saved in {current.folder}')
     return 0
 
 
@@ -90,7 +98,7 @@ def saved_progress(
     run = getattr(arguments, 'current_run', None)  # its folder depends on the seed
     if run is None or not run.saved:
         return ''
-    return f'the last checkpoint is saved in {run.folder}'
+    return f'the last checkpoint is saved in {run.home}'
 
 
 def required_runs(

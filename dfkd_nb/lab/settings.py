@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['T', 'SCHEDULES', 'PRECISIONS', 'WORDS', 'SOURCES', 'STUDENT_INITS', 'ENTRIES', 'setting', 'toml_value', 'toml_key',
-           'split_words', 'check_entry', 'check_setting', 'check_settings', 'setting_values', 'TrainingSettings',
-           'TeacherSettings', 'SynthesisSettings', 'DreamSettings', 'TransferSettings', 'GeneratorSettings',
-           'PoolSettings', 'GenerativeSettings']
+           'split_words', 'check_entry', 'check_setting', 'check_settings', 'setting_values', 'RunSettings',
+           'TrainingSettings', 'TeacherSettings', 'SynthesisSettings', 'DreamSettings', 'TransferSettings',
+           'GeneratorSettings', 'PoolSettings', 'GenerativeSettings']
 
 # %% ../../nbs/lab/settings.ipynb #60822102
 import dataclasses
@@ -46,9 +46,9 @@ def setting(
 
 # %% ../../nbs/lab/settings.ipynb #9ffb8edf
 # those of chapter 1, without loading PyTorch; `tests/test_runs.py` holds both lists equal,
-# and those of precisions
+# and those of precisions, of which 'auto' is resolved when a run begins
 SCHEDULES = ('constant', 'cosine', 'one-cycle', 'steps')
-PRECISIONS = ('float32', 'bfloat16', 'float16')
+PRECISIONS = ('float32', 'bfloat16', 'float16', 'auto')
 WORDS = {
     'int': 'a whole number',
     'float': 'a number',
@@ -56,6 +56,7 @@ WORDS = {
     'bool': 'true or false',
     'dict': 'a table',
     'list': 'a list',
+    'bool | str': 'true, false or a word',
 }
 SOURCES = ('dreams', 'real')
 STUDENT_INITS = ('random', 'teacher-blocks')
@@ -85,7 +86,13 @@ def toml_key(
 
 # %% ../../nbs/lab/settings.ipynb #5c3ef8b9
 # of one entry, by the annotation of a field
-ENTRIES: dict[str, Any] = {'int': int, 'float': float, 'str': str, 'bool': bool}
+ENTRIES: dict[str, Any] = {
+    'int': int,
+    'float': float,
+    'str': str,
+    'bool': bool,
+    'bool | str': (bool, str),
+}
 
 
 def split_words(
@@ -108,7 +115,8 @@ def check_entry(
     "One value of a setting, or one entry of a list."
     if wanted == 'float' and type(given) is int:
         given = float(given)
-    if type(given) is not ENTRIES[wanted]:
+    kinds = ENTRIES[wanted]
+    if type(given) not in (kinds if isinstance(kinds, tuple) else (kinds,)):
         raise DFKDError(
             f'{name} is {toml_value(given)}: give {WORDS[wanted]} ({rules["help"]})'
         )
@@ -119,7 +127,7 @@ def check_entry(
         raise DFKDError(f'{name} is {given}: give at least {low}')
     if high is not None and given > high:
         raise DFKDError(f'{name} is {given}: give at most {high}')
-    if choices and given not in choices:
+    if choices and given not in choices and not isinstance(given, bool):
         raise DFKDError(f"{name} is '{given}'{closest_word(given, choices)}")
     return given
 
@@ -131,7 +139,9 @@ def check_setting(
     typed: bool = False,  # whether it was typed: lists may be words with commas
 ) -> Any:  # as the dataclass has it; lists are tuples
     "The value of one setting: an entry, a list of entries, or a table of them."
-    kind = str(getattr(each.type, '__name__', each.type))
+    kind = 'bool | str'
+    if each.type != bool | str:
+        kind = str(getattr(each.type, '__name__', each.type))
     rules = each.metadata
     if str(each.type).startswith('dict['):
         wanted = 'float' if 'float' in str(each.type) else 'str'
@@ -187,9 +197,27 @@ def setting_values(
     values = dataclasses.asdict(settings)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+# %% ../../nbs/lab/settings.ipynb #f21a9061
+@dataclass(frozen=True)
+class RunSettings:
+    "How a run computes, whatever it computes."
+
+    deterministic: bool = setting(
+        True,
+        'end in the same bits again; false lets a GPU take the fastest algorithms instead',
+    )
+    tf32: bool = setting(
+        False, 'let GPUs round the factors of float32 products to ten bits'
+    )
+    compile: bool | str = setting(
+        False,
+        "compile the steps; 'auto' does where they are many enough to pay",
+        choices=('auto',),
+    )
+
 # %% ../../nbs/lab/settings.ipynb #28425831
 @dataclass(frozen=True)
-class TrainingSettings:
+class TrainingSettings(RunSettings):
     "How a network learns: shared by teachers and students."
 
     batch_size: int = setting(128, 'images a step', low=2)
@@ -231,7 +259,7 @@ class TeacherSettings(TrainingSettings):
 
 # %% ../../nbs/lab/settings.ipynb #18960c13
 @dataclass(frozen=True)
-class SynthesisSettings:
+class SynthesisSettings(RunSettings):
     "How images are synthesized; defaults are DeepInversion's for CIFAR-10."
 
     teacher: str = setting(
@@ -311,7 +339,6 @@ class SynthesisSettings:
     synthesis_precision: str = setting(
         'float32', 'of the arithmetic of synthesis', choices=PRECISIONS, names='precision'
     )
-    compile: bool = setting(False, 'compile the step')
 
 # %% ../../nbs/lab/settings.ipynb #155de6e1
 @dataclass(frozen=True)

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['CLOCKS', 'Variant', 'full_float32', 'check_agreement', 'count_step_flops', 'count_flops', 'stopwatch',
-           'measure_peak_flops', 'interleaved_times', 'compare_variants', 'describe']
+           'measure_peak_flops', 'interleaved_times', 'describe_machine', 'compare_variants', 'time_sizes', 'describe']
 
 # %% ../../nbs/lab/timing.ipynb #7e28b978
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,14 +25,10 @@ from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/lab/timing.ipynb #da9786d3
 class Variant(Protocol):
-    """One variant of a computation: `InversionStep`, a round of synthesis, or
-    `DistillationStep`.
-    """
+    "One variant of a computation: an update, a round of synthesis, a student's step."
 
     name: str
-
-    @property
-    def device(self) -> torch.device: ...
+    device: torch.device
 
     def __call__(self) -> Any: ...  # the computation whose time is taken
 
@@ -57,7 +54,8 @@ def check_agreement(
     variants: Sequence[Variant],  # the first is the reference; all at the same point
     # largest relative error of a loss; bfloat16 is reported, never refused
     tolerance: float = 1e-5,
-    # by variant: the largest relative error of a loss, and of the gradient's norm
+    # by variant: the largest relative error of a loss, that of the gradient, and the
+    # cosine between the gradient and the reference's
 ) -> dict[str, dict[str, float]]:
     """Errors of every variant's losses and gradient, relative to the first variant's.
 
@@ -74,11 +72,13 @@ def check_agreement(
             difference = (losses - reference).abs()
             loss_error = float((difference / reference.abs().clamp_min(1e-12)).max())
         gradient_error = (gradient - reference_gradient).norm() / reference_gradient.norm()
+        pair = gradient.flatten(), reference_gradient.flatten()
         errors[variant.name] = {
             'loss_error': loss_error,
             'gradient_error': float(gradient_error),
+            'gradient_cosine': float(F.cosine_similarity(*pair, dim=0)),
         }
-        if variant.name != 'bfloat16' and not loss_error <= tolerance:
+        if 'bfloat16' not in variant.name and not loss_error <= tolerance:
             raise DFKDError(
                 f"'{variant.name}' is off by {loss_error:.1e} in a loss (at most"
                 f' {tolerance:.0e} is allowed): its time would mean nothing, please'
@@ -184,20 +184,36 @@ def interleaved_times(
     }
 
 # %% ../../nbs/lab/timing.ipynb #77d1d3c8
+def describe_machine(
+    device: torch.device,  # that computes
+) -> dict[str, Any]:  # plain containers, ready for JSON
+    "What a time depends on beside the program."
+    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
+    on_gpu = device.type == 'cuda'
+    return {
+        'device': torch.cuda.get_device_name(device) if on_gpu else device.type,
+        'processor': platform.processor() or platform.machine(),
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'torch': torch.__version__,
+        'load_before': round(load, 2),
+    }
+
+
 def compare_variants(
     variants: Sequence[Variant],  # the first is the reference
     operations: int,  # floating-point operations that no variant can leave out
     rounds: int,  # see `interleaved_times`
     clock: str = 'wall',  # see `stopwatch`
+    tolerance: float = 1e-5,  # see `check_agreement`
     **about: Any,  # further conditions, for the record
 ) -> dict[str, Any]:  # plain containers, ready for JSON
     "Errors, times and ratios of all variants, the arithmetic floor, and the machine."
     device = variants[0].device
-    load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else float('nan')
-    errors = check_agreement(variants)
+    machine = describe_machine(device)
+    errors = check_agreement(variants, tolerance)
     times = interleaved_times(variants, rounds, clock=clock)
     peak = measure_peak_flops(device, clock=clock)
-    on_gpu = device.type == 'cuda'
     return about | {
         'rounds': rounds,
         'clock': clock,
@@ -205,15 +221,29 @@ def compare_variants(
         'operations': operations,
         'peak': peak,
         'floor_seconds': operations / peak,
-        'machine': {
-            'device': torch.cuda.get_device_name(device) if on_gpu else device.type,
-            'processor': platform.processor() or platform.machine(),
-            'cores': os.cpu_count(),
-            'threads': torch.get_num_threads(),
-            'torch': torch.__version__,
-            'load_before': round(load, 2),
-        },
+        'machine': machine,
     }
+
+# %% ../../nbs/lab/timing.ipynb #55472311
+def time_sizes(
+    works: Mapping[int, Callable[[], Any]],  # by size: what is timed
+    device: torch.device,  # to be synchronised
+    rounds: int = 3,  # that count; one before them does not
+    clock: str = 'wall',  # see `stopwatch`
+) -> dict[str, Any]:  # 'rows', and 'slope' and 'intercept' of the line through them
+    "Median seconds of each size, and the straight line that fits them best."
+    for work in works.values():
+        work()
+    times = [
+        [stopwatch(work, device, clock, calls=1) for work in works.values()]
+        for _ in range(rounds)
+    ]
+    seconds = [statistics.median(column) for column in zip(*times)]
+    slope, intercept = 0.0, seconds[0]
+    if len(works) > 1:
+        slope, intercept = statistics.linear_regression(list(works), seconds)
+    rows = [{'size': n, 'seconds': s} for n, s in zip(works, seconds)]
+    return {'rows': rows, 'slope': slope, 'intercept': intercept}
 
 # %% ../../nbs/lab/timing.ipynb #eaa6b045
 _HEADS = {  # by what was timed
@@ -230,6 +260,10 @@ def describe(
 ) -> str:  # lines of text
     "A benchmark as a small table."
     machine = found['machine']
+    if 'rows' in found:
+        return _describe_sizes(found)
+    if 'accuracies' in found:
+        return _describe_precision(found)
     head = _HEADS.get(found.get('what', ''), '').format_map(found)
     threads = f'{machine["threads"]} thread{"" if machine["threads"] == 1 else "s"}'
     lines = [
@@ -238,13 +272,13 @@ def describe(
             f' {machine["device"]}, {threads}, torch {machine["torch"]}'
         ),
         (
-            f'{"variant":<14}{"ms":>9}{"speed":>8}{"of floor":>10}'
+            f'{"variant":<18}{"ms":>9}{"speed":>8}{"of floor":>10}'
             f'{"loss error":>12}{"gradient error":>16}'
         ),
     ]
     for name, row in found['variants'].items():
         lines.append(
-            f'{name:<14}{1000 * row["seconds"]:9.1f}{row["speed"]:7.2f}x'
+            f'{name:<18}{1000 * row["seconds"]:9.1f}{row["speed"]:7.2f}x'
             f'{found["floor_seconds"] / row["seconds"]:10.0%}'
             f'{row["loss_error"]:12.0e}{row["gradient_error"]:16.0e}'
         )
@@ -264,4 +298,51 @@ def describe(
         if found.get('clock') == 'processor':
             note += " (times are the processor's, not the wall's)"
         lines.append(note)
+    return '\n'.join(lines)
+
+
+_SIZES = {  # by what was timed: a head, what a size counts, and the unit of the slope
+    'images': ('DeepInversion, {steps} steps an image, teacher ', 'images', 'an image'),
+    'pool': (
+        "a step of the student {student} against its pool's size, teacher ",
+        'pool',
+        'an image of the pool',
+    ),
+}
+
+
+def _describe_sizes(found: dict[str, Any]) -> str:
+    "Cost against size: a row a size, and the slope."
+    machine = found['machine']
+    head, name, unit = _SIZES[found['what']]
+    threads = f'{machine["threads"]} thread{"" if machine["threads"] == 1 else "s"}'
+    return '\n'.join(
+        [
+            f'{head.format_map(found)}{found["model"]}, batch {found["batch"]},'
+            f' {found["rounds"]} rounds on {machine["device"]}, {threads},'
+            f' torch {machine["torch"]}',
+            f'{name:>8}{"ms":>12}',
+            *(f'{r["size"]:8}{1000 * r["seconds"]:12.1f}' for r in found['rows']),
+            f'line: {1000 * found["intercept"]:.1f} ms and {1000 * found["slope"]:.4g} ms'
+            f' {unit}',
+        ]
+    )
+
+
+def _describe_precision(found: dict[str, Any]) -> str:
+    "What bfloat16 does to gradients and to students."
+    lines = [
+        f'bfloat16 against float32 on {found["machine"]["device"]}, teacher'
+        f' {found["model"]}, student {found["student"]}, batch {found["batch"]}',
+        f'{"gradient of":<24}{"loss error":>12}{"relative error":>16}{"cosine":>9}',
+    ]
+    for name, row in found['gradients'].items():
+        lines.append(
+            f'{name:<24}{row["loss_error"]:12.0e}{row["gradient_error"]:16.1%}'
+            f'{row["gradient_cosine"]:9.4f}'
+        )
+    lines.append(f'accuracy of students of digits, seeds {found["seeds"]}:')
+    for precision, values in found['accuracies'].items():
+        each = ', '.join(f'{value:.1%}' for value in values)
+        lines.append(f'{precision:<10}{statistics.mean(values):7.1%} ({each})')
     return '\n'.join(lines)

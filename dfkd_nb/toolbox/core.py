@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TESTING', 'PRECISIONS', 'first_line', 'import_torchvision', 'import_extra', 'pick_device', 'same_device',
-           'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'RandomStreams', 'autocast', 'progress',
-           'atomic_path', 'save_tensors', 'load_tensors', 'save_checkpoint', 'load_checkpoint']
+           'seed_everything', 'random_state', 'restore_random_state', 'seeded', 'RandomStreams', 'computes_bfloat16',
+           'resolve_precision', 'autocast', 'progress', 'atomic_path', 'save_tensors', 'load_tensors',
+           'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/toolbox/26_core.ipynb #a64d39a7
 import importlib
@@ -260,17 +261,51 @@ PRECISIONS = {
     'float16': torch.float16,
 }
 
+# %% ../../nbs/toolbox/26_core.ipynb #8253bdca
+def computes_bfloat16(
+    device: torch.device,  # of this machine
+) -> bool:
+    """Whether a processor multiplies in bfloat16, faster than in float32.
+
+    GPUs do so from compute capability 8.0 on, processors with AVX512-BF16 or AMX.
+    """
+    if device.type == 'cuda':
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != 'cpu':
+        return False
+    names = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def resolve_precision(
+    precision: str,  # a word of `PRECISIONS`, or 'auto'
+    device: torch.device,  # where the arithmetic runs
+) -> str:  # a word of `PRECISIONS`
+    """The precision that 'auto' means on a device; any other word stays as it is.
+
+    It is bfloat16 where the device computes in it, float32 elsewhere. Results of the two
+    differ: whoever goes on with a saved run has to keep the word that came out here.
+
+    Raises: `DFKDError` for an unknown word.
+    """
+    if precision == 'auto':
+        return 'bfloat16' if computes_bfloat16(device) else 'float32'
+    if precision not in PRECISIONS:
+        raise DFKDError(
+            f"unknown precision '{precision}': use {', '.join(PRECISIONS)}, or 'auto'"
+        )
+    return precision
+
 # %% ../../nbs/toolbox/26_core.ipynb #563512eb
 def autocast(
     device: torch.device,  # where the arithmetic runs
-    precision: str = 'float32',  # 'float32', 'bfloat16' or 'float16'
+    precision: str = 'float32',  # 'float32', 'bfloat16', 'float16' or 'auto'
 ) -> AbstractContextManager:  # enter it around the forward pass
     """Mixed precision as one setting; 'float32' changes nothing.
 
-    Unknown or impossible ones are a `DFKDError`.
+    Unknown or impossible ones are a `DFKDError`. See `resolve_precision` for 'auto'.
     """
-    if precision not in PRECISIONS:
-        raise DFKDError(f"unknown precision '{precision}': use {', '.join(PRECISIONS)}")
+    precision = resolve_precision(precision, device)
     if precision == 'float32':
         return nullcontext()
     if precision == 'float16' and device.type != 'cuda':

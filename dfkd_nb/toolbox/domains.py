@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from .errors import DFKDError
+from .preprocessing import DomainReaders
 
 # %% ../../nbs/toolbox/domains.ipynb #cbaad9f7
 _KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
@@ -46,7 +47,7 @@ def _per_channel(
 # %% ../../nbs/toolbox/domains.ipynb #9e229fc8
 #| code-fold: true
 @dataclass(frozen=True)
-class Domain:
+class Domain(DomainReaders):
     """What a tensor of images means: shape, normalisation and classes.
 
     Raises: `DFKDError` for numbers that do not belong together, such as two means for three

@@ -297,6 +297,7 @@ class ContinualRun:
         "How the network learns: LwF.MC has settings of its own."
         settings = self.settings
         found = training_arguments(settings, self.run.device) | {'steps': settings.steps}
+        del found['compile']  # of the images and the old network; these losses are not
         if self.method == 'lwf-mc':
             found |= {
                 'learning_rate': settings.binary_learning_rate,
@@ -320,6 +321,7 @@ def binary_network(
         real,
         **training_arguments(settings, run.device)
         | {
+            'compile': False,
             'steps': settings.binary_tuning_steps,
             'batch_size': 64,
             'learning_rate': settings.binary_tuning_learning_rate,

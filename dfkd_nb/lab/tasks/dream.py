@@ -44,7 +44,7 @@ def verifier_accuracies(
     return found
 
 # %% ../../../nbs/lab/tasks/dream.ipynb #082378ed
-@task('dream', DreamSettings)
+@task('dream', DreamSettings, several_processes=True)
 def dream_images(
     run: Run,  # with `DreamSettings`
 ) -> dict[str, Any]:  # recognition and distance from the statistics

@@ -23,6 +23,7 @@ from dfkd_nb.lab.tasks.common import (
     save_picture,
     student_metrics,
     train_student,
+    with_compile,
 )
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
@@ -46,7 +47,7 @@ def check_generative(
         )
 
 # %% ../../../nbs/lab/tasks/generative.ipynb #ea26384d
-@task('generative', GenerativeSettings, check_generative)
+@task('generative', GenerativeSettings, check_generative, several_processes=True)
 def generative(
     run: Run,  # with `GenerativeSettings`
 ) -> dict[str, Any]:  # accuracies of teacher and student on real test images
@@ -56,7 +57,15 @@ def generative(
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     seed_everything(settings.seed)
     student = fresh_student(settings, teacher).to(run.device)
-    trainer = build_method(settings, teacher, student, device=run.device)
+    taught = settings.rounds - settings.warmup_rounds
+    settings = with_compile(settings, taught * settings.steps_per_round, run.device)
+    trainer = build_method(
+        settings,
+        teacher,
+        student,
+        device=run.device,
+        distiller_options={'compile': settings.compile},
+    )
     about = {'model': settings.student, 'domain': teacher.domain.name}
     learned = train_student(
         run,

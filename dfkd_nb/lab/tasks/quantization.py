@@ -25,7 +25,6 @@ from dfkd_nb.applications.quantization import (
 from ..application_settings import QuantizationSettings
 from ..recipes import task
 from ..runs import Run
-from ..speed_methods import fold_batchnorm
 from dfkd_nb.lab.tasks.common import (
     open_teacher,
     real_images,
@@ -38,6 +37,7 @@ from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
 from ...toolbox.evaluation import evaluate
+from ...toolbox.folding import fold_batchnorm
 from ...toolbox.networks import save_weights
 from ...toolbox.teachers import Teacher
 

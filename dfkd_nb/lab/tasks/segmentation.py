@@ -212,10 +212,11 @@ def split_seconds(
     source: str,  # name of the phase
 ) -> None:
     "Synthesis and distillation of one student get a clock each."
-    seconds = run.state['seconds']
-    if 'synthesis' in seconds:
-        seconds[source] = round(seconds[source] - seconds['synthesis'], 2)
-        seconds[f'{source}, synthesis'] = seconds.pop('synthesis')
+    for clock in ('seconds', 'processor_seconds'):
+        seconds = run.state[clock]
+        if 'synthesis' in seconds:
+            seconds[source] = round(seconds[source] - seconds['synthesis'], 2)
+            seconds[f'{source}, synthesis'] = seconds.pop('synthesis')
 
 # %% ../../../nbs/lab/tasks/segmentation.ipynb #041b37ae
 def segmentation_picture(

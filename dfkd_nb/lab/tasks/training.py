@@ -17,7 +17,7 @@ from ...toolbox.core import seed_everything
 from ...toolbox.models import build_model, count_parameters
 
 # %% ../../../nbs/lab/tasks/training.ipynb #c8f981a7
-@task('teacher', TeacherSettings)
+@task('teacher', TeacherSettings, several_processes=True)
 def train_teacher(
     run: Run,  # with `TeacherSettings`
 ) -> dict[str, Any]:  # accuracies and sizes

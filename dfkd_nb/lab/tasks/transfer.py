@@ -29,6 +29,7 @@ from dfkd_nb.lab.tasks.common import (
     student_metrics,
     train_student,
     training_arguments,
+    with_compile,
 )
 from .synthesis import recipe_images, recipe_statistics
 from ...toolbox.core import seed_everything
@@ -44,6 +45,7 @@ def adaptive_trainer(
     device: torch.device,  # where everything happens
 ) -> AlternatingTrainer:  # on a `GrowingPool` that does not save its images
     "Adaptive DeepInversion, as a recipe says; without a competition where its weight is 0."
+    settings = with_compile(settings, settings.steps, device)
     return build_method(
         settings,
         teacher,
@@ -51,6 +53,7 @@ def adaptive_trainer(
         synthesizer='inversion',
         synthesizer_options={'statistics': recipe_statistics(settings, teacher)},
         pool_options={'saves_images': False},
+        distiller_options={'compile': settings.compile},
         measure=round_metrics(),
         device=device,
     )
@@ -156,7 +159,7 @@ def transfer_distiller(
     return Distiller(teacher, student, images, temperature=settings.temperature, **keywords)
 
 
-@task('transfer', TransferSettings, check_transfer)
+@task('transfer', TransferSettings, check_transfer, several_processes=True)
 def transfer(
     run: Run,  # with `TransferSettings`
 ) -> dict[str, Any]:  # accuracies of teacher and student on real test images
