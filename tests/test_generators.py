@@ -558,6 +558,39 @@ def test_a_compiled_look_computes_no_gradient_of_the_students_weights(teacher, g
     assert leaves and all(gradient is None for gradient in found)
 
 
+class Viewed(nn.Module):
+    "A student that flattens its features with `view`, as some of other people's do."
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(3600, 10)
+
+    def forward(self, x):
+        return self.last(self.first(x).view(len(x), -1))
+
+
+def test_channels_last_only_where_all_networks_take_it():
+    "It is an order in memory: losses and pictures stay, but for rounding."
+    teacher = load_teacher('cifar10-resnet20')
+    torch.manual_seed(2)
+    start = Generator((3, 32, 32), 8, 4)
+    viewed = synthesizer_of(teacher, METHODS['dfq'], student=Viewed())
+    assert not viewed.channels_last
+    viewed.synthesize(6)
+    student = network(1, teacher.domain)
+    last, first = (
+        synthesizer_of(teacher, METHODS['dfq'], generator=start, student=student)
+        for _ in range(2)
+    )
+    assert last.channels_last
+    first.channels_last = False
+    pictures = [made.synthesize(6).images.int() for made in (last, first)]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
+    for row, wanted in zip(last.history, first.history, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert all(p.is_contiguous() for p in student.parameters())
+
+
 # --- what is handed in ---
 
 KINDS = {

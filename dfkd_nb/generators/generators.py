@@ -84,14 +84,17 @@ class Generator(nn.Module):
     def forward(
         self, z: Tensor
     ) -> Tensor:  # codes `(N, latent_size)` to intensities in [0, 1], `(N, C, H, W)`
-        x = self.norm(self.linear(z).view(len(z), -1, *self.begin))
+        x = self.linear(z).view(len(z), -1, *self.begin)
+        if x.device.type == 'cpu':  # whose convolutions are faster so
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.norm(x)
         block: Any
         for block in self.blocks:
             convolution, norm, activation = block
             x = activation(norm(convolve_upsampled(x, convolution.weight)))
         if x.shape[2:] != self.shape[1:]:
             x = F.interpolate(x, self.shape[1:], mode='bilinear', antialias=False)
-        return self.last(x).sigmoid()
+        return self.last(x).sigmoid().contiguous()
 
 # %% ../../nbs/generators/08_generators.ipynb #97185655
 class Pixels(nn.Module):
