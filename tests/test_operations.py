@@ -23,6 +23,7 @@ LIMITS = {
     'inversion': (600, 0),
     'generator': (800, 3),
     'generator-ssd-kd': (800, 3),
+    'running': (12, 1),
     'student': (304, 4),
     'student-ssd-kd': (349, 3),
 }
