@@ -282,6 +282,17 @@ def student(device: torch.device, method: str = 'fast-5') -> Update:
     return Update(trainer.distiller.step)
 
 
+def running(device: torch.device) -> Update:
+    "The running statistics of a finished batch: one question, whether all are finite."
+    from dfkd_nb.dreams.moment_rows import MomentRow
+    from dfkd_nb.dreams.running_statistics import RunningStatistics
+
+    pairs = {str(i): (torch.zeros(4), torch.ones(4)) for i in range(40)}
+    row = MomentRow.join(pairs)
+    batch, kept = row.with_tensor(row.tensor.to(device)), RunningStatistics()
+    return Update(lambda: kept.update(batch))
+
+
 def known(device: torch.device) -> Update:
     "Six operations and seven waits."
     x = torch.ones(3, device=device)
@@ -303,6 +314,7 @@ def known(device: torch.device) -> Update:
 
 PARTS: dict[str, Callable[[torch.device], Update]] = {
     'known': known,
+    'running': running,
     'inversion': inversion,
     'generator': generator,
     'generator-ssd-kd': lambda device: generator(device, 'ssd-kd-10'),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dfkd_nb.dreams.extractor import FusedBatchNorm, fuse_statistics
 from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.dreams.layers import find_layers
+from dfkd_nb.dreams.moment_rows import MomentRow, PartNorms, check_all_moments
 from dfkd_nb.dreams.priors import (
     LossInputs,
     Objective,
@@ -587,6 +588,33 @@ def test_mixed_precision_keeps_exact_moments_of_what_it_sees():
     slope, exact_slope = (torch.autograd.grad(loss, x)[0] for loss in (total, exact))
     assert abs(total - exact) < 0.02 * exact
     assert (slope - exact_slope).norm() < 0.05 * exact_slope.norm()
+
+
+def test_the_gradient_of_all_norms_at_once_is_that_of_each():
+    sizes = [3, 1, 7, 2]
+    vector = torch.randn(13, dtype=torch.float64, requires_grad=True)
+    pull = torch.randn(4, dtype=torch.float64)
+    parts = torch.stack([part.norm() for part in vector.split(sizes)])
+    found = PartNorms(sizes)(vector)
+    torch.testing.assert_close(found, parts)
+    pairs = [torch.autograd.grad((v * pull).sum(), vector)[0] for v in (found, parts)]
+    torch.testing.assert_close(*pairs)
+    still = torch.zeros(13, requires_grad=True)
+    (slope,) = torch.autograd.grad(PartNorms(sizes)(still).sum(), still)
+    assert torch.equal(slope, torch.zeros(13))
+
+
+def test_a_row_is_its_layers_and_finds_the_one_that_is_not_finite():
+    moments = {name: (torch.randn(n), torch.rand(n)) for name, n in zip('abc', (3, 1, 2))}
+    row = MomentRow.join(moments)
+    for name, pair in moments.items():
+        assert all(torch.equal(v, w) for v, w in zip(row[name], pair))
+    assert list(row) == ['a', 'b', 'c'] and len(row.tensor) == 12
+    check_all_moments(row)
+    bad = row.with_tensor(row.tensor.clone())
+    bad['b'][1].fill_(torch.nan)
+    with pytest.raises(DFKDError, match="layer 'b' hold NaN"):
+        check_all_moments(bad)
 
 
 # features whose mean is far from zero

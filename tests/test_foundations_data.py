@@ -4,8 +4,10 @@ stories.
 
 from __future__ import annotations
 
+import copy
 import io
 import os
+import pickle
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict
@@ -20,6 +22,7 @@ from cases import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 from dfkd_nb.toolbox import core, data
 from dfkd_nb.toolbox.augmentation import Augment, mixup, random_crop
@@ -757,3 +760,23 @@ def test_mixup_is_a_convex_combination(alpha: float, count: int, seed: int) -> N
     assert (targets >= 0).all() and torch.allclose(targets.sum(1), torch.ones(count))
     # everybody is somebody's partner once
     assert torch.allclose(targets.sum(0), torch.ones(count))
+
+
+# constants of a normalisation
+
+
+def test_constants_are_kept_and_change_nothing():
+    "By values, type and device; no gradient, no trace and no copy of a domain meets them."
+    domain = Domain('kept', (1, 2, 2), (0.25,), (0.125,), ('a', 'b'))
+    with torch.inference_mode():
+        first = domain.normalize(torch.ones(1, 1, 2, 2))
+    x = torch.ones(1, 1, 2, 2, requires_grad=True)
+    domain.normalize(x).square().sum().backward()  # a tensor of inference would refuse
+    assert x.grad is not None and torch.equal(first, domain.normalize(x).detach())
+    assert domain.normalize(x.double()).dtype == torch.float64
+    again = pickle.loads(pickle.dumps(domain))
+    assert again == domain and hash(again) == hash(copy.deepcopy(domain))
+    other = Domain('traced', (1, 2, 2), (0.3125,), (0.0625,), ('a', 'b'))
+    with FakeTensorMode():
+        other.normalize(torch.ones(1, 1, 2, 2))
+    assert float(other.normalize(torch.ones(1, 1, 2, 2)).max()) == 11.0

@@ -6,17 +6,21 @@ import copy
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from test_inversion import DIGITS, make, network
 from torch import nn
 
+from dfkd_nb.dreams.activation_matching import embedding_term
+from dfkd_nb.dreams.extractor import FeatureExtractor
 from dfkd_nb.dreams.inversion import DeepInversion, deepinversion_preset
-from dfkd_nb.dreams.inversion_loss import relative_feature_term
+from dfkd_nb.dreams.inversion_loss import compile_mode, relative_feature_term
 from dfkd_nb.dreams.memory import activation_bytes, max_batch_size
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.dreams.statistics import Statistics, Watch, feature_term
 from dfkd_nb.toolbox.errors import DFKDError
 from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import capture_input
 from dfkd_nb.toolbox.teachers import Teacher
 
 
@@ -356,3 +360,84 @@ def test_a_checkpoint_knows_the_students_normalisation(teacher, tmp_path):
     )
     with pytest.raises(DFKDError, match='another teacher, student'):
         make(teacher, student=other(), student_domain=theirs).synthesize(8, checkpoint=path)
+
+
+# compiled
+
+
+@pytest.mark.parametrize(
+    'kind', ['plain', 'embedding', 'embedding alone', 'student', 'relative']
+)
+def test_the_loss_compiles_as_one_graph(teacher, kind):
+    "Whatever the terms ask for: each break would cost a launch and a guard an update."
+    settings: dict = {}
+    if 'embedding' in kind:
+        settings |= {'embedding': 'classifier', 'terms': {'e': (1.0, embedding_term)}}
+    if kind == 'embedding alone':
+        settings |= {'feature_weight': 0.0}
+    if kind == 'student':
+        settings['student'] = other()
+    if kind == 'relative':
+        settings |= {'feature_scale': 'relative', 'first_layer_weight': 10.0}
+    loss = make(teacher, **settings).loss
+    x = torch.randn(4, *DIGITS.shape, requires_grad=True)
+    given = x, x, torch.arange(4), torch.randn(4, 8)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(loss.compute)(*given)
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+def test_cuda_compiles_to_a_graph_of_its_own():
+    assert compile_mode(torch.device('cuda', 1)) == 'reduce-overhead'
+    assert compile_mode(torch.device('cpu')) is None
+
+
+def test_losses_outlive_the_memory_of_a_graph(teacher):
+    "The next update writes over what a CUDA graph returned."
+    loss = make(teacher).loss
+    kept, x = torch.zeros(3), torch.zeros(1)
+    loss.graphed, loss._call = True, lambda *_: (kept.sum(), kept)
+    _, values = loss(x, x, x)
+    kept += 1
+    assert torch.equal(values, torch.zeros(3))
+
+
+def test_an_embedding_leaves_no_hook_in_the_teacher(teacher):
+    "Alone, in a copy of the network; what it is stays what it was."
+    x = DIGITS.from_pixels(torch.randn(3, *DIGITS.shape))
+    with capture_input(teacher, 'classifier') as taken:
+        teacher(x)
+    for statistics in (None, Statistics.from_batchnorm(teacher)):
+        extractor = FeatureExtractor(teacher, statistics, embedding='classifier')
+        torch.testing.assert_close(extractor(x)[2], taken[0])
+        torch.testing.assert_close(copy.deepcopy(extractor)(x)[2], taken[0])
+        assert extractor.capture.taken is None  # keeps no graph alive
+    assert not any(m._forward_pre_hooks for m in teacher.modules())
+
+
+# order of memory
+
+
+@pytest.mark.parametrize('kind', ['any order', 'usual order'])
+def test_the_order_of_memory_is_the_networks_choice(kind):
+    colour = replace(DIGITS, shape=(3, 8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    inner = tiny.network(domain=colour)
+
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x.view(-1, 64 * 3).view(x.shape))
+
+    teacher = Teacher(Viewing() if kind == 'usual order' else inner, colour)
+    extractor = FeatureExtractor(teacher, Statistics.from_batchnorm(teacher))
+    wanted = torch.channels_last if kind == 'any order' else torch.contiguous_format
+    assert extractor.layout == wanted
+    x = torch.randn(4, 3, 8, 8)
+    logits, moments, _ = extractor(x)
+    with Watch(teacher) as watch:
+        torch.testing.assert_close(logits, teacher(x))
+    for name, pair in watch.moments.items():
+        torch.testing.assert_close(moments[name], pair)

@@ -23,6 +23,7 @@ LIMITS = {
     'inversion': (600, 0),
     'generator': (660, 0),
     'generator-ssd-kd': (680, 0),
+    'running': (12, 1),
     'student': (258, 1),
     'student-ssd-kd': (303, 0),
 }

@@ -57,7 +57,8 @@ def _sums(
     dtype = accumulation_dtype(x)
     channel_dim %= x.ndim
     # one image's channel lies in one piece: sum that first
-    if channel_dim == 1 and x.ndim > 2 and x.is_contiguous():
+    pieces = channel_dim == 1 and x.ndim > 2 and x.is_contiguous()
+    if pieces and not torch.compiler.is_compiling():  # which fuses both sums
         inner = tuple(range(2, x.ndim))
         return x.sum(inner, dtype=dtype).sum(0), torch.linalg.vector_norm(
             x, dim=inner, dtype=dtype
