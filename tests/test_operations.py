@@ -23,8 +23,8 @@ LIMITS = {
     'inversion': (600, 0),
     'generator': (660, 0),
     'generator-ssd-kd': (680, 0),
-    'student': (258, 1),
-    'student-ssd-kd': (303, 0),
+    'student': (256, 0),
+    'student-ssd-kd': (301, 0),
 }
 
 
