@@ -280,7 +280,7 @@ class GrowingPool(Pool):
     def sample(
         self, batch_size: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        "A random batch: after `add` what is new first, then the rest, then all, reshuffled."
+        "A random batch: after `add` what is new first, then the rest, then all anew."
         epochs, count = self._epochs, len(self)
         if self.newest_first and not len(epochs.order) and 0 < self._old < count:
             new = torch.randperm(count - self._old, generator=generator) + self._old
