@@ -127,8 +127,9 @@ def _complete_buffers(optimizer: Any, *_: Any) -> None:
                 state['momentum_buffer'] = torch.zeros_like(p)
 
 # %% ../../nbs/foundations/optimization.ipynb #c6b8ab0f
-# steps after which a compiled step has saved what its compilation took
-PAYS_FROM = {'cpu': 1500, 'cuda': 5000}
+# steps after which a compiled step has saved what its compilation took; that of a GPU was
+# not measured
+PAYS_FROM = {'cpu': 5000, 'cuda': 5000}
 
 
 def compiling_pays(
