@@ -517,6 +517,43 @@ def test_lossless_files_lose_nothing() -> None:
     ) <= {0, 255}
 
 
+def test_files_are_decoded_ahead_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next batch is begun while this one is used; order, results and the image that an
+    error names are those of decoding on demand.
+    """
+    pixels = noise(7)
+    begun = []
+    plain = ImageFiles._decoded
+    monkeypatch.setattr(
+        ImageFiles, '_decoded', lambda self, i: begun.append(i) or plain(self, i)
+    )
+    files = ImageFiles([png(p) for p in pixels], torch.arange(7), CIFAR, workers=1)
+    wanted = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pixels])
+    sampler, draws = files.sampler(), torch.Generator().manual_seed(0)
+    for number in range(7):  # epochs of three batches
+        images, labels = sampler.sample(2, draws)
+        assert images.equal(wanted[labels])
+        files._pool.submit(int).result()  # the only worker has done what was begun
+        if number % 3 < 2:
+            ahead = sampler.order[sampler.position : sampler.position + 2].tolist()
+            assert begun[-2:] == ahead
+        else:
+            assert begun[-2:] == labels.tolist()  # what comes next is not drawn yet
+    assert len(begun) == 2 * 7 + 2, 'nothing is decoded twice'
+    walked = torch.cat([images for images, _ in files.batches(3)])
+    assert walked.equal(wanted)
+    broken = ImageFiles([png(p) for p in pixels[:4]] + [b'no'] * 2, None, CIFAR)
+    walk = broken.batches(2)
+    assert len(next(walk)[0]) == len(next(walk)[0]) == 2  # the third is being decoded
+    with pytest.raises(DFKDError, match=r'image 4 \(from 0\) is no readable image'):
+        next(walk)
+    for _ in range(9):  # batches that nobody fetches do not pile up
+        broken.prefetch(torch.tensor([0, 1]))
+    assert len(broken._ahead) == 4
+
+
 @each(
     'content',
     [

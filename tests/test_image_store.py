@@ -9,6 +9,7 @@ import torch
 
 from dfkd_nb.foundations.image_store import ImageStore
 from dfkd_nb.foundations.loop import GrowingPool
+from dfkd_nb.generators.replay import ReplayPool
 from dfkd_nb.toolbox.domains import DOMAINS
 
 DIGITS = DOMAINS['digits']
@@ -47,6 +48,29 @@ def test_a_full_device_moves_the_images_beside_it(small: list[int]) -> None:
     assert small.count(32) == 1, 'the device is not asked again'
     store.replace(parts[3])
     assert len(store) == 8 and store.images.equal(parts[3])
+
+
+def test_a_replay_buffer_beside_its_device_draws_the_same(
+    request: pytest.FixtureRequest,
+) -> None:
+    "Sixty-four images do not fit, and nothing else changes: draws, counts, checkpoints."
+    roomy = ReplayPool(DIGITS, 64)
+    request.getfixturevalue('small')
+    full, resumed = ReplayPool(DIGITS, 64), ReplayPool(DIGITS, 64)
+    assert full.store.spilled and not roomy.store.spilled
+    for seed in range(5):  # one more than there is room for
+        logits = torch.randn(16, 10, generator=torch.Generator().manual_seed(seed))
+        for pool in (full, roomy):
+            pool.add(batch(16, seed), teacher_logits=logits)
+    assert full.images[:32].equal(torch.cat([batch(16, 4), batch(16, 1)]))
+    resumed.load_state_dict(full.state_dict())
+    drawn = []
+    for pool in (full, roomy, resumed):
+        images, labels = pool.sample(9, torch.Generator().manual_seed(3))
+        assert images.equal(roomy.images[pool.last_indices])
+        assert labels is not None and labels.equal(roomy.labels[pool.last_indices])
+        drawn.append(images)
+    assert drawn[0].equal(drawn[1]) and drawn[0].equal(drawn[2])
 
 
 def test_memory_that_ends_everywhere_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

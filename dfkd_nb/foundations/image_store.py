@@ -9,6 +9,8 @@ __all__ = ['ImageStore']
 import torch
 from torch import Tensor
 
+from ..toolbox.data import to_device
+
 # %% ../../nbs/foundations/image_store.ipynb #store006
 #| code-fold: true
 class ImageStore:
@@ -60,6 +62,26 @@ class ImageStore:
             self._move(max(total, 2 * self._count))
         self._room[self._count : total] = images.to(self._room.device)
         self._count = total
+
+    def reserve(
+        self,
+        count: int,  # images
+    ) -> None:
+        "So many black images, to be written over: a buffer that will not grow."
+        self._count = 0
+        self._move(count)
+        self._room.zero_()
+        self._count = count
+
+    def write(
+        self,
+        places: Tensor,  # int64 `(n,)`, each once
+        images: Tensor,  # uint8 `(n, C, H, W)`, from any device
+    ) -> None:
+        "Images in the place of others."
+        if not self.spilled:
+            images = to_device(images, self.device)
+        self._room[places.to(self._room.device)] = images.to(self._room.device)
 
     def replace(
         self,

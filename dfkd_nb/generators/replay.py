@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..foundations.image_store import ImageStore
 from ..foundations.loop import Pool, share_student_domain
 from .generators import DISTANCES, student_logits_of
 from ..toolbox.core import load_tensors, save_tensors
@@ -126,10 +127,13 @@ class ReplayPool(Pool):
         self.weighs_loss = weighs_loss
         self.temperature = temperature
 
-        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(size, *shape, dtype=dtype, device=self.device)
+        def empty(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=self.device)
 
-        self._images, self._classes = empty(torch.uint8, *domain.shape), empty(torch.long)
+        # on the device, or beside it where it has no room for so many
+        self.store = ImageStore(domain.shape, self.device)
+        self.store.reserve(size)
+        self._classes = empty(torch.long)
         self._confidences = empty(torch.float32)
         self._priorities = empty(torch.float32)
         self._sample_counts = empty(torch.long)
@@ -148,7 +152,11 @@ class ReplayPool(Pool):
 
     @property
     def images(self) -> Tensor:  # type: ignore[override]
-        return self._images[: len(self)]
+        return self.store.images[: len(self)]
+
+    def fetch(self, indices: Tensor) -> Tensor:
+        "The images at `indices`, uint8 `(n, C, H, W)`, on the device."
+        return self.store.fetch(indices)
 
     @property
     def labels(self) -> Tensor:
@@ -271,7 +279,7 @@ class ReplayPool(Pool):
         where = torch.arange(self.added - n, self.added, device=self.device) % self.size
         # what is overwritten; a bincount would wait for the device
         self.counts.index_add_(0, self._classes[where], -(where < before).long())
-        self._images[where] = to_device(images[-n:], self.device)
+        self.store.write(where, images[-n:])
         self._classes[where] = to_device(classes[-n:], self.device)
         self._confidences[where] = to_device(confidences[-n:].float(), self.device)
         self._sample_counts.index_fill_(0, where, 0)
@@ -462,8 +470,8 @@ class ReplayPool(Pool):
             state['max_priority'].to(self.device),
         )
         self._epochs.load_state_dict(state)  # it counts the images
+        self.store.write(torch.arange(len(self)), state['images'])
         for name, mine in (
-            ('images', '_images'),
             ('labels', '_classes'),
             ('confidences', '_confidences'),
             ('priorities', '_priorities'),

@@ -65,6 +65,12 @@ class ImageSource(ABC):
     def fetch(self, indices: Tensor) -> Tensor:
         "The images at `indices`, uint8 `(n, C, H, W)`."
 
+    def prefetch(self, indices: Tensor) -> None:  # noqa: B027 - may stay as it is
+        """Told which images will be fetched after those of now.
+
+        A source that has to read them may begin.
+        """
+
     def sampler(self) -> 'Sampler':
         """A new sampler of random batches from here.
 
@@ -76,8 +82,12 @@ class ImageSource(ABC):
         "All images and their labels, in order."
         if batch_size < 1:
             raise DFKDError(f'batches of {batch_size} images: give 1 or more')
-        for indices in torch.arange(len(self)).split(batch_size):
-            yield self.fetch_labelled(indices)
+        parts = torch.arange(len(self)).split(batch_size)
+        for number, indices in enumerate(parts):
+            found = self.fetch_labelled(indices)
+            if number + 1 < len(parts):
+                self.prefetch(parts[number + 1])
+            yield found
 
     def fetch_labelled(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.fetch(indices), (
@@ -153,8 +163,12 @@ class EpochSampler(Sampler):
     def sample(
         self, batch_size: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor | None]:
-        "A random batch and its labels."
-        return self.source.fetch_labelled(self.next_indices(batch_size, generator))
+        "A random batch and its labels; the next one may be read meanwhile."
+        batch = self.source.fetch_labelled(self.next_indices(batch_size, generator))
+        ahead = self.order[self.position : self.position + batch_size]
+        if len(ahead) == batch_size:  # another epoch's order is not known yet
+            self.source.prefetch(ahead)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         "Where the drawing stands; together with the generator's state it resumes exactly."

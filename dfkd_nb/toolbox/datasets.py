@@ -9,8 +9,9 @@ __all__ = ['ImageFiles', 'read_folder', 'data_root', 'load_data']
 import io
 import os
 import warnings
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -48,6 +49,8 @@ class ImageFiles(ImageSource):
         self.labels = validate_labels(labels, len(encoded), domain)
         self.domain = domain
         self._pool = ThreadPoolExecutor(workers)
+        # batches that are being decoded before they are asked for, image by image
+        self._ahead: deque[dict[int, Future[Tensor]]] = deque(maxlen=4)
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -64,7 +67,24 @@ class ImageFiles(ImageSource):
         """The images at `indices`, uint8 `(n, C, H, W)`; one that cannot be read is a
         `DFKDError` that names it.
         """
-        return torch.stack(list(self._pool.map(self._decoded, indices.tolist())))
+        futures = [self._begun(index) for index in indices.tolist()]
+        # an error comes at its own image, the first of the batch
+        return torch.stack([future.result() for future in futures])
+
+    def prefetch(self, indices: Tensor) -> None:
+        "Decode these images meanwhile, for a `fetch` to come; the last four batches wait."
+        ahead = {i: self._pool.submit(self._decoded, i) for i in indices.tolist()}
+        if len(self._ahead) == self._ahead.maxlen:  # asked for no more
+            for future in self._ahead[0].values():
+                future.cancel()
+        self._ahead.append(ahead)
+
+    def _begun(self, index: int) -> 'Future[Tensor]':
+        "An image that is being decoded, from now on if not before."
+        for batch in self._ahead:
+            if (future := batch.pop(index, None)) is not None:
+                return future
+        return self._pool.submit(self._decoded, index)
 
     def relabel(self, domain: Domain) -> 'ImageFiles':
         "The same images, their labels as `domain` numbers the classes of the same names."
