@@ -24,8 +24,8 @@ LIMITS = {
     'generator': (660, 0),
     'generator-ssd-kd': (680, 0),
     'running': (12, 1),
-    'student': (258, 1),
-    'student-ssd-kd': (303, 0),
+    'student': (256, 0),
+    'student-ssd-kd': (301, 0),
 }
 
 
