@@ -145,17 +145,25 @@ class _PartNorms(torch.autograd.Function):
         vector: Tensor,  # `(N,)`
         places: Tensor,  # int64 `(parts, longest)`; N where a part has ended
         owners: Tensor,  # int64 `(N,)`, the part that a number belongs to
+        sizes: tuple[int, ...],  # of the parts
     ) -> Tensor:  # `(parts,)`
         norms = torch.linalg.vector_norm(F.pad(vector, (0, 1))[places], dim=1)
         ctx.save_for_backward(vector, norms, owners)
+        ctx.sizes = sizes
         return norms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None, None]:
         vector, norms, owners = ctx.saved_tensors
         # where the norm is 0 all numbers are
         factors = grad / norms.clamp_min(1e-30)
-        return vector * factors[owners], None, None
+        if torch.compiler.is_compiling():
+            # a tensor of its own: else each pixel of each layer would look up its factor
+            pairs = zip(vector.split(ctx.sizes), factors.unbind())
+            return torch.cat([part * factor for part, factor in pairs]), None, None, None
+        return vector * factors[owners], None, None, None
 
 
 class PartNorms:
@@ -197,4 +205,4 @@ class PartNorms:
         self,
         vector: Tensor,  # `(N,)`, N numbers in all parts
     ) -> Tensor:  # `(parts,)`
-        return _PartNorms.apply(vector, *self.layout(vector.device))
+        return _PartNorms.apply(vector, *self.layout(vector.device), self.sizes)

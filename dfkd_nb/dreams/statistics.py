@@ -56,10 +56,11 @@ def _sums(
     "Sum and sum of squares, each in one pass."
     dtype = accumulation_dtype(x)
     channel_dim %= x.ndim
+    maps, inner = channel_dim == 1 and x.ndim > 2, tuple(range(2, x.ndim))
+    if maps and torch.compiler.is_compiling():  # both sums in one loop over each image
+        return x.sum(inner, dtype=dtype).sum(0), x.to(dtype).square().sum(inner).sum(0)
     # one image's channel lies in one piece: sum that first
-    pieces = channel_dim == 1 and x.ndim > 2 and x.is_contiguous()
-    if pieces and not torch.compiler.is_compiling():  # which fuses both sums
-        inner = tuple(range(2, x.ndim))
+    if maps and x.is_contiguous():
         return x.sum(inner, dtype=dtype).sum(0), torch.linalg.vector_norm(
             x, dim=inner, dtype=dtype
         ).square().sum(0)
