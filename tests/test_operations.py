@@ -20,10 +20,10 @@ from operations import PARTS, count
 HERE = Path(__file__).parent
 # operations and waits of one update, at most
 LIMITS = {
-    'inversion': (600, 0),
+    'inversion': (520, 0),
     'generator': (660, 0),
     'generator-ssd-kd': (680, 0),
-    'running': (12, 1),
+    'running': (10, 1),
     'student': (256, 0),
     'student-ssd-kd': (301, 0),
 }
