@@ -328,8 +328,10 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         # of the fresh weights of 'scratch': 'normal', N(0, 0.02) as in public code, or
         # PyTorch's 'default'
         weight_init: str = 'normal',
-        # 'scratch': generator and head from fresh weights for every batch; 'sequential'
+        # 'scratch': the generator from fresh weights for every batch; 'sequential'
         init: str = 'scratch',
+        # with 'scratch': one head for all batches, as in public code, or a fresh one
+        keep_head: bool = False,
         **settings: Any,  # see `GeneratorObjective`; `augment` makes the global view
     ) -> None:
         if contrastive_weight < 0 or not contrastive_temperature > 0:
@@ -348,6 +350,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         self.negatives = negatives
         self.head_size = head_size
         self.weight_init = weight_init
+        self.keep_head = keep_head
         own = {'contrast': (contrastive_weight, self._contrast)}
         super().__init__(
             teacher,
@@ -374,6 +377,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
             'contrastive_temperature': contrastive_temperature,
             'negatives': negatives,
             'weight_init': weight_init,
+            'keep_head': keep_head,
             'head_size': head_size,
             'local': repr(self.local),
             'layers': list(self.summary.modules),
@@ -396,7 +400,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
 
     def _begin_weights(self) -> None:
         super()._begin_weights()
-        if self.init == 'scratch':
+        if self.init == 'scratch' and not self.keep_head:
             self._new_head()
 
     @torch.no_grad()
