@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from operations import PARTS, count
+from operations import MISSING, PARTS, count, register
+
+pytestmark = pytest.mark.skipif(register is None, reason=MISSING)
 
 HERE = Path(__file__).parent
 # operations and waits of one update, at most
