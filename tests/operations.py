@@ -28,15 +28,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 
-try:  # not in every PyTorch that the package runs with
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-except ImportError:
-    _setup_privateuseone_for_python_backend = None
-
 NAME = 'counted'
+# what makes a device known that is written in Python; None where PyTorch has none
+register = getattr(backend_registration, '_setup_privateuseone_for_python_backend', None)
+MISSING = f'PyTorch {torch.__version__} knows no device that is written in Python'
 # what neither computes nor copies
 FREE = {
     'alias', 'as_strided', 'detach', 'diagonal', 'empty', 'empty_like', 'empty_strided',
@@ -170,7 +169,9 @@ class Counter(TorchDispatchMode):
 
 def prepare() -> torch.device:
     "Make the device known to PyTorch and to the book; once a process."
-    _setup_privateuseone_for_python_backend(NAME)
+    if register is None:
+        raise SystemExit(MISSING)
+    register(NAME)
     there = torch.device(NAME, 0)
     import dfkd_nb.generators.methods  # noqa: F401
     from dfkd_nb.toolbox.core import pick_device
@@ -359,6 +360,6 @@ if __name__ == '__main__':
     main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # threads of the device may still wait in PyTorch's autograd: an ordinary end of the
-    # interpreter would abort them
+    # Autograd has a thread for the device, which PyTorch does not join: an exit that
+    # destroys it would end in an abort.
     os._exit(0)

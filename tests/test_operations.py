@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from operations import PARTS, _setup_privateuseone_for_python_backend, count
+from operations import MISSING, PARTS, count, register
 
-if _setup_privateuseone_for_python_backend is None:
-    pytest.skip('this PyTorch has no device written in Python', allow_module_level=True)
+pytestmark = pytest.mark.skipif(register is None, reason=MISSING)
 
 HERE = Path(__file__).parent
 # operations and waits of one update, at most
