@@ -28,7 +28,8 @@ from dfkd_nb.toolbox.teachers import Teacher
 
 CODE = """
 import time
-import torch
+
+from torch import nn
 
 
 class Net(nn.Module):
@@ -183,7 +184,7 @@ def test_a_foreign_network_from_begin_to_end(
     # nothing that is held out was learned from
     pool = ImageSet.load(folder / 'images.safetensors')
     learned = {image.numpy().tobytes() for image in pool.images}
-    assert len(pool) == 96 and not learned & {i.numpy().tobytes() for i in held_out.images}
+    assert len(pool) == 88 and not learned & {i.numpy().tobytes() for i in held_out.images}
 
 
 def test_the_report_escapes_and_asks_for_nothing(here: Path) -> None:
@@ -228,7 +229,7 @@ def test_killed_and_resumed_to_the_same_bits(
         patch.setattr(Run, 'tick', dies)
         # a resumed process never times anything: its numbers of updates are recorded
         kills = 0
-        for left in (2, 9, 17, 12, 1000):  # noqa: B007 - `dies` counts it down
+        for left in (2, 5, 6, 7, 1000):  # noqa: B007 - `dies` counts it down
             try:
                 code = main([*whole, '--resume', '--save-every', '1e-9'])
             except Killed:
@@ -262,11 +263,12 @@ def test_changed_settings_are_refused_and_change_nothing(
         "'steps' was": ['--steps', '11'],
         "'seed' was": ['--seed', '5'],
         "'mean' was": ['--mean', '0.5,0.5,0.5'],
-        "'task'": ['--method', 'deepinversion'],
     }
     for word, options in changes.items():
         line = failure(capsys, [*command('fast-5', '--resume'), *options])
         assert word in line and 'was started with other settings' in line, line
+    line = failure(capsys, command('deepinversion', '--resume'))
+    assert 'with --method fast-5, now deepinversion' in line
     torch.save(load_network('nets.py:Net').model.state_dict(), 'best.pth')
     assert "'weights' was" in failure(capsys, command('fast-5', '--resume'))
     assert 'unfinished run' in failure(capsys, command('fast-5'))
@@ -363,7 +365,7 @@ def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -
         'memory',
         'results',
     ]
-    assert '10 of the student' in lines['updates'] and '12 batches of 8' in lines['images']
+    assert '10 of the student' in lines['updates'] and '11 batches of 8' in lines['images']
     now = [p for p in sorted(here.rglob('*')) if '__pycache__' not in p.parts]
     assert now == before
 
@@ -387,22 +389,23 @@ def test_the_plan_times_the_real_networks(method: str, here: Path) -> None:
     paused = costs(command(method, '--model', 'nets.py:Net(pause=0.03)', '--plan'))
     images, updates = (8, 1) if method == 'deepinversion' else (1, 2)
     assert 0.03 < paused.synthesis * images / updates < 0.2
-    assert paused.student > 0.03 and paused.held_out * 12 > 0.03
+    assert paused.held_out * 12 > 0.03
 
 
 def test_minutes_are_counted_once_and_kept(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [w for w in command() if w not in ('--steps', '10')]
-    costs = distill.Costs(0.1, 0.01, 1e-4, (2, 2))
+    costs = distill.Costs(0.01, 1e-3, 1e-6, (2, 2))
     monkeypatch.setattr(distill, 'measure_costs', lambda *_: costs)
     timed = [*words, '--minutes', '0.01', '--max-minutes', '1e-9']
     assert main(timed) == STOPPED
     recorded = tomllib.loads((here / 'out' / 'recipe.toml').read_text())['hour']
-    seconds = recorded['rounds'] * 0.1 + recorded['steps'] * 0.01
-    assert recorded['minutes'] == 0.01 and 10 < recorded['steps'] < 60
-    assert 0.4 < seconds < 0.6  # of 0.6, the held-out images taken away
+    seconds = recorded['rounds'] * 0.01 + recorded['steps'] * 0.001
+    assert recorded['minutes'] == 0.01 and 20 < recorded['steps']
+    assert 0.5 < seconds < 0.6  # of 0.6, the held-out images taken away
     monkeypatch.setattr(distill, 'measure_costs', None)  # never again
+    capsys.readouterr()
     longer = failure(capsys, [*words, '--minutes', '0.02', '--resume'])
     assert "('minutes' was 0.01, now 0.02)" in longer
     assert main([*words, '--minutes', '0.01', '--resume']) == 0

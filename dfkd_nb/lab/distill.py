@@ -43,6 +43,7 @@ from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import load_data
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
+from ..toolbox.formats import parquet_files
 from ..toolbox.network_specs import load_network
 from ..toolbox.processes import process_device, rank_and_world_size
 from ..toolbox.teachers import Teacher, check_network
@@ -117,21 +118,32 @@ def open_test(
     if not place.exists():
         raise DFKDError(f'--test {path}: no such folder or file')
     try:
-        found = load_data(f'folder:{path}', domain=domain)
+        found: Any = load_data(f'folder:{path}', domain=domain)
     except DFKDError as error:
         raise DFKDError(f'--test {path}: {error}') from error
-    return _teachers_classes(found, path, domain)
-
-
-def _teachers_classes(found: Any, path: str, domain: Domain) -> ImageSource:
-    "Labels as the teacher numbers them, or a `DFKDError`."
-    given, numbered = found.domain.classes, all(n.isdecimal() for n in domain.classes)
-    if given == domain.classes or set(given) == set(domain.classes):
+    given = found.domain.classes
+    if place.is_dir() and not parquet_files(place):
+        given = tuple(sorted(p.name for p in place.iterdir() if p.is_dir()))
+    _check_classes(given, path, domain)
+    if set(found.domain.classes) == set(domain.classes):
         return found.relabel(domain)
-    if len(given) == domain.num_classes and numbered:
-        # a teacher whose classes have no names: sorted names are its order
-        found.domain = dataclasses.replace(found.domain, classes=domain.classes)
-        return found
+    # a teacher whose classes have no names: the order of the files is its order
+    found.domain = dataclasses.replace(found.domain, classes=domain.classes)
+    return found
+
+
+def _check_classes(
+    given: tuple[str, ...],  # names or numbers of the test's classes
+    path: str,  # for the message
+    domain: Domain,  # of the teacher
+) -> None:
+    "A `DFKDError` unless these are the teacher's classes, as far as names tell."
+    if set(given) == set(domain.classes):
+        return
+    numbered = all(name.isdecimal() for name in given)
+    unnamed = all(name.isdecimal() for name in domain.classes)
+    if len(given) == domain.num_classes and (numbered or unnamed):
+        return
     unknown = [name for name in given if name not in domain.classes]
     if len(given) != domain.num_classes:
         raise DFKDError(
@@ -384,6 +396,11 @@ def prepare(
         raise DFKDError(f'--steps {arguments.steps}: give 1 or more')
     if arguments.images is not None and arguments.images < 2:
         raise DFKDError(f'--images {arguments.images}: give 2 or more')
+    if recorded and recorded.get('method') != arguments.method:
+        raise DFKDError(
+            f'{folder} was started with --method {recorded.get("method")}, now'
+            f' {arguments.method}: set it back, use --fresh or another --out'
+        )
     device, typed = process_device(arguments.device), set_values(arguments)
     # unknown methods are reported before the network is read
     method_values(arguments.method, 32)
@@ -395,6 +412,7 @@ def prepare(
     build = student_builder(arguments.student, teacher, arguments.seed)
     teacher, about = teacher.to(device), network_values(arguments, teacher)
     updates = UPDATES if arguments.steps is None else arguments.steps
+    method |= {k: v for k, v in typed.items() if k in method}
     values = about | with_updates(method, updates, arguments.images)
     costs = None
     if counts := recorded_counts(recorded, about['minutes']):
