@@ -224,6 +224,8 @@ class SynthesisLog:
         )
 
 # %% ../../../nbs/lab/tasks/distill.ipynb #20f54de9
+@task('distill', DistillPixelsSettings, check_transfer)
+@task('distill-generator', DistillGeneratorSettings, check_generative)
 def distill_student(
     run: Any,  # a `NetworkRun`
 ) -> dict[str, Any]:  # what was measured
@@ -338,7 +340,3 @@ def check_export(
                 f'the student as {kind} in {folder} differs by {error:.2g} in its logits:'
                 ' leave --export out, and use student.safetensors'
             )
-
-
-task('distill', DistillPixelsSettings, check_transfer)(distill_student)
-task('distill-generator', DistillGeneratorSettings, check_generative)(distill_student)
