@@ -9,6 +9,7 @@ __all__ = ['Cost', 'network_cost', 'export_network']
 import copy
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,12 @@ def export_network(
     model: nn.Module,  # any network
     domain: Domain,  # of its images
     folder: str | Path,  # gets `network.pt2` (torch.export) and `network.onnx`
+    name: str = 'network',  # of the files
+    formats: Sequence[str] = ('pt2', 'onnx'),  # which of them
 ) -> dict[str, float]:  # largest difference from the network's own logits, by format
     """Write a network for use without this package, and check what was written.
 
-    The files take batches of any size. Needs the packages onnxruntime and onnxscript.
+    The files take batches of any size. ONNX needs the packages onnxruntime and onnxscript.
 
     Raises: `DFKDError` if a package is missing, the disk is full, or the network cannot be
     exported.
@@ -84,16 +87,17 @@ def export_network(
         >>> max(errors.values()) < 1e-4  # doctest: +SKIP
         True
     """
-    runtime = import_extra('onnxruntime', 'onnxruntime')
-    import_extra('onnxscript', 'onnxscript')
-    folder = Path(folder)
+    files = {kind: Path(folder) / f'{name}.{kind}' for kind in formats}
+    if 'onnx' in files:
+        import_extra('onnxruntime', 'onnxruntime')
+        import_extra('onnxscript', 'onnxscript')
     network = copy.deepcopy(model).cpu().eval()
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(3, *domain.shape, generator=rng).to(zero_images(network, domain, 0))
     with torch.no_grad():
         expected = logits_of(network(x))
     try:
-        _write_formats(network, x, folder)
+        _write_formats(network, x, files)
     except DFKDError:
         raise  # a disk that is full
     except Exception as error:  # of a dozen kinds, some are pages long and coloured
@@ -107,19 +111,22 @@ def export_network(
             ' save_integers, or made of the exported file by its runtime'
         ) from error
     return {
-        name: float((logits.detach() - expected).abs().max())
-        for name, logits in _read_formats(runtime, x, folder).items()
+        kind: float((logits.detach() - expected).abs().max())
+        for kind, logits in _read_formats(x, files).items()
     }
 
 
-def _write_formats(network: nn.Module, x: Tensor, folder: Path) -> None:
+def _write_formats(network: nn.Module, x: Tensor, files: dict[str, Path]) -> None:
     "The network as torch.export and ONNX write it, for batches of any size."
     sizes = {0: torch.export.Dim('images', min=1, max=4096)}
     program = torch.export.export(network, (x,), dynamic_shapes=(sizes,))
-    torch.export.save(program, archive := io.BytesIO())
-    with atomic_path(folder / 'network.pt2') as path:
-        path.write_bytes(archive.getvalue())
-    with atomic_path(folder / 'network.onnx') as path:
+    if 'pt2' in files:
+        torch.export.save(program, archive := io.BytesIO())
+        with atomic_path(files['pt2']) as path:
+            path.write_bytes(archive.getvalue())
+    if 'onnx' not in files:
+        return
+    with atomic_path(files['onnx']) as path:
         torch.onnx.export(
             program,
             (),
@@ -132,13 +139,15 @@ def _write_formats(network: nn.Module, x: Tensor, folder: Path) -> None:
         )
 
 
-def _read_formats(runtime: Any, x: Tensor, folder: Path) -> dict[str, Tensor]:
-    "Logits of both files, by format."
-    exported = torch.export.load(folder / 'network.pt2').module()
-    session = runtime.InferenceSession(
-        str(folder / 'network.onnx'), providers=['CPUExecutionProvider']
-    )
-    return {
-        'torch.export': logits_of(exported(x)),
-        'ONNX': torch.from_numpy(session.run(None, {'images': x.numpy()})[0]),
-    }
+def _read_formats(x: Tensor, files: dict[str, Path]) -> dict[str, Tensor]:
+    "Logits of the files, by format."
+    found: dict[str, Tensor] = {}
+    if 'pt2' in files:
+        found['torch.export'] = logits_of(torch.export.load(files['pt2']).module()(x))
+    if 'onnx' in files:
+        runtime: Any = import_extra('onnxruntime', 'onnxruntime')
+        session = runtime.InferenceSession(
+            str(files['onnx']), providers=['CPUExecutionProvider']
+        )
+        found['ONNX'] = torch.from_numpy(session.run(None, {'images': x.numpy()})[0])
+    return found

@@ -194,6 +194,8 @@ class DeepInversion:
             **{f'weight of {k}': w for k, w in objective.weights.items()},
         }
         self.round: int | None = None  # see `begin_round`
+        # of the last finished batch: its 'round', its 'batch' and `loss.names`
+        self.last_losses: dict[str, float] = {}
         self._next_target = 0  # of the images that nobody asked for by class
         self._reset(BatchPlan.empty())
 
@@ -358,7 +360,8 @@ class DeepInversion:
             raise
         self._log.append(values)
         if batch.steps_done == batch.steps:
-            self._read_losses()
+            place = {'round': self.round or 0, 'batch': self.batch}
+            self.last_losses = place | self._read_losses()
             self._finished[self.batch] = batch.images()
             self.finished_batches += 1
             self.image_batch = None

@@ -124,6 +124,11 @@ MODULES = {
         'do the missing runs of the hour scale, most valuable first; the same command goes'
         ' on after an interruption',
     ),
+    'distill': (
+        'dfkd_nb.lab.distill',
+        'a fresh student of any network, without its data; interrupt it at any time and'
+        ' continue with --resume',
+    ),
     'invert': (
         'dfkd_nb.lab.invert',
         'synthesise images from a network; interrupt it at any time and continue with'

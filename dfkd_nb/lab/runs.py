@@ -494,6 +494,13 @@ class Run(SavedRun):
             del seconds['evaluation']
         return seconds | {'total': round(sum(seconds.values()), 2)}
 
+    def describe(
+        self,
+        result: dict[str, Any],  # the content of result.json, which is not there yet
+    ) -> None:
+        "Write what readers begin with: what was left, by whom, how good, what to mind."
+        write_card(self.folder, result)
+
     def finish(self, numbers: dict[str, Any]) -> 'Result':
         "Write result.json, and copy what is small to the folder of results."
         seconds, processor = map(self.split_clock, ('seconds', 'processor_seconds'))
@@ -514,9 +521,8 @@ class Run(SavedRun):
         )
         if self.rank:
             return result
+        self.describe(json.loads(result.to_json()))
         self.write('result.json', result.to_json())
-        # what was left, by whom, how good, what to mind
-        write_card(self.folder, json.loads(result.to_json()))
         if self.results is not None and not set(self.changed) - {'seed'}:
             publish(self.folder, self.results / recipe.name / self.folder.name)
         return result

@@ -169,6 +169,7 @@ class StudentTraining:
     evaluate: Callable[..., float] | None = None
     metric: str = 'accuracy'  # what that number is called
     weights: str = 'weights'  # the file of the last weights, without .safetensors
+    half: bool = True  # whether that file has them in half precision
     # writes what else is alive at the end, before the phase counts as done
     keep: Callable[[], Any] | None = None
     # `save()` what a checkpoint leaves out, `restore(state)` it before one is loaded
@@ -261,7 +262,7 @@ class StudentTraining:
         last = f'{rows[-1][metric]:.4f}'
         about = self.about | {'recipe': run.recipe.name, 'scale': run.scale, metric: last}
         path = run.folder / f'{self.weights}.safetensors'
-        save_weights(path, distiller.student, about)
+        save_weights(path, distiller.student, about, self.half)
         load_weights(path, distiller.student)
         if self.keep is not None:
             self.keep()  # a later process skips this phase and has only files
