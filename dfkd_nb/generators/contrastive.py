@@ -330,6 +330,8 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         weight_init: str = 'normal',
         # 'scratch': generator and head from fresh weights for every batch; 'sequential'
         init: str = 'scratch',
+        # 'scratch' keeps the head and its Adam from batch to batch, as public code does
+        keep_head: bool = False,
         **settings: Any,  # see `GeneratorObjective`; `augment` makes the global view
     ) -> None:
         if contrastive_weight < 0 or not contrastive_temperature > 0:
@@ -348,6 +350,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         self.negatives = negatives
         self.head_size = head_size
         self.weight_init = weight_init
+        self.keep_head = keep_head
         own = {'contrast': (contrastive_weight, self._contrast)}
         super().__init__(
             teacher,
@@ -378,6 +381,8 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
             'local': repr(self.local),
             'layers': list(self.summary.modules),
         }
+        if keep_head:  # absent from states that were saved before there was the choice
+            self._made_with['keep_head'] = True
 
     def _new_head(self) -> None:
         "A fresh projection, from the synthesizer's random stream, and its Adam."
@@ -396,7 +401,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
 
     def _begin_weights(self) -> None:
         super()._begin_weights()
-        if self.init == 'scratch':
+        if self.init == 'scratch' and not self.keep_head:
             self._new_head()
 
     @torch.no_grad()
@@ -511,9 +516,11 @@ def cmi_preset(
 ) -> dict[str, Any]:  # keywords of `ContrastiveSynthesizer`; the student is to be added
     """The public code's settings for CIFAR.
 
-    Latents learn at the generator's rate, classes are sampled, both networks have to agree.
+    Latents learn at the generator's rate, classes are sampled, both networks have to agree,
+    and the projection head is kept from batch to batch.
     """
     if name not in CMI_PRESETS:
         raise DFKDError(f"unknown preset '{name}': use {', '.join(CMI_PRESETS)}")
     variants = method_tables()[1]['cmi'].get('variants', {})
-    return synthesizer_keywords(method_settings('cmi') | variants.get(name, {}))
+    settings = method_settings('cmi') | variants.get(name, {})
+    return synthesizer_keywords(settings) | {'keep_head': True}
