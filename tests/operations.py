@@ -19,6 +19,7 @@ tensor of the CPU that is copied to the device, unless `non_blocking=True` was a
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter as Tally
 from collections.abc import Callable
@@ -29,7 +30,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+try:  # not in every PyTorch that the package runs with
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+except ImportError:
+    _setup_privateuseone_for_python_backend = None
 
 NAME = 'counted'
 # what neither computes nor copies
@@ -352,3 +357,8 @@ def main(names: list[str]) -> None:
 
 if __name__ == '__main__':
     main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # threads of the device may still wait in PyTorch's autograd: an ordinary end of the
+    # interpreter would abort them
+    os._exit(0)

@@ -212,12 +212,13 @@ def test_a_generator_learns_as_the_recipe_says(teacher: Teacher, kind: str) -> N
         'student',
         'student_init',
         'temperature',
+        'attention_weight',
         'picture',
     }
     names -= {'rounds', 'warmup_rounds', 'steps_per_round'}  # of the alternation
     names -= {'synthesizer', 'pool', 'modulated'}  # decide what is made at all
     names -= (
-        {'contrastive_weight', 'contrastive_temperature'}
+        {'contrastive_weight', 'contrastive_temperature', 'keep_head'}
         if meta
         else {'meta_update', 'feature_momentum', 'reset_round'}
     )

@@ -282,6 +282,8 @@ class BatchNormSampler(fx.Interpreter):
         return (mean + deviation * drawn)[:, :, None, None].expand_as(out).contiguous()
 
 # %% ../../nbs/applications/15_quantization.ipynb #d35fb472
+#| code-fold: true
+#| code-summary: "Source of ranges_from_batchnorm (42 lines)"
 @torch.no_grad()
 def ranges_from_batchnorm(
     network: QuantizedNetwork,  # its ranges are chosen anew
@@ -326,6 +328,8 @@ def ranges_from_batchnorm(
     return network
 
 # %% ../../nbs/applications/15_quantization.ipynb #c1933451
+#| code-fold: true
+#| code-summary: "Source of quantize (27 lines)"
 def quantize(
     teacher: Teacher,  # any network with its domain
     # uint8, to calibrate on; None: ranges from BatchNorm, no image is needed
@@ -355,6 +359,8 @@ def quantize(
     )
 
 # %% ../../nbs/applications/15_quantization.ipynb #6f346957
+#| code-fold: true
+#| code-summary: "Source of layer_inputs (46 lines)"
 def _input_quantizers(network: QuantizedNetwork) -> dict[str, Any]:
     "By the name of the layer: the module that rounds its input."
     modules = dict(network.graph.named_modules())
@@ -442,6 +448,8 @@ def signal_to_noise(
     return {name: decibels(x, rounded[name]) for name, x in exact.items()}
 
 # %% ../../nbs/applications/15_quantization.ipynb #cda94396
+#| code-fold: true
+#| code-summary: "Source of finetune_quantized (41 lines)"
 def finetune_quantized(
     teacher: Teacher,  # the float network, or any other that knows more
     network: QuantizedNetwork,  # trained in place

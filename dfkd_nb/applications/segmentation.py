@@ -33,6 +33,8 @@ from ..toolbox.networks import full_precision, in_eval_mode, logits_of, network_
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/16_segmentation.ipynb #c8eca0b2
+#| code-fold: true
+#| code-summary: "Source of confusion_matrix, intersection_over_union, mean_iou (74 lines)"
 @torch.no_grad()
 def confusion_matrix(
     model: nn.Module,  # a segmenter
@@ -109,6 +111,8 @@ def mean_iou(
     )
 
 # %% ../../nbs/applications/16_segmentation.ipynb #f1e6cd2d
+#| code-fold: true
+#| code-summary: "Source of augment_segmentation, mask_loss (30 lines)"
 def augment_segmentation(
     images: Tensor,  # uint8 `(N, C, H, W)`
     masks: Tensor,  # `(N, H, W)`, class numbers or `IGNORED`
@@ -141,6 +145,8 @@ def mask_loss(
     return total / (masks != IGNORED).sum().clamp_min(1)
 
 # %% ../../nbs/applications/16_segmentation.ipynb #de8677de
+#| code-fold: true
+#| code-summary: "Source of SegmentationDistiller (54 lines)"
 class SegmentationDistiller(Distiller):
     """A `Distiller` for segmenters: teacher logits, mask classes, or both, at every pixel.
 
@@ -197,6 +203,8 @@ class SegmentationDistiller(Distiller):
         return mask_loss(logits, targets, self.label_smoothing)
 
 # %% ../../nbs/applications/16_segmentation.ipynb #ca9eefd9
+#| code-fold: true
+#| code-summary: "Source of mask_boundaries, segmentation_statistics (45 lines)"
 def mask_boundaries(
     masks: Tensor,  # `(N, H, W)`
 ) -> Tensor:  # bool `(N, H, W)`
@@ -244,6 +252,8 @@ def segmentation_statistics(
     )
 
 # %% ../../nbs/applications/16_segmentation.ipynb #ee4bfdb1
+#| code-fold: true
+#| code-summary: "Source of segmentation_balance_term, SegmentationSynthesizer, SegmentationPool (60 lines)"
 def segmentation_balance_term(
     inputs: LossInputs,  # needs `logits`, `(N, K, H, W)`
 ) -> Tensor:  # scalar, nats, from -log K for evenly spread classes to 0
@@ -306,6 +316,8 @@ class SegmentationPool(ReplayPool):
         return super()._distance(student_logits, teacher_logits).flatten(1).mean(1)
 
 # %% ../../nbs/applications/16_segmentation.ipynb #5cfb3465
+#| code-fold: true
+#| code-summary: "Source of segmentation_preset, segmentation_ssd_kd (80 lines)"
 def segmentation_preset(
     name: str = 'fast-5',  # 'fast-2', 'fast-5' or 'fast-10': steps for each batch
 ) -> dict[str, Any]:  # keywords of `SegmentationSynthesizer`; the student is to be added
@@ -388,6 +400,8 @@ def segmentation_ssd_kd(
     )
 
 # %% ../../nbs/applications/16_segmentation.ipynb #9c3d9119
+#| code-fold: true
+#| code-summary: "Source of mask_term, synthesize_from_masks (55 lines)"
 def mask_term(
     size: tuple[int, int],  # height and width of the masks
 ) -> Term:  # needs `target_embeddings`, the flattened masks

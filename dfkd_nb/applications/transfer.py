@@ -27,6 +27,8 @@ from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/12_transfer.ipynb #49b3e6d4
+#| code-fold: true
+#| code-summary: "Source of two_schemes (41 lines)"
 def two_schemes(
     teacher: Teacher,  # that is inverted
     n: int,  # images
@@ -70,6 +72,8 @@ def two_schemes(
     return ImageSet(images[order], labels[order], teacher.domain)
 
 # %% ../../nbs/applications/12_transfer.ipynb #401db09f
+#| code-fold: true
+#| code-summary: "Source of learning_curve (62 lines)"
 def learning_curve(
     teacher: Teacher,  # gives the targets
     student: Callable[[], nn.Module],  # builds a fresh one
@@ -134,6 +138,8 @@ def learning_curve(
     return rows
 
 # %% ../../nbs/applications/12_transfer.ipynb #a2d87d09
+#| code-fold: true
+#| code-summary: "Source of fidelity (40 lines)"
 @torch.no_grad()
 def fidelity(
     teacher: Teacher,  # that is imitated
@@ -176,6 +182,8 @@ def fidelity(
     return {'agreement': agreement / count, 'divergence': divergence / count}
 
 # %% ../../nbs/applications/12_transfer.ipynb #fe204d94
+#| code-fold: true
+#| code-summary: "Source of teaching_values (77 lines)"
 def _losses(
     values: dict[str, Tensor],  # weights of the student, by name
     student: nn.Module,

@@ -141,6 +141,7 @@ class Distiller(StudentLoss):
         label_weight: float = 0.0,
         label_smoothing: float = 0.0,  # of that cross-entropy
         mixup_alpha: float = 0.0,  # 0: none
+        attention_weight: float = 0.0,  # of `attention_loss`; 0: none
         augment: Augment | None = None,  # None: images as they are
         # see `autocast`; 'auto' is resolved here, once
         precision: str = 'float32',
@@ -176,6 +177,7 @@ class Distiller(StudentLoss):
         self.label_weight = label_weight
         self.label_smoothing = label_smoothing
         self.mixup_alpha = mixup_alpha
+        self.attention_weight = attention_weight
         self.augment = augment
         self.precision = resolve_precision(precision, self.device)
         check_numbers(self, momentum, weight_decay)
@@ -184,8 +186,9 @@ class Distiller(StudentLoss):
         self.domain = known or self.source.domain
         check_domains(self, teacher)
         self._place(teacher, student)
-        self.fold_teacher = fold_teacher
-        can = type(self).loss is Distiller.loss
+        # a folded copy has no blocks whose outputs could be read
+        self.fold_teacher = fold_teacher and not attention_weight
+        can = type(self).loss is Distiller.loss and not attention_weight
         self._compile_steps(resolve_compile(compile, can, self))
         self.generator = torch.Generator().manual_seed(seed)
         self.streams = RandomStreams(seed)
@@ -241,6 +244,7 @@ class Distiller(StudentLoss):
             'label_weight': self.label_weight,
             'label_smoothing': self.label_smoothing,
             'mixup_alpha': self.mixup_alpha,
+            'attention_weight': self.attention_weight,
             'augment': repr(self.augment),
             'precision': self.precision,
             'compile': self.compile,

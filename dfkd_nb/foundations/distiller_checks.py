@@ -34,12 +34,15 @@ def check_numbers(
         )
     if not 0 < distiller.temperature < math.inf:
         raise DFKDError(f'temperature {distiller.temperature}: give a positive one')
-    weights = distiller.label_weight, distiller.mixup_alpha, weight_decay
-    if not all(0 <= weight < math.inf for weight in weights):
-        raise DFKDError(
-            f'label_weight {weights[0]}, mixup_alpha {weights[1]}, weight_decay'
-            f' {weights[2]}: give 0 or more'
-        )
+    weights = {
+        'label_weight': distiller.label_weight,
+        'mixup_alpha': distiller.mixup_alpha,
+        'weight_decay': weight_decay,
+        'attention_weight': distiller.attention_weight,
+    }
+    if not all(0 <= weight < math.inf for weight in weights.values()):
+        listed = ', '.join(f'{name} {weight}' for name, weight in weights.items())
+        raise DFKDError(f'{listed}: give 0 or more')
     if not (0 <= distiller.label_smoothing <= 1 and 0 <= momentum < 1):
         raise DFKDError(
             f'label_smoothing {distiller.label_smoothing}, momentum {momentum}: give'
@@ -58,6 +61,11 @@ def check_learning(
     labels = distiller.source.labels
     if teacher is None and labels is None:
         raise DFKDError('neither a teacher nor labels to learn from: give one of them')
+    if teacher is None and distiller.attention_weight:
+        raise DFKDError(
+            f'attention_weight is {distiller.attention_weight} but there is no teacher:'
+            ' give one, or set it to 0'
+        )
     if distiller.label_weight and labels is None:
         raise DFKDError(
             f'label_weight is {distiller.label_weight} but the images have no labels: set'
@@ -105,9 +113,10 @@ def resolve_compile(
     if not isinstance(compile, bool):
         raise DFKDError(f"compile is {compile!r}: give True, False or 'auto'")
     if compile and not can:
+        extra = ' with attention_weight' if distiller.attention_weight else ''
         raise DFKDError(
-            f'the loss of a {type(distiller).__name__} cannot be compiled: leave compile'
-            ' at False'
+            f'the loss of a {type(distiller).__name__}{extra} cannot be compiled: leave'
+            ' compile at False'
         )
     return compile
 

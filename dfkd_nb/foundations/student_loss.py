@@ -6,12 +6,15 @@
 __all__ = ['StudentLoss']
 
 # %% ../../nbs/foundations/student_loss.ipynb #stl00003
+import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import AttentionTransfer
 from ..toolbox.augmentation import Augment, mixup
 from ..toolbox.core import PRECISIONS, autocast
 from ..toolbox.data import Sampler
@@ -46,6 +49,7 @@ class StudentLoss:
     label_weight: float
     label_smoothing: float
     mixup_alpha: float
+    attention_weight: float
     fold_teacher: bool
     # the teacher's forward passes; `.reason` tells why it is not folded
     folded: FoldedTeacher | None = None
@@ -54,6 +58,8 @@ class StudentLoss:
     _batch_forward: Any = None  # then this one
     _batch_logits: Any = None
     _counters: BatchCounters | None = None
+    _attention: AttentionTransfer | None = None
+    _attention_to: nn.Module | None = None  # the network that it reads as the teacher
 
     def _compile_steps(
         self,
@@ -158,12 +164,25 @@ class StudentLoss:
         teacher_x: Tensor | None,  # the teacher's inputs
     ) -> tuple[Tensor, Tensor | None]:
         "The logits of the student, and of the teacher where there is one."
-        logits = logits_of(self.student(x))
         if teacher is None:
-            return logits, None
-        with torch.no_grad():
-            teacher_logits = logits_of(teacher(teacher_x))
+            return logits_of(self.student(x)), None
+        with self._reading(teacher):
+            logits = logits_of(self.student(x))
+            with torch.no_grad():
+                teacher_logits = logits_of(teacher(teacher_x))
         return logits, teacher_logits
+
+    def _reading(self, teacher: nn.Module) -> Any:  # a `with` block
+        "Both networks are read where there is an attention loss."
+        if not self.attention_weight:
+            return nullcontext()
+        if self._attention is None or self._attention_to is not teacher:
+            assert self.teacher is not None
+            self._attention_to = teacher
+            self._attention = AttentionTransfer(
+                self.student, teacher, self.teacher.domain, self.device
+            )
+        return self._attention.reading(self.student, teacher)
 
     def batch_losses(
         self,
@@ -177,11 +196,15 @@ class StudentLoss:
         if teacher_logits is not None:
             parts['distillation'] = self.teacher_loss(logits, teacher_logits, weights)
         terms = list(parts.values())
+        if teacher_logits is not None and self._attention is not None:
+            parts['attention'] = self._attention.loss()
+            terms.append(self.attention_weight * parts['attention'])
         if targets is not None:
             weight = self.weight_of_labels
             parts['labels'] = self.label_loss(logits, targets)
             terms.append(parts['labels'] if weight == 1 else weight * parts['labels'])
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1], parts
+        # not `sum`, which adds 0 first
+        return functools.reduce(torch.Tensor.add, terms), parts
 
     def batch_forward(
         self, x: Tensor, teacher: Any, teacher_x: Any, targets: Any, weights: Any

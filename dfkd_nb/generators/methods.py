@@ -79,6 +79,7 @@ class MethodSettings:
     synthesis_augment: bool = True  # of what the networks see, by `padding` and `flip`
     contrastive_weight: float = 0.0
     contrastive_temperature: float = 0.1
+    keep_head: bool = False  # see `ContrastiveSynthesizer`
     # further ones, by the names that `register_term` gave them, with their weights
     terms: Mapping[str, float] = field(default_factory=dict)
     synthesis_precision: str = 'float32'
@@ -118,6 +119,7 @@ class MethodSettings:
     temperature: float = 4.0
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
+    attention_weight: float = 0.0  # see `attention_loss`
     augment: bool = True  # by `padding` and `flip`
     padding: int = 4  # pixels
     flip: bool = True  # whether images may be mirrored
@@ -237,7 +239,7 @@ def generator_synthesizer(
         for name in ('meta_update', 'momentum', 'reset_first_layer_at'):
             keywords.pop(name, None)
     if not issubclass(kind, ContrastiveSynthesizer):
-        for name in ('contrastive_weight', 'contrastive_temperature'):
+        for name in ('contrastive_weight', 'contrastive_temperature', 'keep_head'):
             keywords.pop(name, None)
     keywords |= {'student': parts.student, 'device': parts.device, 'seed': settings.seed}
     if settings.terms:
@@ -496,6 +498,7 @@ def distiller_keywords(
         'temperature',
         'label_smoothing',
         'mixup_alpha',
+        'attention_weight',
         'precision',
         'seed',
     )

@@ -392,6 +392,7 @@ KEYWORDS = {
         'latent_learning_rate',
         'contrastive_weight',
         'contrastive_temperature',
+        'keep_head',
         'meta_update',
         'compile',
     )

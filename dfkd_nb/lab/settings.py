@@ -451,6 +451,10 @@ class GeneratorSettings:
         0.0, 'of the contrastive loss with the memory bank', low=0
     )
     contrastive_temperature: float = setting(0.1, 'in it', low=0.001)
+    keep_head: bool = setting(False, 'keep the projection head from batch to batch')
+    attention_weight: float = setting(
+        0.0, "of the student's attention transfer from the teacher", low=0
+    )
     terms: dict[str, float] = setting(
         {}, 'further terms of the objective, by name, with their weights', names='term'
     )
