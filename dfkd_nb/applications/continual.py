@@ -92,6 +92,8 @@ def lwf_mc_loss(
     return loss / len(logits)
 
 # %% ../../nbs/applications/14_continual.ipynb #e470bd0a
+#| code-fold: true
+#| code-summary: "Source of BinaryTrainer, binary_trainer (32 lines)"
 class BinaryTrainer(Distiller):
     "Ordinary training with a sigmoid and binary cross-entropy for every class."
 
@@ -451,6 +453,8 @@ class ContinualDistiller(Distiller):
             self.old_sampler.load_state_dict(state['old'])
 
 # %% ../../nbs/applications/14_continual.ipynb #fcd0d5e8
+#| code-fold: true
+#| code-summary: "Source of add_classes (52 lines)"
 def add_classes(
     teacher: Teacher,  # the old network
     new: ImageSource,  # labelled images; their domain names the new classes
@@ -505,10 +509,12 @@ def add_classes(
     return distiller
 
 # %% ../../nbs/applications/14_continual.ipynb #04a3d896
+#| code-fold: true
+#| code-summary: "Source of replay_generator, generated_images (39 lines)"
 def replay_generator(
-    teacher: Teacher,  # who teaches it to paint
+    teacher: Teacher,  # whose classes it generates
     *,
-    latent_size: int = 64,  # numbers in a code
+    latent_size: int = 64,  # of the latents
     width: int = 32,  # channels
     seed: int = 0,  # of everything random
     **settings: Any,  # of `GeneratorSynthesizer`
@@ -529,9 +535,9 @@ def replay_generator(
 def generated_images(
     synthesizer: GeneratorSynthesizer,  # with a generator that has learned
     images: int,  # how many
-    seed: int = 0,  # of the codes
-) -> ImageSet:  # labelled with the teacher's answers
-    "What a generator paints, as bytes."
+    seed: int = 0,  # of the latents
+) -> ImageSet:  # labelled with the teacher's predictions
+    "Images of a generator, as bytes."
     pixels = torch.cat(
         [
             synthesizer.sample_images(
@@ -546,6 +552,8 @@ def generated_images(
     )
 
 # %% ../../nbs/applications/14_continual.ipynb #ac9d08bf
+#| code-fold: true
+#| code-summary: "Source of old_images (27 lines)"
 def old_images(
     teacher: Teacher,  # the network as it is before it is extended
     method: str,  # a word of `CONTINUAL_LOSSES`

@@ -14,6 +14,8 @@ from ..toolbox.core import atomic_path
 from ..toolbox.evaluation import wilson_interval
 
 # %% ../../nbs/lab/25_cards.ipynb #5326bb9c
+#| code-fold: true
+#| code-summary: "Source of in_words, training_images (59 lines)"
 def in_words(
     value: str | Sequence[str] | Mapping[str, str],  # of a setting
 ) -> str:  # a list for a sentence
@@ -75,6 +77,8 @@ def _synthetic_images(settings: dict[str, Any], source: str) -> str:
     return f'{made}.'
 
 # %% ../../nbs/lab/25_cards.ipynb #c98a7d6e
+#| code-fold: true
+#| code-summary: "Source of teacher_licence (27 lines)"
 # of teachers with a name: the licence of the weights, and what is known of their data
 LICENCES = {
     'cifar10-resnet20': (
@@ -104,6 +108,8 @@ def teacher_licence(
     return 'unknown: ask whoever gave you the teacher'
 
 # %% ../../nbs/lab/25_cards.ipynb #7a54134f
+#| code-fold: true
+#| code-summary: "Source of model_card (169 lines)"
 LIMITS = (
     (
         'It imitates its teacher, mistakes and biases included, and was not tested beyond'

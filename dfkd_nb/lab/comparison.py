@@ -78,6 +78,8 @@ def standard_error(
     return None if std is None else std / math.sqrt(len(values))
 
 # %% ../../nbs/lab/21_comparison.ipynb #aa3bfbb5
+#| code-fold: true
+#| code-summary: "Source of split_pair, pair_title (42 lines)"
 METHOD_TITLES = {
     'scratch': 'student on real data',
     'vanilla': 'KD on real data',
@@ -133,6 +135,8 @@ def table_cell_of(
     return (str(pair), str(method)) if pair and method else None
 
 # %% ../../nbs/lab/21_comparison.ipynb #1c754ff1
+#| code-fold: true
+#| code-summary: "Source of Cell (41 lines)"
 @dataclass(frozen=True)
 class Cell:
     "The runs of one method on one pair, at one scale, with one set of settings."
@@ -176,6 +180,8 @@ class Cell:
         return statistics.mean(t for t in times if t is not None) / 3600
 
 # %% ../../nbs/lab/21_comparison.ipynb #595c457e
+#| code-fold: true
+#| code-summary: "Source of percent_of, seed_of, hardware (34 lines)"
 def percent_of(
     run: Result,  # finished
     key: str,  # of `numbers`, a fraction
@@ -228,6 +234,8 @@ def _default_settings(task: str) -> dict[str, Any]:
     return found
 
 # %% ../../nbs/lab/21_comparison.ipynb #fe01aa73
+#| code-fold: true
+#| code-summary: "Source of comparison, best_cells (52 lines)"
 # settings that may differ within a cell
 _FREE = {'seed', 'picture', 'evaluations', 'pair', 'method'}
 
@@ -313,6 +321,8 @@ def pair_order(
     return (paper_pairs().index(pair) if pair in paper_pairs() else -1, pair)
 
 # %% ../../nbs/lab/21_comparison.ipynb #369c539f
+#| code-fold: true
+#| code-summary: "Source of Published, published (31 lines)"
 @dataclass(frozen=True)
 class Published:
     "The papers' figures of one method on one pair."

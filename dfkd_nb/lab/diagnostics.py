@@ -148,6 +148,8 @@ class Verification(Finding):
         ax.set(xlabel='class' if few else f'{len(present)} classes, by number')
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #ab7dd009
+#| code-fold: true
+#| code-summary: "Source of verify (39 lines)"
 def verify(
     images: ImagesOrObservations,  # labelled with the target classes
     # by name, first the one that the images were made from; sizes may differ
@@ -383,6 +385,8 @@ class Difficulty(Finding):
         axes[1].set(xlabel=label, ylabel="student's divergence (nats)", xlim=(0, 1))
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #a423d7f7
+#| code-fold: true
+#| code-summary: "Source of difficulty (49 lines)"
 def difficulty(
     # one set, or several by name; labels are not used
     images: ImagesOrObservations | Mapping[str, ImagesOrObservations],
@@ -488,6 +492,8 @@ class LayerDistances(Finding):
         ax.legend()
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #38dcc01a
+#| code-fold: true
+#| code-summary: "Source of layer_distances, noise_images (48 lines)"
 def layer_distances(
     # one set, or several by name; as many images in each, since few images are farther
     # from any mean

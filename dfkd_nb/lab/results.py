@@ -51,6 +51,8 @@ def read_json(
     return value
 
 # %% ../../nbs/lab/20_results.ipynb #c9aa4492
+#| code-fold: true
+#| code-summary: "Source of Result (78 lines)"
 @dataclass(frozen=True)
 class Result:
     "What came of a run."
@@ -154,6 +156,8 @@ def read_history(
         ) from None
 
 # %% ../../nbs/lab/20_results.ipynb #ee98ca3a
+#| code-fold: true
+#| code-summary: "Source of results, mark_outdated, outdated_note, results_folder (47 lines)"
 def results(
     # of published results, or of runs; None takes `results_folder()`
     folder: str | Path | None = None,

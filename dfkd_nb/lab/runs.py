@@ -79,6 +79,8 @@ def run_lock(
         lock.release()
 
 # %% ../../nbs/lab/18_runs.ipynb #4a0e351a
+#| code-fold: true
+#| code-summary: "Source of Journal (54 lines)"
 class Journal:
     """The rows of a run, written as they come; a row that comes again takes the place of
     the first.
@@ -135,6 +137,8 @@ class Journal:
         return text.getvalue()
 
 # %% ../../nbs/lab/18_runs.ipynb #6c3e1b32
+#| code-fold: true
+#| code-summary: "Source of SavedRun (94 lines)"
 class SavedRun(RunFolder):
     "A run's folder that can be opened, and a checkpoint in it."
 
@@ -231,6 +235,8 @@ class SavedRun(RunFolder):
         self.write('history.csv', self.journal.table())
 
 # %% ../../nbs/lab/18_runs.ipynb #a602cc29
+#| code-fold: true
+#| code-summary: "Source of Run (289 lines)"
 # phases that only look at what is there
 MEASURING = 'evaluation', 'inspection', 'coverage', 'verification'
 

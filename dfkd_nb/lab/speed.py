@@ -57,6 +57,8 @@ def fresh_teacher(
     return Teacher(network, domain, model)
 
 # %% ../../nbs/lab/23_speed.ipynb #6d737fa4
+#| code-fold: true
+#| code-summary: "Source of make_loss (26 lines)"
 # the loss of what the networks see, of the pixels and of their targets: total with its
 # graph; the total and each term without, `(L,)`
 PixelLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -85,6 +87,8 @@ def make_loss(
     return compute_loss
 
 # %% ../../nbs/lab/23_speed.ipynb #20dbef53
+#| code-fold: true
+#| code-summary: "Source of InversionStep (31 lines)"
 class InversionStep:
     "An update of pixels with the package's batch and one of the losses of `make_loss`."
 
@@ -118,6 +122,8 @@ class InversionStep:
         return losses, torch.autograd.grad(total, x)[0]
 
 # %% ../../nbs/lab/23_speed.ipynb #a790bd0c
+#| code-fold: true
+#| code-summary: "Source of RivalInversionStep, PackageInversionStep (68 lines)"
 class RivalInversionStep:
     "An update by `PlainInversion`."
 
@@ -188,6 +194,8 @@ class PackageInversionStep:
         return losses, torch.autograd.grad(total, x)[0]
 
 # %% ../../nbs/lab/23_speed.ipynb #1dd85687
+#| code-fold: true
+#| code-summary: "Source of make_step (27 lines)"
 INVERSION_STEPS: dict[str, Callable[..., Variant]] = {
     'plain': RivalInversionStep,
     'frozen': RivalInversionStep,
@@ -217,6 +225,8 @@ def make_step(
     return INVERSION_STEPS[variant](variant, teacher, images, targets)
 
 # %% ../../nbs/lab/23_speed.ipynb #b4826a38
+#| code-fold: true
+#| code-summary: "Source of peak_resident_memory, peak_memory, measure_memory (71 lines)"
 def peak_resident_memory(
     device: torch.device,  # whose memory
 ) -> int:  # bytes
@@ -290,6 +300,8 @@ def measure_memory(
     }
 
 # %% ../../nbs/lab/23_speed.ipynb #849ab25f
+#| code-fold: true
+#| code-summary: "Source of benchmark (38 lines)"
 def benchmark(
     model: str = 'resnet20',  # a name of `build_model`
     batch: int = 64,  # images
@@ -330,6 +342,8 @@ def benchmark(
     )
 
 # %% ../../nbs/lab/23_speed.ipynb #02bd6d1a
+#| code-fold: true
+#| code-summary: "Source of benchmark_images (33 lines)"
 def benchmark_images(
     model: str = 'resnet20',  # a name of `build_model`
     batch: int = 64,  # images in a batch

@@ -75,6 +75,8 @@ def import_extra(
         ) from error
 
 # %% ../../nbs/toolbox/26_core.ipynb #8759cbf8
+#| code-fold: true
+#| code-summary: "Source of pick_device (29 lines)"
 def pick_device(
     name: str | torch.device = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
 ) -> torch.device:  # a device that this machine has
@@ -207,6 +209,8 @@ def seeded(
         _restore_torch_state(before)
 
 # %% ../../nbs/toolbox/26_core.ipynb #16c55059
+#| code-fold: true
+#| code-summary: "Source of RandomStreams (46 lines)"
 class RandomStreams:
     """Global streams for one consumer.
 
@@ -262,6 +266,8 @@ PRECISIONS = {
 }
 
 # %% ../../nbs/toolbox/26_core.ipynb #8253bdca
+#| code-fold: true
+#| code-summary: "Source of computes_bfloat16, resolve_precision (33 lines)"
 def computes_bfloat16(
     device: torch.device,  # of this machine
 ) -> bool:
@@ -333,6 +339,8 @@ def progress(
     )
 
 # %% ../../nbs/toolbox/26_core.ipynb #1dd9f991
+#| code-fold: true
+#| code-summary: "Source of atomic_path (27 lines)"
 @contextmanager
 def atomic_path(
     # the file that shall exist when all went well; its folder is made if need be
@@ -362,6 +370,8 @@ def atomic_path(
             pass  # the folder itself could not be made
 
 # %% ../../nbs/toolbox/26_core.ipynb #10c92788
+#| code-fold: true
+#| code-summary: "Source of save_tensors (43 lines)"
 def save_tensors(
     path: str | Path,  # a .safetensors file
     tensors: dict[str, Tensor],  # what to keep
@@ -407,6 +417,8 @@ def _sort_metadata(
         file.write(text.ljust(length))  # the format pads its header with spaces
 
 # %% ../../nbs/toolbox/26_core.ipynb #11c293f1
+#| code-fold: true
+#| code-summary: "Source of load_tensors (34 lines)"
 def load_tensors(
     path: str | Path,  # a .safetensors file
 ) -> tuple[dict[str, Tensor], dict[str, str]]:  # tensors and metadata
@@ -496,6 +508,8 @@ def save_checkpoint(
             ) from error  # torch's word for a full disk
 
 # %% ../../nbs/toolbox/26_core.ipynb #bf48df05
+#| code-fold: true
+#| code-summary: "Source of load_checkpoint (29 lines)"
 def load_checkpoint(
     path: str | Path,  # what `save_checkpoint` wrote
     device: str | torch.device = 'cpu',  # where the tensors shall be

@@ -52,6 +52,8 @@ def to_device(
     return tensor.to(device, non_blocking=True)
 
 # %% ../../nbs/toolbox/27_data.ipynb #6f720c4d
+#| code-fold: true
+#| code-summary: "Source of ImageSource, Sampler, EpochSampler (136 lines)"
 class ImageSource(ABC):
     "Labelled images that can be drawn in random batches or walked through in order."
 
@@ -240,6 +242,8 @@ def validate_labels(
     return labels.long()
 
 # %% ../../nbs/toolbox/27_data.ipynb #5422ca29
+#| code-fold: true
+#| code-summary: "Source of ImageSet (235 lines)"
 class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
     """Images and labels in memory, as bytes; also a `Dataset` of PyTorch.
 

@@ -55,6 +55,8 @@ class CifarBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 
 # %% ../../nbs/toolbox/28_models.ipynb #5adb455b
+#| code-fold: true
+#| code-summary: "Source of CifarResNet (29 lines)"
 class CifarResNet(nn.Module):
     """ResNet-20, 32, 44, 56 of He et al.
 
@@ -113,6 +115,8 @@ class WideBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 # %% ../../nbs/toolbox/28_models.ipynb #ea22d73d
+#| code-fold: true
+#| code-summary: "Source of WideResNet (34 lines)"
 class WideResNet(nn.Module):
     """WRN-depth-width of Zagoruyko and Komodakis (2016).
 
@@ -149,6 +153,8 @@ class WideResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 # %% ../../nbs/toolbox/28_models.ipynb #85085249
+#| code-fold: true
+#| code-summary: "Source of small_resnet, small_vgg, small_mobilenet, digits_net (64 lines)"
 def small_resnet(
     depth: int,  # 18 or 34
     num_classes: int,  # outputs
@@ -228,6 +234,8 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 # %% ../../nbs/toolbox/28_models.ipynb #0c43cd01
+#| code-fold: true
+#| code-summary: "Source of build_model (46 lines)"
 def build_model(
     # one of `MODELS` or `EFFICIENTNET_LITE`, or 'torchvision:NAME' for a classifier or
     # segmenter of its
@@ -276,6 +284,8 @@ def build_model(
     return MODELS[name](num_classes, channels)
 
 # %% ../../nbs/toolbox/28_models.ipynb #1f689f68
+#| code-fold: true
+#| code-summary: "Source of efficientnet_lite (60 lines)"
 # and the size of the images they were trained on
 EFFICIENTNET_LITE = {
     'efficientnet-lite0': 224,
