@@ -134,6 +134,10 @@ MODULES = {
         'synthesise images from a network; interrupt it at any time and continue with'
         ' --resume',
     ),
+    'images': (
+        'dfkd_nb.lab.images_command',
+        "write a run's images for other programs: PNG, Parquet, an array, tar shards",
+    ),
     'bench': (
         'dfkd_nb.lab.bench',
         'time steps of synthesis and distillation in several variants, at equal losses',

@@ -66,11 +66,9 @@ def seconds_a_call(
     work()
     wait()
     began, done = time.perf_counter(), 0
-    while done < calls:
+    while done < calls and (done < 2 or time.perf_counter() - began < PATIENCE):
         work()
         done += 1
-        if done >= 2 and time.perf_counter() - began > PATIENCE:
-            break
     wait()
     return (time.perf_counter() - began) / done, done
 
@@ -115,11 +113,11 @@ def measure_costs(
         )
     with seeded(0):
         trainer = distill_trainer(settings, teacher, copy.deepcopy(student), device)
-        one_batch, updates = _synthesis_work(trainer, pixels)
+        update = _synthesis_work(trainer, pixels)
         sizes: list[int] = []
         with kept_bytes(sizes):
-            one_batch()
-        synthesis, batches = seconds_a_call(one_batch, -(-TIMED // updates), device)
+            update()
+        synthesis, updates = seconds_a_call(update, TIMED, device)
         _fill(trainer, settings.batch_size)
         with kept_bytes(sizes):
             trainer.distiller.step()
@@ -127,20 +125,19 @@ def measure_costs(
         held_out = _held_out_cost(settings, teacher, device)
     if pixels:
         sizes[0] = sizes[0] * whole.synthesis_batch_size // few
-    timed = batches * updates, steps
+    else:
+        synthesis *= settings.synthesis_steps
+    timed = updates, steps
     return Costs(synthesis / few, learning, held_out, timed, max(sizes))
 
 
-def _synthesis_work(
-    trainer: AlternatingTrainer, pixels: bool
-) -> tuple[Callable[[], None], int]:
-    "One update of pixels or one batch of a generator, and the updates in it."
-    maker, count = trainer.synthesizer, 1 if pixels else trainer.synthesizer.steps
+def _synthesis_work(trainer: AlternatingTrainer, pixels: bool) -> Callable[[], None]:
+    "One update of images; finished ones go to the pool of a generator."
+    maker = trainer.synthesizer
     maker.begin_round(1, True)
 
     def work() -> None:
-        for _ in range(count):
-            maker.step()
+        maker.step()
         if not maker.batch_done:
             return
         batch = maker.pop()
@@ -150,7 +147,7 @@ def _synthesis_work(
             logits = batch.teacher_logits, batch.student_logits
             trainer.pool.add(batch.images, batch.labels, *logits)
 
-    return work, count
+    return work
 
 
 def _fill(trainer: AlternatingTrainer, images: int) -> None:
