@@ -129,6 +129,14 @@ MODULES = {
         'a fresh student of any network, without its data; interrupt it at any time and'
         ' continue with --resume',
     ),
+    'prune': (
+        'dfkd_nb.lab.prune_command',
+        'any network with fewer filters, without its data',
+    ),
+    'quantize': (
+        'dfkd_nb.lab.quantize_command',
+        'any network in few bits, without its data',
+    ),
     'invert': (
         'dfkd_nb.lab.invert',
         'synthesise images from a network; interrupt it at any time and continue with'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COUNTS', 'student_builder', 'open_test', 'network_values', 'set_values', 'distill_recipe',
-           'without_statistics', 'check_folder', 'recorded_counts', 'add_arguments', 'DistillRun', 'prepare', 'run',
-           'saved_progress', 'print_summary']
+           'checked_recipe', 'without_statistics', 'check_folder', 'recorded_counts', 'add_arguments', 'add_outputs',
+           'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
 
 # %% ../../nbs/lab/distill.ipynb #a360ee16
 import argparse
@@ -227,6 +227,20 @@ def distill_recipe(
     Raises: `DFKDError` for a setting that is unknown or out of range.
     """
     task = 'distill' if optimises_pixels(values['method']) else 'distill-generator'
+    title = f'{values["student"]}, taught by {values["teacher"]}'
+    return checked_recipe(task, title, values, typed)
+
+
+def checked_recipe(
+    task: str,  # a name of a task
+    title: str,  # of the report
+    values: dict[str, Any],  # settings by name; those that the task does not have are left
+    typed: dict[str, Any],  # those of `--set`
+) -> Recipe:  # with one scale
+    """A recipe out of settings.
+
+    Raises: `DFKDError` for a setting that is unknown or out of range.
+    """
     kind: Any = find_task(task, 'this run').settings
     known = {f.name for f in dataclasses.fields(kind)}
     settings = {k: v for k, v in values.items() if k in known}
@@ -234,7 +248,7 @@ def distill_recipe(
     if check := find_task(task, 'this run').check:
         check(checked)
     plain = {k: getattr(checked, k) for k in known}
-    return Recipe('distill', 'a student without data', task, plain, {'hour': {}})
+    return Recipe(task.partition('-')[0], title, task, plain, {'hour': {}})
 
 # %% ../../nbs/lab/distill.ipynb #0d3ae40d
 def without_statistics(
@@ -264,6 +278,7 @@ def without_statistics(
 # %% ../../nbs/lab/distill.ipynb #4f3e39c3
 def check_folder(
     folder: Path,  # of `--out`
+    task: str = 'distill',  # what the command does
 ) -> dict[str, Any]:  # recorded settings of the run that it holds; {} for none
     """Whether a run may begin or go on here.
 
@@ -276,7 +291,7 @@ def check_folder(
     if not record.is_file():
         if others:
             raise DFKDError(
-                f'--out {folder} is not empty and holds no run of dfkd distill: name'
+                f'--out {folder} is not empty and holds no run of dfkd {task}: name'
                 ' another folder'
             )
         return {}
@@ -284,7 +299,7 @@ def check_folder(
         document = tomllib.loads(record.read_text(encoding='utf-8'))
     except (OSError, ValueError):
         document = {}
-    if not str(document.get('task', '')).startswith('distill'):
+    if not str(document.get('task', '')).startswith(task):
         raise DFKDError(f'--out {folder} holds another run: name another folder')
     return document.get('hour', {})
 
@@ -349,7 +364,7 @@ def add_arguments(
     add(
         '--seed', type=int, default=0, metavar='S', help='of everything random (default: 0)'
     )
-    _add_outputs(parser)
+    add_outputs(parser)
     add_common_options(
         parser,
         resume='continue an unfinished run (or begin it)',
@@ -358,11 +373,18 @@ def add_arguments(
     add_network_options(parser)
 
 
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
+def add_outputs(
+    parser: argparse.ArgumentParser,  # of a command that leaves a smaller network
+    exports: bool = True,  # whether it can be exported
+) -> None:
+    "Add the options about what is left, and where."
     add = parser.add_argument
     add('--out', required=True, metavar='DIR', help='folder for everything that it leaves')
     add('--fresh', action='store_true', help='throw away what an earlier run left there')
     add('--plan', action='store_true', help='only print what would be done')
+    if not exports:
+        parser.set_defaults(export=[])
+        return
     add(
         '--export',
         action='append',

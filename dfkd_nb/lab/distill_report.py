@@ -61,10 +61,11 @@ def summary_rows(
             'student and teacher agree on held-out synthetic images',
             with_interval(numbers['agreement'], held_out),
         ),
-        (
-            'the same before the first update',
-            with_interval(numbers['agreement_first'], held_out),
-        ),
+    ]
+    if 'agreement_first' in numbers:
+        before = with_interval(numbers['agreement_first'], held_out)
+        rows.append(('the same before the first update', before))
+    rows += [
         (
             'held-out images that the teacher recognises',
             with_interval(numbers['held_out_recognised'], held_out),
@@ -82,10 +83,12 @@ def summary_rows(
             )
             for who in ('student', 'teacher')
         ]
-    rows += [
-        (f'parameters of the {who}', f'{numbers[f"{who}_parameters"]:,}')
-        for who in ('student', 'teacher')
-    ]
+    for name, text in _SIZES.items():
+        for who in ('student', 'teacher'):
+            if (value := numbers.get(name.format(who))) is not None:
+                rows.append((text.format(who), f'{value:,}'))
+    if 'operations_left' in numbers:
+        rows.append(('operations that are left', f'{numbers["operations_left"]:.1%}'))
     for key, value in numbers.items():
         if key.startswith('export_error_'):
             kind = key.removeprefix('export_error_')
@@ -93,6 +96,9 @@ def summary_rows(
                 (f'largest difference of student.{kind} in a logit', f'{value:.2g}')
             )
     return rows
+
+
+_SIZES = {'{}_parameters': 'parameters of the {}', 'bytes_{}': 'bytes of the {}'}
 
 # %% ../../nbs/lab/distill_report.ipynb #b478ad82
 def image_tag(
@@ -141,7 +147,8 @@ def curves(
         axes = figure.subplots(1, 3)
         for axis, name in zip(axes, ('agreement', 'loss')):
             points = [(r['step'], r[name]) for r in student if r.get(name) is not None]
-            axis.plot(*zip(*points), marker='.')
+            if points:
+                axis.plot(*zip(*points), marker='.')
             axis.set(title=f'{name} of the student', xlabel='updates')
         names = [k for k in (terms[0] if terms else {}) if k not in _NO_TERMS]
         for name in names:
@@ -173,7 +180,7 @@ def report_html(
     "Everything about a student on one page."
     numbers, settings = result['numbers'], result['settings']
     about = result['environment']
-    title = f'{settings["student"]}, taught by {settings["teacher"]}'
+    title = result['title']
     warnings = ''.join(
         f'<p class="alarm">Alarm: {escape(text)}</p>' for text in alarms_of(numbers)
     )
@@ -225,12 +232,12 @@ tags: [knowledge-distillation, data-free]
 license: other
 ---
 
-# {student}, taught by {teacher}
+# {heading}
 
 - **Network**: `{student}`, in {files}.
 - **Teacher**: `{teacher}`. Licence: that of whoever gave it to you.
-- **Method**: `{method}`, {title} ({paper}).
-- **Training images**: made from the teacher; the network was trained on no real image.
+- **Method**: `dfkd {task}`, images by `{method}`, {title} ({paper}).
+- **Images**: made from the teacher; no real one was used to make the network.
 - **Inputs**: {shape}, values 0 to 1, then minus {mean}, divided by {std}.
 - **Classes**: {classes}.
 
@@ -249,8 +256,7 @@ Intervals hold 95 % of the time.
 ## Load it
 
 ```python
-from dfkd_nb import load_network
-student = load_network({spec!r}, 'student.safetensors', num_classes={count}).model
+{loader}
 ```
 
 ## Make it again
@@ -261,6 +267,25 @@ student = load_network({spec!r}, 'student.safetensors', num_classes={count}).mod
 
 Seed {seed}, dfkd_nb {version}, PyTorch {torch}.
 """
+
+
+_LOADERS = {
+    'distill': """\
+from dfkd_nb import load_network
+student = load_network({spec!r}, 'student.safetensors', num_classes={count}).model""",
+    'prune': """\
+from dfkd_nb import load_network
+from dfkd_nb.applications.pruning import load_pruned
+whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
+domain = ...  # of its images, see Inputs
+student, about = load_pruned('student.safetensors', whole, domain)""",
+    'quantize': """\
+from dfkd_nb import load_network
+from dfkd_nb.applications.integer_networks import load_integers
+whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
+domain = ...  # of its images, see Inputs
+student = load_integers('student.safetensors', whole, domain)""",
+}
 
 
 def student_card(
@@ -278,7 +303,11 @@ def student_card(
     return _CARD.format(
         student=_in_markdown(settings['student']),
         teacher=_in_markdown(settings['teacher']),
-        spec=settings['student'],
+        heading=_in_markdown(result['title']),
+        task=result['recipe'],
+        loader=_LOADERS[result['recipe']].format(
+            spec=settings['student'], base=settings['teacher'], count=len(classes)
+        ),
         files=', '.join(f'`{name}`' for name in files),
         method=settings['method'],
         title=head['title'],
@@ -287,7 +316,6 @@ def student_card(
         mean=_list(settings['mean']),
         std=_list(settings['std']),
         classes=named + (f' and {len(classes) - 20} more' if len(classes) > 20 else ''),
-        count=len(classes),
         rows='\n'.join(f'| {name} | {value} |' for name, value in summary_rows(numbers)),
         limits='\n'.join(f'- {limit}' for limit in limits),
         command=about['command'],

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UPDATES', 'FEWEST', 'ROUNDS', 'NetworkSettings', 'DistillPixelsSettings', 'DistillGeneratorSettings',
-           'distill_methods', 'optimises_pixels', 'method_values', 'with_updates', 'held_out_values', 'full_size_steps']
+           'CompressSettings', 'distill_methods', 'optimises_pixels', 'method_values', 'with_updates',
+           'held_out_values', 'full_size_steps']
 
 # %% ../../nbs/lab/distill_settings.ipynb #24bcd644
 import math
@@ -48,6 +49,19 @@ class DistillGeneratorSettings(NetworkSettings, GenerativeSettings):
     "A student that learns from images of a generator."
 
     steps: int = setting(4000, 'of the student', low=1)
+
+
+@dataclass(frozen=True)
+class CompressSettings(DistillPixelsSettings):
+    "A network that gets smaller, with images whose pixels are optimised."
+
+    steps: int = setting(0, 'of training after filters went; 0: none', low=0)
+    keep: float = setting(0.7, 'fraction of the filters that stay', low=0.01, high=0.999)
+    flops: float = setting(
+        0.0, 'fraction of the operations that stay; 0: by filters', low=0, high=0.999
+    )
+    group_size: int = setting(4, 'filters of one layer that go together', low=1)
+    bits: int = setting(8, 'of weights and activations', low=2, high=8)
 
 # %% ../../nbs/lab/distill_settings.ipynb #394f56cb
 def distill_methods() -> list[str]:

@@ -1,0 +1,148 @@
+"`dfkd prune` and `dfkd quantize` on a network that nobody has seen, at the size of a toy."
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_distill_command import DOMAIN, NETWORK, Killed, failure, here, result, teacher
+
+from dfkd_nb.applications.integer_networks import load_integers
+from dfkd_nb.applications.pruning import load_pruned
+from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.runs import Run
+from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.evaluation import evaluate
+from dfkd_nb.toolbox.models import count_parameters
+
+__all__ = ['here']  # the fixture
+SMALL = 'synthesis_steps=3 half_size_steps=0 synthesis_batch_size=16 held_out=12'
+SMALL += ' held_out_steps=3 batch_size=16 evaluations=2 group_size=1'
+
+
+def command(*more: str) -> list[str]:
+    small = [word for value in SMALL.split() for word in ('--set', value)]
+    return [*more, *NETWORK, '--images', '32', *small, '--out', 'out', '--device', 'cpu']
+
+
+PRUNE = command('prune', '--keep', '0.5', '--steps', '6')
+QUANTIZE = command('quantize')
+
+
+def held_out(folder: Path) -> ImageSet:
+    return ImageSet.load(folder / 'held-out.safetensors')
+
+
+def test_prune_leaves_a_smaller_network_that_was_taught(here: Path) -> None:
+    assert main(PRUNE) == 0
+    folder, numbers = here / 'out', result(here / 'out')['numbers']
+    whole = copy.deepcopy(teacher().model)
+    student, about = load_pruned(folder / 'student.safetensors', whole, DOMAIN)
+    assert student.conv.out_channels == 3 and numbers['filters_removed'] == 3
+    assert len(json.loads(about['removed'])['conv']) == 3
+    assert numbers['student_parameters'] == count_parameters(student)
+    assert 0.3 < numbers['operations_left'] < 0.7
+    agreement = evaluate(student, held_out(folder), domain=DOMAIN)
+    assert numbers['agreement'] == pytest.approx(agreement)
+    before, _ = load_pruned(folder / 'untrained.safetensors', whole, DOMAIN)
+    assert not before.fc.weight.equal(student.fc.weight)
+    card = (folder / 'model-card.md').read_text()
+    assert 'load_pruned' in card and '50 % of its filters' in card
+    assert 'operations that are left' in (folder / 'report.html').read_text()
+
+
+def test_prune_by_operations_and_without_training(here: Path) -> None:
+    words = [*command('prune', '--flops', '0.6', '--steps', '0'), '--export', 'pt2']
+    assert main(words) == 0
+    numbers = result(here / 'out')['numbers']
+    assert 0.4 < numbers['operations_left'] <= 0.6
+    assert numbers['agreement'] == numbers['agreement_first']
+    whole = copy.deepcopy(teacher().model)
+    student, _ = load_pruned(here / 'out' / 'student.safetensors', whole, DOMAIN)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    program = torch.export.load(here / 'out' / 'student.pt2').module()
+    assert torch.allclose(program(x), student(x), atol=1e-4)
+
+
+def test_quantize_leaves_integers(here: Path) -> None:
+    assert main(QUANTIZE) == 0
+    folder, numbers = here / 'out', result(here / 'out')['numbers']
+    network = load_integers(folder / 'student.safetensors', teacher().model, DOMAIN)
+    agreement = evaluate(network, held_out(folder), domain=DOMAIN)
+    assert numbers['agreement'] == pytest.approx(agreement) and agreement > 0.7
+    assert 'load_integers' in (folder / 'model-card.md').read_text()
+    assert any(v.dtype == torch.int8 for v in network.state_dict().values())
+    assert main([*QUANTIZE, '--bits', '2', '--out', 'two']) == 0
+    coarse = load_integers(here / 'two' / 'student.safetensors', teacher().model, DOMAIN)
+    x = DOMAIN.normalize(held_out(folder).images)
+    exact = teacher().model(x)
+    errors = [float((n(x) - exact).abs().max()) for n in (network, coarse)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize('words', [PRUNE, QUANTIZE], ids=['prune', 'quantize'])
+def test_killed_and_resumed_to_the_same_bits(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*words, '--out', 'whole']) == 0
+    tick, left, kills = Run.tick, 0, 0
+
+    def dies(self: Run, *given: Any, **more: Any) -> bool:
+        nonlocal left
+        found = tick(self, *given, **more)
+        left -= 1
+        if left == 0:
+            raise Killed
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, 'tick', dies)
+        for left in (2, 4, 5, 1000):  # noqa: B007 - `dies` counts it down
+            try:
+                assert main([*words, '--resume', '--save-every', '1e-9']) == 0
+                break
+            except Killed:
+                kills += 1
+    assert kills >= 2
+    for name in ('student', 'images', 'held-out'):
+        files = [(here / n / f'{name}.safetensors').read_bytes() for n in ('whole', 'out')]
+        assert files[0] == files[1], name
+    assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
+
+
+def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (PRUNE, QUANTIZE):
+        assert main([*words, '--plan']) == 0
+        said = capsys.readouterr().out
+        assert 'becomes:  nets.py:Net, ' in said and 'time:     about' in said
+        assert not (here / 'out').exists()
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    'nothing to keep': ([*PRUNE, '--keep', '0'], '--keep 0'),
+    'all of it': ([*PRUNE, '--keep', '1'], '--keep 1'),
+    'two fractions': ([*PRUNE, '--flops', '0.5'], 'not allowed with'),
+    'no fraction': (command('prune'), 'required'),
+    'negative steps': ([*PRUNE, '--steps', '-1'], '--steps -1'),
+    'one bit': ([*QUANTIZE, '--bits', '1'], '--bits 1'),
+    'few images': ([*QUANTIZE, '--images', '3'], '--images 3'),
+    'a setting with an option': ([*PRUNE, '--set', 'images=5'], 'use --images'),
+    'an unknown setting': ([*PRUNE, '--set', 'keeep=0.5'], 'keep'),
+    'no network': ([*QUANTIZE, '--model', ''], 'no network is named'),
+    'another run': ([*QUANTIZE, '--out', 'taken'], 'dfkd quantize'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_line(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / 'taken').mkdir()
+    (here / 'taken' / 'note.txt').write_text('mine')
+    words, message = BAD[name]
+    assert message in failure(capsys, words)
+    assert not (here / 'out').exists()
