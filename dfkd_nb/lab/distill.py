@@ -227,7 +227,7 @@ def distill_recipe(
     Raises: `DFKDError` for a setting that is unknown or out of range.
     """
     task = 'distill' if optimises_pixels(values['method']) else 'distill-generator'
-    title = f'{values["student"]}, taught by {values["teacher"]}'
+    title = f'{values.get("student", "")}, taught by {values.get("teacher", "")}'
     return checked_recipe(task, title, values, typed)
 
 
@@ -427,7 +427,8 @@ def prepare(
     # unknown methods are reported before the network is read
     method_values(arguments.method, 32)
     teacher = own_teacher(arguments)
-    method = method_values(arguments.method, teacher.domain.size[0])
+    foreign = bool(arguments.model)
+    method = method_values(arguments.method, teacher.domain.size[0], foreign)
     if method.get('feature_weight') or arguments.statistics == 'none':
         method = without_statistics(method, arguments.statistics, teacher)
     test = open_test(arguments.test, teacher.domain) if arguments.test else None

@@ -55,7 +55,8 @@ def cut_network(
         )
 
     if settings.flops:
-        plan = PruningPlan(0.99, group_size=settings.group_size, filters_per_removal=8)
+        few = max(1, filters.total // 64)  # then the operations are counted again
+        plan = PruningPlan(0.99, group_size=settings.group_size, filters_per_removal=few)
         kept, whole = filters.keep_all(), operations(teacher.model, teacher)
         small = teacher.model
         while operations(small, teacher) > settings.flops * whole:
