@@ -8,7 +8,6 @@ import nbformat
 import pytest
 from notebook_server import FORKS, LIMIT, Server
 
-
 ENDS = {
     'print(1)': '',
     'input()': 'EOFError',  # there is nobody to ask

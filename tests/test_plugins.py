@@ -15,7 +15,7 @@ from dfkd_nb.lab.results import Result
 from dfkd_nb.toolbox.data import ImageSet
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULE = """
+MODULE = '''
 from dataclasses import dataclass
 
 import torch
@@ -116,7 +116,7 @@ def brighten(run):
         'kept': len(trainer.pool),
         'steps': trainer.done,
     }
-"""
+'''
 OWN_TASK = """
 title = "Brighter and brighter"
 task = "brighten"
