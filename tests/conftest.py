@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from queue import LifoQueue
 
 # before PyTorch is loaded: many small tests gain nothing from more
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from notebook_server import ROOT as ROOT  # noqa: E402
+from notebook_server import Outcome, Server  # noqa: E402
 
 # The same examples on every machine and in every run, however busy it is: a failure is a
 # failure for everybody.
@@ -35,53 +35,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile('repeatable')
-
-ROOT = Path(__file__).resolve().parents[1]
-LIMIT = int(os.environ.get('DFKD_NOTEBOOK_SECONDS', 400))
-PROGRAM = 'import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1])'
-
-
-class Outcome(NamedTuple):
-    "What became of a notebook."
-
-    passed: bool
-    seconds: float
-    text: str
-
-
-def run_notebook(name: str, directory: Path) -> Outcome:
-    "Run one notebook in a process that works in `directory` for everything it keeps."
-    changes = {
-        'MPLBACKEND': 'agg',
-        'OMP_NUM_THREADS': '1',
-        'IN_TEST': '1',
-        'DFKD_PROGRESS': '0',
-        'TMPDIR': str(directory),
-    }
-    start = time.time()
-    try:
-        result = subprocess.run(
-            [sys.executable, '-c', PROGRAM, str(ROOT / 'nbs' / name)],
-            cwd=ROOT,
-            env=os.environ | changes,
-            timeout=LIMIT,
-            capture_output=True,
-            text=True,
-            errors='replace',
-        )
-    except subprocess.TimeoutExpired as error:
-        text = b''.join(
-            part for part in (error.stdout, error.stderr) if isinstance(part, bytes)
-        ).decode(errors='replace')
-        return Outcome(
-            False, time.time() - start, f'took more than {LIMIT} s\n{text[-2000:]}'
-        )
-    text = result.stdout + result.stderr
-    return Outcome(
-        result.returncode == 0,
-        time.time() - start,
-        f'exit {result.returncode}\n{text[-6000:]}',
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +58,9 @@ class Notebooks(dict[str, Future[Outcome]]):
     ) -> None:
         self.places, self.waiting = threading.Semaphore(jobs), False
         self.pool = ThreadPoolExecutor(jobs + 1)
+        self.servers: LifoQueue[Server] = LifoQueue()
+        for _ in range(jobs + 1):
+            self.servers.put(Server())
         super().__init__(
             (name, self.pool.submit(self.run, name, folders.mktemp(Path(name).stem)))
             for name in names
@@ -112,7 +68,11 @@ class Notebooks(dict[str, Future[Outcome]]):
 
     def run(self, name: str, directory: Path) -> Outcome:
         with self.places:
-            return run_notebook(name, directory)
+            server = self.servers.get()
+            try:
+                return server.run(name, directory)
+            finally:
+                self.servers.put(server)
 
     def outcome(self, name: str) -> Outcome:
         "Wait for one. Whoever waits has nothing else to do: one more may run from now on."
@@ -140,3 +100,5 @@ def outcomes(
     notebooks.waiting = alone  # then nothing is freed by waiting
     yield notebooks
     notebooks.pool.shutdown(cancel_futures=True)
+    while not notebooks.servers.empty():
+        notebooks.servers.get().close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import LIMIT, ROOT
+from notebook_server import LIMIT, ROOT
 
 if TYPE_CHECKING:
     from conftest import Notebooks
