@@ -362,11 +362,15 @@ class GeneratorObjective:
         self.network.train(train and bool(self.weights))
         return self._generate(latents)
 
-    def _generate(self, latents: Tensor) -> Tensor:
+    def _generate(
+        self,
+        latents: Tensor,
+        # of the network, by name; None: those that are trained
+        tensors: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        given = (self.weights, self.buffers) if tensors is None else tensors
         with autocast(self.device, self.extractor.precision):
-            return functional_call(
-                self.network, (self.weights, self.buffers), (latents,)
-            ).float()
+            return functional_call(self.network, given, (latents,)).float()
 
     @torch.no_grad()
     def sample_images(

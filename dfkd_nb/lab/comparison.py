@@ -97,6 +97,9 @@ METHOD_TITLES = {
     'fast-10': 'Fast-10',
     'ssd-kd-10': 'SSD-KD, 10 % data',
     'ssd-kd-100': 'SSD-KD',
+    'dafl-ema': 'DAFL, averaged',
+    'zskt-ema': 'ZSKT, averaged',
+    'dfq-ema': 'DFQ, averaged',
 }
 DATA_TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'digits': 'digits'}
 _NETWORK = r'(?:resnet\d+|vgg\d+|wrn\d+-\d+|mobilenet\w*|digits-net)'

@@ -237,6 +237,7 @@ def compose(
             found
             | pair.get(method['task'], {})
             | pair.get(method.get('base'), {})
+            | pair.get(method.get('ablates'), {})
             | pair.get(method_name, {})
             | pair.get(f'{method_name}-{part}', {})
             | own

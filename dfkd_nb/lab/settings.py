@@ -451,6 +451,15 @@ class GeneratorSettings:
         0.0, 'of the contrastive loss with the memory bank', low=0
     )
     contrastive_temperature: float = setting(0.1, 'in it', low=0.001)
+    ema_decay: float = setting(
+        0.95,
+        'share of the old average in the averaged generator, a step (MAD)',
+        low=0,
+        high=1,
+    )
+    ema_share: float = setting(
+        0.5, "share of the student's images that it makes", low=0, high=1
+    )
     keep_head: bool = setting(False, 'keep the projection head from batch to batch')
     attention_weight: float = setting(
         0.0, "of the student's attention transfer from the teacher", low=0
