@@ -512,9 +512,9 @@ def add_classes(
 #| code-fold: true
 #| code-summary: "Source of replay_generator, generated_images (39 lines)"
 def replay_generator(
-    teacher: Teacher,  # who teaches it to paint
+    teacher: Teacher,  # whose classes it generates
     *,
-    latent_size: int = 64,  # numbers in a code
+    latent_size: int = 64,  # of the latents
     width: int = 32,  # channels
     seed: int = 0,  # of everything random
     **settings: Any,  # of `GeneratorSynthesizer`
@@ -535,9 +535,9 @@ def replay_generator(
 def generated_images(
     synthesizer: GeneratorSynthesizer,  # with a generator that has learned
     images: int,  # how many
-    seed: int = 0,  # of the codes
-) -> ImageSet:  # labelled with the teacher's answers
-    "What a generator paints, as bytes."
+    seed: int = 0,  # of the latents
+) -> ImageSet:  # labelled with the teacher's predictions
+    "Images of a generator, as bytes."
     pixels = torch.cat(
         [
             synthesizer.sample_images(
