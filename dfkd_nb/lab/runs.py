@@ -457,8 +457,9 @@ class Run(SavedRun):
 
     @contextmanager
     def watch_signals(self) -> Iterator[None]:
-        """Take the first SIGINT or SIGTERM as a request to stop at the next update; a second
-        one ends at once.
+        """Take the first SIGINT or SIGTERM as a request to stop at the next update.
+
+        A second one ends at once.
 
         Of several processes each may get one from torchrun and one from elsewhere: what
         comes within two seconds is one.
