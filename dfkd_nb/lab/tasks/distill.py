@@ -8,6 +8,7 @@ __all__ = ['HELD_OUT', 'DWARFS', 'TOLERANCE', 'NetworkRun', 'distill_trainer', '
            'check_export']
 
 # %% ../../../nbs/lab/tasks/distill.ipynb #c2d98512
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,7 +324,10 @@ def export_student(
     otherwise.
     """
     formats, domain = run.settings.export, run.teacher.domain
-    errors = export_network(student, domain, run.folder, 'student', formats)
+    with warnings.catch_warnings():
+        # PyTorch's own, about its own ways of writing programs
+        warnings.simplefilter('ignore', FutureWarning)
+        errors = export_network(student, domain, run.folder, 'student', formats)
     check_export(errors, run.folder)
     kinds = {'torch.export': 'pt2', 'ONNX': 'onnx'}
     return {f'export_error_{kinds[name]}': error for name, error in errors.items()}
