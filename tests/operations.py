@@ -258,6 +258,7 @@ def _trainer(device: torch.device, method: str) -> Any:
         student,
         device=device,
         synthesis_batch_size=BATCH,
+        synthesis_steps=3,
         batch_size=BATCH,
         generator_width=8,
         synthesis_precision='float32',
@@ -276,7 +277,7 @@ def generator(device: torch.device, method: str = 'fast-5') -> Update:
         maker.step()
     batch = maker.pop()
     trainer.pool.add(batch.images, batch.labels, batch.teacher_logits, batch.student_logits)
-    return Update(maker.step)
+    return Update(maker.step, before=1)
 
 
 def student(device: torch.device, method: str = 'fast-5') -> Update:
