@@ -300,6 +300,15 @@ def running(device: torch.device) -> Update:
     return Update(lambda: kept.update(batch))
 
 
+def measuring(device: torch.device) -> Update:
+    "Statistics of a batch of images: all layers are read together."
+    from dfkd_nb.dreams.statistics import measure_moments
+
+    network = _networks()[0].model.to(device)
+    images = torch.randn(BATCH, 3, 32, 32).to(device)
+    return Update(lambda: measure_moments(network, images), before=1)
+
+
 def known(device: torch.device) -> Update:
     "Six operations and seven waits."
     x = torch.ones(3, device=device)
@@ -322,6 +331,7 @@ def known(device: torch.device) -> Update:
 PARTS: dict[str, Callable[[torch.device], Update]] = {
     'known': known,
     'running': running,
+    'measuring': measuring,
     'inversion': inversion,
     'generator': generator,
     'generator-ssd-kd': lambda device: generator(device, 'ssd-kd-10'),
