@@ -258,6 +258,7 @@ def _trainer(device: torch.device, method: str) -> Any:
         student,
         device=device,
         synthesis_batch_size=BATCH,
+        synthesis_steps=3,
         batch_size=BATCH,
         generator_width=8,
         synthesis_precision='float32',
@@ -276,7 +277,7 @@ def generator(device: torch.device, method: str = 'fast-5') -> Update:
         maker.step()
     batch = maker.pop()
     trainer.pool.add(batch.images, batch.labels, batch.teacher_logits, batch.student_logits)
-    return Update(maker.step)
+    return Update(maker.step, before=1)
 
 
 def student(device: torch.device, method: str = 'fast-5') -> Update:
@@ -297,6 +298,15 @@ def running(device: torch.device) -> Update:
     row = MomentRow.join(pairs)
     batch, kept = row.with_tensor(row.tensor.to(device)), RunningStatistics()
     return Update(lambda: kept.update(batch))
+
+
+def measuring(device: torch.device) -> Update:
+    "Statistics of a batch of images: all layers are read together."
+    from dfkd_nb.dreams.statistics import measure_moments
+
+    network = _networks()[0].model.to(device)
+    images = torch.randn(BATCH, 3, 32, 32).to(device)
+    return Update(lambda: measure_moments(network, images), before=1)
 
 
 def known(device: torch.device) -> Update:
@@ -321,6 +331,7 @@ def known(device: torch.device) -> Update:
 PARTS: dict[str, Callable[[torch.device], Update]] = {
     'known': known,
     'running': running,
+    'measuring': measuring,
     'inversion': inversion,
     'generator': generator,
     'generator-ssd-kd': lambda device: generator(device, 'ssd-kd-10'),

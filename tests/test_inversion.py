@@ -589,7 +589,7 @@ def test_film_is_small_and_needs_nothing():
 def test_explorer_without_a_browser(teacher):
     ipywidgets = pytest.importorskip('ipywidgets')
     inputs = DeepInversionExplorer(
-        teacher, images=4, steps=40, log_every=2, device='cpu', jitter=0
+        teacher, images=4, steps=20, log_every=2, device='cpu', jitter=0
     )
     assert isinstance(inputs.widget, ipywidgets.Widget) and not inputs.running
     inputs.classes.value = (3, 7)
@@ -604,11 +604,11 @@ def test_explorer_without_a_browser(teacher):
     inputs.wait()
     assert inputs.error is None and not inputs.running and inputs.go.description == 'start'
     stopped = inputs.inversion.steps_done
-    assert 0 < stopped <= 40 and inputs.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
+    assert 0 < stopped <= 20 and inputs.picture.value[:8] == b'\x89PNG\r\n\x1a\n'
     assert inputs.inversion.plan.targets.tolist() == [3, 7, 3, 7]
     inputs.go.click()  # on to the end
     inputs.wait()
-    assert inputs.inversion.finished and '40 of 40' in inputs.status.value
+    assert inputs.inversion.finished and '20 of 20' in inputs.status.value
     assert inputs.inversion.objective.weights['features'] == 1.0
     inputs.sliders['features'].value = 0.0
     inputs.again.click()  # from noise, without the feature term

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 Settings = dict[str, object]
-SMALL: Settings = {'evaluations': 3, 'batch_size': 32, 'test_limit': 100, 'picture': 10}
+SMALL: Settings = {'evaluations': 3, 'batch_size': 32, 'test_limit': 100, 'picture': 2}
 STUDENT = SMALL | {
     'images': 40,
     'synthesis_batch_size': 20,

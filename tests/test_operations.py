@@ -26,6 +26,7 @@ LIMITS = {
     'generator': (660, 0),
     'generator-ssd-kd': (680, 0),
     'running': (10, 1),
+    'measuring': (173, 1),
     'student': (256, 0),
     'student-ssd-kd': (301, 0),
 }

@@ -618,6 +618,7 @@ synthesis_steps = 6
 images = 60
 steps = 12
 test_limit = 100
+picture = 2
 """
 KINDS = {
     'rounds': (

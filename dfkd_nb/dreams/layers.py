@@ -166,7 +166,7 @@ def _check_scale(
     "A `DFKDError` for floats up to 255, a `DFKDWarning` for intensities in [0, 1]."
     if not x.numel():
         return
-    low, high = (float(v) for v in x.aminmax())
+    low, high = torch.stack(x.aminmax()).tolist()
     black, white = (float(v) for v in (domain.limits()[0].min(), domain.limits()[1].max()))
     if low < 0 or high <= low:
         return  # pixels as they are have no sign

@@ -325,6 +325,17 @@ def _called_layers(
     return [name for name in watch.layers if name in watch.moments]
 
 # %% ../../nbs/dreams/04_statistics.ipynb #7df6e6c5
+def _read(
+    calls: Sequence[Moments],  # of any layers, on any device
+) -> Sequence[Moments]:  # on the CPU, where they were all on one device
+    "Moments of many layers, with one wait for the device instead of two a layer."
+    devices = {mean.device for mean, _ in calls}
+    if len(devices) != 1 or devices == {torch.device('cpu')}:
+        return calls
+    row = MomentRow.join({str(i): call for i, call in enumerate(calls)})
+    return list(row.with_tensor(row.tensor.cpu()).values())
+
+
 @torch.no_grad()
 def measure_moments(
     model: nn.Module,  # any network; its mode is put back afterwards
@@ -356,11 +367,13 @@ def measure_moments(
         for x in progress(normalized_batches(model, images), 'statistics'):
             model(x)
             count += len(x)
+            made = [call for calls in watch.calls.values() for call, _ in calls]
+            read = iter(_read(made))
             for name, calls in watch.calls.items():
                 met = unions.setdefault(name, [])
                 met += [MomentSum() for _ in calls[len(met) :]]
-                for union, (moments, numbers) in zip(met, calls):
-                    union.add(*moments, numbers)
+                for union, (_, numbers) in zip(met, calls):
+                    union.add(*next(read), numbers)
     if not count:
         raise DFKDError('no images to measure statistics on: give at least one batch')
     unused = [name for name in watch.layers if name not in unions]

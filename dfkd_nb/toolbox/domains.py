@@ -232,7 +232,7 @@ class Domain(DomainReaders):
         self.check_shape(images)
         if not images.is_floating_point() or not images.numel():
             return images
-        low, high = (float(v) for v in images.detach().aminmax())
+        low, high = torch.stack(images.detach().aminmax()).tolist()
         # what rounding and resizing may add
         if -1e-3 <= low and high <= 1 + 1e-3:
             return images
