@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMED', 'PATIENCE', 'MEMORY_OVERHEAD', 'Costs', 'seconds_a_call', 'kept_bytes', 'measure_costs', 'planned_seconds',
-           'fit_to_minutes', 'plan_text', 'images_in_words', 'peak_bytes']
+           'fit_to_minutes', 'plan_text', 'precision_in_words', 'images_in_words', 'peak_bytes']
 
 # %% ../../nbs/lab/distill_plan.ipynb #392ca3c7
 import copy
@@ -30,7 +30,7 @@ from dfkd_nb.lab.distill_settings import (
 )
 from .tasks.distill import distill_trainer, held_out_settings
 from .tasks.synthesis import build_inversion
-from ..toolbox.core import seeded
+from ..toolbox.core import resolve_precision, seeded
 from ..toolbox.errors import DFKDError
 from ..toolbox.models import count_parameters
 from ..toolbox.teachers import Teacher
@@ -262,6 +262,7 @@ def plan_text(
             f'{settings.held_out} images from another seed, on which student and teacher'
             ' are compared'
         ),
+        'numbers': precision_in_words(settings, teacher.device),
         'time': (
             f'about {format_hours(total / 3600) or "0 s"}: {each} (timed here:'
             f' {costs.timed[0]} updates of images, {costs.timed[1]} of the student)'
@@ -270,6 +271,22 @@ def plan_text(
         'results': out,
     }
     return '\n'.join(f'{name + ":":<10}{text}' for name, text in lines.items())
+
+
+def precision_in_words(
+    settings: Any,  # of the run
+    device: torch.device,  # where it will run
+) -> str:
+    "In which numbers a run computes, and how to choose others."
+    names = 'precision', 'synthesis_precision'
+    student, images = (resolve_precision(getattr(settings, n), device) for n in names)
+    found = student if student == images else f'{student}, images in {images}'
+    if 'auto' not in [getattr(settings, n) for n in names] or found == 'float32':
+        return found
+    return (
+        f'{found}, in which this device is faster (--set precision=float32 --set'
+        ' synthesis_precision=float32 for exact ones)'
+    )
 
 
 def images_in_words(
