@@ -154,7 +154,8 @@ def test_a_foreign_network_from_begin_to_end(
 ) -> None:
     assert main(command()) == 0
     said = capsys.readouterr()
-    for word in ('teacher:', 'updates:', 'numbers:', 'memory:', 'results:  out', 'agree on held-out'):
+    words = 'teacher:', 'updates:', 'numbers:', 'memory:', 'results:  out'
+    for word in (*words, 'agree on held-out'):
         assert word in said.out, said.out
     folder, numbers = here / 'out', result(here / 'out')['numbers']
     left = {p.name for p in folder.iterdir()}
