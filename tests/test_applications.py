@@ -76,6 +76,23 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         'digits-quantization',
         DIGITS | {'images': 40, 'images_from': 'noise, none', 'bits': '4', 'steps': 50},
     ),
+    'distilled-data': (
+        'cifar10-distilled-data',
+        DIGITS
+        | {
+            'test_data': 'digits',
+            'student': 'digits-net',
+            'images_from': 'crops, real',
+            'real_data': 'digits',
+            'images_per_class': '1, 2',
+            'recovery_steps': 6,
+            'views': 3,
+            'epochs': 8,
+            'flip': False,
+            'precision': 'float32',
+            'synthesis_precision': 'float32',
+        },
+    ),
     'segmentation': (
         'scenes-segmentation',
         SMALL

@@ -55,6 +55,15 @@ BITS = SMALL | {
     'bits': '4',
 }
 BITS |= {'steps': 40, 'latency_batch_size': 0}
+FILES = SMALL | {
+    'teacher': 'run:digits-teacher',
+    'student': 'digits-net',
+    'test_data': 'digits',
+    'recovery_steps': 40,
+    'views': 4,
+    'epochs': 40,
+    'flip': False,
+}
 SCENES = (
     SMALL
     | GENERATOR
@@ -139,6 +148,10 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
         },
     ),
     'quantization': ('digits-quantization', BITS),
+    'distilled-data': (
+        'cifar10-distilled-data',
+        FILES | {'images_from': 'crops, noise', 'images_per_class': '1, 2'},
+    ),
     'continual': (
         'cifar10-continual-split',
         CLASSES | {'methods': 'lwf-mc, deepinversion, generator, oracle-distill'},

@@ -21,6 +21,7 @@ from dfkd_nb.dreams.image_batch import (
     ImageBatch,
     LossLog,
     Progress,
+    View,
     check_ranges,
     check_state,
     pixel_steps,
@@ -143,6 +144,10 @@ class DeepInversion:
         # a layer whose input the terms may ask for, as `LossInputs.embedding`: a name, or
         # 'classifier' for the last linear one
         embedding: str = '',
+        # of the pixels in each step, e.g. a `CropCurriculum`: pixels, fraction of the
+        # steps that are done, generator; None: whole images
+        view: View | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),  # of Adam
     ) -> None:
         self.device, self.domain = pick_device(device), teacher.domain
         weights = {
@@ -168,6 +173,7 @@ class DeepInversion:
             'flip': flip,
             'clip': clip,
         }
+        self.view, self.betas = view, betas
         here = same_device(teacher.device, self.device)
         self.teacher = teacher if here else copy.deepcopy(teacher).to(self.device)
         # given ones are measured also where only `terms` ask for them
@@ -189,6 +195,8 @@ class DeepInversion:
             'first_layer_weight': first_layer_weight,
             'feature_scale': feature_scale,
             'embedding': embedding,
+            'view': repr(view) if view else '',
+            'betas': list(betas),
             **self.pixel_settings,
             **{f'weight of {k}': w for k, w in objective.weights.items()},
         }
@@ -292,6 +300,8 @@ class DeepInversion:
             device=self.device,
             seed=(seed * 1_000_003 + self.batch) % 2**63,
             target_embeddings=None if embeddings is None else embeddings.to(self.device),
+            view=self.view,
+            betas=self.betas,
         )
 
     # how far it is

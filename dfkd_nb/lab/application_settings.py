@@ -4,13 +4,19 @@
 
 # %% auto #0
 __all__ = ['SEGMENTATION_SOURCES', 'ImageSourceSettings', 'PruningSettings', 'ContinualSettings', 'QuantizationSettings',
-           'SegmentationSettings']
+           'DistilledDataSettings', 'SegmentationSettings']
 
 # %% ../../nbs/lab/application_settings.ipynb #7cd9375e
 from dataclasses import dataclass
 from typing import Any
 
-from .settings import SCHEDULES, SynthesisSettings, TrainingSettings, setting
+from dfkd_nb.lab.settings import (
+    PRECISIONS,
+    SCHEDULES,
+    SynthesisSettings,
+    TrainingSettings,
+    setting,
+)
 
 # %% ../../nbs/lab/application_settings.ipynb #c045d754
 @dataclass(frozen=True)
@@ -181,6 +187,47 @@ class QuantizationSettings(TrainingSettings, ImageSourceSettings):
         low=0,
     )
     latency_repeats: int = setting(20, 'of which the fastest counts', low=1)
+
+# %% ../../nbs/lab/application_settings.ipynb #b5901658
+@dataclass(frozen=True)
+class DistilledDataSettings(TrainingSettings):
+    "Students from files: a few images of each class with soft labels for views of them."
+
+    teacher: str = setting(
+        'cifar10-resnet20',
+        "a shipped teacher, or 'run:RECIPE' for one from a finished run",
+        names='teacher',
+    )
+    student: str = setting('wrn16-1', 'a name of `build_model`; fresh', names='model')
+    images_from: tuple[str, ...] = setting(
+        ('crops', 'whole', 'real', 'noise'),
+        'recovered through a curriculum of crops, or whole; real ones, or random noise',
+        choices=('crops', 'whole', 'real', 'noise'),
+    )
+    images_per_class: tuple[int, ...] = setting((1, 10), 'in the files', low=1)
+    real_data: str = setting(
+        'cifar10', "training images for 'real': a name of `load_data`", names='data'
+    )
+    recovery_steps: int = setting(1000, 'of each batch of recovered images', low=1)
+    recovery_learning_rate: float = setting(0.25, 'of Adam on their pixels', low=0)
+    recovery_batch_size: int = setting(100, 'images recovered together', low=1)
+    feature_weight: float = setting(0.01, 'of the feature statistics', low=0)
+    smallest_crop: float = setting(
+        0.08, 'share of the area of the smallest crop in the recovery', low=0.001, high=1
+    )
+    milestone: float = setting(
+        1.0, 'fraction of its steps until crops may be that small', low=0, high=1
+    )
+    views: int = setting(100, 'of each image, with soft labels', low=1)
+    smallest_view: float = setting(
+        0.25, 'share of the area of the smallest view', low=0.001, high=1
+    )
+    epochs: int = setting(400, 'of the student; an epoch has one update or more', low=1)
+    temperature: float = setting(20.0, 'of distillation', low=0.01)
+    synthesis_precision: str = setting(
+        'float32', 'of the arithmetic of recovery', choices=PRECISIONS, names='precision'
+    )
+    picture: int = setting(40, 'images in the picture', low=1)
 
 # %% ../../nbs/lab/application_settings.ipynb #409e4f7b
 # of a segmentation run: what the student learns from, and what differs from the recipe's

@@ -109,7 +109,7 @@ def teacher_licence(
 
 # %% ../../nbs/lab/25_cards.ipynb #7a54134f
 #| code-fold: true
-#| code-summary: "Source of model_card (169 lines)"
+#| code-summary: "Source of model_card (176 lines)"
 LIMITS = (
     (
         'It imitates its teacher, mistakes and biases included, and was not tested beyond'
@@ -135,6 +135,13 @@ network, about = load_pruned('{file}')
 from dfkd_nb.applications.integer_networks import load_integers
 # of the float network that it was made from, untrained
 network = load_integers('{file}', build_model(...), domain)
+""",
+    'distilled-data': """
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import load_weights
+# the file's metadata names the network
+network = build_model(...)
+load_weights('{file}', network)
 """,
     'continual': """
 from dfkd_nb.toolbox.networks import load_weights

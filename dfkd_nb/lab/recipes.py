@@ -27,6 +27,7 @@ from dfkd_nb.foundations.method_tables import (
 )
 from dfkd_nb.lab.application_settings import (
     ContinualSettings,
+    DistilledDataSettings,
     PruningSettings,
     QuantizationSettings,
     SegmentationSettings,
@@ -344,6 +345,7 @@ SHIPPED: dict[str, tuple[type, str]] = {
     'pruning': (PruningSettings, 'dfkd_nb.lab.tasks.pruning'),
     'continual': (ContinualSettings, 'dfkd_nb.lab.tasks.continual'),
     'quantization': (QuantizationSettings, 'dfkd_nb.lab.tasks.quantization'),
+    'distilled-data': (DistilledDataSettings, 'dfkd_nb.lab.tasks.distilled_data'),
     'segmentation': (SegmentationSettings, 'dfkd_nb.lab.tasks.segmentation'),
 }
 
