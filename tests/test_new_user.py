@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from dfkd_nb.lab import distill_plan
 from dfkd_nb.lab.arguments import add_network_options
+from dfkd_nb.lab.commands import main
 from dfkd_nb.lab.network_options import own_teacher
 from dfkd_nb.toolbox.domains import DOMAINS
 from dfkd_nb.toolbox.errors import DFKDWarning
@@ -60,3 +63,52 @@ def test_the_usual_images_fit_every_network_of_the_package() -> None:
         shape = usual_domain(name, network).shape
         assert shape == (3, 32, 32)
         assert network(torch.empty(2, *shape, device='meta')).shape == (2, 10)
+
+
+def test_a_network_is_described_before_there_are_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model('resnet8').state_dict(), 'weights.pth')
+    words = ['inspect', '--model', 'resnet8', '--checkpoint', 'weights.pth']
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert 'images:     3 x 32 x 32, mean 0.485,0.456,0.406' in said.out
+    assert '7 BatchNorm layers' in said.out and 'not trained' in said.out
+    assert len(said.err.splitlines()) == 1 and 'warning' in said.err
+    assert main(['inspect']) == 2
+    assert 'nothing to inspect' in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ['weights.pth']
+
+
+@pytest.mark.parametrize('command', ['distill --student resnet8', 'prune --keep 0.5'])
+def test_a_plan_needs_no_folder(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill_plan, 'TIMED', 2)
+    torch.manual_seed(3)
+    torch.save(build_model('digits-net', 10, 1).state_dict(), 'weights.pth')
+    words = f'{command} --model digits-net --checkpoint weights.pth --device cpu'
+    words = words.replace('resnet8', 'digits-net').split()
+    words += ['--set', 'held_out=10', '--set', 'batch_size=8']
+    assert main([*words, '--plan']) == 0
+    assert 'results:  in the folder of --out' in capsys.readouterr().out
+    assert main(words) == 2
+    assert 'give --out DIR' in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ['weights.pth']
+
+
+def test_a_missing_package_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    torch.save(build_model('digits-net', 10, 1).state_dict(), 'weights.pth')
+    words = 'distill --model digits-net --checkpoint weights.pth --student digits-net'
+    assert main([*words.split(), '--export', 'onnx', '--out', 'run']) == 2
+    assert 'pip install onnxruntime' in capsys.readouterr().err
+    assert not Path('run').exists()
