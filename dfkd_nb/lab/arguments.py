@@ -123,7 +123,12 @@ _NETWORK_OPTIONS = (
     ('--num-classes', 'K', 'classes of the architecture (default: as in the file)'),
     ('--class-names', 'FILE', 'their names, one a line, or a JSON list'),
     ('--channels', 'C', 'channels of its images (default: one for each mean)'),
-    ('--size', 'PIXELS', 'height and width of its images, 32 or 48x64'),
+    (
+        '--size',
+        'PIXELS',
+        'height and width of its images, 32 or 48x64 (default: as the network is known for;'
+        " 32 for this package's, 224 for others)",
+    ),
     ('--mean', 'R,G,B', 'mean of its normalisation, in units of --range'),
     ('--std', 'R,G,B', 'its standard deviation, in units of --range'),
     (

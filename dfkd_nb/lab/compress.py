@@ -8,16 +8,17 @@ __all__ = ['WORK', 'add_compress_arguments', 'compress_run', 'compress_plan', 'r
 # %% ../../nbs/lab/compress.ipynb #78f488c2
 import argparse
 import copy
-from pathlib import Path
 from typing import Any
 
 from .arguments import add_common_options, add_network_options, format_hours
 from dfkd_nb.lab.distill import (
     DistillRun,
+    check_exports,
     check_folder,
     checked_recipe,
     network_values,
     open_test,
+    output_folder,
     print_summary,
     set_values,
     without_statistics,
@@ -84,10 +85,11 @@ def compress_run(
 
     Raises: `DFKDError` for whatever does not go together.
     """
-    folder = Path(arguments.out)
+    folder = output_folder(arguments)[0]
     recorded = check_folder(folder, arguments.task)
     if arguments.images < 10:
         raise DFKDError(f'--images {arguments.images}: give 10 or more')
+    check_exports(arguments.export)
     device, typed = process_device(arguments.device), set_values(arguments)
     teacher = own_teacher(arguments)
     spec = arguments.model or arguments.teacher
@@ -169,7 +171,8 @@ def run_compression(
         )
     current, costs = compress_run(arguments, values)
     if costs is not None:
-        print(compress_plan(current.settings, current.teacher, costs, arguments.out))
+        place = output_folder(arguments)[1]
+        print(compress_plan(current.settings, current.teacher, costs, place))
     if arguments.plan:
         return None
     arguments.current_run = current

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COUNTS', 'student_builder', 'open_test', 'network_values', 'set_values', 'distill_recipe',
-           'checked_recipe', 'without_statistics', 'check_folder', 'recorded_counts', 'add_arguments', 'add_outputs',
-           'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
+           'checked_recipe', 'without_statistics', 'check_folder', 'output_folder', 'check_exports', 'recorded_counts',
+           'add_arguments', 'add_outputs', 'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
 
 # %% ../../nbs/lab/distill.ipynb #a360ee16
 import argparse
 import dataclasses
 import hashlib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from .recipes import Recipe, find_task, parse_assignment
 from .results import Result
 from .settings import check_settings
 from .tasks.distill import HELD_OUT, NetworkRun
-from ..toolbox.core import seeded
+from ..toolbox.core import import_extra, seeded
 from ..toolbox.data import ImageSet, ImageSource
 from ..toolbox.datasets import load_data
 from ..toolbox.domains import Domain
@@ -307,6 +307,30 @@ def check_folder(
     return document.get('hour', {})
 
 
+def output_folder(
+    arguments: argparse.Namespace,  # with `out` and `plan`
+) -> tuple[Path, str]:  # the folder, and what a plan says of it
+    """The folder of `--out`, which a plan alone does not need.
+
+    Raises: `DFKDError` where a run has none.
+    """
+    if arguments.out:
+        return Path(arguments.out), arguments.out
+    if not arguments.plan:
+        raise DFKDError('no folder for what it leaves: give --out DIR')
+    # a name that nobody has, since nothing is written
+    return Path('.no-such-folder'), 'in the folder of --out, which a run needs'
+
+
+def check_exports(
+    formats: Sequence[str],  # of `--export`
+) -> None:
+    "A `DFKDError` where a package is missing that is needed at the end of a run."
+    if 'onnx' in formats:
+        import_extra('onnxruntime', 'onnxruntime')
+        import_extra('onnxscript', 'onnxscript')
+
+
 def recorded_counts(
     recorded: dict[str, Any],  # settings of the run in the folder
     minutes: float,  # of `--minutes`, or 0
@@ -382,7 +406,7 @@ def add_outputs(
 ) -> None:
     "Add the options about what is left, and where."
     add = parser.add_argument
-    add('--out', required=True, metavar='DIR', help='folder for everything that it leaves')
+    add('--out', default='', metavar='DIR', help='folder for everything that it leaves')
     add('--fresh', action='store_true', help='throw away what an earlier run left there')
     add('--plan', action='store_true', help='only print what would be done')
     if not exports:
@@ -413,7 +437,7 @@ def prepare(
 
     Raises: `DFKDError` for whatever does not go together.
     """
-    folder = Path(arguments.out)
+    folder = output_folder(arguments)[0]
     recorded = {} if arguments.fresh else check_folder(folder)
     if arguments.fresh and folder.exists():
         check_folder(folder)
@@ -426,6 +450,7 @@ def prepare(
             f'{folder} was started with --method {recorded.get("method")}, now'
             f' {arguments.method}: set it back, use --fresh or another --out'
         )
+    check_exports(arguments.export)
     device, typed = process_device(arguments.device), set_values(arguments)
     # unknown methods are reported before the network is read
     method_values(arguments.method, 32)
@@ -477,7 +502,8 @@ def run(
         raise DFKDError('dfkd distill runs in one process: start it without torchrun')
     current, student, costs = prepare(arguments)
     if costs is not None:
-        print(plan_text(current.settings, current.teacher, student, costs, arguments.out))
+        place = output_folder(arguments)[1]
+        print(plan_text(current.settings, current.teacher, student, costs, place))
     if arguments.statistics == 'none':
         print(
             'statistics: none are matched; images resemble the training data little, and'

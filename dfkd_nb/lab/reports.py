@@ -32,6 +32,7 @@ from dfkd_nb.lab.diagnostics import (
     verify,
 )
 from .network_options import own_teacher
+from .network_summary import network_summary
 from dfkd_nb.lab.observations import (
     Finding,
     ImagesOrObservations,
@@ -490,10 +491,12 @@ def add_arguments(
     add = parser.add_argument
     add(
         'folder',
+        nargs='?',
+        default='',
         metavar='RUN_OR_FOLDER',
         help=(
             'e.g. runs/cifar10-dream-resnet20/quick, or a folder of images in class'
-            ' sub-folders'
+            ' sub-folders; left out: only the network is described'
         ),
     )
     add(
@@ -545,8 +548,18 @@ def run(
 ) -> int:  # exit code
     """`dfkd inspect`: all diagnostics of one run's images, as a page.
 
+    Without images a few lines about the network.
+
     Raises: `DFKDError` for a folder without images or a network that is not known.
     """
+    if not arguments.folder:
+        if not (arguments.model or arguments.teacher):
+            raise DFKDError(
+                'nothing to inspect: give a run or a folder of images, or a network'
+                ' (--model SPEC --checkpoint FILE)'
+            )
+        print(network_summary(own_teacher(arguments)))
+        return 0
     if arguments.limit < 4:
         raise DFKDError(f'--limit {arguments.limit}: give 4 real images or more')
     place = Path(arguments.folder)

@@ -150,8 +150,7 @@ class _Request:
             model, domain, has_weights = self._built(self.classes)
         if self.checkpoint:
             file = read_checkpoint(self.checkpoint)
-            if self.guessed and self.spec == 'digits-net':
-                # the one network here that is used for both kinds of images
+            if self.guessed and self.spec in MODELS:
                 first = next((v for v in file.tensors.values() if v.ndim == 4), None)
                 if first is not None and first.shape[1] != self.channels:
                     self.channels = first.shape[1]
