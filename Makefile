@@ -73,7 +73,8 @@ evidence: book    ## the missing runs at the hour scale, one core, most valuable
 	@$(BIN)/dfkd evidence $(if $(MINUTES),--max-minutes $(MINUTES)) || test $$? -eq 3
 
 results: dev      ## the chapters that show results, again, after a run has left a new one
-	$(BIN)/python tools/run_nbs.py nbs/lab/21_comparison.ipynb nbs/lab/22_methods.ipynb
+	$(BIN)/python tools/run_nbs.py nbs/index.ipynb nbs/lab/21_comparison.ipynb nbs/lab/22_methods.ipynb
+	$(BIN)/python tools/readme.py
 
 # --- publishing ---------------------------------------------------------------------------------------------------
 site: dev         ## the site in _site, with Quarto where it is installed, else in pure Python

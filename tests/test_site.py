@@ -7,6 +7,7 @@ desktop and phone width.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -27,6 +28,19 @@ from tools.website.labels import Labels  # noqa: E402
 from tools.website.notebook import process, url  # noqa: E402
 from tools.website.symbols import Index, card, definitions  # noqa: E402
 
+EXPLORERS = (
+    'applications/continual.html',
+    'applications/pruning.html',
+    'applications/quantization.html',
+    'applications/transfer.html',
+    'dreams/competition.html',
+    'dreams/competition_toy.html',
+    'dreams/inversion.html',
+    'dreams/metadata.html',
+    'generators/replay.html',
+    'generators/replay_explorer.html',
+    'lab/explorers.html',
+)
 BIB = read_bibliography(ROOT / 'nbs/references.bib')
 
 
@@ -459,3 +473,36 @@ def test_every_page_in_a_browser(site: Path) -> None:
         if one.problems
     ]
     assert not wrong, '\n'.join(wrong)
+
+
+@pytest.mark.browser
+@pytest.mark.timeout(600)
+def test_every_slider_changes_its_picture(site: Path) -> None:
+    "Explorers have frames that need no kernel: the page alone has to show them."
+    from look import browser, sliders
+
+    if browser() is None:
+        pytest.skip('Chromium is not installed')
+    if os.environ.get('DFKD_NO_BROWSER'):
+        pytest.skip('DFKD_NO_BROWSER is set')
+    counts, stuck = sliders(site)
+    assert not stuck, '\n'.join(stuck)
+    missing = [page for page in EXPLORERS if not counts.get(page)]
+    assert not missing, f'no slider on {missing}'
+
+
+def test_every_explorer_has_frames() -> None:
+    "A notebook that makes a live explorer also shows a `FigureSlider` or a `FilmStrip`."
+    makes = re.compile(r'\b(\w+_explorer|cluster_browser)\(')
+    frames = re.compile(r'\b(FigureSlider|FilmStrip|TraversalStrip)\(')
+    for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        shown = [c for c in cells if c['cell_type'] == 'code']
+        sources = [''.join(c['source']) for c in shown]
+        live = any(makes.search(s) and not s.startswith('#| export') for s in sources)
+        still = any(
+            frames.search(s) and 'type=\\"range\\"' in json.dumps(c['outputs'])
+            for c, s in zip(shown, sources)
+        )
+        assert still or not live, f'{path.name}: an explorer without frames'
+        assert not any('ipywidgets.' in s for s in sources if '#| export' not in s), path

@@ -68,6 +68,22 @@ LOOK = """(() => {
   });
 })()"""
 
+# the slider's figure without the slider itself: what the reader sees change
+MOVE = """(() => {
+  const input = document.querySelectorAll('input[type=range]')[%d];
+  for (let p = input; p; p = p.parentElement) if (p.tagName === 'DETAILS') p.open = true;
+  input.value = input.%s;
+  input.dispatchEvent(new Event('input', {bubbles: true}));
+  const figure = input.closest('.dfkd-slides, .dfkd-film');
+  const picture = figure.querySelector('img, .dfkd-frame');
+  const view = picture.tagName === 'IMG' ? picture.parentElement : picture;
+  const box = view.getBoundingClientRect();
+  return {
+    words: figure.querySelector('output').textContent,
+    box: {x: box.x + scrollX, y: box.y + scrollY, width: box.width, height: box.height},
+  };
+})()"""
+
 
 class Seen(NamedTuple):
     "What a page looked like in one view."
@@ -257,6 +273,71 @@ def look_at(tab: Tab, base: str, page: str, view: str, out: Path | None) -> Seen
         screenshot.write_bytes(base64.b64decode(picture['data']))
     tab.call('Target.closeTarget', targetId=target)
     return Seen(page, view, problems, screenshot, state['formulas'])
+
+
+def settle(tab: Tab, session: str, script: str) -> Any:
+    "Evaluate a script, wait until the page is drawn again, and return what it gave."
+    expression = (
+        f'(async () => {{ const value = {script};'
+        ' await new Promise(done => requestAnimationFrame(() => setTimeout(done, 60)));'
+        ' return JSON.stringify(value); })()'
+    )
+    answer = tab.call(
+        'Runtime.evaluate',
+        session,
+        expression=expression,
+        awaitPromise=True,
+        returnByValue=True,
+    )
+    return json.loads(answer['result']['value'])
+
+
+def move_sliders(tab: Tab, base: str, page: str) -> list[str]:
+    """Move each slider of a page from its first to its last place.
+
+    Returns a line for each one whose picture or words do not change.
+    """
+    target = tab.call('Target.createTarget', url='about:blank')['targetId']
+    session = tab.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
+    tab.events.clear()
+    tab.call('Page.enable', session)
+    tab.call('Page.navigate', session, url=base + page)
+    tab.wait('Page.loadEventFired', 60)
+    count = settle(tab, session, 'document.querySelectorAll("input[type=range]").length')
+    stuck = []
+    for number in range(count):
+        seen = []
+        for place in ('min', 'max'):
+            state = settle(tab, session, MOVE % (number, place))
+            box = state['box'] | {'scale': 1}
+            picture = tab.call(
+                'Page.captureScreenshot',
+                session,
+                format='png',
+                captureBeyondViewport=True,
+                clip=box,
+            )
+            seen.append((picture['data'], state['words']))
+        (first, first_words), (last, last_words) = seen
+        if first == last or first_words == last_words:
+            stuck.append(f'{page}: slider {number + 1} of {count} changes nothing')
+    tab.call('Target.closeTarget', targetId=target)
+    return stuck
+
+
+def sliders(site: Path) -> tuple[dict[str, int], list[str]]:
+    "How many sliders each page of a built site has, and which of them change nothing."
+    program = browser()
+    if program is None:
+        raise RuntimeError('Chromium is not installed')
+    counts = {
+        path.relative_to(site).as_posix(): path.read_text('utf-8').count('type="range"')
+        for path in sorted(site.rglob('*.html'))
+    }
+    counts = {page: count for page, count in counts.items() if count}
+    with serve(site) as base, chromium(program) as tab:
+        stuck = [line for page in counts for line in move_sliders(tab, base, page)]
+    return counts, stuck
 
 
 def look(
