@@ -106,6 +106,8 @@ def _noise_embedding(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
     return teacher.embed(noise, layer)[0].cpu().float()
 
 # %% ../../nbs/dreams/07_metadata.ipynb #0d58ebc4
+#| code-fold: true
+#| code-summary: "Source of Metadata"
 def _check_vectors(
     teacher: Teacher,
     vectors: Tensor,  # `(N, D)`
