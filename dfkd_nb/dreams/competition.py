@@ -59,7 +59,7 @@ def competition_loss(
     "The loss of agreement: 1 - JS, averaged over the batch (DeepInversion, Eq. 8)."
     return 1 - jensen_shannon(teacher_logits, student_logits, temperature).mean()
 
-
+# %% ../../nbs/dreams/06_competition.ipynb #3c5b1e4b
 def competition_term(
     temperature: float = 1.0,  # of both softmaxes
 ) -> Term:  # needs `view.student_logits`
