@@ -56,7 +56,7 @@ def memory_loss(
     outside = log_class_mass(logits / temperature, 0, old_logits.shape[1]).mean()
     return conditional_loss(logits, old_logits, temperature) - temperature**2 * outside
 
-
+# %% ../../nbs/applications/14_continual.ipynb #4b080e40
 def conditional_loss(
     logits: Tensor,  # the new network, `(N, K + n)`
     old_logits: Tensor,  # the old network on the same images, `(N, K)`

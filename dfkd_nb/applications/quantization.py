@@ -421,6 +421,8 @@ def input_ranges(
     return found
 
 # %% ../../nbs/applications/15_quantization.ipynb #37c6b2e9
+#| code-fold: true
+#| code-summary: "Source of signal_to_noise (26 lines)"
 def signal_to_noise(
     network: QuantizedNetwork,  # calibrated
     images: ImageSource | Tensor,  # uint8, to measure on

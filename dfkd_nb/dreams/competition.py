@@ -28,13 +28,13 @@ from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/dreams/06_competition.ipynb #a686eb51
 def jensen_shannon(
-    logits_p: Tensor,  # one network's answers, `(N, K)`
-    logits_q: Tensor,  # another's, the same shape
+    logits_p: Tensor,  # of one network, `(N, K)`
+    logits_q: Tensor,  # of another, the same shape
     temperature: float = 1.0,  # of both softmaxes
 ) -> Tensor:  # nats, `(N,)`, from 0 to log 2
-    """Jensen-Shannon divergence of two softened answers.
+    """Jensen-Shannon divergence of two softened predictions.
 
-    Half of KL from each to their middle (DeepInversion, with Eq. 8), in log space.
+    Half of KL from each to their mean (DeepInversion, with Eq. 8), in log space.
     """
     if not temperature > 0:
         raise DFKDError(f'temperature {temperature}: give a positive one')
@@ -56,10 +56,10 @@ def competition_loss(
     student_logits: Tensor,  # `(N, K)`
     temperature: float = 1.0,  # of both softmaxes
 ) -> Tensor:  # scalar, from 1 - log 2 to 1
-    "What agreement costs: 1 - JS, averaged over the batch (DeepInversion, Eq. 8)."
+    "The loss of agreement: 1 - JS, averaged over the batch (DeepInversion, Eq. 8)."
     return 1 - jensen_shannon(teacher_logits, student_logits, temperature).mean()
 
-
+# %% ../../nbs/dreams/06_competition.ipynb #3c5b1e4b
 def competition_term(
     temperature: float = 1.0,  # of both softmaxes
 ) -> Term:  # needs `view.student_logits`
@@ -263,6 +263,8 @@ class AdaptiveDeepInversion(DeepInversion):
         self.scaler.load_state_dict(state['scaler'])
 
 # %% ../../nbs/dreams/06_competition.ipynb #8503fc43
+#| code-fold: true
+#| code-summary: "Source of round_metrics (28 lines)"
 def round_metrics(
     # real images for a column 'accuracy'; nothing is chosen by them
     test: ImageSource | None = None,

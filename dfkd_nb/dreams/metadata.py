@@ -58,6 +58,8 @@ def merge_small(
         ]
 
 # %% ../../nbs/dreams/07_metadata.ipynb #089891f3
+#| code-fold: true
+#| code-summary: "Source of principal_components (30 lines)"
 def principal_components(
     vectors: Tensor,  # `(n, D)`, the members of one cluster
     components: int,  # m, at most n - 1 and at most D
@@ -106,6 +108,8 @@ def _noise_embedding(teacher: Teacher, layer: str) -> Tensor:  # `(D,)`
     return teacher.embed(noise, layer)[0].cpu().float()
 
 # %% ../../nbs/dreams/07_metadata.ipynb #0d58ebc4
+#| code-fold: true
+#| code-summary: "Source of Metadata"
 def _check_vectors(
     teacher: Teacher,
     vectors: Tensor,  # `(N, D)`

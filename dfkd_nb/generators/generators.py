@@ -44,6 +44,8 @@ def convolve_upsampled(
     return F.conv_transpose2d(x, upsampling_kernel(weight), stride=2, padding=1)
 
 # %% ../../nbs/generators/08_generators.ipynb #dd5aa5e4
+#| code-fold: true
+#| code-summary: "Source of Generator (52 lines)"
 class Generator(nn.Module):
     """From latent codes to images.
 
@@ -98,7 +100,7 @@ class Generator(nn.Module):
 
 # %% ../../nbs/generators/08_generators.ipynb #97185655
 class Pixels(nn.Module):
-    """No generator: the code is the image, before a sigmoid.
+    """No generator: the latent is the image, before a sigmoid.
 
     It shows what a generator adds (FastDFKD, Table 5).
     """
@@ -190,7 +192,7 @@ METHODS: dict[str, dict[str, float]] = {
 def activation_term(
     inputs: LossInputs,  # needs `embedding`
 ) -> Tensor:  # scalar, negative: it falls as the features grow
-    """Real images excite features, static does not.
+    """Real images cause large features, noise does not.
 
     Minus the mean absolute activation before the classifier (DAFL's activation loss).
     """
@@ -204,11 +206,11 @@ def activation_term(
 def balance_term(
     inputs: LossInputs,  # needs `logits`
 ) -> Tensor:  # scalar, nats, from -log K for evenly spread classes to 0
-    """Minus the entropy of the batch's mean answer.
+    """Minus the entropy of the batch's mean prediction.
 
     All classes shall occur (DAFL's information entropy).
     """
-    # in log space: a class nobody names has no log
+    # in log space: a class that is never predicted has no log
     log_mean = full_precision(inputs.logits).log_softmax(1).logsumexp(0) - math.log(
         len(inputs.logits)
     )
@@ -236,6 +238,8 @@ DISTANCES |= {
 }
 
 # %% ../../nbs/generators/08_generators.ipynb #d859fd60
+#| code-fold: true
+#| code-summary: "Source of adversarial_term (26 lines)"
 def adversarial_term(
     # a word of `DISTANCES`: KL (ZSKT), mean absolute difference (DFAD), Jensen-Shannon
     distance: str = 'kl',

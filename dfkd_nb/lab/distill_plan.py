@@ -9,6 +9,7 @@ __all__ = ['TIMED', 'PATIENCE', 'MEMORY_OVERHEAD', 'Costs', 'seconds_a_call', 'k
 # %% ../../nbs/lab/distill_plan.ipynb #392ca3c7
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -217,10 +218,10 @@ def fit_to_minutes(
     one = planned_seconds({'rounds': 0, 'steps': 0}, costs, size, (held_out, 100))
     steps = max(10, min(100, int(100 * 0.1 * budget / one['held-out images'])))
     if total(FEWEST) > budget:
-        least = total(FEWEST) / 3600
+        least = math.ceil(total(FEWEST) / 60)
         raise DFKDError(
-            f'--minutes {minutes:g}: the smallest run takes about {format_hours(least)}:'
-            ' give more'
+            f'--minutes {minutes:g}: the smallest run takes about {least} min on this'
+            f' machine: give --minutes {least}, or a smaller student'
         )
     low, high = FEWEST, FEWEST
     while total(high) <= budget and high < 10**8:
