@@ -18,6 +18,7 @@ from dfkd_nb.dreams.extractor import FusedBatchNorm, fuse_statistics
 from dfkd_nb.dreams.inversion import deepinversion_preset
 from dfkd_nb.dreams.layers import find_layers
 from dfkd_nb.dreams.moment_rows import MomentRow, PartNorms, check_all_moments
+from dfkd_nb.dreams.moments import batch_moments
 from dfkd_nb.dreams.priors import (
     LossInputs,
     Objective,
@@ -31,13 +32,7 @@ from dfkd_nb.dreams.priors import (
     total_variation,
     tv_term,
 )
-from dfkd_nb.dreams.statistics import (
-    Statistics,
-    Watch,
-    batch_moments,
-    feature_loss,
-    feature_term,
-)
+from dfkd_nb.dreams.statistics import Statistics, Watch, feature_loss, feature_term
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS
 from dfkd_nb.toolbox.errors import DFKDError

@@ -10,15 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dfkd_nb.dreams.moments import batch_moments
 from dfkd_nb.dreams.priors import LossInputs, Objective
 from dfkd_nb.dreams.running_statistics import RunningStatistics, running_feature_term
-from dfkd_nb.dreams.statistics import (
-    Statistics,
-    Watch,
-    batch_moments,
-    feature_loss,
-    feature_term,
-)
+from dfkd_nb.dreams.statistics import Statistics, Watch, feature_loss, feature_term
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint, save_tensors
 from dfkd_nb.toolbox.errors import DFKDError
 

@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from .layers import batchnorm_layers, find_layers
 from .moment_rows import MomentRow
-from dfkd_nb.dreams.statistics import (
+from dfkd_nb.dreams.moments import (
     Moments,
-    Statistics,
-    Watch,
     batch_moments,
     broadcast_channels,
     channel_affine,
     mean_moments,
     moments_around,
 )
+from .statistics import Statistics, Watch
 from ..toolbox.core import autocast, seeded
 from ..toolbox.errors import DFKDError
 from dfkd_nb.toolbox.networks import (

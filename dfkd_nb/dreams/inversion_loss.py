@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .extractor import FeatureExtractor
 from .moment_rows import MomentRow
+from .moments import Moments
 from dfkd_nb.dreams.priors import (
     LossInputs,
     Objective,
@@ -23,7 +24,7 @@ from dfkd_nb.dreams.priors import (
     l2_term,
     tv_term,
 )
-from .statistics import Moments, Statistics, feature_term, features_of
+from .statistics import Statistics, feature_term, features_of
 from ..toolbox.core import autocast
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError

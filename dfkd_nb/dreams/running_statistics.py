@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .moment_rows import MomentRow, check_all_moments
+from .moments import Moments
 from .priors import LossInputs, Term
-from .statistics import Moments, Statistics, feature_loss, features_of
+from .statistics import Statistics, feature_loss, features_of
 from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/dreams/running_statistics.ipynb #ffe97f0d
