@@ -163,20 +163,20 @@ def test_updates_begin_equal(updates):
         assert errors[variant.name]['gradient_error'] < 1e-4, variant.name
 
 
-def test_some_updates_later_the_rival_and_the_package_have_the_same_pixels(teacher):
+def test_some_updates_later_the_baseline_and_the_package_have_the_same_pixels(teacher):
     "Without shifts, which each draws for itself."
     pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     plain, package = (
         make_step(name, teacher, pixels, torch.arange(6)) for name in ('plain', 'package')
     )
-    plain.rival.jitter, plain.rival.flip = 0, False
+    plain.baseline.jitter, plain.baseline.flip = 0, False
     package.batch.jitter, package.batch.flip = 0, False
     for update in (plain, package):
         for _ in range(3):
             update()
-    assert (plain.rival.pixels - pixels).abs().mean() > 0.1
+    assert (plain.baseline.pixels - pixels).abs().mean() > 0.1
     # Adam's first steps are signs: where a gradient is nearly 0 they may differ
-    apart = (plain.rival.pixels - package.batch.x).abs()
+    apart = (plain.baseline.pixels - package.batch.x).abs()
     assert apart.mean() < 1e-3
 
 
@@ -225,8 +225,8 @@ def test_a_step_leaves_the_same_student(teacher):
     students = []
     for variant in exact(make_training_steps(teacher)):
         if variant.name.startswith('plain'):
-            variant.rival.update(variant.still)
-            students.append(variant.rival.student)
+            variant.baseline.update(variant.still)
+            students.append(variant.baseline.student)
         else:
             variant.distiller.augment = None
             variant.distiller.sampler.sample = lambda *_, still=variant.still: (still, None)
@@ -240,7 +240,7 @@ def test_a_step_leaves_the_same_student(teacher):
         torch.testing.assert_close(other, first, rtol=1e-3, atol=1e-5)
 
 
-def test_the_rival_reads_its_images_from_files(training_steps):
+def test_the_baseline_reads_its_images_from_files(training_steps):
     on_disk = sorted(Path(training_steps[0].folder.name).iterdir())
     assert len(on_disk) == 6
     with Image.open(on_disk[2]) as image:

@@ -168,7 +168,7 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar='N',
-        help="processes that read the plain rival's files (default: 0, the same process)",
+        help="processes that read the baseline's files (default: 0, the same process)",
     )
     add('--device', default='cpu', metavar='D', help='cpu (default) or cuda')
     add('--out', type=Path, metavar='DIR', help='folder for a JSON file of each batch size')
@@ -177,7 +177,7 @@ def _add_timing(parser: argparse.ArgumentParser) -> None:
 def run(
     arguments: argparse.Namespace,  # of `add_arguments`
 ) -> int:  # exit code
-    "`dfkd bench`: time the plain rival and faster variants, at equal losses."
+    "`dfkd bench`: time the baseline script and faster variants, at equal losses."
     _check(arguments)
     subjects = [arguments.what]
     if arguments.what == 'all':

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PixelLoss', 'INVERSION_STEPS', 'INVERSION_VARIANTS', 'fresh_teacher', 'make_loss', 'InversionStep',
-           'RivalInversionStep', 'PackageInversionStep', 'make_step', 'peak_resident_memory', 'peak_memory',
+           'BaselineInversionStep', 'PackageInversionStep', 'make_step', 'peak_resident_memory', 'peak_memory',
            'measure_memory', 'benchmark', 'benchmark_images']
 
 # %% ../../nbs/lab/23_speed.ipynb #81b07777
@@ -23,7 +23,7 @@ from ..dreams.layers import batchnorm_layers
 from ..dreams.memory import activation_bytes
 from ..dreams.priors import LossInputs
 from ..dreams.statistics import Watch
-from .plain_rivals import PlainInversion
+from .baseline_scripts import PlainInversion
 from dfkd_nb.lab.timing import (
     Variant,
     compare_variants,
@@ -123,8 +123,8 @@ class InversionStep:
 
 # %% ../../nbs/lab/23_speed.ipynb #a790bd0c
 #| code-fold: true
-#| code-summary: "Source of RivalInversionStep, PackageInversionStep (68 lines)"
-class RivalInversionStep:
+#| code-summary: "Source of BaselineInversionStep, PackageInversionStep (68 lines)"
+class BaselineInversionStep:
     "An update by `PlainInversion`."
 
     def __init__(
@@ -136,7 +136,7 @@ class RivalInversionStep:
     ) -> None:
         self.name, self.device = variant, images.device
         weights = deepinversion_preset('deepinversion')
-        self.rival = PlainInversion(
+        self.baseline = PlainInversion(
             teacher.model,
             images,
             targets,
@@ -152,12 +152,12 @@ class RivalInversionStep:
         )
 
     def __call__(self) -> float:  # the loss before the step
-        return self.rival.step()
+        return self.baseline.step()
 
     def gradient(self) -> tuple[Tensor, Tensor]:  # losses `(L,)`; gradient of the pixels
         "Losses and gradient at the present pixels, without a step."
-        total, losses = self.rival.compute_losses(self.rival.pixels)
-        return losses, torch.autograd.grad(total, self.rival.pixels)[0]
+        total, losses = self.baseline.compute_losses(self.baseline.pixels)
+        return losses, torch.autograd.grad(total, self.baseline.pixels)[0]
 
 
 class PackageInversionStep:
@@ -197,8 +197,8 @@ class PackageInversionStep:
 #| code-fold: true
 #| code-summary: "Source of make_step (27 lines)"
 INVERSION_STEPS: dict[str, Callable[..., Variant]] = {
-    'plain': RivalInversionStep,
-    'frozen': RivalInversionStep,
+    'plain': BaselineInversionStep,
+    'frozen': BaselineInversionStep,
     'one-pass': InversionStep,
     'folded': InversionStep,
     'package': PackageInversionStep,
@@ -286,7 +286,7 @@ def measure_memory(
     model: str,  # a name of `build_model`
     batch: int,  # images
     device: str = 'cpu',  # where
-    # bytes: 'peak', 'plain' (that of the rival), 'idle' (a process with hardly a batch),
+    # bytes: 'peak', 'plain' (that of the baseline), 'idle' (a process with hardly a batch),
     # and 'activations' (kept for `backward`, as counted)
 ) -> dict[str, int]:
     "Memory of a step of DeepInversion, measured and counted."

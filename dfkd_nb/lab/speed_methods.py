@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'SYNTHESIS_VARIANTS', 'DISTILLATION_VARIANTS', 'UpsamplingGenerator', 'plain_generator', 'as_vector',
-           'RivalRound', 'PackageRound', 'make_round', 'benchmark_synthesis', 'RivalStudentStep', 'PackageStudentStep',
-           'make_student_step', 'benchmark_distillation', 'benchmark_pool']
+           'BaselineRound', 'PackageRound', 'make_round', 'benchmark_synthesis', 'BaselineStudentStep',
+           'PackageStudentStep', 'make_student_step', 'benchmark_distillation', 'benchmark_pool']
 
 # %% ../../nbs/lab/speed_methods.ipynb #64c61c42
 import copy
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..foundations.distillation import Distiller
 from ..generators.generators import Generator
 from ..generators.meta import MetaSynthesizer
-from dfkd_nb.lab.plain_rivals import (
+from dfkd_nb.lab.baseline_scripts import (
     PlainDistillation,
     PlainGenerator,
     PlainSynthesis,
@@ -92,7 +92,7 @@ def as_vector(
     return torch.cat([g.reshape(-1).float() for g in gradients])
 
 
-class RivalRound:
+class BaselineRound:
     "A round of `PlainSynthesis`."
 
     def __init__(
@@ -107,7 +107,7 @@ class RivalRound:
     ) -> None:
         self.name, self.device = variant, teacher.device
         domain = teacher.domain
-        self.rival = PlainSynthesis(
+        self.baseline = PlainSynthesis(
             teacher.model,
             student,
             plain_generator(generator),
@@ -125,16 +125,16 @@ class RivalRound:
 
     def __call__(self) -> Tensor:  # the batch of the smallest loss, uint8
         "All steps of a round."
-        return self.rival.synthesize()
+        return self.baseline.synthesize()
 
     # total with its graph; losses `(L,)`; weights and latents
     def first_loss(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         "Loss of the next batch before its first step; the batch is not used up."
-        before = self.rival.rng.get_state()
-        z, targets = self.rival.draw()
-        self.rival.rng.set_state(before)
-        total, losses = self.rival.compute_losses(self.rival.generator(z), targets)
-        return total, losses, [*self.rival.generator.parameters(), z]
+        before = self.baseline.rng.get_state()
+        z, targets = self.baseline.draw()
+        self.baseline.rng.set_state(before)
+        total, losses = self.baseline.compute_losses(self.baseline.generator(z), targets)
+        return total, losses, [*self.baseline.generator.parameters(), z]
 
     # losses `(L,)`; the gradient of weights and latents as one vector
     def gradient(self) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class PackageRound:
 
     def __init__(
         self,
-        variant: str,  # one of `SYNTHESIS_VARIANTS` but the rival's
+        variant: str,  # one of `SYNTHESIS_VARIANTS` but the baseline's
         teacher: Teacher,  # whose logits and statistics enter the loss
         student: nn.Module,  # of the adversarial term; copied
         generator: Generator,  # first weights
@@ -242,7 +242,7 @@ def make_round(
     batch_size: int,  # images
     steps: int = 5,  # of the round
     seed: int = 0,  # of latents and classes
-) -> RivalRound | PackageRound:
+) -> BaselineRound | PackageRound:
     """One variant of a round of synthesis.
 
     Class loss, feature statistics and adversarial term, as FastDFKD has them.
@@ -251,7 +251,7 @@ def make_round(
     """
     if variant not in SYNTHESIS_VARIANTS:
         raise DFKDError(f"unknown variant '{variant}': use {', '.join(SYNTHESIS_VARIANTS)}")
-    kind = RivalRound if variant in ('plain', 'frozen') else PackageRound
+    kind = BaselineRound if variant in ('plain', 'frozen') else PackageRound
     return kind(variant, teacher, student, generator, batch_size, steps, seed)
 
 # %% ../../nbs/lab/speed_methods.ipynb #9f8b40e9
@@ -279,7 +279,7 @@ def benchmark_synthesis(
         shape: Any = teacher.domain.shape
         generator = Generator(shape, 256, width).to(device)
 
-    def build(variant: str) -> RivalRound | PackageRound:
+    def build(variant: str) -> BaselineRound | PackageRound:
         return make_round(variant, teacher, network, generator, batch, steps, seed)
 
     return compare_variants(
@@ -299,7 +299,7 @@ def benchmark_synthesis(
     )
 
 # %% ../../nbs/lab/speed_methods.ipynb #065014bb
-class RivalStudentStep:
+class BaselineStudentStep:
     "A step of `PlainDistillation`."
 
     def __init__(
@@ -327,18 +327,18 @@ class RivalStudentStep:
             batches = file_batches(self.folder.name, change, batch_size, workers)
         else:
             batches = memory_batches(pool, domain.mean, domain.std, batch_size)
-        self.rival = PlainDistillation(teacher.model, student, batches)
+        self.baseline = PlainDistillation(teacher.model, student, batches)
 
     def __call__(self) -> float:  # the loss before the step
         "One step of the student on the next batch."
-        return self.rival.step()
+        return self.baseline.step()
 
     # the loss, `(1,)`; the gradient of the student's weights as one vector
     def gradient(self) -> tuple[Tensor, Tensor]:
         "Loss and gradient of the first images as they are, without a step."
-        self.rival.student.train()
-        total = self.rival.compute_loss(self.still)
-        weights = list(self.rival.student.parameters())
+        self.baseline.student.train()
+        total = self.baseline.compute_loss(self.still)
+        weights = list(self.baseline.student.parameters())
         return total.detach()[None], as_vector(torch.autograd.grad(total, weights))
 
 
@@ -352,7 +352,7 @@ class PackageStudentStep:
 
     def __init__(
         self,
-        variant: str,  # one of `DISTILLATION_VARIANTS` but the rival's
+        variant: str,  # one of `DISTILLATION_VARIANTS` but the baseline's
         teacher: Teacher,  # whose logits the student learns
         student: nn.Module,  # first weights; copied
         pool: Tensor,  # images, uint8, `(N, C, H, W)`, on the device
@@ -409,7 +409,7 @@ def make_student_step(
     pool: Tensor,  # images, uint8, `(N, C, H, W)`, on the device
     batch_size: int,  # images in a step
     workers: int = 0,  # processes that read files ahead
-) -> RivalStudentStep | PackageStudentStep:
+) -> BaselineStudentStep | PackageStudentStep:
     """One variant of a step of the student.
 
     Raises: `DFKDError` for an unknown variant.
@@ -419,7 +419,7 @@ def make_student_step(
             f"unknown variant '{variant}': use {', '.join(DISTILLATION_VARIANTS)}"
         )
     if variant.startswith('plain'):
-        return RivalStudentStep(variant, teacher, student, pool, batch_size, workers)
+        return BaselineStudentStep(variant, teacher, student, pool, batch_size, workers)
     return PackageStudentStep(variant, teacher, student, pool, batch_size)
 
 # %% ../../nbs/lab/speed_methods.ipynb #48285c5d
@@ -456,7 +456,7 @@ def benchmark_distillation(
     shape = max(images, batch), *teacher.domain.shape
     pool = torch.randint(256, shape, generator=rng, dtype=torch.uint8).to(device)
 
-    def build(variant: str) -> RivalStudentStep | PackageStudentStep:
+    def build(variant: str) -> BaselineStudentStep | PackageStudentStep:
         return make_student_step(variant, teacher, network, pool, batch, workers)
 
     package: Any = build('package')

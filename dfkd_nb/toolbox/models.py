@@ -348,6 +348,8 @@ def _lite_weights(name: str) -> dict[str, Tensor]:
     return load_checkpoint(path)
 
 # %% ../../nbs/toolbox/28_models.ipynb #b78c5cb1
+#| code-fold: true
+#| code-summary: "Source of _zoo_model (25 lines)"
 def _zoo_model(name: str, num_classes: int, channels: int, pretrained: bool) -> nn.Module:
     """A classifier or segmenter of torchvision's zoo; detectors, video and flow networks
     take other inputs than images.
