@@ -153,6 +153,7 @@ OF_SYNTHESIZERS = {
     'meta': {'meta_update', 'feature_momentum', 'reset_round'},
     'contrastive': {'contrastive_weight', 'contrastive_temperature', 'keep_head'},
     'ema': {'ema_decay', 'ema_share'},  # see test_newer.py
+    'nayer': {'label_vectors', 'generator_life'},  # likewise
 }
 
 

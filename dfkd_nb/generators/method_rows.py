@@ -59,6 +59,8 @@ class MethodSettings:
     keep_head: bool = False  # see `ContrastiveSynthesizer`
     ema_decay: float = 0.95  # see `EmaSynthesizer`
     ema_share: float = 0.5  # see `EmaSynthesizer`
+    label_vectors: str = 'classifier'  # see `NayerSynthesizer`
+    generator_life: int = 0  # batches; 0: for ever; see `NayerSynthesizer`
     # further ones, by the names that `register_term` gave them, with their weights
     terms: Mapping[str, float] = field(default_factory=dict)
     synthesis_precision: str = 'float32'
@@ -83,6 +85,9 @@ class MethodSettings:
     alpha: float = 0.6
     beta: float = 0.4
     epsilon: float = 1e-3
+    # the filter before pool or student: see `AcceptedImages`
+    acceptance: float = 0.0  # threshold of the posterior; 0: no filter
+    acceptance_attempts: int = 4  # to draw a full batch where there is no pool
     # the class loss, weighted by what is in the pool: see `modulation`
     modulated: bool = False
     gamma: float = 1.0

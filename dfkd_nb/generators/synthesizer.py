@@ -397,6 +397,8 @@ KEYWORDS = {
         'meta_update',
         'ema_decay',
         'ema_share',
+        'label_vectors',
+        'generator_life',
         'compile',
     )
 } | {

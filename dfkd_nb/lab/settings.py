@@ -460,6 +460,15 @@ class GeneratorSettings:
     ema_share: float = setting(
         0.5, "share of the student's images that it makes", low=0, high=1
     )
+    label_vectors: str = setting(
+        'classifier',
+        "input of a generator with noisy layers: rows of the teacher's classifier, or"
+        ' vectors that know nothing (NAYER)',
+        choices=('classifier', 'one-hot', 'random'),
+    )
+    generator_life: int = setting(
+        0, 'batches of such a generator, then it begins anew; 0: for ever', low=0
+    )
     keep_head: bool = setting(False, 'keep the projection head from batch to batch')
     attention_weight: float = setting(
         0.0, "of the student's attention transfer from the teacher", low=0
@@ -487,6 +496,16 @@ class PoolSettings:
     alpha: float = setting(0.6, 'exponent of the priorities (SSD-KD, Eq. 6)', low=0)
     beta: float = setting(0.4, 'exponent of the importance weights (Eq. 5)', low=0)
     epsilon: float = setting(1e-3, 'added to every priority (Eq. 6)', low=1e-9)
+    acceptance: float = setting(
+        0.0,
+        'keep images that the teacher can place: threshold of a mixture over its losses'
+        ' (TA-DFKD); 0: all',
+        low=0,
+        high=0.999,
+    )
+    acceptance_attempts: int = setting(
+        4, "draws for a batch of accepted images where the pool is 'none'", low=1
+    )
     modulated: bool = setting(
         False, 'weigh the class loss by difficulty and diversity (Eq. 3)'
     )
