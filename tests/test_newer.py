@@ -239,9 +239,10 @@ def test_latents_begin_with_the_standard_deviation_of_their_vectors(teacher, kin
 
 def test_one_noisy_layer_makes_one_image_a_class(teacher):
     one = batch_of(layered(teacher, noise_group=20))
-    assert one.images[:10].equal(one.images[10:])
+    # rows of a matrix product may differ in their last bit
+    assert (one.images[:10].int() - one.images[10:].int()).abs().max() <= 1
     two = batch_of(layered(teacher))
-    assert not two.images[:10].equal(two.images[10:])
+    assert (two.images[:10].int() - two.images[10:].int()).abs().max() > 20
 
 
 def test_without_fresh_noise_every_batch_begins_with_the_same_images(teacher, monkeypatch):
