@@ -67,7 +67,10 @@ def test_every_method_has_one_budget():
     assert only[-3:] == ('cifar10', 0, 20)
 
 
-@each('method', ['dafl', 'zskt', 'dfq', 'cmi', 'fast-2', 'fast-5', 'fast-10', 'ssd-kd-10'])
+SEVERAL_SCALES = ['dafl', 'zskt', 'dfq', 'cmi', 'fast-2', 'fast-5', 'fast-10', 'nayer']
+
+
+@each('method', [*SEVERAL_SCALES, 'ssd-kd-10'])
 def test_weights_are_those_of_the_papers(method):
     free = {'rounds', 'warmup_rounds', 'steps_per_round', 'reset_round', 'precision'}
     free |= {'synthesis_batch_size', 'batch_size', 'generator_width', 'learning_rate'}

@@ -127,6 +127,7 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'zskt': ('digits-zskt', GENERATED | {'warmup_rounds': 0}),
     'dfq': ('digits-dfq', GENERATED),
     'averaged': ('digits-dfq-ema', GENERATED),
+    'noise layers': ('digits-nayer', GENERATED | {'generator_life': 2}),
     'cmi': ('digits-cmi', GENERATED),
     'fast': ('digits-fast-5', GENERATED),
     'ssd-kd': ('digits-ssd-kd-10', GENERATED | {'pool_size': 60}),

@@ -17,10 +17,17 @@ from tiny import DIGITS, network
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs, register_term
 from dfkd_nb.foundations.distillation import Distiller
+from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
+from dfkd_nb.generators.ema import EmaSynthesizer
+from dfkd_nb.generators.meta import MetaSynthesizer
+from dfkd_nb.generators.method_rows import MethodSettings
 from dfkd_nb.generators.methods import build_method
+from dfkd_nb.generators.nayer import NayerSynthesizer
+from dfkd_nb.generators.synthesizer import KEYWORDS, keywords_of
 from dfkd_nb.lab.settings import (
     GenerativeSettings,
     GeneratorSettings,
+    PoolSettings,
     RunSettings,
     SynthesisSettings,
     TrainingSettings,
@@ -148,11 +155,13 @@ def known_of(pool: Any) -> tuple[Any, ...]:
     return type(pool).__name__, *(getattr(pool, name, None) for name in names)
 
 
-# settings that one synthesizer alone has
+# settings that one synthesizer, or the filter behind it, alone has
 OF_SYNTHESIZERS = {
     'meta': {'meta_update', 'feature_momentum', 'reset_round'},
     'contrastive': {'contrastive_weight', 'contrastive_temperature', 'keep_head'},
     'ema': {'ema_decay', 'ema_share'},  # see test_newer.py
+    'nayer': {'label_vectors', 'generator_life'},  # likewise
+    'a filter': {'acceptance', 'acceptance_attempts'},  # likewise
 }
 
 
@@ -270,3 +279,15 @@ def test_every_setting_of_synthesis_is_one_keyword() -> None:
             assert plain in keywords(Distiller, Augment) | own(TrainingSettings), name
         if name != plain and name in own(SynthesisSettings):
             assert plain in keywords(DeepInversion), name
+
+
+def test_a_setting_of_a_generator_is_declared_once() -> None:
+    "Rows and recipes have the same fields, and a synthesizer takes each of them."
+    for kind in (GeneratorSettings, PoolSettings):
+        for each in dataclasses.fields(kind):
+            assert each in dataclasses.fields(MethodSettings), each.name
+            assert each in dataclasses.fields(GenerativeSettings), each.name
+    kinds = (MetaSynthesizer, ContrastiveSynthesizer, EmaSynthesizer, NayerSynthesizer)
+    taken = set().union(*map(keywords_of, kinds))
+    assert set(KEYWORDS.values()) <= taken
+    assert KEYWORDS['synthesis_steps'] == 'steps' and 'latent_size' not in KEYWORDS

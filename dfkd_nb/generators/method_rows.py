@@ -7,7 +7,7 @@ __all__ = ['INVERSION_ROW', 'MethodSettings', 'MethodParts', 'read_method', 'nam
 
 # %% ../../nbs/generators/method_rows.ipynb #868781bd
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch import nn
 from ..dreams.inversion import deepinversion_preset
 from ..foundations.loop import Pool
 from ..foundations.method_tables import method_head, method_settings
+from .generator_settings import GeneratorSettings, PoolSettings
 from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/method_rows.ipynb #22806c64
 @dataclass(frozen=True)
-class MethodSettings:
+class MethodSettings(GeneratorSettings, PoolSettings):
     "A method as a row of a table; `methods.toml` has those of the papers."
 
     # the loop
@@ -30,38 +31,6 @@ class MethodSettings:
     steps_per_round: int = 10  # of the student
     batches_per_round: int = 1  # of images
     steps: int = 0  # of the student in all, the rest after the last round; 0: no rest
-    # the synthesizer: a name of `SYNTHESIZERS`, and what it is built with
-    synthesizer: str = 'generator'
-    latent_size: int = 256  # numbers in a latent
-    generator_width: int = 64  # channels of the generator
-    synthesis_steps: int = 1  # for each batch
-    synthesis_batch_size: int = 256  # images in a batch
-    synthesis_learning_rate: float = 1e-3  # of the generator
-    latent_learning_rate: float = 0.0  # of the latents
-    init: str = 'sequential'  # what a batch begins from
-    meta_update: str = 'fomaml-sum'  # see `MetaSynthesizer`
-    feature_momentum: float = 1.0  # in running feature statistics; 1: none
-    reset_round: int = 0  # see `MetaSynthesizer`; 0: never
-    labels: str = 'teacher'  # classes of the images
-    class_weight: float = 0.0
-    balance_weight: float = 0.0
-    activation_weight: float = 0.0
-    feature_weight: float = 0.0
-    feature_scale: str = 'absolute'
-    tv_l2: float = 0.0
-    adversarial_weight: float = 0.0
-    distance: str = 'kl'  # of the student from the teacher
-    agreement: bool = False  # see `adversarial_term`
-    adversarial_temperature: float = 1.0
-    synthesis_augment: bool = True  # of what the networks see, by `padding` and `flip`
-    contrastive_weight: float = 0.0
-    contrastive_temperature: float = 0.1
-    keep_head: bool = False  # see `ContrastiveSynthesizer`
-    ema_decay: float = 0.95  # see `EmaSynthesizer`
-    ema_share: float = 0.5  # see `EmaSynthesizer`
-    # further ones, by the names that `register_term` gave them, with their weights
-    terms: Mapping[str, float] = field(default_factory=dict)
-    synthesis_precision: str = 'float32'
     # pixels instead of a generator: see `DeepInversion` and `AdaptiveDeepInversion`
     images: int = 256  # of all rounds together
     quarter_size_steps: int = 0  # for each batch, at a quarter of the size
@@ -76,18 +45,6 @@ class MethodSettings:
     compile: bool = False
     competition_weight: float = 0.0  # from the second round on; 0: no competition
     competition_temperature: float = 3.0
-    # the pool: a name of `POOLS`, and what it is built with
-    pool: str = 'grows'
-    pool_size: int = 5000  # images in a `ReplayPool`
-    prioritised: bool = True  # see `ReplayPool`
-    alpha: float = 0.6
-    beta: float = 0.4
-    epsilon: float = 1e-3
-    # the class loss, weighted by what is in the pool: see `modulation`
-    modulated: bool = False
-    gamma: float = 1.0
-    difficulty: bool = True
-    diversity: bool = True
     # the distiller: see `Distiller`
     batch_size: int = 128
     learning_rate: float = 0.1
@@ -98,7 +55,6 @@ class MethodSettings:
     temperature: float = 4.0
     label_smoothing: float = 0.0
     mixup_alpha: float = 0.0
-    attention_weight: float = 0.0  # see `attention_loss`
     augment: bool = True  # by `padding` and `flip`
     padding: int = 4  # pixels
     flip: bool = True  # whether images may be mirrored

@@ -26,11 +26,13 @@ from dfkd_nb.foundations.loop import (
     Pool,
     Synthesizer,
 )
+from .acceptance import AcceptedImages
 from .contrastive import ContrastiveSynthesizer
 from .ema import EmaSynthesizer
 from .generators import Generator, Pixels
 from .meta import MetaSynthesizer
 from .method_rows import MethodParts, MethodSettings, read_method
+from .nayer import NayerSynthesizer
 from .replay import ReplayPool
 from .ssd_kd import modulated_class_term, ssd_kd_preset
 from dfkd_nb.generators.synthesizer import (
@@ -148,6 +150,7 @@ register_synthesizer('contrastive')(
 )
 register_synthesizer('meta')(lambda p: generator_synthesizer(MetaSynthesizer, p))
 register_synthesizer('ema')(lambda p: generator_synthesizer(EmaSynthesizer, p))
+register_synthesizer('nayer')(lambda p: generator_synthesizer(NayerSynthesizer, p))
 
 
 @register_synthesizer('noise')
@@ -281,6 +284,9 @@ def build_method(
         generator_synthesizer,
         parts(synthesizer_options, kept),
     )
+    if settings.acceptance:
+        attempts = settings.acceptance_attempts
+        maker = AcceptedImages(maker, teacher, settings.acceptance, attempts)
     learner = distiller(
         teacher,
         student,

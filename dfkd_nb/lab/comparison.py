@@ -100,6 +100,8 @@ METHOD_TITLES = {
     'dafl-ema': 'DAFL, averaged',
     'zskt-ema': 'ZSKT, averaged',
     'dfq-ema': 'DFQ, averaged',
+    'nayer': 'NAYER',
+    'dfq-accept': 'DFQ, filtered',
 }
 DATA_TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'digits': 'digits'}
 _NETWORK = r'(?:resnet\d+|vgg\d+|wrn\d+-\d+|mobilenet\w*|digits-net)'

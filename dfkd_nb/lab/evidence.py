@@ -46,7 +46,9 @@ METHODS = (
 )
 REPEATED = METHODS[:6]  # with seeds 1 and 2
 NEWER = (  # methods that came after the papers'
+    'nayer',
     'dfq-ema',
+    'dfq-accept',
     'dafl-ema',
     'zskt-ema',
 )
