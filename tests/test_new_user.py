@@ -111,4 +111,13 @@ def test_a_missing_package_is_told_before_the_run(
     words = 'distill --model digits-net --checkpoint weights.pth --student digits-net'
     assert main([*words.split(), '--export', 'onnx', '--out', 'run']) == 2
     assert 'pip install onnxruntime' in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, 'torch_pruning', None)
+    monkeypatch.setitem(sys.modules, 'torchao', None)
+    for command, package in {
+        'prune --keep 0.5': 'torch-pruning',
+        'quantize': 'torchao',
+    }.items():
+        words = f'{command} --model digits-net --checkpoint weights.pth --out run'
+        assert main(words.split()) == 2
+        assert f'pip install {package}' in capsys.readouterr().err
     assert not Path('run').exists()

@@ -26,16 +26,16 @@ from ..toolbox.errors import DFKDError
 from ..toolbox.processes import all_gather_objects, rank_and_world_size
 
 # %% ../../nbs/dreams/image_batch.ipynb #3ab238e2
-Stage = tuple[tuple[int, int], int]  # height and width, steps
+Stage = tuple[tuple[int, ...], int]  # height and width (of signals: length), steps
 # pixels `(n, C, H, W)`, the fraction of the steps that are done, a CPU generator
 View = Callable[[Tensor, float, torch.Generator], Tensor]
 
 
 def resolution_stages(
     # (size, steps), small to large; None for one stage
-    stages: Sequence[tuple[int | tuple[int, int], int]] | None,
+    stages: Sequence[tuple[int | tuple[int, ...], int]] | None,
     steps: int,  # of that one stage
-    size: tuple[int, int],  # height and width of a finished image
+    size: tuple[int, ...],  # height and width of a finished image; length of a signal
 ) -> list[Stage]:  # checked
     """The multi-resolution schedule, every size as height and width.
 
@@ -43,14 +43,14 @@ def resolution_stages(
     last one has not the size of the images.
     """
     found = [
-        ((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])), count)
+        ((s,) * len(size) if isinstance(s, int) else tuple(map(int, s)), count)
         for s, count in stages or [(size, steps)]
     ]
-    for (height, width), count in found:
-        if min(height, width) < 2 or count < 1:
+    for sides, count in found:
+        if min(sides) < 2 or count < 1:
             raise DFKDError(
-                f'a stage of {count} steps at {height} x {width} pixels: give at least'
-                ' 1 step and 2 x 2 pixels'
+                f'a stage of {count} steps at {" x ".join(map(str, sides))} pixels: give at'
+                f' least 1 step and {" x ".join("2" for _ in size)} pixels'
             )
     if found[-1][0] != tuple(size):
         raise DFKDError(
@@ -66,8 +66,8 @@ def pixel_steps(
 ) -> int:
     "Pixels times steps, in the first `steps` of a batch: proportional to time."
     left, total = steps, 0
-    for (height, width), count in stages:
-        total += height * width * min(count, left)
+    for size, count in stages:
+        total += math.prod(size) * min(count, left)
         left = max(left - count, 0)
     return total
 
@@ -117,7 +117,8 @@ def target_classes(
 class ImageBatch:
     """Images under optimisation: pixels, Adam, augmentation, resolution schedule.
 
-    Pixels are in units of their range: black is -2, white 2.
+    Pixels are in units of their range: black is -2, white 2. Signals are in units of their
+    own spread, and are neither clipped nor mirrored.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class ImageBatch:
         self.learning_rate = learning_rate
         self.schedule = schedule
         self.jitter = jitter
-        self.flip = flip
+        self.flip = flip and not domain.is_signal
         self.clip = clip
         self.view = view
         self.betas = betas
@@ -195,7 +196,7 @@ class ImageBatch:
             x = self.view(x, self.steps_done / self.steps, self.generator)
         shifted = shift(x, pixels, self.generator)
         mirrored = self.flip and bool(torch.rand((), generator=self.generator) < 0.5)
-        return shifted.flip(3) if mirrored else shifted
+        return shifted.flip(-1) if mirrored else shifted
 
     def step(
         self,
@@ -207,7 +208,7 @@ class ImageBatch:
         scaler.scale(loss).backward()
         scaler.step(self.optimizer)
         scaler.update()
-        if self.clip:
+        if self.clip and not self.domain.is_signal:
             with torch.no_grad():
                 self.x.clamp_(-2, 2)
         self.steps_done += 1
@@ -215,12 +216,12 @@ class ImageBatch:
     def images(self) -> Tensor:
         """The pixels as bytes on the CPU, `(n, C, H, W)`; an early stage is enlarged.
 
-        Always a copy.
+        Signals as float32 in their own units. Always a copy.
         """
         x = self.x.detach()
         if tuple(x.shape[2:]) != tuple(self.domain.size):
             x = F.interpolate(x, self.domain.size, mode='nearest')
-        return self.domain.to_uint8(self.domain.from_pixels(x)).cpu()
+        return self.domain.to_stored(self.domain.from_pixels(x)).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         "All that it takes to resume to the same bits."
@@ -303,7 +304,7 @@ class BatchPlan:
     ) -> ImageSet:
         "Finished batches as one set, in their order, labelled with their target classes."
         order = sorted(images)
-        none = torch.empty(0, *domain.shape, dtype=torch.uint8)
+        none = torch.empty(0, *domain.shape, dtype=domain.storage)
         labels = [self.targets[:0], *(self.labels(batch) for batch in order)]
         pixels = [none, *(images[batch] for batch in order)]
         return ImageSet(torch.cat(pixels), torch.cat(labels), domain)

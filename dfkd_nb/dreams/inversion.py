@@ -124,7 +124,7 @@ class DeepInversion:
         flip: bool = True,  # mirror the batch before every second step, on average
         clip: bool = True,  # keep the pixels in the valid range, Eq. 16
         # (size, steps), small to large, in place of `steps`
-        stages: Sequence[tuple[int | tuple[int, int], int]] | None = None,
+        stages: Sequence[tuple[int | tuple[int, ...], int]] | None = None,
         # of the learning rate in each stage: see `learning_rate_at`
         schedule: str = 'constant',
         precision: str = 'float32',  # 'bfloat16' or 'float16' for mixed precision

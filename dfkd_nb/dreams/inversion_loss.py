@@ -171,18 +171,19 @@ class InversionLoss:
 
     def check_sizes(
         self,
-        sizes: Iterable[tuple[int, int]],  # height and width
+        sizes: Iterable[tuple[int, ...]],  # height and width; of signals: length
     ) -> None:
         "A `DFKDError` for a size that the teacher does not take."
         teacher, device = self.teacher, self.extractor.device
-        for height, width in sizes:
-            shape = 2, teacher.domain.channels, height, width
+        for size in sizes:
+            shape = 2, teacher.domain.channels, *size
             try:
                 with torch.no_grad():
                     teacher(torch.zeros(shape, device=device, dtype=self.extractor.dtype))
             except (RuntimeError, ValueError) as error:
                 raise DFKDError(
-                    f"'{teacher.name}' does not take images of {height} x {width} pixels"
+                    f"'{teacher.name}' does not take images of"
+                    f' {" x ".join(map(str, size))} pixels'
                     f' ({str(error).splitlines()[0][:80]}): use larger stages'
                 ) from error
 

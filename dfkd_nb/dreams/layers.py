@@ -145,8 +145,12 @@ def normalized_batches(
     Raises: `DFKDError` for what holds no images, and for bytes or floats of a wrong range.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    signals = isinstance(images, ImageSource) and images.domain.is_signal
     for x in _tensors(images):
-        if x.is_floating_point():
+        if signals:  # floats, but as they are kept
+            domain = model.domain if isinstance(model, Teacher) else images.domain
+            yield domain.normalize(domain.check(x)).to(like)
+        elif x.is_floating_point():
             if isinstance(model, Teacher):
                 _check_scale(x, model.domain)
             yield x.to(like)
@@ -164,7 +168,7 @@ def _check_scale(
     domain: Domain,  # says where black and white are then
 ) -> None:
     "A `DFKDError` for floats up to 255, a `DFKDWarning` for intensities in [0, 1]."
-    if not x.numel():
+    if not x.numel() or domain.is_signal:
         return
     low, high = torch.stack(x.aminmax()).tolist()
     black, white = (float(v) for v in (domain.limits()[0].min(), domain.limits()[1].max()))

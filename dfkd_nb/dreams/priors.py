@@ -180,9 +180,14 @@ def join_terms(
 
 # %% ../../nbs/dreams/03_priors.ipynb #9b44dd81
 def _pairs(
-    x: Tensor,  # images, `(N, C, H, W)`
+    x: Tensor,  # images, `(N, C, H, W)`, or signals, `(N, C, L)`
 ) -> tuple[tuple[Tensor, Tensor], ...]:  # views of neighbours, and of the pixels themselves
-    "Right, down, down-right and down-left; nothing wraps around the edges."
+    """Right, down, down-right and down-left; of signals the next sample.
+
+    Nothing wraps around the edges.
+    """
+    if x.ndim == 3:
+        return ((x[..., 1:], x[..., :-1]),)
     return (
         (x[..., :, 1:], x[..., :, :-1]),
         (x[..., 1:, :], x[..., :-1, :]),
@@ -207,10 +212,11 @@ class _DirectionNorms(torch.autograd.Function):
     "Euclidean norms of an image's four differences; autograd alone takes 50 operations."
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # `(4, N)`
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # `(4, N)`, of signals `(1, N)`
+        places, dtype = tuple(range(1, x.ndim)), accumulation_dtype(x)
         norms = torch.stack(
             [
-                torch.linalg.vector_norm(d, dim=(1, 2, 3), dtype=accumulation_dtype(x))
+                torch.linalg.vector_norm(d, dim=places, dtype=dtype)
                 for d in _neighbours(x)
             ]
         )
@@ -221,7 +227,7 @@ class _DirectionNorms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         x, norms = ctx.saved_tensors
         # where a norm is 0 all its differences are
-        factors = (grad / norms.clamp_min(1e-30))[..., None, None, None]
+        factors = (grad / norms.clamp_min(1e-30)).reshape(*norms.shape, *[1] * (x.ndim - 1))
         found = torch.zeros_like(x)
         for d, factor, (neighbour, itself) in zip(_neighbours(x), factors, _pairs(found)):
             pull = d * factor
@@ -231,11 +237,14 @@ class _DirectionNorms(torch.autograd.Function):
 
 # %% ../../nbs/dreams/03_priors.ipynb #93991de1
 def total_variation(
-    x: Tensor,  # images, `(N, C, H, W)`, at least 2 x 2 pixels
+    # images, `(N, C, H, W)`, at least 2 x 2 pixels; or signals, `(N, C, L)`
+    x: Tensor,
     # 'l2': Euclidean norm in each direction; 'l1': mean absolute difference in each
     norm: str = 'l2',
 ) -> Tensor:  # one number an image, `(N,)`
     """Differences between neighbouring pixels, summed over four directions.
+
+    Of signals, `(N, C, L)`, those between neighbouring samples: one direction.
 
     Raises: `DFKDError` for another shape or an unknown norm.
 
@@ -248,16 +257,17 @@ def total_variation(
     >>> total_variation(edge, 'l1')  # horizontal 1, vertical 0, both diagonals 1
     tensor([3.])
     """
-    if x.ndim != 4 or min(x.shape[2:]) < 2:
+    if x.ndim not in (3, 4) or min(x.shape[2:]) < 2:
         raise DFKDError(
             f'total variation of a tensor of shape {tuple(x.shape)}: give images (N, C, H,'
-            ' W) of 2 x 2 pixels or more'
+            ' W) of 2 x 2 pixels or more, or signals (N, C, L)'
         )
     if norm == 'l2':
         return _DirectionNorms.apply(x).sum(0)
     if norm == 'l1':
         return sum(
-            d.abs().mean((1, 2, 3), dtype=accumulation_dtype(x)) for d in _neighbours(x)
+            d.abs().mean(tuple(range(1, x.ndim)), dtype=accumulation_dtype(x))
+            for d in _neighbours(x)
         )  # type: ignore[return-value]
     raise DFKDError(f"unknown norm '{norm}': use 'l2' or 'l1'")
 
@@ -331,7 +341,7 @@ def clip_to_domain(
 
 # %% ../../nbs/dreams/03_priors.ipynb #465e95e6
 def jitter(
-    x: Tensor,  # images, `(N, C, H, W)`
+    x: Tensor,  # images, `(N, C, H, W)`, or signals, `(N, C, L)`
     pixels: int,  # largest shift in each direction; 0 for none
     generator: torch.Generator | None = None,  # a CPU generator
 ) -> Tensor:  # a view of the same images, `(N, C, H, W)`
@@ -343,5 +353,8 @@ def jitter(
         raise DFKDError(f'jitter by {pixels} pixels: use 0 or more')
     if pixels == 0:
         return x
+    if x.ndim == 3:
+        later = torch.randint(-pixels, pixels + 1, (1,), generator=generator)
+        return x.roll(int(later), -1)
     down, right = torch.randint(-pixels, pixels + 1, (2,), generator=generator).tolist()
     return x.roll((down, right), (-2, -1))

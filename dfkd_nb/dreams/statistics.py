@@ -176,7 +176,7 @@ def _called_layers(
     layers: Iterable[str],  # by name
 ) -> list[str]:  # those that its forward pass calls: not auxiliary heads
     "Layers that take part in a forward pass, tried with two black images."
-    images = torch.zeros(2, *teacher.domain.shape, dtype=torch.uint8)
+    images = torch.zeros(2, *teacher.domain.shape, dtype=teacher.domain.storage)
     black = next(normalized_batches(teacher, images))
     with torch.no_grad(), Watch(teacher, list(layers)) as watch:
         teacher(black)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..toolbox.data import to_device
+from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/foundations/image_store.ipynb #store006
 #| code-fold: true
@@ -28,10 +29,12 @@ class ImageStore:
 
     def __init__(
         self,
-        shape: tuple[int, int, int],  # of an image
+        shape: tuple[int, ...],  # of an image
         device: str | torch.device,  # where batches are wanted
+        dtype: torch.dtype = torch.uint8,  # float32 for signals, see `Domain.storage`
     ) -> None:
         self.shape, self.device = shape, torch.device(device)
+        self.dtype = dtype
         self.spilled = False  # whether the images are beside the device
         self._count = 0
         self._room = self._empty(0)
@@ -49,13 +52,15 @@ class ImageStore:
         place = torch.device('cpu') if self.spilled else self.device
         pinned = self.spilled and self.device.type == 'cuda'
         size = count, *self.shape
-        return torch.empty(size, dtype=torch.uint8, device=place, pin_memory=pinned)
+        return torch.empty(size, dtype=self.dtype, device=place, pin_memory=pinned)
 
     def append(
         self,
         images: Tensor,  # uint8 `(n, C, H, W)`, from any device
     ) -> None:
-        "Keep more images."
+        "Keep more images; another type would be cut to bytes, and is a `DFKDError`."
+        if images.dtype != self.dtype:
+            raise DFKDError(f'images are {images.dtype}: this store keeps {self.dtype}')
         total = self._count + len(images)
         if total > len(self._room):
             # twice the room, so that n images are copied about n times in all

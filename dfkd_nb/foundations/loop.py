@@ -231,7 +231,7 @@ class GrowingPool(Pool):
         self._epochs = EpochSampler(self)
         self.domain, self.newest_first = domain, newest_first
         self.device, self.saves_images = torch.device(device), saves_images
-        self.store = ImageStore(domain.shape, self.device)
+        self.store = ImageStore(domain.shape, self.device, domain.storage)
         # with room to grow
         self._labels = torch.empty(0, dtype=torch.long, device=self.device)
         self._old = 0  # images that were there at the last drawing

@@ -10,6 +10,7 @@ __all__ = ['ProgressReport', 'DreamWorker', 'no_progress_bars', 'request_of', 'a
 import argparse
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from bisect import bisect_left
@@ -66,7 +67,7 @@ class ProgressReport:
     def __init__(
         self,
         # of a batch: height and width, and steps at that size
-        stages: Sequence[tuple[tuple[int, int], int]],
+        stages: Sequence[tuple[tuple[int, ...], int]],
         batches: int,  # of this process
         visible: bool = True,  # False for all processes but the first
         seconds: float = 30.0,  # between two lines
@@ -75,7 +76,7 @@ class ProgressReport:
         self.batches = batches
         self.seconds = seconds
         self.visible = visible
-        self.pixels = [height * width for (height, width), _ in self.stages]
+        self.pixels = [math.prod(size) for size, _ in self.stages]
         # of each stage, as far as measured: seconds and steps
         self.measured: dict[int, tuple[float, int]] = {}
         self.position = 0, 0  # batch and step

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import to_device
+from .errors import DFKDError
 
 # %% ../../nbs/toolbox/augmentation.ipynb #837f6aa7
 def draw_crops(
@@ -95,6 +96,11 @@ class Augment:
         generator: torch.Generator,  # a CPU generator
     ) -> Tensor | None:  # on the device of the images; None where nothing is random
         "The random part of one call, for `apply`: a compiled step is given it."
+        if images.ndim == 3:
+            raise DFKDError(
+                'these are signals (N, C, L), which Augment does not change: set'
+                ' augment=None'
+            )
         if self.padding:
             size = images.shape[2], images.shape[3]
             drawn = draw_crops(len(images), size, self.padding, generator, self.flip)

@@ -249,6 +249,7 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
 
     Bytes take a quarter of the floats' memory and are normalised only when a batch is used.
     As a `Dataset` it gives normalised images for loops that are not from this package.
+    Signals, which have no range that bytes could divide, are kept as float32.
 
     Raises: `DFKDError` for images that are not uint8 or do not fit the domain, and for
     labels that are not one class number an image.
@@ -266,15 +267,11 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
 
     def __init__(
         self,
-        images: Tensor,  # uint8 `(N, C, H, W)`
+        images: Tensor,  # uint8 `(N, C, H, W)`; of signals float32 `(N, C, L)`
         labels: Tensor | None,  # int64 `(N,)`, or None
         domain: Domain,  # what the images mean
     ) -> None:
-        if images.dtype != torch.uint8:
-            raise DFKDError(
-                f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
-                ' normalised floats)'
-            )
+        _check_storage(images, domain)
         self.images, self.domain = domain.check(images), domain
         labels = validate_labels(labels, len(images), domain)
         self.labels = None if labels is None else labels.to(images.device)
@@ -328,8 +325,8 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
         labels: list[int] = []
         for item in _walk(items):
             image, *rest = item if isinstance(item, (tuple, list)) else (item,)
-            batch = images_as_uint8(image, domain, f'image {len(images)} (from 0)')
-            images += batch
+            read = _signals if domain.is_signal else images_as_uint8
+            images += read(image, domain, f'image {len(images)} (from 0)')
             if rest:
                 labels += torch.as_tensor(rest[0]).flatten().tolist()
             if limit is not None and len(images) >= limit:
@@ -377,6 +374,7 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
         Raises: `DFKDError` where there are no labels, and for a folder that is not empty.
         """
         labels = self._labels_for_files()
+        self._check_pictures()
         names = list(self.domain.classes)
         if len(set(names)) < len(names) or not all(map(_is_file_name, names)):
             names = [f'{number:04d}' for number in range(len(names))]
@@ -416,6 +414,7 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
         """
         import pyarrow.parquet as pq
 
+        self._check_pictures()
         table = parquet_table(
             [encode_png(image) for image in self.images],
             [f'{index:06d}.png' for index in range(len(self))],
@@ -453,12 +452,47 @@ class ImageSet(ImageSource, Dataset[tuple[Tensor, Tensor] | Tensor]):
         images = [decode_image(b, domain, f'image {i}') for i, b in enumerate(encoded)]
         return cls(torch.stack(images), labels, domain)
 
+    def _check_pictures(self) -> None:
+        if self.domain.is_signal:
+            raise DFKDError(
+                'signals are no pictures: keep them with save(path), or as an array'
+                ' (write_npy)'
+            )
+
     def _labels_for_files(self) -> list[int]:
         if self.labels is None:
             raise DFKDError(
                 'these images have no labels, which such files need: use save(path)'
             )
         return self.labels.tolist()
+
+
+def _check_storage(images: Tensor, domain: Domain) -> None:
+    "A `DFKDError` unless the numbers are of the type that is kept."
+    if images.dtype == domain.storage:
+        return
+    if domain.is_signal:
+        raise DFKDError(f'signals are {images.dtype}: give float32, images.float()')
+    raise DFKDError(
+        f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from normalised'
+        ' floats)'
+    )
+
+
+def _signals(
+    items: Any,  # one signal or a batch
+    domain: Domain,  # of signals
+    what: str,  # for the message
+) -> list[Tensor]:  # float32 `(C, L)` each
+    "Signals one by one, checked."
+    try:
+        found = torch.as_tensor(items).float()
+    except (TypeError, ValueError, RuntimeError):
+        raise DFKDError(
+            f'{what} is a {type(items).__name__}: give tensors or arrays of numbers'
+        ) from None
+    found = found[None] if found.ndim == len(domain.shape) else found
+    return list(domain.check(found))
 
 
 def _is_file_name(name: str) -> bool:
@@ -509,12 +543,8 @@ def check_new_images(
     images: Tensor,  # to be added to a pool
     domain: Domain,  # of the pool
 ) -> Tensor:  # the same
-    "A `DFKDError` unless there are uint8 images of the domain's shape."
-    if images.dtype != torch.uint8:
-        raise DFKDError(
-            f'images are {images.dtype}: give uint8 (Domain.to_uint8 makes it from'
-            ' normalised floats)'
-        )
+    "A `DFKDError` unless there are images of the domain's shape, uint8 or signals."
+    _check_storage(images, domain)
     if not len(images):
         raise DFKDError('no images to add: give one or more')
     return domain.check(images)

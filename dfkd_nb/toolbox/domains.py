@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,23 +21,25 @@ from .errors import DFKDError
 from .preprocessing import DomainReaders
 
 # %% ../../nbs/toolbox/domains.ipynb #cbaad9f7
-_KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+_KEPT: dict[tuple[tuple[float, ...], torch.dtype, torch.device, int], Tensor] = {}
 
 
 def _per_channel(
     values: Sequence[float],  # one a channel
     like: Tensor,  # whose device and float type to take
-) -> Tensor:  # `(1, C, 1, 1)`
+    places: int = 2,  # dimensions after the channels: 1 for signals
+) -> Tensor:  # `(1, C, 1, 1)`, for signals `(1, C, 1)`
     """Numbers shaped so that they apply to each channel of a batch.
 
     Kept on the device after the first time: to copy them there is to wait for it.
     """
     dtype = like.dtype if like.is_floating_point() else torch.float32
-    key = tuple(values), dtype, like.device
+    key = tuple(values), dtype, like.device, places
     if key in _KEPT:
         return _KEPT[key]
     with torch.inference_mode(False):  # a later call may need it in a graph
-        found = torch.tensor(key[0], dtype=dtype, device=like.device).view(1, -1, 1, 1)
+        found = torch.tensor(key[0], dtype=dtype, device=like.device)
+        found = found.view(1, -1, *[1] * places)
     # a tensor of a trace ends with it
     if not torch.compiler.is_compiling() and not isinstance(found, FakeTensor):
         if len(_KEPT) >= 256:
@@ -49,6 +52,9 @@ def _per_channel(
 @dataclass(frozen=True)
 class Domain(DomainReaders):
     """What a tensor of images means: shape, normalisation and classes.
+
+    A shape of two numbers, (channels, length), is that of *signals*: real numbers without
+    a range, such as waveforms. They are kept as float32 and have no black and white.
 
     Raises: `DFKDError` for numbers that do not belong together, such as two means for three
     channels or means of pixels from 0 to 255. `normalize` and `check` raise one for images
@@ -63,8 +69,8 @@ class Domain(DomainReaders):
     """
 
     name: str  # e.g. 'cifar10'
-    shape: tuple[int, int, int]  # channels, height, width
-    mean: tuple[float, ...]  # of pixels in [0, 1], one a channel
+    shape: tuple[int, int, int] | Any  # channels, height, width; or channels, length
+    mean: tuple[float, ...]  # of pixels in [0, 1] or of a signal's values, one a channel
     std: tuple[float, ...]  # likewise
     classes: tuple[str, ...]  # in the order of the network's outputs
 
@@ -74,17 +80,20 @@ class Domain(DomainReaders):
                 f"the classes of domain '{self.name}' are one string: give a tuple of names"
             )
         try:  # lists, as they come out of JSON, arrays and tensors
-            channels, height, width = map(int, self.shape)
-            given = {
-                'shape': (channels, height, width),
+            shape = tuple(map(int, self.shape))
+            if len(shape) not in (2, 3):
+                raise ValueError
+            given: dict[str, tuple[Any, ...]] = {
+                'shape': shape,
                 'mean': tuple(map(float, self.mean)),
                 'std': tuple(map(float, self.std)),
                 'classes': tuple(self.classes),
             }
         except (TypeError, ValueError):
             raise DFKDError(
-                f"domain '{self.name}': give shape (channels, height, width), mean and std"
-                ' as one number a channel, and names of classes'
+                f"domain '{self.name}': give shape (channels, height, width), or (channels,"
+                ' length) of signals, mean and std as one number a channel, and names of'
+                ' classes'
             ) from None
         for field, value in given.items():
             object.__setattr__(self, field, value)
@@ -98,7 +107,9 @@ class Domain(DomainReaders):
             raise DFKDError(
                 f"domain '{self.name}' has a std of {min(self.std)}: give positive ones"
             )
-        if not 0 <= min(self.mean) <= max(self.mean) <= 1:
+        if self.is_signal and not all(map(math.isfinite, self.mean)):
+            raise DFKDError(f"domain '{self.name}' has means {self.mean}: give finite ones")
+        if not self.is_signal and not 0 <= min(self.mean) <= max(self.mean) <= 1:
             raise DFKDError(
                 f"domain '{self.name}' has means {self.mean}: give those of pixels in [0,"
                 ' 1] (divide by 255)'
@@ -118,8 +129,26 @@ class Domain(DomainReaders):
         return self.shape[0]
 
     @property
-    def size(self) -> tuple[int, int]:
+    def size(self) -> tuple[int, int] | Any:
+        "Height and width; of signals their length alone."
         return self.shape[1:]
+
+    @property
+    def is_signal(self) -> bool:
+        "Whether these are signals `(C, L)`: real numbers without a range."
+        return len(self.shape) == 2
+
+    @property
+    def storage(self) -> torch.dtype:
+        "How an `ImageSet` keeps them: images as bytes, signals as float32."
+        return torch.float32 if self.is_signal else torch.uint8
+
+    @property
+    def _layout(self) -> str:  # for messages
+        return f'(N, {self.channels}, {"L" if self.is_signal else "H, W"})'
+
+    def _channel_values(self, values: Sequence[float], like: Tensor) -> Tensor:
+        return _per_channel(values, like, len(self.shape) - 1)
 
     def to_metadata(self) -> dict[str, str]:
         "Text for a file's header; the images beside it carry the shape."
@@ -134,7 +163,7 @@ class Domain(DomainReaders):
     def from_metadata(
         cls,
         metadata: Mapping[str, str],  # what `to_metadata` wrote
-        shape: Sequence[int],  # channels, height, width
+        shape: Sequence[int],  # channels, height, width; of signals channels, length
     ) -> 'Domain':
         """The domain in a file's header.
 
@@ -145,24 +174,26 @@ class Domain(DomainReaders):
             raise DFKDError(f"no '{min(missing)}' in this header: it describes no images")
         mean, std = (tuple(map(float, metadata[k].split())) for k in ('mean', 'std'))
         classes = tuple(metadata['classes'].split('\n'))
-        channels, height, width = shape
-        return cls(metadata['name'], (channels, height, width), mean, std, classes)
+        return cls(metadata['name'], tuple(shape), mean, std, classes)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Bytes, or intensities in [0, 1], of shape `(N, C, H, W)`, any H and W, to the
-        network's scale.
+        network's scale; of signals floats `(N, C, L)`, any L.
         """
         # one channel would quietly become three
-        if images.ndim < 3 or images.shape[-3] != self.channels:
+        places = len(self.shape)
+        if images.ndim < places or images.shape[-places] != self.channels:
             raise DFKDError(
                 f'images of shape {tuple(images.shape)} do not have the {self.channels}'
-                f" channels of '{self.name}': give (N, {self.channels}, H, W)"
+                f" channels of '{self.name}': give {self._layout}"
             )
+        if self.is_signal and not images.is_floating_point():
+            raise DFKDError(f'signals are {images.dtype}: give floats')
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise DFKDError(f'images are {images.dtype}: give uint8, or floats in [0, 1]')
         unit = 255.0 if images.dtype == torch.uint8 else 1.0
-        scale = _per_channel([1 / (unit * s) for s in self.std], images)
-        shift = _per_channel([m / s for m, s in zip(self.mean, self.std)], images)
+        scale = self._channel_values([1 / (unit * s) for s in self.std], images)
+        shift = self._channel_values([m / s for m, s in zip(self.mean, self.std)], images)
         return images * scale - shift
 
     def renormalize(self, x: Tensor, other: 'Domain') -> Tensor:
@@ -172,32 +203,51 @@ class Domain(DomainReaders):
         """
         if (self.mean, self.std) == (other.mean, other.std):
             return x
-        scale = _per_channel([a / b for a, b in zip(self.std, other.std)], x)
-        shift = _per_channel(
+        scale = self._channel_values([a / b for a, b in zip(self.std, other.std)], x)
+        shift = self._channel_values(
             [(a - b) / s for a, b, s in zip(self.mean, other.mean, other.std)], x
         )
         return x * scale + shift
 
     def from_pixels(self, u: Tensor) -> Tensor:
         """From pixel units, the same for all networks (black is -2, white 2), to the
-        network's scale.
+        network's scale. Signals, which have no black, are on the network's scale already.
         """
+        if self.is_signal:
+            return u
         scale = _per_channel([0.25 / s for s in self.std], u)
         shift = _per_channel([(0.5 - m) / s for m, s in zip(self.mean, self.std)], u)
         return u * scale + shift
 
     def to_pixels(self, x: Tensor) -> Tensor:
-        "From the network's scale to pixel units: black is -2, white 2."
+        "From the network's scale to pixel units: black is -2, white 2; signals stay."
+        if self.is_signal:
+            return x
         return (self.denormalize(x) - 0.5) / 0.25
 
     def denormalize(self, x: Tensor) -> Tensor:
         "From the network's scale back to intensities, in [0, 1] for images that can exist."
-        return x * _per_channel(self.std, x) + _per_channel(self.mean, x)
+        std, mean = (self._channel_values(v, x) for v in (self.std, self.mean))
+        return x * std + mean
 
     def to_uint8(self, x: Tensor) -> Tensor:
         """From the network's scale to the nearest byte, as any image file would round; NaN
         is a `DFKDError`.
         """
+        if self.is_signal:
+            raise DFKDError(f"'{self.name}' has signals, which are no bytes: use to_stored")
+        intensities = self._intensities(x)
+        return (intensities.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def to_stored(self, x: Tensor) -> Tensor:
+        """From the network's scale to what an `ImageSet` keeps; NaN is a `DFKDError`.
+
+        Images become bytes, as `to_uint8` rounds, signals floats in their own units.
+        """
+        return self._intensities(x) if self.is_signal else self.to_uint8(x)
+
+    def _intensities(self, x: Tensor) -> Tensor:
+        "`denormalize` in float32; NaN is a `DFKDError`."
         intensities = self.denormalize(x.detach().float())
         if intensities.isnan().any():
             count = int(intensities.flatten(1).isnan().any(1).sum())
@@ -205,12 +255,25 @@ class Domain(DomainReaders):
                 f'{count} of {len(x)} images contain NaN: lower the learning rate or the'
                 ' weights, or use float32'
             )
-        return (intensities.clamp(0, 1) * 255).round().to(torch.uint8)
+        return intensities
+
+    def trial_images(self, seed: int = 0) -> Tensor:  # `(2, *shape)`
+        "A black image and one of random noise, to try a network; signals: 0, and normal."
+        images = torch.zeros(2, *self.shape, dtype=self.storage)
+        generator = torch.Generator().manual_seed(seed)
+        if self.is_signal:
+            noise = torch.randn(1, *self.shape, generator=generator)
+            images[1] = self.denormalize(noise)[0]
+        else:
+            images[1] = torch.randint(0, 256, self.shape, generator=generator)
+        return images
 
     def limits(self, device: str | torch.device = 'cpu') -> tuple[Tensor, Tensor]:
         """Black and white on the network's scale, $-m/s$ and $(1-m)/s$, each `(1, C, 1, 1)`
         (DeepInversion, Eq. 16).
         """
+        if self.is_signal:
+            raise DFKDError(f"'{self.name}' has signals, which have no limits")
         black = torch.zeros(1, self.channels, 1, 1, device=device)
         return self.normalize(black), self.normalize(black + 1)
 
@@ -218,7 +281,7 @@ class Domain(DomainReaders):
         """`images` again, or a `DFKDError` unless they are `(N, C, H, W)` of this domain's
         channels and size.
         """
-        if images.ndim != 4 or tuple(images.shape[1:]) != tuple(self.shape):
+        if tuple(images.shape[1:]) != self.shape:
             raise DFKDError(
                 f'images of shape {tuple(images.shape)} do not fit the domain'
                 f" '{self.name}': give (N, {', '.join(map(str, self.shape))})"
@@ -227,12 +290,14 @@ class Domain(DomainReaders):
 
     def check(self, images: Tensor) -> Tensor:
         """As `check_shape`; and floats have to be intensities in [0, 1], neither 0 to 255
-        nor normalised already.
+        nor normalised already. Of signals they have to be finite.
         """
         self.check_shape(images)
         if not images.is_floating_point() or not images.numel():
             return images
         low, high = torch.stack(images.detach().aminmax()).tolist()
+        if self.is_signal and math.isfinite(low) and math.isfinite(high):
+            return images
         # what rounding and resizing may add
         if -1e-3 <= low and high <= 1 + 1e-3:
             return images
@@ -376,8 +441,11 @@ def resize_images(
         >>> resize_images(digits, DOMAINS['cifar10'], as_bytes=True).shape
         torch.Size([5, 3, 32, 32])
     """
-    if images.ndim != 4:
-        raise DFKDError(f'images of shape {tuple(images.shape)}: give (N, C, H, W)')
+    if images.ndim != 4 or domain.is_signal:
+        raise DFKDError(
+            f"images of shape {tuple(images.shape)} for '{domain.name}': give (N, C, H, W),"
+            ' and a domain of images'
+        )
     if images.shape[1] != domain.channels:
         if images.shape[1] != 1:
             raise DFKDError(

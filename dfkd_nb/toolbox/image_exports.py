@@ -30,9 +30,13 @@ def write_npy(
     path: str | Path,  # a .npy file; labels go beside it, NAME-labels.npy
     normalized: bool = False,  # as the network takes them, `(N, C, H, W)`
 ) -> None:
-    "Intensities in [0, 1], float32 `(N, H, W, C)`, or a network's own inputs."
-    channels, height, width = images.domain.shape
-    shape = (channels, height, width) if normalized else (height, width, channels)
+    """Intensities in [0, 1], float32 `(N, H, W, C)`, or a network's own inputs.
+
+    Signals are written in their own units, `(N, C, L)`.
+    """
+    signals = images.domain.is_signal
+    channels, *size = images.domain.shape
+    shape = (channels, *size) if normalized or signals else (*size, channels)
     with atomic_path(path) as temporary:
         # numpy would add the ending to a name without it
         with open(temporary, 'wb') as file:
@@ -47,6 +51,8 @@ def write_npy(
             for batch, _ in images.batches():
                 if normalized:
                     found = images.domain.normalize(batch)
+                elif signals:
+                    found = batch
                 else:
                     found = batch.permute(0, 2, 3, 1).float() / 255
                 file.write(found.contiguous().cpu().numpy().astype('<f4').tobytes())
@@ -139,6 +145,8 @@ def export_images(
     if kind == 'npy':
         write_npy(images, place, normalized)
         return place
+    if images.domain.is_signal:
+        raise DFKDError(f"signals are no pictures: write 'npy', not '{kind}'")
     if kind == 'webdataset':
         return _in_one_go(place, lambda folder: write_shards(images, folder))
     held = images if isinstance(images, ImageSet) else _collected(images)

@@ -152,9 +152,7 @@ def trial_logits(
     seed: int = 0,  # of the noise
 ) -> Tensor:  # logits `(2, K)`
     "What a network answers, in eval mode, to a black image and one of random noise."
-    images = torch.zeros(2, *domain.shape, dtype=torch.uint8)
-    generator = torch.Generator().manual_seed(seed)
-    images[1] = torch.randint(0, 256, domain.shape, generator=generator)
+    images = domain.trial_images(seed)
     with torch.no_grad(), in_eval_mode(model):
         return logits_of(model(network_inputs(model, images, domain)))
 
@@ -167,7 +165,7 @@ def fastest_layout(
 
     Its weights stay as they are.
     """
-    black = torch.zeros(2, *domain.shape, dtype=torch.uint8)
+    black = torch.zeros(2, *domain.shape, dtype=domain.storage)
     x = network_inputs(network, black, domain)
     try:
         with torch.no_grad(), in_eval_mode(network):

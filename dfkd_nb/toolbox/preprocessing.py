@@ -20,14 +20,14 @@ class DomainFields(TypedDict):
     "The arguments of a `Domain`."
 
     name: str
-    shape: tuple[int, int, int]  # channels, height, width
+    shape: tuple[int, ...]  # channels, height, width; of signals channels, length
     mean: tuple[float, ...]  # of intensities in [0, 1]
     std: tuple[float, ...]
     classes: tuple[str, ...]
 
 
 def value_fields(
-    shape: Sequence[int],  # channels, height, width
+    shape: Sequence[int],  # channels, height, width; of signals channels, length
     classes: Sequence[str] | int,  # names, or how many there are
     # in units of `value_range`, one a channel or one for all; None: 0
     mean: Sequence[float] | float | None = None,
@@ -38,6 +38,8 @@ def value_fields(
 ) -> DomainFields:
     """A domain from the numbers of a training script, in the script's units.
 
+    Signals have no range: mean and std are those of their values.
+
     Raises: `DFKDError` for an empty range, and for numbers that belong to another one.
     """
     black, white = map(float, value_range)
@@ -45,9 +47,18 @@ def value_fields(
         raise DFKDError(
             f'value range {black:g} to {white:g}: give black before white, e.g. (0, 255)'
         )
-    channels, height, width = map(int, shape)
+    channels = int(shape[0])
     means = per_channel(0.0 if mean is None else mean, channels, 'mean')
     stds = per_channel(1.0 if std is None else std, channels, 'std')
+    fields: DomainFields = {
+        'name': name,
+        'shape': tuple(map(int, shape)),
+        'mean': means,
+        'std': stds,
+        'classes': class_names(classes),
+    }
+    if len(shape) == 2:
+        return fields
     span = white - black
     scaled = tuple((m - black) / span for m in means)
     if max(scaled) > 1 and (black, white) == (0.0, 1.0):
@@ -55,13 +66,7 @@ def value_fields(
             f'mean {max(means):g} is beyond white, which is 1: is it in units of 0 to 255?'
             ' Then give value_range=(0, 255), on the command line --range 0..255'
         )
-    return {
-        'name': name,
-        'shape': (channels, height, width),
-        'mean': scaled,
-        'std': tuple(s / span for s in stds),
-        'classes': class_names(classes),
-    }
+    return {**fields, 'mean': scaled, 'std': tuple(s / span for s in stds)}
 
 
 def per_channel(
