@@ -489,9 +489,9 @@ def test_threshold_0_is_the_row_without_filter(teacher, monkeypatch):
 
 
 def known_batch(count):
-    "A synthesizer whose images say how sure the teacher is: image i is of intensity i."
+    "A synthesizer whose images are known: image i is of intensity 8 i."
     noise = NoiseSynthesizer(DIGITS, batch_size=count)
-    drawn = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
+    drawn = 8 * torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1)
     noise.sample_images = lambda n, generator: drawn[:n].expand(-1, *DIGITS.shape).clone()
     return noise
 
@@ -501,7 +501,11 @@ def test_labels_and_logits_stay_with_their_images(teacher):
     filtered.step()
     batch = filtered.pop()
     assert 0 < len(batch.images) < 30
-    numbers = batch.images[:, 0, 0, 0]
+    numbers = batch.images[:, 0, 0, 0] // 8
+    drawn = known_batch(30).sample_images(30, torch.Generator())
+    good = accepted_of(-teacher.predict(drawn).log_softmax(1).amax(1))
+    assert numbers.tolist() == good.nonzero().flatten().tolist()
+    assert numbers.max() > len(numbers)
     assert batch.labels.tolist() == (numbers.long() % 10).tolist()
     assert batch.teacher_logits is None
     with pytest.raises(DFKDError, match='no batch is finished'):
@@ -511,7 +515,8 @@ def test_labels_and_logits_stay_with_their_images(teacher):
 def test_drawing_ends_with_a_full_batch(teacher):
     "After `attempts` draws the best of the rejected fill it."
     filtered = AcceptedImages(known_batch(20), teacher, attempts=2)
-    images = filtered.sample_images(20, torch.Generator())[:, 0, 0, 0].tolist()
+    images = filtered.sample_images(20, torch.Generator())[:, 0, 0, 0] // 8
+    images = images.tolist()
     drawn = known_batch(20).sample_images(20, torch.Generator())
     losses = -teacher.predict(drawn).log_softmax(1).amax(1)
     good = accepted_of(losses)
