@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_distill_command import DOMAIN, NETWORK, Killed, failure, here, result, teacher
 
 from dfkd_nb.applications.integer_networks import load_integers
 from dfkd_nb.applications.pruning import load_pruned
-from dfkd_nb.lab.commands import main
+from dfkd_nb.lab.commands import STOPPED, main
 from dfkd_nb.lab.runs import Run
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.evaluation import evaluate
@@ -31,6 +33,7 @@ def command(*more: str) -> list[str]:
 
 PRUNE = command('prune', '--keep', '0.5', '--steps', '6')
 QUANTIZE = command('quantize')
+TUNED = command('quantize', '--steps', '4')
 
 
 def held_out(folder: Path) -> ImageSet:
@@ -82,7 +85,34 @@ def test_quantize_leaves_integers(here: Path) -> None:
     assert coarse.settings != network.settings
 
 
-@pytest.mark.parametrize('words', [PRUNE, QUANTIZE], ids=['prune', 'quantize'])
+def test_prune_for_some_minutes_counts_once(here: Path) -> None:
+    words = command('prune', '--keep', '0.5', '--minutes', '0.01')
+    assert main([*words, '--max-minutes', '1e-9']) == STOPPED
+    record = tomllib.loads((here / 'out' / 'recipe.toml').read_text())['hour']
+    assert record['minutes'] == 0.01 and record['steps'] >= 1
+    assert main([*words, '--resume']) == 0
+    found = result(here / 'out')
+    assert found['numbers']['steps'] == found['settings']['steps'] == record['steps']
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_quantize_fine_tunes_and_exports(here: Path) -> None:
+    pytest.importorskip('onnxruntime.quantization')
+    pytest.importorskip('onnxscript')
+    words = [*QUANTIZE, '--updates', '4', '--export', 'onnx']
+    assert main(words) == 0
+    folder, found = here / 'out', result(here / 'out')
+    numbers = found['numbers']
+    assert numbers['steps'] == 4 and found['settings']['learning_rate'] == 3e-4
+    assert numbers['agreement_first'] > 0.7 and numbers['agreement_onnx'] > 0.7
+    assert numbers['bytes_onnx'] == (folder / 'student.onnx').stat().st_size
+    assert '`student.onnx`' in (folder / 'model-card.md').read_text()
+    assert main([*QUANTIZE, '--out', 'plain']) == 0
+    tuned, plain = (load_file(f / 'student.safetensors') for f in (folder, here / 'plain'))
+    assert any(not tuned[name].equal(value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize('words', [PRUNE, TUNED], ids=['prune', 'quantize'])
 def test_killed_and_resumed_to_the_same_bits(
     words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +155,12 @@ BAD: dict[str, tuple[list[str], str]] = {
     'all of it': ([*PRUNE, '--keep', '1'], '--keep 1'),
     'two fractions': ([*PRUNE, '--flops', '0.5'], 'not allowed with'),
     'no fraction': (command('prune'), 'required'),
+    'minutes and steps': ([*PRUNE, '--minutes', '1'], 'not allowed with'),
+    'negative updates': ([*QUANTIZE, '--updates', '-1'], '--steps -1'),
+    'ONNX of four bits': (
+        [*QUANTIZE, '--bits', '4', '--export', 'onnx'],
+        'ONNX Runtime has 8 bits',
+    ),
     'negative steps': ([*PRUNE, '--steps', '-1'], '--steps -1'),
     'one bit': ([*QUANTIZE, '--bits', '1'], '--bits 1'),
     'few images': ([*QUANTIZE, '--images', '3'], '--images 3'),

@@ -136,7 +136,7 @@ def test_per_image_weight_reproduces_one_norm_over_equal_images(size):
 @each(
     ('call', 'words'),
     [
-        (lambda: total_variation(torch.zeros(3, 8, 8)), 'give images'),
+        (lambda: total_variation(torch.zeros(8, 8)), 'give images'),
         (lambda: total_variation(torch.zeros(1, 3, 1, 8)), 'give images'),
         (lambda: total_variation(torch.zeros(1, 3, 8, 8), 'l3'), "use 'l2' or 'l1'"),
         (lambda: tv_term('huber'), "use 'l2' or 'l1'"),

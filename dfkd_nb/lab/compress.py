@@ -103,18 +103,34 @@ def compress_run(
     without_statistics(method, arguments.statistics, teacher)
     test = open_test(arguments.test, teacher.domain) if arguments.test else None
     teacher, about = teacher.to(device), network_values(arguments, teacher)
-    recipe = checked_recipe(
-        arguments.task, arguments.student, _training(size) | method | about | values, typed
-    )
-    current = DistillRun(
-        recipe, folder, device=arguments.device, save_every=arguments.save_every
-    )
+    values = _training(size) | method | about | values
+    measured = arguments.plan or not recorded or arguments.fresh
+    if about['minutes'] and not measured:
+        values['steps'] = recorded.get('steps', values['steps'])
+    current = _unstarted(arguments, values, typed)
     current.teacher, current.test = teacher, test
     costs = None
-    if arguments.plan or not recorded or arguments.fresh:
+    if measured:
         model = copy.deepcopy(teacher.model).requires_grad_(True)
         costs = measure_costs(current.settings, teacher, model, device)
+        if about['minutes']:
+            values['steps'] = max(1, int(60 * about['minutes'] / costs.student))
+            current = _unstarted(arguments, values, typed)
+            current.teacher, current.test = teacher, test
     return current, costs
+
+
+def _unstarted(
+    arguments: argparse.Namespace, values: dict[str, Any], typed: dict[str, Any]
+) -> DistillRun:
+    "A run with checked settings; nothing is written."
+    recipe = checked_recipe(arguments.task, arguments.student, values, typed)
+    return DistillRun(
+        recipe,
+        output_folder(arguments)[0],
+        device=arguments.device,
+        save_every=arguments.save_every,
+    )
 
 
 def import_torch_pruning() -> Any:  # the module

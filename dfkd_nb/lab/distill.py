@@ -402,20 +402,17 @@ def add_arguments(
 
 def add_outputs(
     parser: argparse.ArgumentParser,  # of a command that leaves a smaller network
-    exports: bool = True,  # whether it can be exported
+    formats: Sequence[str] = ('onnx', 'pt2'),  # in which it can be exported
 ) -> None:
     "Add the options about what is left, and where."
     add = parser.add_argument
     add('--out', default='', metavar='DIR', help='folder for everything that it leaves')
     add('--fresh', action='store_true', help='throw away what an earlier run left there')
     add('--plan', action='store_true', help='only print what would be done')
-    if not exports:
-        parser.set_defaults(export=[])
-        return
     add(
         '--export',
         action='append',
-        choices=('onnx', 'pt2'),
+        choices=formats,
         default=[],
         help='also the student for other programs; checked against its own outputs',
     )

@@ -87,6 +87,9 @@ def summary_rows(
         for who in ('student', 'teacher'):
             if (value := numbers.get(name.format(who))) is not None:
                 rows.append((text.format(who), f'{value:,}'))
+    if 'agreement_onnx' in numbers:
+        found = with_interval(numbers['agreement_onnx'], held_out)
+        rows.append(('student.onnx and teacher agree on these', found))
     if 'operations_left' in numbers:
         rows.append(('operations that are left', f'{numbers["operations_left"]:.1%}'))
     for key, value in numbers.items():

@@ -35,6 +35,8 @@ def images_of(
     try:
         document = json.loads(manifest.read_text(encoding='utf-8'))
         return _listed_images(place, document)
+    except DFKDError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise DFKDError(
             f'{manifest} is no manifest of dfkd invert ({type(error).__name__}): give the'
@@ -60,7 +62,18 @@ def _listed_images(place: Path, document: dict[str, Any]) -> ImageSource:
     if request['format'] == 'parquet':
         return open_images(place, domain)
     labels = torch.tensor([line['class'] for line in lines])
-    return ImageFiles([place / line['file'] for line in lines], labels, domain)
+    files = [_inside(place, line['file']) for line in lines]
+    return ImageFiles(files, labels, domain)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    "A file of a folder; a `DFKDError` for a name that leads out of it."
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise DFKDError(
+            f'manifest.json names {name}, outside of {folder}: give a folder that dfkd'
+            ' invert made'
+        )
+    return folder / name
 
 # %% ../../nbs/lab/images_command.ipynb #36f73d0b
 PLACES = {

@@ -65,7 +65,10 @@ def _statistics(model: nn.Module) -> str:
 
 def _answers(teacher: Teacher) -> str:
     "The class of a black image and of random noise."
-    found = trial_logits(teacher.model, teacher.domain).softmax(1).max(1)
+    logits = trial_logits(teacher.model, teacher.domain)
+    if logits.ndim != 2:
+        return f'at each of {" x ".join(map(str, logits.shape[2:]))} places'
+    found = logits.softmax(1).max(1)
     parts = [
         f"{what} '{teacher.domain.classes[int(label)]}' ({100 * float(p):.0f} %)"
         for what, p, label in zip(('a black image', 'random noise'), *found)

@@ -8,6 +8,7 @@ __all__ = ['add_arguments', 'run']
 # %% ../../nbs/lab/prune_command.ipynb #fb9eef84
 import argparse
 
+from .arguments import positive_number
 from .compress import add_compress_arguments, run_compression
 from .distill import add_outputs
 from .distill import saved_progress as saved_progress
@@ -21,15 +22,21 @@ def add_arguments(
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add('--keep', type=float, metavar='F', help='fraction of the filters that stay')
     add('--flops', type=float, metavar='F', help='fraction of the operations that stay')
-    parser.add_argument(
+    add_outputs(parser)
+    add_compress_arguments(parser, images=256)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        '--minutes',
+        type=positive_number,
+        metavar='N',
+        help='train for about N minutes afterwards: updates are timed, then counted',
+    )
+    size.add_argument(
         '--steps',
         type=int,
-        default=200,
         metavar='N',
         help='updates of training afterwards (default: 200; 0 for none)',
     )
-    add_outputs(parser)
-    add_compress_arguments(parser, images=256)
 
 
 def run(
@@ -45,9 +52,10 @@ def run(
     fraction = getattr(arguments, option)
     if not 0.01 <= fraction < 1:
         raise DFKDError(f'--{option} {fraction:g}: give a fraction from 0.01 to below 1')
-    if arguments.steps < 0:
-        raise DFKDError(f'--steps {arguments.steps}: give 0 or more')
+    steps = 200 if arguments.steps is None else arguments.steps
+    if steps < 0:
+        raise DFKDError(f'--steps {steps}: give 0 or more')
     arguments.task = 'prune'
     arguments.what = f'{100 * fraction:g} % of its {of}'
-    run_compression(arguments, {option: fraction, 'steps': arguments.steps})
+    run_compression(arguments, {option: fraction, 'steps': steps})
     return 0

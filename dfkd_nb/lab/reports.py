@@ -403,10 +403,11 @@ def inspect_run(
     recipe = result.get('settings', {})
     root, scale = place.parent.parent, result.get('scale', 'full')
     made_from = '' if manifest.get('checkpoint') else manifest.get('model', '')
-    name = teacher or recipe.get('teacher', '') or made_from
+    name = teacher or _only_named(recipe.get('teacher', '') or made_from, place)
     if not name:
         raise DFKDError(
-            f'{place} does not name the network of its images: name the teacher'
+            f'{place} does not name the network of its images: name the teacher, on the'
+            ' command line --teacher NAME or --model SPEC --checkpoint FILE'
         )
     network = name if isinstance(name, Teacher) else open_network(name, root, scale)
     images = open_images(place, network.domain)
@@ -417,7 +418,7 @@ def inspect_run(
         named = recipe.get('verifiers') or ()
         if isinstance(named, str):
             named = named.replace(',', ' ').split()
-        verifiers = [v for v in named if v != network.name]
+        verifiers = [_only_named(v, place) for v in named if v != network.name]
     others = {}
     for v in verifiers:
         if isinstance(v, Teacher):
@@ -439,6 +440,20 @@ def inspect_run(
     )
     report.missing |= missing
     return report
+
+
+def _only_named(
+    name: Any,  # of a network, as a file has it
+    place: Path,  # where the file is
+) -> str:
+    "A name that runs nobody's code: a `DFKDError` for a module or a file."
+    kind = str(name).partition(':')[0]
+    if ':' in str(name) and kind not in ('run', 'torchvision', 'timm', 'hf'):
+        raise DFKDError(
+            f"{place} names the network '{name}', which is code: give it yourself,"
+            ' --model SPEC --checkpoint FILE'
+        )
+    return str(name)
 
 
 def _read(path: Path) -> dict[str, Any]:
