@@ -14,7 +14,7 @@ help:             ## this list
 	  awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
 # --- reading ------------------------------------------------------------------------------------------------------
-tour: book        ## ten minutes: a teacher dreams, a student learns; prints its accuracy, leaves page and pictures in _tour
+tour: book        ## four minutes: images from a network, students trained on them; prints accuracies, page and pictures in _tour
 	@$(BIN)/python tools/tour.py
 
 lab: book         ## JupyterLab on the book

@@ -38,9 +38,9 @@ class PaperLinks(Citations):
         return text
 
 
-def plain(text: str) -> str:
-    """Markdown without Quarto's divs and attributes, its links pointing from the
-    repository's root.
+def plain(text: str, nbs: str = 'nbs') -> str:
+    """Markdown without Quarto's divs and attributes; its links lead to the notebooks, whose
+    folder is `nbs` as seen from the page.
     """
 
     def change(part: str) -> str:
@@ -49,27 +49,38 @@ def plain(text: str) -> str:
         part = re.sub(r'\[([^\]]*)\]\(#(?:fig|tbl|eq|sec)-[\w-]+\)', r'\1', part)
         part = re.sub(r'(?<=[\])`\w])[ \t]*\{[#.][^{}\n]*\}', '', part)
         return re.sub(
-            r'\]\((?!https?:|#|mailto:|/|nbs/)([^)\s]+)\)', r'](nbs/\1)', part
-        ).replace('](/', '](nbs/')
+            rf'\]\((?!https?:|#|mailto:|/|{nbs}/)([^)\s]+)\)', rf']({nbs}/\1)', part
+        ).replace('](/', f']({nbs}/')
 
     return outside_code(text, change)
 
 
-def code_cell(cell: dict[str, Any], number: int, pictures: dict[str, bytes]) -> list[str]:
-    "A code cell and its outputs; pictures are put into `pictures`."
+def code_cell(
+    cell: dict[str, Any],
+    number: int,
+    pictures: dict[str, bytes],
+    folder: str = PICTURES,
+) -> list[str]:
+    "A code cell and its outputs; pictures are put into `pictures`, to be kept in `folder`."
     options, code = split_options(source(cell))
-    parts = (
-        [] if options.get('echo') == 'false' or not code else [f'```python\n{code}\n```']
-    )
+    shown = f'```python\n{code}\n```'
+    if options.get('code-fold') == 'true':
+        summary = unquoted(options.get('code-summary', '')) or 'Code'
+        shown = f'<details><summary>{summary}</summary>\n\n{shown}\n\n</details>'
+    parts = [] if options.get('echo') == 'false' or not code else [shown]
     caption = unquoted(options.get('fig-cap', ''))
     alternative = unquoted(options.get('fig-alt', '')) or caption
     for output in cell.get('outputs', []):
         data = output.get('data', {})
         if output['output_type'] == 'stream':
             parts.append('```text\n' + joined(output['text']).rstrip() + '\n```')
-        elif 'image/png' in data:
-            name = f'{PICTURES}/{options.get("label", f"index-{number}")}.png'
-            pictures[name] = base64.b64decode(joined(data['image/png']))
+        elif 'image/png' in data or 'image/svg+xml' in data:
+            kind = 'png' if 'image/png' in data else 'svg'
+            name = f'{folder}/{options.get("label", f"index-{number}")}.{kind}'
+            if kind == 'png':
+                pictures[name] = base64.b64decode(joined(data['image/png']))
+            else:
+                pictures[name] = joined(data['image/svg+xml']).encode()
             parts.append(
                 f'![{alternative}]({name})' + (f'\n\n*{caption}*' if caption else '')
             )
@@ -89,22 +100,27 @@ def code_cell(cell: dict[str, Any], number: int, pictures: dict[str, bytes]) -> 
 
 
 def readme(
-    notebook: dict[str, Any], bibliography: dict[str, Reference]
+    notebook: dict[str, Any],
+    bibliography: dict[str, Reference],
+    name: str = 'index.ipynb',
+    folder: str = PICTURES,
+    nbs: str = 'nbs',
 ) -> tuple[str, dict[str, bytes]]:
-    "The README's text, and the pictures that go with it by path."
-    made = process(notebook, PurePosixPath('index.ipynb'), Index())
-    labels, citations = Labels('index.ipynb'), PaperLinks(bibliography, 'index.ipynb')
+    "A notebook as Markdown, the README by default, and by path the pictures it shows."
+    made = process(notebook, PurePosixPath(name), Index())
+    labels, citations = Labels(name), PaperLinks(bibliography, name)
     labels.collect(made['cells'])
     first = source(notebook['cells'][0]).strip().split('\n')
     promise = [line for line in first[1:] if line.startswith('>')]
-    parts, pictures = [NOTE, first[0], '\n'.join(promise)], {}
+    note = NOTE if name == 'index.ipynb' else ''
+    parts, pictures = [note, first[0], '\n'.join(promise)], {}
     for number, cell in enumerate(made['cells'][1:]):
         if cell['cell_type'] == 'markdown':
-            parts.append(plain(citations.resolve(labels.resolve(source(cell)))))
+            parts.append(plain(citations.resolve(labels.resolve(source(cell))), nbs))
         elif cell['cell_type'] == 'code':
             parts += [
-                plain(citations.resolve(labels.resolve(part)))
-                for part in code_cell(cell, number, pictures)
+                plain(citations.resolve(labels.resolve(part)), nbs)
+                for part in code_cell(cell, number, pictures, folder)
             ]
     text = '\n\n'.join(part.strip('\n') for part in parts if part.strip())
     return re.sub(r'\n{3,}', '\n\n', text) + '\n', pictures

@@ -1,14 +1,11 @@
 """Run nbs/tour.ipynb from top to bottom without a browser: `python tools/tour.py`.
 
-Leaves in `_tour` the executed page (tour.html), the notebook behind it, every picture it
-drew, and `summary.json` with the numbers it measured; prints what it is doing, and at the
-end the student's accuracy and where the files are. The notebook writes `summary.json`
-(teacher_accuracy, student_accuracy, ...) into the folder named by DFKD_TOUR_OUT.
+Leaves in `_tour` the page (tour.html), the executed notebook behind it and every picture it
+drew; prints what it is doing, and at the end its table and where the files are.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -21,19 +18,45 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbconvert import HTMLExporter
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from run_nbs import clean_notebook, skipped  # noqa: E402
+from nbconvert.filters import markdown2html
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tools')]
+from readme import readme  # noqa: E402
+from run_nbs import clean_notebook, skipped  # noqa: E402
+
+from tools.website.citations import read_bibliography  # noqa: E402
+
 KATEX = ROOT / 'tools/website/assets/katex'
-MATHS = """<link rel="stylesheet" href="katex/katex.min.css">
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>%s</title>
+<link rel="stylesheet" href="katex/katex.min.css">
+<style>
+:root { color-scheme: light dark; }
+body { max-width: 46rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.55;
+  font-family: system-ui, sans-serif; }
+pre { overflow-x: auto; padding: .7rem; border: 1px solid #8886; border-radius: 6px;
+  font-size: .82rem; line-height: 1.4; }
+img { max-width: 100%%; background: white; }
+table { border-collapse: collapse; }
+td, th { padding: .25rem .8rem; border-bottom: 1px solid #8886; }
+summary { cursor: pointer; opacity: .75; }
+</style>
+</head>
+<body>
+%s
 <script src="katex/katex.min.js"></script>
 <script src="katex/contrib/auto-render.min.js"></script>
 <script>renderMathInElement(document.body, {throwOnError: false,
 delimiters: [{left: '$$', right: '$$', display: true},
-             {left: '$', right: '$', display: false}]});</script></body>"""
+             {left: '$', right: '$', display: false}]});</script>
+</body>
+</html>
+"""
 
 
 def heading(cells: list[Any], index: int) -> str:
@@ -84,38 +107,42 @@ def execute(notebook: Any, folder: Path) -> None:
                     print('    ' + output.text.rstrip().replace('\n', '\n    '), flush=True)
 
 
-def save_pictures(notebook: Any, folder: Path) -> list[Path]:
-    """Write each PNG among the outputs into `folder`, named by its figure label or its
-    number.
+def write_page(notebook: Any, path: Path) -> list[Path]:
+    """The page, its pictures in a folder beside it and KaTeX for its formulas; it opens
+    without a network. Returns the pictures.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for cell in notebook.cells:
-        label = re.search(r'^#\|\s*label:\s*([\w-]+)', cell.source, re.M)
+    folder, nbs = path.parent, '../nbs'
+    text, pictures = readme(
+        json.loads(nbformat.writes(notebook)),
+        read_bibliography(ROOT / 'nbs/references.bib'),
+        name='tour.ipynb',
+        folder='pictures',
+        nbs=nbs,
+    )
+    for name, data in pictures.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    shutil.copytree(KATEX, folder / 'katex', dirs_exist_ok=True)
+    title = text.strip().split('\n')[0].removeprefix('# ')
+    # nbconvert's anchors lead nowhere on a page without contents
+    body = re.sub(r'<a class="anchor-link".*?</a>', '', markdown2html(text))
+    path.write_text(PAGE % (title, body), encoding='utf-8')
+    return [folder / name for name in pictures]
+
+
+def last_table(notebook: Any) -> str:
+    "The table at the end of the tour, as it is printed."
+    for cell in reversed(notebook.cells):
         for output in cell.get('outputs', []):
-            picture = output.get('data', {}).get('image/png')
-            if picture:
-                name = f'{len(written) + 1:02d}-{label[1] if label else "picture"}.png'
-                (folder / name).write_bytes(base64.b64decode(picture))
-                written.append(folder / name)
-    return written
-
-
-def write_page(notebook: Any, path: Path) -> None:
-    """One HTML page with its pictures inside and KaTeX beside it; it opens without a
-    network.
-    """
-    exporter = HTMLExporter(
-        mathjax_url='', require_js_url='', mermaid_js_url='', jquery_url=''
-    )
-    page, _ = exporter.from_notebook_node(notebook)
-    foreign = (
-        r'<link[^>]*font-awesome[^>]*>|<script type=\"module\">.*?</script>|<script'
-        r' src=\"\">\s*</script>'
-    )
-    page = re.sub(foreign, '', page, flags=re.S)
-    shutil.copytree(KATEX, path.parent / 'katex', dirs_exist_ok=True)
-    path.write_text(page.replace('</body>', MATHS), encoding='utf-8')
+            table = output.get('data', {}).get('text/markdown', '')
+            if table:
+                lines = [line for line in table.split('\n') if set(line) - set('|-: ')]
+                rows = [line.strip('| ').split(' | ') for line in lines]
+                widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+                return '\n'.join(
+                    '  ' + '  '.join(map(str.ljust, row, widths)).rstrip() for row in rows
+                )
+    return ''
 
 
 def main() -> int:
@@ -124,7 +151,7 @@ def main() -> int:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     os.environ.pop('IN_TEST', None)
-    os.environ['DFKD_PROGRESS'], os.environ['DFKD_TOUR_OUT'] = '0', str(out)
+    os.environ['DFKD_PROGRESS'] = '0'
     notebook, start, failed = nbformat.read(source, as_version=4), time.time(), False
     try:
         execute(notebook, source.parent)
@@ -136,26 +163,13 @@ def main() -> int:
         failed = True
     notebook = clean_notebook(notebook)
     nbformat.write(notebook, out / 'tour.ipynb')
-    write_page(notebook, out / 'tour.html')
-    pictures = save_pictures(notebook, out / 'pictures')
+    pictures = write_page(notebook, out / 'tour.html')
     if failed:
         print(f'what ran until then: {out / "tour.html"}', file=sys.stderr)
         return 1
-    summary = json.loads((out / 'summary.json').read_text())
-    print(f'\nThe tour took {time.time() - start:.0f} s.')
-    for key, value in summary.items():
-        if isinstance(value, (int, float)) and key not in (
-            'teacher_accuracy',
-            'student_accuracy',
-        ):
-            print(f'  {key.replace("_", " ")}: {value:.4g}')
-    print(f"  teacher's accuracy: {summary['teacher_accuracy']:.2%}")
-    print(
-        f"  student's accuracy: {summary['student_accuracy']:.2%}  (real test images; it"
-        ' never saw a real one before)'
-    )
-    print(f'  executed page:      {out / "tour.html"}')
-    print(f'  pictures:           {out / "pictures"} ({len(pictures)})')
+    print(f'\nThe tour took {time.time() - start:.0f} s.\n{last_table(notebook)}')
+    print(f'page:     {out / "tour.html"}')
+    print(f'pictures: {out / "pictures"} ({len(pictures)})')
     return 0
 
 
