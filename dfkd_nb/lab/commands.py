@@ -277,7 +277,14 @@ def main(
         with warnings_in_one_line():
             return parsed.function(parsed)
     except SystemExit as done:
-        return int(done.code or 0)
+        if done.code in (2, STOPPED):  # of several processes
+            return int(done.code)
+        return print_error(
+            DFKDError(
+                f'code that was called ended the program (SystemExit: {done.code}): take'
+                ' its exit out'
+            )
+        )
     except RunStopped as stopped:
         print(f'dfkd: {stopped}', file=sys.stderr)
         return STOPPED
