@@ -49,7 +49,7 @@ def plain(text: str, nbs: str = 'nbs') -> str:
         part = re.sub(r'\[([^\]]*)\]\(#(?:fig|tbl|eq|sec)-[\w-]+\)', r'\1', part)
         part = re.sub(r'(?<=[\])`\w])[ \t]*\{[#.][^{}\n]*\}', '', part)
         return re.sub(
-            rf'\]\((?!https?:|#|mailto:|/|{nbs}/)([^)\s]+)\)', rf']({nbs}/\1)', part
+            rf'\]\((?!https?:|#|mailto:|/|\./|{nbs}/)([^)\s]+)\)', rf']({nbs}/\1)', part
         ).replace('](/', f']({nbs}/')
 
     return outside_code(text, change)

@@ -45,6 +45,7 @@ img { max-width: 100%%; background: white; }
 table { border-collapse: collapse; }
 td, th { padding: .25rem .8rem; border-bottom: 1px solid #8886; }
 summary { cursor: pointer; opacity: .75; }
+.katex-display { overflow-x: auto; overflow-y: hidden; }
 </style>
 </head>
 <body>
@@ -116,7 +117,7 @@ def write_page(notebook: Any, path: Path) -> list[Path]:
         json.loads(nbformat.writes(notebook)),
         read_bibliography(ROOT / 'nbs/references.bib'),
         name='tour.ipynb',
-        folder='pictures',
+        folder='./pictures',
         nbs=nbs,
     )
     for name, data in pictures.items():
