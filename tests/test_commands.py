@@ -641,4 +641,4 @@ def test_inspect_judges_a_folder_that_invert_made(dfkd):
     code, _, err = dfkd('inspect', 'nowhere')
     assert code == 2 and err.startswith('dfkd: error:') and len(err.splitlines()) == 1
     code, _, err = dfkd('inspect')
-    assert code == 2 and 'RUN_OR_FOLDER' in err
+    assert code == 2 and 'give a run or a folder' in err

@@ -313,10 +313,10 @@ def test_running_statistics_are_those_of_the_last_iterate(teacher):
     rows, losses = [], []
     keep = synthesizer._keep_best
 
-    def note(look):
-        rows.append(look.others['moments'].clone())
-        losses.append(float(look.losses[0]))
-        keep(look)
+    def note(evaluated):
+        rows.append(evaluated.others['moments'].clone())
+        losses.append(float(evaluated.losses[0]))
+        keep(evaluated)
 
     synthesizer._keep_best = note
     batch_of(synthesizer)

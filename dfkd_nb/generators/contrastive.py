@@ -398,7 +398,7 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         fresh = nn.Sequential(first, nn.ReLU(), second)
         if self.head is None:
             self.head = fresh.to(self.device)
-        else:  # in place: a compiled look stays valid
+        else:  # in place: a compiled step stays valid
             with torch.no_grad():
                 for old, new in zip(self.head.parameters(), fresh.parameters()):
                     old.copy_(to_device(new, self.device))

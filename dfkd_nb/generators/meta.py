@@ -358,11 +358,11 @@ class MetaSynthesizer(GeneratorSynthesizer):
         found = dict[str, Tensor | None]()
         # at the adapted weights, whose images count as well
         if self.meta_update == 'fomaml':
-            look = self.look(self.latents, self.targets)
+            evaluated = self.evaluate_batch(self.latents, self.targets)
             leaves = [self._adapted[name] for name in learned]
-            gradients = torch.autograd.grad(look.total, leaves, allow_unused=True)
+            gradients = torch.autograd.grad(evaluated.total, leaves, allow_unused=True)
             found = dict(zip(learned, gradients))
-            self._keep_best(look)
+            self._keep_best(evaluated)
         elif self.meta_update == 'fomaml-sum':
             found = {name: self.summed_gradients.get(name) for name in learned}
         else:

@@ -16,7 +16,7 @@ from ..dreams.image_batch import target_classes
 from ..foundations.loop import AlternatingTrainer
 from .generators import Generator, check_generator, copy_generator
 from .meta import MetaSynthesizer
-from .objective import Look
+from .objective import BatchEvaluation
 from ..toolbox.core import seeded
 from ..toolbox.data import to_device
 from ..toolbox.errors import DFKDError
@@ -248,11 +248,11 @@ class NayerSynthesizer(MetaSynthesizer):
             self.weights['noise.bias'].zero_()
 
     @torch.no_grad()
-    def _keep_best(self, look: Look) -> None:
-        super()._keep_best(look)
+    def _keep_best(self, evaluated: BatchEvaluation) -> None:
+        super()._keep_best(evaluated)
         # running statistics are those of the last iterate, not of the best
-        if self.best is not None and 'moments' in look.others:
-            self.best['moments'] = look.others['moments']
+        if self.best is not None and 'moments' in evaluated.others:
+            self.best['moments'] = evaluated.others['moments']
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the same bits, also in the middle of a batch.

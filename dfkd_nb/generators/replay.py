@@ -266,7 +266,7 @@ class ReplayPool(Pool):
         confidences: Tensor,
         priorities: Tensor | None,
     ) -> None:
-        "`insert` without a look at the values, for which it would wait for the device."
+        "`insert` without a check of the values, for which it would wait for the device."
         known = {'classes': classes, 'confidences': confidences, 'priorities': priorities}
         for name, given in known.items():
             if given is not None and tuple(given.shape) != (len(images),):

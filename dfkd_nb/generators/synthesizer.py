@@ -23,7 +23,7 @@ from dfkd_nb.foundations.loop import (
     synthesize_batches,
 )
 from .generator_settings import GeneratorSettings
-from .objective import GeneratorObjective, Look
+from .objective import BatchEvaluation, GeneratorObjective
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet, SyntheticBatch, to_device
@@ -183,36 +183,37 @@ class GeneratorSynthesizer(GeneratorObjective):
     def _step(self) -> None:
         if not self.steps_left:
             self.begin_batch()
-        look = self.look(self.latents, self.targets)
+        evaluated = self.evaluate_batch(self.latents, self.targets)
         candidates = self.optimizer, self.latent_optimizer, *self.extra_optimizers
         optimizers = [optimizer for optimizer in candidates if optimizer is not None]
         leaves = [
             leaf for o in optimizers for group in o.param_groups for leaf in group['params']
         ]
-        if not look.total.requires_grad:
+        if not evaluated.total.requires_grad:
             raise DFKDError(
                 'no gradient reaches the generator: it or a term detaches what it is given'
             )
         # some networks have weights that they never use
-        set_gradients(torch.autograd.grad(look.total, leaves, allow_unused=True), leaves)
-        self._keep_best(look)
+        found = torch.autograd.grad(evaluated.total, leaves, allow_unused=True)
+        set_gradients(found, leaves)
+        self._keep_best(evaluated)
         for optimizer in optimizers:
             optimizer.step()
         self.steps_done, self.steps_left = self.steps_done + 1, self.steps_left - 1
 
     @torch.no_grad()
-    def _keep_best(self, look: Look) -> None:
+    def _keep_best(self, evaluated: BatchEvaluation) -> None:
         "Remember these images if none were better; no value leaves the device."
-        self.losses.append(look.losses)
+        self.losses.append(evaluated.losses)
         if self.checks_every_step:
             self._check_losses()
         iterate = {
-            'loss': look.losses[0],
-            'images': (look.images.clamp(0, 1) * 255).round().to(torch.uint8),
-            'labels': look.targets,
-            'teacher_logits': look.logits,
-            'student_logits': look.student_logits,
-        } | look.others
+            'loss': evaluated.losses[0],
+            'images': (evaluated.images.clamp(0, 1) * 255).round().to(torch.uint8),
+            'labels': evaluated.targets,
+            'teacher_logits': evaluated.logits,
+            'student_logits': evaluated.student_logits,
+        } | evaluated.others
         if self.best is not None:
             better = iterate['loss'] < self.best['loss']
             iterate = {

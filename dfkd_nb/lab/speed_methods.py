@@ -199,10 +199,10 @@ class PackageRound:
         own = self.synthesizer
         before = copy.deepcopy(own.state_dict())
         own.begin_batch()
-        look = own.look(own.latents, own.targets)
+        evaluated = own.evaluate_batch(own.latents, own.targets)
         leaves = [*own.weights.values(), own.latents]
         own.load_state_dict(before)
-        return look.total, look.losses, leaves
+        return evaluated.total, evaluated.losses, leaves
 
     # losses `(L,)`; the gradient of weights and latents as one vector
     def gradient(self) -> tuple[Tensor, Tensor]:
