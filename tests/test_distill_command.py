@@ -354,7 +354,7 @@ def test_without_batchnorm(here: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(here.rglob('*'))
     assert main([*command(), '--plan']) == 0
-    lines = dict(line.split(':', 1) for line in capsys.readouterr().out.splitlines()[-9:])
+    lines = dict(line.split(':', 1) for line in capsys.readouterr().out.splitlines()[-10:])
     assert list(lines) == [
         'teacher',
         'student',
@@ -362,6 +362,7 @@ def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -
         'images',
         'updates',
         'held out',
+        'numbers',
         'time',
         'memory',
         'results',
