@@ -337,7 +337,7 @@ def test_a_domain_of_lists_is_the_domain_of_tuples() -> None:
     wrong: dict[str, Any] = {
         'std': (float('nan'),),
         'mean': 0.3,
-        'shape': (1, 8),
+        'shape': (8,),
         'classes': 'ab',
     }
     for key, value in (*wrong.items(), ('std', (float('inf'),)), ('mean', ('x',))):
