@@ -9,13 +9,13 @@ __all__ = ['LoadedNetwork', 'load_network', 'adapt_outputs']
 import difflib
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints import HeadMismatch, fit_checkpoint, read_checkpoint
 from .core import first_line, import_extra, import_torchvision
@@ -102,6 +102,21 @@ def load_network(
 
 # %% ../../nbs/toolbox/network_specs.ipynb #afc019cb
 #| code-fold: true
+def _channels_of(
+    weights: Iterable[Tensor],  # of a file
+    model: nn.Module,  # built for `channels`
+    channels: int,  # of its images
+) -> int:  # 1 or 3 where the first convolution in the file is for other images
+    "Channels of the images that weights were trained on, as far as shapes tell."
+    first = next((p for p in model.parameters() if p.ndim == 4), None)
+    if first is None:
+        return channels
+    shapes = {tuple(v.shape) for v in weights}
+    out, _, *kernel = first.shape
+    tried = (channels, 1, 3)
+    return next((c for c in tried if (out, c, *kernel) in shapes), channels)
+
+
 class _Request:
     "What was asked for, and how to build it."
 
@@ -151,9 +166,9 @@ class _Request:
         if self.checkpoint:
             file = read_checkpoint(self.checkpoint)
             if self.guessed and self.spec in MODELS:
-                first = next((v for v in file.tensors.values() if v.ndim == 4), None)
-                if first is not None and first.shape[1] != self.channels:
-                    self.channels = first.shape[1]
+                found = _channels_of(file.tensors.values(), model, self.channels)
+                if found != self.channels:
+                    self.channels = found
                     model, domain, _ = self._built(self.classes)
             try:
                 self.notes += fit_checkpoint(model, file, prefix)
