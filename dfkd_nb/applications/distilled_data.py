@@ -30,6 +30,8 @@ from ..toolbox.processes import BatchShare
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/applications/distilled_data.ipynb #fc6c092c
+#| code-fold: true
+#| code-summary: "Source of CropCurriculum (57 lines)"
 @dataclass(frozen=True)
 class CropCurriculum:
     """Random crops of pixels under optimisation, smaller and smaller: a `view`.
@@ -89,6 +91,8 @@ class CropCurriculum:
         return LocalView((low, 1.0), (1 / ratio, ratio), self.flip)(x, generator)
 
 # %% ../../nbs/applications/distilled_data.ipynb #e8502950
+#| code-fold: true
+#| code-summary: "Source of recovery, recover_images (52 lines)"
 def recovery(
     teacher: Teacher,
     *,
@@ -143,6 +147,8 @@ def recover_images(
     return recovery(teacher, **settings).synthesize(n)
 
 # %% ../../nbs/applications/distilled_data.ipynb #fa66185e
+#| code-fold: true
+#| code-summary: "Source of SoftLabelledImages, ViewSampler (75 lines)"
 class SoftLabelledImages(ImageSource):
     """Images, and a teacher's logits for views of each of them.
 
@@ -220,6 +226,8 @@ class ViewSampler(EpochSampler):
         return self.source.view(indices, which), indices * views + which
 
 # %% ../../nbs/applications/distilled_data.ipynb #93d7463d
+#| code-fold: true
+#| code-summary: "Source of add_soft_labels (38 lines)"
 @torch.no_grad()
 def add_soft_labels(
     images: ImageSet,  # recovered or real
@@ -260,6 +268,8 @@ def add_soft_labels(
     return SoftLabelledImages(images, torch.stack(parts, 1), torch.stack(logits, 1), notes)
 
 # %% ../../nbs/applications/distilled_data.ipynb #d122b196
+#| code-fold: true
+#| code-summary: "Source of SoftLabelDistiller (33 lines)"
 class SoftLabelDistiller(Distiller):
     """Trains a student on stored logits of views; no teacher takes part.
 
@@ -295,6 +305,8 @@ class SoftLabelDistiller(Distiller):
         return share.weigh(total), {'distillation': share.weigh(total.detach())}
 
 # %% ../../nbs/applications/distilled_data.ipynb #5521d70a
+#| code-fold: true
+#| code-summary: "Source of save_soft_labels, soft_label_card, load_soft_labels (106 lines)"
 def save_soft_labels(
     data: SoftLabelledImages,
     folder: str | Path,  # gets train.parquet and README.md
