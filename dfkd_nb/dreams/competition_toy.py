@@ -103,7 +103,7 @@ class CompetitionToy:
         self.history: list[dict[str, float]] = []  # one row a round
 
     def synthesize(self, steps: int = 150) -> tuple[Tensor, Tensor]:
-        """New points and their classes; the student of this moment is the rival, except in
+        """New points and their classes; they compete with the present student, except in
         the first round.
         """
         labels = torch.arange(self.points) % NUM_SPIRALS
