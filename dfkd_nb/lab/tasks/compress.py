@@ -35,7 +35,11 @@ from ...applications.quantization_graph import quiet_libraries
 from ...foundations.distillation import Distiller
 from ..distill_settings import CompressSettings
 from ..recipes import task
-from .common import StudentTraining, training_arguments
+from dfkd_nb.lab.tasks.common import (
+    StudentTraining,
+    run_distiller,
+    training_arguments,
+)
 from .distill import export_student, held_out_images, measure
 from .synthesis import recipe_images
 from dfkd_nb.toolbox.core import (
@@ -235,15 +239,7 @@ def fine_tune(
         temperature=settings.temperature,
         **training_arguments(settings, run.device),
     )
-    if state is not None:
-        distiller.load_state_dict(state)
-
-    def tick(learner: Distiller) -> None:
-        if learner.done < learner.steps:
-            run.tick('quantization', learner.state_dict)
-
-    distiller.run(log_every=max(1, min(20, settings.steps // 2)), callback=tick)
-    loss = distiller.history[-1]['loss']
+    loss = run_distiller(run, 'quantization', distiller, state)
     run.say(f'fine-tuned: {settings.steps} updates, loss {loss:.4f}')
 
 

@@ -22,11 +22,15 @@ from dfkd_nb.applications.distilled_data import (
     recovery,
     save_soft_labels,
 )
-from ...foundations.distillation import Distiller
 from ..application_settings import DistilledDataSettings
 from ..recipes import task
 from ..runs import Run
-from .common import open_teacher, real_images, save_picture
+from dfkd_nb.lab.tasks.common import (
+    open_teacher,
+    real_images,
+    run_distiller,
+    save_picture,
+)
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
 from ...toolbox.errors import DFKDError
@@ -190,15 +194,8 @@ def file_student(
             seed=settings.seed,
             device=run.device,
         )
-        if state is not None:
-            distiller.load_state_dict(state)
-
-        def tick(learner: Distiller) -> None:
-            if learner.done < learner.steps:
-                run.tick(phase, learner.state_dict)
-
-        distiller.run(log_every=max(1, min(20, distiller.steps // 2)), callback=tick)
-        accuracy, loss = evaluate(student, test), distiller.history[-1]['loss']
+        loss = run_distiller(run, phase, distiller, state)
+        accuracy = evaluate(student, test)
         about = {'model': settings.student, 'domain': data.domain.name}
         file = run.folder / f'{source}-{count}.safetensors'
         save_weights(file, student, about | {'recipe': run.recipe.name})

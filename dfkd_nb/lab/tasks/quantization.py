@@ -22,13 +22,13 @@ from dfkd_nb.applications.quantization import (
     quantize,
     signal_to_noise,
 )
-from ...foundations.distillation import Distiller
 from ..application_settings import QuantizationSettings
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
     open_teacher,
     real_images,
+    run_distiller,
     save_picture,
     training_arguments,
 )
@@ -105,15 +105,8 @@ def quantization_source(
             learn_ranges=settings.learn_ranges,
             **training_arguments(settings, run.device),
         )
-        if state is not None:
-            distiller.load_state_dict(state)
-
-        def tick(learner: Distiller) -> None:
-            if learner.done < learner.steps:
-                run.tick(phase, learner.state_dict)
-
-        distiller.run(log_every=max(1, min(20, settings.steps // 2)), callback=tick)
-        finetuned, loss = evaluate(network, test), distiller.history[-1]['loss']
+        loss = run_distiller(run, phase, distiller, state)
+        finetuned = evaluate(network, test)
         seconds = round(spent(), 2)
         run.journal.add(
             phase, settings.steps, accuracy=finetuned, loss=loss, seconds=seconds
