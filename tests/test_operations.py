@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(register is None, reason=MISSING)
 HERE = Path(__file__).parent
 # operations and waits of one update, at most
 LIMITS = {
-    'inversion': (520, 0),
-    'generator': (660, 0),
+    'inversion': (500, 0),
+    'generator': (640, 0),
     'generator-ssd-kd': (680, 0),
     'running': (10, 1),
     'measuring': (173, 1),
-    'student': (256, 0),
-    'student-ssd-kd': (301, 0),
+    'student': (243, 0),
+    'student-ssd-kd': (288, 0),
 }
 
 

@@ -91,6 +91,8 @@ def fail() -> None:
 
 
 FAULTS = {'die': die, 'end': end, 'fail': fail}
+# batches of a generator that two processes share
+SHARED = 'plain', 'dropout', 'meta', 'fomaml', 'contrast', 'nayer'
 # while a student learns, or while images are made: what happens, and to which process
 ENDS = [
     ('long', 'die', 0),
@@ -213,6 +215,92 @@ def distil(root: Path, kind: str):
     return work
 
 
+def share(root: Path, kind: str):
+    "Three batches of a generator, and all that they leave, as the work of a process."
+
+    def work(rank: int) -> int:
+        import torch
+        from tiny import DIGITS, network, stirred
+
+        from dfkd_nb.dreams.priors import LossInputs
+        from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
+        from dfkd_nb.generators.generators import Generator
+        from dfkd_nb.generators.meta import MetaSynthesizer
+        from dfkd_nb.generators.nayer import NayerSynthesizer
+        from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
+        from dfkd_nb.toolbox.augmentation import Augment, random_flip
+        from dfkd_nb.toolbox.models import build_model
+        from dfkd_nb.toolbox.processes import joined_processes, rank_and_world_size
+        from dfkd_nb.toolbox.teachers import Teacher
+
+        def crowd(inputs: LossInputs) -> torch.Tensor:  # a loss that is no mean over rows
+            return torch.cdist(inputs.logits, inputs.logits).add(1e-3).log().sum()
+
+        builders = {
+            'plain': GeneratorSynthesizer,
+            'dropout': GeneratorSynthesizer,
+            'meta': MetaSynthesizer,
+            'fomaml': MetaSynthesizer,
+            'contrast': ContrastiveSynthesizer,
+            'nayer': NayerSynthesizer,
+        }
+        own = {
+            'dropout': {'augment': random_flip},
+            'meta': {'momentum': 0.1, 'latent_reuse': 2},
+            'fomaml': {'meta_update': 'fomaml'},
+            'contrast': {'bank_size': 40, 'negatives': 8, 'head_size': 8},
+            'nayer': {'latent_learning_rate': 0.0},
+        }
+        with joined_processes():
+            count = rank_and_world_size()[1]
+            teacher = Teacher(stirred(network(1)), DIGITS)
+            torch.manual_seed(3)
+            student = stirred(build_model('digits-net', 10, 1))
+            generator: torch.nn.Module = Generator((1, 8, 8), latent_size=8, width=8)
+            if kind == 'dropout':  # it draws, so each process has to draw for all
+                torch.nn.Module.__setattr__(generator, 'row_by_row', False)
+                generator.linear = torch.nn.Sequential(
+                    generator.linear, torch.nn.Dropout(0.3)
+                )
+            settings = {
+                'generator': generator,
+                'steps': 3,
+                'batch_size': 13,
+                'student': student,
+                'adversarial_weight': 0.5,
+                'feature_weight': 1.0,
+                'class_weight': 1.0,
+                'balance_weight': 0.3,
+                'activation_weight': 0.1,
+                'tv_l2': 1e-3,
+                'latent_learning_rate': 0.01,
+                'augment': Augment(1),
+                'terms': {'crowd': (1e-3, crowd)},
+                'device': 'cpu',
+            }
+            maker = builders[kind](teacher, **(settings | own.get(kind, {})))
+            rows, images = [], []
+            maker.extractor.network.register_forward_pre_hook(
+                lambda _, given: rows.append(len(given[0]))
+            )
+            for _ in range(3):
+                for _ in range(maker.steps):
+                    maker.step()
+                images.append(maker.pop().images)
+            left = {'images': torch.cat(images), 'rows': torch.tensor(rows[0])}
+            left |= {f'weight {k}': v.detach() for k, v in maker.weights.items()}
+            left |= {f'buffer {k}': v for k, v in maker.buffers.items()}
+            left |= {
+                f'{key} {row["batch"]}': torch.tensor(value)
+                for row in maker.history
+                for key, value in row.items()
+            }
+            torch.save(left, root / f'share-{kind}-{rank}-of-{count}.pt')
+        return 0
+
+    return work
+
+
 def main(root: Path) -> None:
     "All kinds of runs; prints what came of them as JSON."
     import torch
@@ -237,6 +325,10 @@ def main(root: Path) -> None:
         for count in (1, 2):
             name = f'distil-{kind}-{count}'
             found[name] = fork(root, name, count, distil(root, kind))
+    for kind in SHARED:
+        for count in (1, 2):
+            name = f'share-{kind}-{count}'
+            found[name] = fork(root, name, count, share(root, kind))
     for recipe in ('dreams', 'rounds', 'meta', 'drawn'):
         for count, out in ((1, 'one'), (2, 'two')):
             name, words = f'{recipe}-{count}', [str(root / f'{recipe}.toml')]
@@ -301,6 +393,26 @@ def test_two_processes_take_the_steps_of_one(made, kind):
             # the teacher's logits are float32: its kernels round by the size of a batch
             near = 1e-7 if name.startswith('student.') else 1e-5
             assert torch.allclose(two[name], value, rtol=near, atol=near), name
+
+
+@pytest.mark.parametrize('kind', SHARED)
+def test_two_processes_share_the_batch_of_a_generator(made, kind):
+    "An uneven one, with losses that are no means over its rows."
+    import torch
+
+    root, found = made
+    assert found[f'share-{kind}-1']['codes'] == [0], found[f'share-{kind}-1']['heard']
+    assert found[f'share-{kind}-2']['codes'] == [0, 0], found[f'share-{kind}-2']['heard']
+    one = torch.load(root / f'share-{kind}-0-of-1.pt')
+    assert one.pop('rows') == 13
+    for rank, rows in ((0, 6), (1, 7)):
+        two = torch.load(root / f'share-{kind}-{rank}-of-2.pt')
+        assert two.pop('rows') == rows
+        assert two.keys() == one.keys()
+        away = (two.pop('images').int() - one['images'].int()).abs()
+        assert int(away.max()) <= 1 and away.float().mean() < 1e-3
+        for name, value in two.items():
+            assert torch.allclose(value, one[name], rtol=1e-4, atol=2e-5), name
 
 
 @pytest.mark.parametrize('recipe', ['dreams', 'rounds', 'meta', 'drawn'])

@@ -457,14 +457,15 @@ class ContrastiveSynthesizer(GeneratorSynthesizer):
         the keys get no gradient.
         """
         assert self._views is not None
-        images, drawn = self._views
-        seen = self.summary.vectors()
+        (images, drawn), share = self._views, self.share
+        seen = share.join(self.summary.vectors())
         if 'local' in drawn:
-            local = self.local.apply(images, drawn['local'])
-        else:  # a function of somebody else
-            local = self.local(images, self.rng)
+            own = share.take(drawn['local'].T).T
+            local = self.local.apply(images, own)
+        else:  # a function of somebody else, which draws for all
+            local = share.take(self.local(share.join(images), self.rng))
         self.extractor(self.domain.normalize(local))
-        part, old = self.summary.vectors(), drawn['bank']
+        part, old = share.join(self.summary.vectors()), drawn['bank']
         anchors = self.head(torch.cat([part, old[:, 0]]))
         keys = self.head(torch.cat([seen, old[:, 1]]).detach()).detach()
         losses = info_nce(anchors, keys, self.contrastive_temperature)

@@ -53,6 +53,9 @@ class Generator(nn.Module):
     FastDFKD).
     """
 
+    # BatchNorm aside, an image depends on its own code alone: processes may share a batch
+    row_by_row = True
+
     def __init__(
         self,
         shape: tuple[int, int, int],  # of an image, `(C, H, W)`, 4 x 4 pixels or more

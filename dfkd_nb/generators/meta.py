@@ -360,8 +360,7 @@ class MetaSynthesizer(GeneratorSynthesizer):
         if self.meta_update == 'fomaml':
             evaluated = self.evaluate_batch(self.latents, self.targets)
             leaves = [self._adapted[name] for name in learned]
-            gradients = torch.autograd.grad(evaluated.total, leaves, allow_unused=True)
-            found = dict(zip(learned, gradients))
+            found = dict(zip(learned, self.gradients(evaluated.total, leaves)))
             self._keep_best(evaluated)
         elif self.meta_update == 'fomaml-sum':
             found = {name: self.summed_gradients.get(name) for name in learned}

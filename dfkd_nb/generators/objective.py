@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from ..dreams.extractor import FeatureExtractor
 from ..dreams.inversion_loss import FEATURE_TERMS
+from ..dreams.moment_rows import MomentRow
 from dfkd_nb.dreams.priors import (
     LossInputs,
     Objective,
@@ -42,6 +43,7 @@ from ..toolbox.data import to_device
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import in_eval_mode
+from ..toolbox.processes import BatchShare, rank_and_world_size
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/objective.ipynb #d7de1ca7
@@ -253,6 +255,7 @@ class GeneratorObjective:
                 'this generator has no weights that may change: '
                 'give a latent_learning_rate above 0'
             )
+        self.share = BatchShare(1, 0, 1)  # all rows, outside of `evaluate_batch`
         self._prepare_evaluation(compile)
 
     def _build_network(self, generator: nn.Module | None, seed: int) -> None:
@@ -268,7 +271,11 @@ class GeneratorObjective:
         self.latent_shape: tuple[int, ...] = tuple(network.latent_shape)  # type: ignore[arg-type]
 
     def _prepare_evaluation(self, compile: bool) -> None:
-        "The function behind `evaluate_batch`; on CUDA a compiled one is recorded."
+        """The function behind `evaluate_batch`; on CUDA a compiled one is recorded.
+
+        Processes that share a batch exchange tensors inside, which no graph can hold.
+        """
+        compile = compile and rank_and_world_size()[1] == 1
         self.compiled = compile
         self.channels_last = self.device.type == 'cpu' and self._takes_channels_last()
         self.replays = compile and self.device.type == 'cuda'
@@ -409,8 +416,12 @@ class GeneratorObjective:
         drawn = self._draw(torch.empty(1, device=self.device).expand(size))
         if self.replays:
             torch.compiler.cudagraph_mark_step_begin()
-        with self._networks_ready():
-            found = self._call(latents, targets, drawn)
+        alone, self.share = self.share, BatchShare(len(latents))
+        try:
+            with self._networks_ready():
+                found = self._call(latents, targets, drawn)
+        finally:
+            self.share = alone
         if not self.replays:
             return found
         # the next replay writes over what is not copied
@@ -429,18 +440,29 @@ class GeneratorObjective:
         self, latents: Tensor, targets: Tensor | None, drawn: dict[str, Any]
     ) -> BatchEvaluation:
         "What is compiled: nothing random, no switch of a mode."
-        images = self._generate(latents)
+        images = self._own_images(latents)
         total, values, inputs = self._weighted_terms(images, targets, drawn)
         theirs = inputs.student_logits
         return BatchEvaluation(
             total,
             torch.stack([v.detach().float() for v in (total, *values.values())]),
-            images.detach(),
+            self.share.gather(images.detach()),
             inputs.targets,
             inputs.logits.detach(),
             None if theirs is None else theirs.detach(),
             self._others(inputs),
         )
+
+    def _own_images(self, latents: Tensor) -> Tensor:
+        "The images of the batch that this process evaluates."
+        share = self.share
+        if share.processes == 1:
+            return self._generate(latents)
+        # others may draw numbers, or ask where in the batch an image stands
+        if not getattr(self.network, 'row_by_row', False):
+            return share.take(self._generate(latents))
+        with share.batchnorm(self.network):
+            return self._generate(share.take(latents))
 
     def _others(self, inputs: LossInputs) -> dict[str, Tensor]:
         "What a subclass wants to know of the best images, by name."
@@ -465,21 +487,34 @@ class GeneratorObjective:
     def _weighted_terms(
         self, images: Tensor, targets: Tensor | None, drawn: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], LossInputs]:
-        "The forward passes and the terms, with the random numbers of `_draw`."
+        """The forward passes of this process's images, and the terms of the whole batch.
+
+        With the random numbers of `_draw`.
+        """
+        share = self.share
         if self.augment is None:
             augmented = images
         elif 'augment' in drawn:
-            augmented = self.augment.apply(images, drawn['augment'])
-        else:
-            augmented = self.augment(images, self.rng)
+            augmented = self.augment.apply(images, share.take(drawn['augment']))
+        else:  # a function of somebody else, which draws for all
+            augmented = share.take(self.augment(share.join(images), self.rng))
         x = self.domain.normalize(augmented)
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         logits, features, embedding = self.extractor(x)
         student_logits = self._student_logits(x) if self._asks_student() else None
-        targets = logits.detach().argmax(1) if targets is None else targets
-        pixels = self.domain.to_pixels(x)
-        inputs = LossInputs(pixels, logits, targets, features, student_logits, embedding)
+        if features is not None and share.processes > 1:
+            row = MomentRow.join(features)
+            features = row.with_tensor(share.join_moments(row.tensor))
+        logits = share.join(logits)
+        inputs = LossInputs(
+            share.join(self.domain.to_pixels(x)),
+            logits,
+            logits.detach().argmax(1) if targets is None else targets,
+            features,
+            share.join(student_logits),
+            share.join(embedding),
+        )
         return *self._objective_now()(inputs), inputs
 
     def _student_logits(self, x: Tensor) -> Tensor | None:

@@ -9,7 +9,7 @@ __all__ = ['RENAMED', 'KEYWORDS', 'set_gradients', 'GeneratorSynthesizer', 'keyw
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet, SyntheticBatch, to_device
 from ..toolbox.errors import DFKDError
+from ..toolbox.processes import sums_of_all
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/synthesizer.ipynb #53b3e1bf
@@ -193,13 +194,35 @@ class GeneratorSynthesizer(GeneratorObjective):
             raise DFKDError(
                 'no gradient reaches the generator: it or a term detaches what it is given'
             )
-        # some networks have weights that they never use
-        found = torch.autograd.grad(evaluated.total, leaves, allow_unused=True)
-        set_gradients(found, leaves)
+        set_gradients(self.gradients(evaluated.total, leaves), leaves)
         self._keep_best(evaluated)
         for optimizer in optimizers:
             optimizer.step()
         self.steps_done, self.steps_left = self.steps_done + 1, self.steps_left - 1
+
+    def gradients(
+        self,
+        total: Tensor,  # of `evaluate_batch`
+        leaves: Sequence[Tensor],  # to be differentiated by
+    ) -> list[Tensor | None]:  # None where a leaf was not used
+        """Gradients of a batch's loss, of all processes that share the batch.
+
+        A process computes the whole loss, but what reaches weights and latents goes
+        through its own images.
+        """
+        # some networks have weights that they never use
+        found: list[Tensor | None] = [
+            *torch.autograd.grad(total, leaves, allow_unused=True)
+        ]
+        through = {id(leaf) for leaf in (self.latents, *self.weights.values())}
+        parts = {
+            i: gradient
+            for i, (leaf, gradient) in enumerate(zip(leaves, found))
+            if id(leaf) in through and gradient is not None
+        }
+        for i, whole in zip(parts, sums_of_all(list(parts.values()))):
+            found[i] = whole
+        return found
 
     @torch.no_grad()
     def _keep_best(self, evaluated: BatchEvaluation) -> None:

@@ -161,10 +161,15 @@ def fastest_layout(
     network: nn.Module,  # any
     domain: Domain,  # of the images it takes
 ) -> torch.memory_format:  # of its inputs
-    """Channels last where a network takes it: convolutions are faster.
+    """Channels last where a network takes it: the CPU's convolutions are faster.
 
-    Its weights stay as they are.
+    Its weights stay as they are. On other devices the images follow the weights: where the
+    two differ, each convolution would copy its weights, and each gradient be copied back.
     """
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    if kernels and kernels[0].device.type != 'cpu':
+        if all(p.is_contiguous() for p in kernels):
+            return torch.contiguous_format
     black = torch.zeros(2, *domain.shape, dtype=domain.storage)
     x = network_inputs(network, black, domain)
     try:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAIT_LIMIT', 'rank_and_world_size', 'joined_processes', 'process_device', 'stopped_with_others', 'all_gather_objects',
-           'on_first_process', 'highest', 'own_folder', 'copy_from_first', 'BatchShare', 'average_gradients',
-           'shared_batchnorm']
+           'on_first_process', 'highest', 'own_folder', 'copy_from_first', 'BatchShare', 'sums_of_all',
+           'average_gradients', 'shared_batchnorm']
 
 # %% ../../nbs/toolbox/processes.ipynb #911d2ea5
 import os
@@ -263,7 +263,51 @@ class BatchShare:
             distributed.all_reduce(whole)
         return whole
 
+    def join(
+        self,
+        rows: Tensor | None,  # of this process, with gradient
+    ) -> Any:  # of the whole batch; None of None
+        "The rows of all processes; a gradient reaches this process's own."
+        if rows is None or self.processes == 1:
+            return rows
+        whole = self.gather(rows.detach())
+        return torch.cat([whole[: self.rows.start], rows, whole[self.rows.stop :]])
+
+    def join_moments(
+        self,
+        moments: Tensor,  # `(2 C,)`, means, then variances, of this process's rows
+    ) -> Tensor:  # `(2 C,)`, of the whole batch
+        "The moments of a union, from those of its parts; a gradient reaches the own part."
+        if self.processes == 1:
+            return moments
+        one = BatchShare(self.processes, self.rank, self.processes)
+        means, variances = one.join(moments[None]).chunk(2, 1)
+        shares = [BatchShare(self.count, i, self.processes) for i in range(self.processes)]
+        weights = means.new_tensor([s.weight / self.processes for s in shares])[:, None]
+        mean = (weights * means).sum(0)
+        spread = variances + (means - mean).square()
+        return torch.cat([mean, (weights * spread).sum(0)])
+
 # %% ../../nbs/toolbox/processes.ipynb #c610cdd4
+def sums_of_all(
+    tensors: Sequence[Tensor],  # of the same shapes in every process
+) -> list[Tensor]:
+    "Each tensor's sum over all processes, in one message for each type of number."
+    found = list(tensors)
+    if rank_and_world_size()[1] == 1:
+        return found
+    places: dict[torch.dtype, list[int]] = {}
+    for place, tensor in enumerate(found):
+        places.setdefault(tensor.dtype, []).append(place)
+    for own in places.values():
+        flat = torch.cat([found[i].reshape(-1) for i in own])
+        with stopped_with_others():
+            distributed.all_reduce(flat)
+        for i, part in zip(own, flat.split([found[i].numel() for i in own])):
+            found[i] = part.view_as(found[i])
+    return found
+
+
 def average_gradients(
     parameters: Iterable[nn.Parameter],  # after the backward pass
     losses: Mapping[str, Tensor],  # scalars of this process's rows, see `weigh`
@@ -273,20 +317,12 @@ def average_gradients(
     processes = rank_and_world_size()[1]
     if processes == 1:
         return values
-    by_type: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    gradients = [p.grad for p in parameters if p.grad is not None]
     numbers = torch.stack(list(values.values())).float()
-    by_type.setdefault(torch.float32, []).append(numbers)
-    for tensors in by_type.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with stopped_with_others():
-            distributed.all_reduce(flat)
-        parts = flat.div_(processes).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts):
-            tensor.copy_(part.view_as(tensor))
-    return dict(zip(values, numbers.unbind()))
+    *sums, numbers = sums_of_all([*gradients, numbers])
+    for gradient, total in zip(gradients, sums):
+        gradient.copy_(total / processes)
+    return dict(zip(values, (numbers / processes).unbind()))
 
 # %% ../../nbs/toolbox/processes.ipynb #34bae672
 class _SharedNorm(torch.autograd.Function):
