@@ -35,7 +35,8 @@ for name in DIFFERENT:
     if method_head(name)['task'] == 'generative':
         RUNS[f'digits-{name}'][1].update(CALM)
 # its latents are no parameters
-del RUNS['digits-nayer'][1]['latent_learning_rate']
+for name in ('digits-nayer', 'digits-mirror'):
+    del RUNS[name][1]['latent_learning_rate']
 
 
 def load(library: str) -> torch.device:

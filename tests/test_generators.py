@@ -29,6 +29,7 @@ from dfkd_nb.generators.generators import (
     balance_term,
 )
 from dfkd_nb.generators.meta import MetaSynthesizer
+from dfkd_nb.generators.mirror import MirrorSynthesizer, mirror_of
 from dfkd_nb.generators.replay import ReplayPool
 from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.toolbox.augmentation import Augment
@@ -519,11 +520,14 @@ def compilable(kind, teacher, compile):
         settings |= {'momentum': 0.1}
     if kind is ContrastiveSynthesizer:
         settings |= {'bank_size': 8, 'negatives': 6, 'head_size': 8}
+    if kind is MirrorSynthesizer:
+        settings |= {'generator': mirror_of(teacher, 8), 'latent_learning_rate': 0.0}
     return kind(teacher, **settings)
 
 
 @pytest.mark.parametrize(
-    'kind', [GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer]
+    'kind',
+    [GeneratorSynthesizer, MetaSynthesizer, ContrastiveSynthesizer, MirrorSynthesizer],
 )
 def test_a_compiled_look_is_one_graph_and_the_same(kind, teacher, graphs, tmp_path):
     """No break, no graph for each batch, the same images; and a run goes on from anywhere

@@ -128,6 +128,7 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     'dfq': ('digits-dfq', GENERATED),
     'averaged': ('digits-dfq-ema', GENERATED),
     'noise layers': ('digits-nayer', GENERATED | {'generator_life': 2}),
+    'mirrored': ('digits-mirror', GENERATED | {'generator_life': 2}),
     'filtered': ('digits-dfq-accept', GENERATED),
     'cmi': ('digits-cmi', GENERATED),
     'fast': ('digits-fast-5', GENERATED),

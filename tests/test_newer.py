@@ -17,6 +17,12 @@ from dfkd_nb.generators.acceptance import AcceptedImages, accepted_of
 from dfkd_nb.generators.ema import EmaSynthesizer
 from dfkd_nb.generators.generators import METHODS, Generator
 from dfkd_nb.generators.methods import build_method
+from dfkd_nb.generators.mirror import (
+    MirrorGenerator,
+    MirrorSynthesizer,
+    mirror_of,
+    mirrored_layers,
+)
 from dfkd_nb.generators.nayer import NayerSynthesizer, label_vectors_of
 from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
@@ -389,6 +395,120 @@ def test_noise_layers_need_a_pool_and_choose_their_classes(teacher):
     assert len(trainer.pool) == 24 and trainer.synthesizer.vectors.shape == (10, 6)
 
 
+# --- a generator that mirrors the teacher (CPNet) ---
+
+
+def mirrored(teacher, **settings):
+    defaults = {'steps': 3, 'batch_size': 20, 'device': 'cpu', 'class_weight': 0.5}
+    return MirrorSynthesizer(
+        teacher, generator=mirror_of(teacher, 8), **defaults | settings
+    )
+
+
+def test_the_last_layer_at_each_resolution_is_mirrored(teacher):
+    "As a hook on every layer of a small network sees it."
+    shapes, model = {}, teacher.model
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.register_forward_pre_hook(
+                lambda _, given, name=name: shapes.update({name: given[0].shape[1:]})
+            )
+    found = mirrored_layers(teacher)
+    by_size = {shape[1:]: name for name, shape in shapes.items()}
+    assert set(found) == set(by_size.values())
+    sizes = [size for _, size, _ in found.values()]
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
+    assert all(tuple(shapes[name]) == shape for name, shape in found.items())
+    network = mirror_of(teacher, 8)
+    entered = []
+    for tap in network.taps:
+        tap.register_forward_pre_hook(lambda _, given: entered.append(given[0].shape[1:]))
+    assert network(torch.zeros(3, 8)).shape == (3, *DIGITS.shape)
+    assert [tuple(shape) for shape in entered] == list(found.values())
+
+
+def test_alignment_is_that_of_the_formula(teacher):
+    "Maps collected by hooks of one's own, moments by torch."
+    synthesizer = mirrored(teacher, alignment_weight=2.0)
+    synthesizer.begin_batch()
+    drawn, seen = [], {}
+    body = synthesizer.network.body
+    for tap in body.taps:
+        tap.register_forward_pre_hook(lambda _, given: drawn.append(given[0].detach()))
+    inside = synthesizer.teacher.model
+    for name in synthesizer.mirrored:
+        inside.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, name=name: seen.update({name: given[0]})
+        )
+    found = synthesizer.evaluate_batch(synthesizer.latents, synthesizer.targets)
+    synthesizer.teacher(synthesizer.domain.normalize(found.images))
+    wanted = 0.0
+    for g, (name, t) in zip(drawn, ((n, seen[n]) for n in synthesizer.mirrored)):
+        layer = inside.get_submodule(name)
+        var, mean = (m[:, None, None] for m in torch.var_mean(t, (0, 2, 3), correction=0))
+        own = (layer.running_var[:, None, None] + layer.eps).sqrt()
+        target = (t - mean) / (var + layer.eps).sqrt() * own
+        wanted += (g - target - layer.running_mean[:, None, None]).square().mean()
+    names = synthesizer.loss_names
+    assert found.losses[names.index('alignment')].item() == pytest.approx(
+        wanted.item(), rel=1e-4
+    )
+    assert found.total.item() == pytest.approx(
+        0.5 * found.losses[names.index('class')].item() + 2 * wanted.item(), rel=1e-4
+    )
+
+
+def test_alignment_reaches_the_generator_alone(teacher):
+    "Each stage before the image; the targets hold still."
+    synthesizer = mirrored(teacher, class_weight=0.0)
+    synthesizer.begin_batch()
+    total = synthesizer.evaluate_batch(synthesizer.latents, synthesizer.targets).total
+    leaves = synthesizer.weights
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    reached = {k for k, g in zip(leaves, gradients) if g is not None and g.any()}
+    assert any('noise' in k for k in reached) and any('linear' in k for k in reached)
+    assert not any('body.last' in k for k in reached)
+
+
+def test_weight_0_is_the_row_without_alignment(teacher):
+    off = batch_of(mirrored(teacher, alignment_weight=0.0))
+    plain = batch_of(layered(teacher, generator=mirror_of(teacher, 8), feature_weight=0.0))
+    assert off.images.equal(plain.images)
+    assert not off.images.equal(batch_of(mirrored(teacher, alignment_weight=5.0)).images)
+
+
+def test_aligned_maps_come_nearer(teacher):
+    synthesizer = mirrored(teacher, steps=30, learning_rate=0.01)
+    synthesizer.begin_batch()
+    losses = []
+    for _ in range(30):
+        synthesizer.step()
+        losses.append(synthesizer.losses[-1].tolist()[-1])
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@each(
+    ('change', 'message'),
+    [
+        ({'alignment_weight': -1.0}, 'give 0 or more'),
+        ({'alignment_weight': math.nan}, 'give 0 or more'),
+        ({'generator': Generator(DIGITS.shape, 8, 4)}, 'build it with mirror_of'),
+        ({'labels': 'teacher'}, "set labels to 'sampled'"),
+    ],
+)
+def test_mirrors_that_cannot_work_are_told(teacher, change, message):
+    with pytest.raises(DFKDError, match=message):
+        MirrorSynthesizer(teacher, **{'generator': mirror_of(teacher, 8)} | change)
+
+
+def test_a_teacher_without_maps_has_no_mirror():
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    with pytest.raises(DFKDError, match='BatchNorm layers over maps'):
+        mirrored_layers(Teacher(flat, DIGITS))
+    with pytest.raises(DFKDError, match='positive sizes'):
+        MirrorGenerator(DIGITS.shape, [])
+
+
 # --- a filter before the student (TA-DFKD) ---
 
 
@@ -459,7 +579,10 @@ def test_losses_that_are_not_finite_are_told(bad):
         accepted_of(torch.tensor([0.0, bad]))
 
 
-@each('method', ['dfq', 'fast-2', 'ssd-kd-10', 'cmi', 'nayer', 'dafl-ema', 'adaptive'])
+FILTERED = ['dfq', 'fast-2', 'ssd-kd-10', 'cmi', 'nayer', 'mirror', 'dafl-ema', 'adaptive']
+
+
+@each('method', FILTERED)
 def test_every_row_takes_a_filter(teacher, method):
     "Less reaches the student, and without a threshold nothing changes."
     changes = {'pool_size': 40, 'warmup_rounds': 0, 'synthesis_batch_size': 12}

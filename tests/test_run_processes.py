@@ -92,7 +92,7 @@ def fail() -> None:
 
 FAULTS = {'die': die, 'end': end, 'fail': fail}
 # batches of a generator that two processes share
-SHARED = 'plain', 'dropout', 'meta', 'fomaml', 'contrast', 'nayer'
+SHARED = 'plain', 'dropout', 'meta', 'fomaml', 'contrast', 'nayer', 'mirror'
 # while a student learns, or while images are made: what happens, and to which process
 ENDS = [
     ('long', 'die', 0),
@@ -226,6 +226,7 @@ def share(root: Path, kind: str):
         from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
         from dfkd_nb.generators.generators import Generator
         from dfkd_nb.generators.meta import MetaSynthesizer
+        from dfkd_nb.generators.mirror import MirrorSynthesizer
         from dfkd_nb.generators.nayer import NayerSynthesizer
         from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
         from dfkd_nb.toolbox.augmentation import Augment, random_flip
@@ -243,6 +244,7 @@ def share(root: Path, kind: str):
             'fomaml': MetaSynthesizer,
             'contrast': ContrastiveSynthesizer,
             'nayer': NayerSynthesizer,
+            'mirror': MirrorSynthesizer,
         }
         own = {
             'dropout': {'augment': random_flip},
@@ -250,6 +252,7 @@ def share(root: Path, kind: str):
             'fomaml': {'meta_update': 'fomaml'},
             'contrast': {'bank_size': 40, 'negatives': 8, 'head_size': 8},
             'nayer': {'latent_learning_rate': 0.0},
+            'mirror': {'latent_learning_rate': 0.0, 'generator': None},
         }
         with joined_processes():
             count = rank_and_world_size()[1]

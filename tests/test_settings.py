@@ -22,6 +22,7 @@ from dfkd_nb.generators.ema import EmaSynthesizer
 from dfkd_nb.generators.meta import MetaSynthesizer
 from dfkd_nb.generators.method_rows import MethodSettings
 from dfkd_nb.generators.methods import build_method
+from dfkd_nb.generators.mirror import MirrorSynthesizer
 from dfkd_nb.generators.nayer import NayerSynthesizer
 from dfkd_nb.generators.synthesizer import KEYWORDS, keywords_of
 from dfkd_nb.lab.settings import (
@@ -161,6 +162,7 @@ OF_SYNTHESIZERS = {
     'contrastive': {'contrastive_weight', 'contrastive_temperature', 'keep_head'},
     'ema': {'ema_decay', 'ema_share'},  # see test_newer.py
     'nayer': {'label_vectors', 'generator_life'},  # likewise
+    'mirror': {'alignment_weight'},  # likewise
     'a filter': {'acceptance', 'acceptance_attempts'},  # likewise
 }
 
@@ -287,7 +289,13 @@ def test_a_setting_of_a_generator_is_declared_once() -> None:
         for each in dataclasses.fields(kind):
             assert each in dataclasses.fields(MethodSettings), each.name
             assert each in dataclasses.fields(GenerativeSettings), each.name
-    kinds = (MetaSynthesizer, ContrastiveSynthesizer, EmaSynthesizer, NayerSynthesizer)
+    kinds = (
+        MetaSynthesizer,
+        ContrastiveSynthesizer,
+        EmaSynthesizer,
+        NayerSynthesizer,
+        MirrorSynthesizer,
+    )
     taken = set().union(*map(keywords_of, kinds))
     assert set(KEYWORDS.values()) <= taken
     assert KEYWORDS['synthesis_steps'] == 'steps' and 'latent_size' not in KEYWORDS

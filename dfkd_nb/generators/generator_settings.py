@@ -118,6 +118,11 @@ class GeneratorSettings:
     generator_life: int = setting(
         0, 'batches of such a generator, then it begins anew; 0: for ever', low=0
     )
+    alignment_weight: float = setting(
+        0.0,
+        "of the distance between a mirrored generator's maps and the teacher's (CPNet)",
+        low=0,
+    )
     keep_head: bool = setting(False, 'keep the projection head from batch to batch')
     attention_weight: float = setting(
         0.0, "of the student's attention transfer from the teacher", low=0

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYNTHESIZERS', 'POOLS', 'Builder', 'register_synthesizer', 'register_pool', 'generator_synthesizer',
-           'modulated_terms', 'replay_pool', 'noise_synthesizer', 'inversion_synthesizer', 'growing_pool',
-           'newest_first_pool', 'build_method', 'drawn_images', 'distiller_keywords', 'final_steps', 'ssd_kd']
+           'modulated_terms', 'replay_pool', 'mirror_synthesizer', 'noise_synthesizer', 'inversion_synthesizer',
+           'growing_pool', 'newest_first_pool', 'build_method', 'drawn_images', 'distiller_keywords', 'final_steps',
+           'ssd_kd']
 
 # %% ../../nbs/generators/methods.ipynb #92fafe72
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .ema import EmaSynthesizer
 from .generators import Generator, Pixels
 from .meta import MetaSynthesizer
 from .method_rows import MethodParts, MethodSettings, read_method
+from .mirror import MirrorSynthesizer, mirror_of
 from .nayer import NayerSynthesizer
 from .replay import ReplayPool
 from .ssd_kd import modulated_class_term, ssd_kd_preset
@@ -151,6 +153,19 @@ register_synthesizer('contrastive')(
 register_synthesizer('meta')(lambda p: generator_synthesizer(MetaSynthesizer, p))
 register_synthesizer('ema')(lambda p: generator_synthesizer(EmaSynthesizer, p))
 register_synthesizer('nayer')(lambda p: generator_synthesizer(NayerSynthesizer, p))
+
+
+@register_synthesizer('mirror')
+def mirror_synthesizer(parts: MethodParts) -> MirrorSynthesizer:
+    "A generator that is the teacher in reverse, behind noisy layers."
+    settings, options = parts.settings, dict(parts.options)
+    if options.get('generator') is None:
+        size = settings.latent_size
+        options['generator'] = mirror_of(parts.teacher, size, settings.seed)
+    found = generator_synthesizer(MirrorSynthesizer, replace(parts, options=options))
+    assert isinstance(found, MirrorSynthesizer)
+    return found
+
 
 
 @register_synthesizer('noise')

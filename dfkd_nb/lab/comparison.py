@@ -101,6 +101,7 @@ METHOD_TITLES = {
     'zskt-ema': 'ZSKT, averaged',
     'dfq-ema': 'DFQ, averaged',
     'nayer': 'NAYER',
+    'mirror': 'Mirrored (CPNet)',
     'dfq-accept': 'DFQ, filtered',
 }
 DATA_TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'digits': 'digits'}

@@ -47,6 +47,7 @@ METHODS = (
 REPEATED = METHODS[:6]  # with seeds 1 and 2
 NEWER = (  # methods that came after the papers'
     'nayer',
+    'mirror',
     'dfq-ema',
     'dfq-accept',
     'dafl-ema',
