@@ -398,7 +398,7 @@ class Metadata:
         return self.variances.sum(1) / (self.variances.sum(1) + self.rest).clamp(min=1e-12)
 
     def check(self, teacher: Teacher) -> None:
-        "A `DFKDError` unless it was measured on this teacher, told by a probe image."
+        "A `DFKDError` unless it was measured on this teacher, by a probe image."
         own = f"metadata of '{self.teacher}' on '{self.domain}'"
         width = self.centroids.shape[1]
         if self.domain != teacher.domain.name:

@@ -215,10 +215,7 @@ class _DirectionNorms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:  # `(4, N)`, of signals `(1, N)`
         places, dtype = tuple(range(1, x.ndim)), accumulation_dtype(x)
         norms = torch.stack(
-            [
-                torch.linalg.vector_norm(d, dim=places, dtype=dtype)
-                for d in _neighbours(x)
-            ]
+            [torch.linalg.vector_norm(d, dim=places, dtype=dtype) for d in _neighbours(x)]
         )
         ctx.save_for_backward(x, norms)
         return norms

@@ -49,7 +49,7 @@ from ..toolbox.teachers import Teacher, check_network
 
 # %% ../../nbs/foundations/01_distillation.ipynb #14dee959
 def soften(
-    logits: Tensor,  # `(N, K)`, or `(N, K, ...)` with answers at many places
+    logits: Tensor,  # `(N, K)`, or `(N, K, ...)` with logits at many places
     temperature: float = 1.0,  # above 1 flattens, below 1 sharpens
 ) -> Tensor:  # the same shape, sums to 1 over K
     "Softmax at a temperature (Hinton et al., 2015, Eq. 1)."
@@ -59,7 +59,7 @@ def soften(
 
 # %% ../../nbs/foundations/01_distillation.ipynb #c6d3afde
 def distillation_loss(
-    student_logits: Tensor,  # `(N, K)`, or `(N, K, ...)` with answers at many places
+    student_logits: Tensor,  # `(N, K)`, or `(N, K, ...)` with logits at many places
     teacher_logits: Tensor,  # the same shape; give them without gradient
     temperature: float = 4.0,  # of both softmaxes
     weights: Tensor | None = None,  # `(N,)`, how much each image counts; None: all alike

@@ -69,7 +69,7 @@ def _box(part: str, lit: bool, detail: str) -> str:
     if part == 'synthesizer' and not lit:
         fill = '#ffffff'
     middle = left + width / 2
-    lines = textwrap.wrap(detail, 17 if width < 200 else 40)[:3]
+    lines = textwrap.wrap(detail, 15 if width < 200 else 40)[:3]
     first = top + (22 if part != 'teacher' or lines else height / 2)
     return ''.join(
         [
@@ -112,7 +112,7 @@ def _arrow(
 # %% ../../nbs/foundations/loop_diagram.ipynb #3dbd32dc
 def draw_loop(
     highlight: str | Iterable[str] = (),  # parts of `PARTS`, drawn in colour
-    **details: str,  # what stands in a part's box, about 17 letters a line
+    **details: str,  # what stands in a part's box, about 15 letters a line
 ) -> LoopDiagram:  # shown by Jupyter and on the site
     """The loop of data-free distillation, with some parts highlighted.
 

@@ -35,7 +35,7 @@ def info_nce(
     keys: Tensor,  # `(N, D)`; number i belongs to anchor i
     temperature: float = 0.1,  # of the softmax over keys
 ) -> Tensor:  # the loss of each anchor in nats, `(N,)`
-    """Cross-entropy of finding the own key among all keys.
+    """Cross-entropy of finding the anchor's own key among all keys.
 
     Cross-entropy of that question, with cosine similarities as logits (van den Oord et al.,
     2018, Eq. 4).

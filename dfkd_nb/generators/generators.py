@@ -201,7 +201,7 @@ def activation_term(
     """
     if inputs.embedding is None:
         raise DFKDError(
-            "this view has no embedding: give the synthesizer embedding='classifier'"
+            "these inputs have no embedding: give the synthesizer embedding='classifier'"
         )
     return -inputs.embedding.abs().mean()
 

@@ -115,6 +115,9 @@ def show_images(
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
     names = list(titles) if titles is not None else []
+    # as large as the widest name allows, at most nine points
+    lines = '\n'.join(map(str, names)).split('\n')
+    letters = min(9.0, 72 * size / (0.62 * max(1, *map(len, lines))))
     # rows that need room for a title
     titled = -(-min(len(names), len(pictures)) // columns)
     figure, axes = plt.subplots(
@@ -137,7 +140,7 @@ def show_images(
             interpolation='nearest',
         )
         if i < len(names):
-            axis.set_title(names[i], fontsize=7, pad=2)
+            axis.set_title(names[i], fontsize=letters, pad=2)
     return figure
 
 # %% ../../nbs/toolbox/figures.ipynb #ebdbb608
