@@ -182,8 +182,10 @@ class PatchEntropy:
             heads = int(self.layers[name].num_heads)  # type: ignore[arg-type]
             similar = patch_similarities(values, heads, self.first)
             if self.grid == 'fixed':  # each pair once; the diagonal is always 1
-                pairs = torch.ones_like(similar[0]).triu(1) > 0
-                flat = similar[:, pairs]
+                patches = similar.shape[1]
+                first, second = torch.triu_indices(patches, patches, 1)
+                pairs = (first * patches + second).to(similar.device)
+                flat = similar.flatten(1).index_select(1, pairs)
             else:
                 flat = similar.flatten(1)
             found.append(similarity_entropy(flat, self.grid, self.points))
