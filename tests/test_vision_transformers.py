@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +27,16 @@ from dfkd_nb.dreams.vision_transformers import (
     similarity_entropy,
     token_moments,
 )
+from dfkd_nb.lab.recipes import Recipe
+from dfkd_nb.lab.runs import Run
+from dfkd_nb.lab.tasks import transformer
+from dfkd_nb.toolbox.core import load_tensors
 from dfkd_nb.toolbox.data import ImageSet
+from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import DOMAINS
-from dfkd_nb.toolbox.errors import DFKDError
+from dfkd_nb.toolbox.errors import DFKDError, RunStopped
 from dfkd_nb.toolbox.models import build_model, count_parameters
+from dfkd_nb.toolbox.networks import save_weights
 from dfkd_nb.toolbox.teachers import Teacher
 from dfkd_nb.toolbox.vision_transformer import (
     PatchAttention,
@@ -490,3 +497,81 @@ def test_stops_that_cannot_be(settings: dict[str, object], message: str) -> None
 def test_other_networks_have_no_patches_to_drop() -> None:
     with pytest.raises(DFKDError, match='VisionTransformer'):
         PatchStops(Teacher(build_model('resnet8'), DOMAIN), 12, (3,))
+
+
+# the task
+
+
+TINY = {
+    'sources': 'noise, sparse, moments, real',
+    'images': 10,
+    'moment_images': 10,
+    'synthesis_steps': 6,
+    'synthesis_batch_size': 5,
+    'stops': '2, 4',
+    'student': 'resnet8',
+    'student_steps': 4,
+    'batch_size': 5,
+    'test_data': 'cifar10-mini',
+    'test_limit': 20,
+}
+
+
+def a_run(out: Path, **changes: object) -> Run:
+    torch.manual_seed(0)
+    about = {'model': 'vit-tiny', 'domain': 'cifar10'}
+    folder = out / 'cifar10-teacher-vit/quick'
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / 'weights.safetensors', build_model('vit-tiny'), about)
+    recipe = Recipe.load('cifar10-vit-inversion')
+    return Run(recipe, 'quick', TINY | changes, out=out, device='cpu', quiet=True)
+
+
+@pytest.mark.slow
+def test_a_run_is_stopped_and_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mini(name: str, split: str, limit: int, device: torch.device) -> ImageSet:
+        return load_data('cifar10-mini', 'test', limit=min(limit, 200) or None)
+
+    monkeypatch.setattr(transformer, 'real_images', mini)
+    whole = a_run(tmp_path / 'whole')
+    expected = whole.start().numbers
+    rows = expected['rows']
+    assert [row['source'] for row in rows] == ['noise', 'sparse', 'moments', 'real']
+    assert all(0 <= row['recognised_judge'] <= 1 for row in rows)
+    assert expected['student_accuracy_real'] == rows[-1]['student_accuracy']
+    stops = 0
+    for minutes in (*[1e-6] * 9, math.inf):
+        broken = a_run(tmp_path / 'broken')
+        try:
+            found = broken.start(resume=True, max_minutes=minutes).numbers
+            break
+        except RunStopped:
+            stops += 1
+    assert stops > 4 and found == expected
+    for name in ('noise', 'sparse', 'moments', 'real', 'student-sparse'):
+        first, second = (
+            load_tensors(r.folder / f'{name}.safetensors')[0] for r in (whole, broken)
+        )
+        assert all(first[k].equal(second[k]) for k in first), name
+    grey = torch.tensor([round(255 * m) for m in DOMAIN.mean], dtype=torch.uint8)
+    sparse = ImageSet.load(whole.folder / 'sparse.safetensors').images
+    hidden = sparse.eq(grey[:, None, None]).all(1).float().mean()
+    assert hidden == pytest.approx(34 / 64, abs=0.01)
+    assert (whole.folder / 'images.png').is_file()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'stops': '6'}, 'between the first and the last'),
+        ({'images': 15}, 'multiples of the 10 classes'),
+        ({'teacher': 'cifar10-resnet20'}, 'no vision transformer'),
+    ],
+)
+def test_runs_that_cannot_be(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DFKDError, match=message):
+        a_run(tmp_path, **changes).start()

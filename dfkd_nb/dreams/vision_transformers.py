@@ -65,7 +65,7 @@ def patch_similarities(
 ) -> Tensor:  # `(N, P, P)`, cosines
     """How alike the patches are, by the mean over heads, @eq-similarity.
 
-    Source: Li et al., 2022 (PSAQ-ViT), equation 5.
+    Source: Li et al., 2022 (PSAQ-ViT), section 3.
     """
     z = values[:, first:].unflatten(-1, (heads, -1)).mean(2)
     z = F.normalize(z, dim=-1, eps=1e-6)
@@ -86,7 +86,7 @@ def similarity_entropy(
 
     Raises: `DFKDError` for an unknown grid, and for fewer than two points.
 
-    Source: Li et al., 2022 (PSAQ-ViT), equations 6 and 7; the fixed grid is ours.
+    Source: Li et al., 2022 (PSAQ-ViT), section 3; the fixed grid is ours.
 
     Example:
         >>> import torch
@@ -150,7 +150,7 @@ class PatchEntropy:
     Raises: `DFKDError` for a network without attention that can be read, and where that
     network was not asked about these images.
 
-    Source: Li et al., 2022 (PSAQ-ViT), equation 8.
+    Source: Li et al., 2022 (PSAQ-ViT), section 3.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class PatchStops:
     Raises: `DFKDError` for another network, a share outside 0 to 1, stops that are out of
     range, and an unknown way to choose.
 
-    Source: Hu et al., 2024 (SMI), section 4.1.
+    Source: Hu et al., 2024 (SMI).
 
     Example:
         >>> from dfkd_nb import DOMAINS, DeepInversion, Teacher, build_model

@@ -41,7 +41,7 @@ def local_bias(
 ) -> Tensor:  # `(heads, (2 G - 1)^2 + 3)`
     """A bias with which each head begins at one of four neighbours.
 
-    Source: d'Ascoli et al., 2021 (ConViT), equation 6.
+    Source: d'Ascoli et al., 2021 (ConViT), section 3.
     """
     straight = ((0, 1), (0, -1), (1, 0), (-1, 0))
     corners = ((1, 1), (1, -1), (-1, 1), (-1, -1))
