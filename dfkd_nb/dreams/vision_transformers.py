@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['token_moments', 'layernorm_layers', 'patch_similarities', 'similarity_entropy', 'attention_layers', 'PatchEntropy',
-           'patch_counts', 'moved_patches', 'SparseReader', 'PatchStops', 'masked_images']
+           'patch_counts', 'moved_patches', 'SparseReader', 'PatchStops', 'masked_images', 'kept_patches']
 
 # %% ../../nbs/dreams/vision_transformers.ipynb #c3050b6f
 import math
@@ -424,7 +424,7 @@ class PatchStops:
 
 # %% ../../nbs/dreams/vision_transformers.ipynb #13b9d0e2
 #| code-fold: true
-#| code-summary: "Source of masked_images (20 lines)"
+#| code-summary: "Source of masked_images, kept_patches (42 lines)"
 def masked_images(
     images: ImageSet,
     masks: Tensor,  # `(N, 1, H, W)`, see `PatchStops`
@@ -438,6 +438,29 @@ def masked_images(
             f'{len(images)} images of {tuple(images.domain.size)}, masks'
             f' {tuple(masks.shape)}: give one of the same size for each'
         )
-    mean = torch.tensor(images.domain.mean).mul(255).round().to(torch.uint8)
+    mean = _mean_colour(images)
     pixels = torch.where(masks.cpu() > 0, images.images.cpu(), mean[:, None, None])
     return ImageSet(pixels, images.labels, images.domain)
+
+
+def kept_patches(
+    images: ImageSet,  # of `masked_images`
+    patch: int,  # pixels of a side of a patch
+) -> Tensor:  # int64 `(N, M)`, for a `VisionTransformer`
+    """The patches that are not all of the mean colour.
+
+    Raises: `DFKDError` where these are not as many in each image.
+    """
+    other = images.images.cpu() != _mean_colour(images)[:, None, None]
+    seen = F.max_pool2d(other.float(), patch).amax(1).flatten(1) > 0
+    counts = seen.sum(1)
+    if counts.min() != counts.max():
+        raise DFKDError(
+            f'{int(counts.min())} to {int(counts.max())} patches of an image are kept: give'
+            ' images whose patches dropped out at the same steps'
+        )
+    return seen.nonzero()[:, 1].view(len(seen), -1)
+
+
+def _mean_colour(images: ImageSet) -> Tensor:  # uint8 `(C,)`
+    return torch.tensor(images.domain.mean).mul(255).round().to(torch.uint8)
