@@ -269,7 +269,8 @@ def transformer_picture(
         large = large.expand(-1, 3, -1, -1)
     picture = Image.fromarray(tile(large, count).permute(1, 2, 0).numpy())
     with atomic_path(run.folder / 'images.png') as temporary:
-        picture.save(temporary, 'PNG', optimize=True)
+        # noise hardly compresses: 256 colours will do
+        picture.quantize(256).save(temporary, 'PNG', optimize=True)
 
 # %% ../../../nbs/lab/tasks/transformer.ipynb #b56fe565
 #| code-fold: true
