@@ -148,6 +148,13 @@ from dfkd_nb.toolbox.networks import load_weights
 # of the old network, extended by the new classes
 load_weights('{file}', network)
 """,
+    'transformer': """
+from dfkd_nb.toolbox.models import build_model
+from dfkd_nb.toolbox.networks import load_weights
+# of a student; the file's metadata names the network
+network = build_model(...)
+load_weights('{file}', network)
+""",
     'segmentation': """
 from dfkd_nb.applications.segmenters import build_segmenter
 from dfkd_nb.toolbox.networks import load_weights

@@ -31,6 +31,7 @@ from dfkd_nb.lab.application_settings import (
     PruningSettings,
     QuantizationSettings,
     SegmentationSettings,
+    TransformerSettings,
 )
 from dfkd_nb.lab.settings import (
     WORDS,
@@ -73,6 +74,7 @@ SHIPPED: dict[str, tuple[type, str]] = {
     'quantization': (QuantizationSettings, 'dfkd_nb.lab.tasks.quantization'),
     'distilled-data': (DistilledDataSettings, 'dfkd_nb.lab.tasks.distilled_data'),
     'segmentation': (SegmentationSettings, 'dfkd_nb.lab.tasks.segmentation'),
+    'transformer': (TransformerSettings, 'dfkd_nb.lab.tasks.transformer'),
 }
 
 

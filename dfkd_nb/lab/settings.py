@@ -238,6 +238,7 @@ class TeacherSettings(TrainingSettings):
     limit: int = setting(0, 'training images used; 0 takes all', low=0)
     model: str = setting('resnet20', 'a name of `build_model`', names='model')
     epochs: float = setting(30.0, 'passes over the training images', low=0.001)
+    optimizer: str = setting('sgd', 'of the network', choices=('sgd', 'adam', 'adamw'))
 
 # %% ../../nbs/lab/settings.ipynb #18960c13
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .core import import_torchvision, load_checkpoint
 from .errors import DFKDError
+from .vision_transformer import VisionTransformer
 
 # %% ../../nbs/toolbox/28_models.ipynb #40d606ab
 def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
@@ -231,6 +232,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     'vgg11': small_vgg,
     'mobilenetv2': small_mobilenet,
     'digits-net': digits_net,
+    'vit-tiny': VisionTransformer,
 }
 
 # %% ../../nbs/toolbox/28_models.ipynb #0c43cd01

@@ -29,7 +29,12 @@ def train_teacher(
     model = build_model(settings.model, train.domain.num_classes, train.domain.channels)
     steps = max(1, round(settings.epochs * len(train) / settings.batch_size))
     distiller = Distiller(
-        None, model, train, steps=steps, **training_arguments(settings, run.device)
+        None,
+        model,
+        train,
+        steps=steps,
+        optimizer=settings.optimizer,
+        **training_arguments(settings, run.device),
     )
     about = {'model': settings.model, 'domain': train.domain.name}
     numbers = train_student(run, 'training', distiller, test, about)
