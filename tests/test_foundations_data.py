@@ -817,3 +817,39 @@ def test_constants_are_kept_and_change_nothing():
     with FakeTensorMode():
         other.normalize(torch.ones(1, 1, 2, 2))
     assert float(other.normalize(torch.ones(1, 1, 2, 2)).max()) == 11.0
+
+
+def test_a_subset_is_given_by_a_number_indices_or_booleans() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 32, 32)
+    whole = ImageSet(images.clone(), torch.arange(5), CIFAR)
+    odd = torch.arange(5) % 2 == 1
+    for which, wanted in (
+        (3, [0, 1, 2]),
+        (range(1, 4), [1, 2, 3]),
+        ([4, 0, -1], [4, 0, 4]),
+        (np.array([2, 2]), [2, 2]),
+        (odd, [1, 3]),
+        (odd.nonzero(), [1, 3]),
+        (odd.tolist(), [1, 3]),
+        ([], []),
+    ):
+        part = whole.subset(which)
+        assert part.labels is not None and part.labels.tolist() == wanted
+        assert part.images[:, 0, 0, 0].tolist() == wanted
+
+
+@each(
+    ('which', 'message'),
+    [
+        ([0, 5], 'index 5 of 5 images: give 0 to 4'),
+        ([-6], 'index -6 of 5'),
+        (torch.tensor([0.5]), 'a subset by a Tensor'),
+        ([True, False], '5 booleans'),
+        ('first', 'a subset by a str'),
+        (None, 'a subset by a NoneType'),
+    ],
+)
+def test_a_subset_that_is_none_is_told(which: object, message: str) -> None:
+    whole = ImageSet(torch.zeros(5, 3, 32, 32).byte(), torch.arange(5), CIFAR)
+    with pytest.raises(DFKDError, match=message):
+        whole.subset(which)  # type: ignore[arg-type]

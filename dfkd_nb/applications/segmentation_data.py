@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..toolbox.core import load_tensors, progress, save_tensors
-from ..toolbox.data import ImageSource
+from ..toolbox.data import ImageSource, subset_indices
 from ..toolbox.datasets import data_root
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
@@ -148,11 +148,9 @@ class SegmentationSet(ImageSource):
         "The same scenes on another device."
         return SegmentationSet(self.images.to(device), self.masks.to(device), self.domain)
 
-    def subset(self, which: int | Tensor) -> 'SegmentationSet':
-        "The first `which` scenes, or those at the given indices."
-        images, masks = self.fetch_labelled(
-            torch.arange(len(self))[:which] if isinstance(which, int) else which.cpu()
-        )
+    def subset(self, which: int | Tensor | Sequence[int]) -> 'SegmentationSet':
+        "The first `which` scenes, or those at the given indices, see `subset_indices`."
+        images, masks = self.fetch_labelled(subset_indices(which, len(self)))
         return SegmentationSet(images, masks, self.domain)
 
     def save(self, path: str | Path) -> None:
