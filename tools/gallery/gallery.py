@@ -1,7 +1,8 @@
-"""The runs of the gallery: networks that nobody here trained, through the commands of `dfkd`.
+"""The runs of the gallery: networks that nobody here trained, by the commands of `dfkd`.
 
+    python tools/gallery/gallery.py files --files FILES
     python tools/gallery/gallery.py run resnet8 --files FILES --out RUNS
-    python tools/gallery/gallery.py publish resnet8 --files FILES --out RUNS --results results
+    python tools/gallery/gallery.py publish resnet8 --files FILES --out RUNS
 
 FILES holds what the networks in gallery.toml name: weights, and test images; `files` writes
 those that are made here. A run that was interrupted goes on.
@@ -11,14 +12,13 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-IMAGES = 100  # synthetic images of a network
+IMAGES = 40  # synthetic images of a network
 
 
 def networks() -> dict[str, dict[str, Any]]:
@@ -34,7 +34,7 @@ def commands(name: str) -> dict[str, list[str]]:
         common += ['--test', about['test']]
     if about.get('statistics'):
         common += ['--statistics', about['statistics']]
-    for setting in about.get('settings', ()):
+    for setting in about.get('settings', ('held_out=20',)):
         common += ['--set', setting]
     images = str(about.get('images', IMAGES))
     found = {'8bit': ['quantize', *common, '--images', images]}
@@ -47,14 +47,16 @@ def commands(name: str) -> dict[str, list[str]]:
 
 def run(name: str, files: Path, out: Path) -> None:
     "All commands of a network that have no result yet, one after the other."
+    from dfkd_nb.lab.commands import main
+
     for what, words in commands(name).items():
         folder = out / f'gallery-{name}-{what}'
         if (folder / 'result.json').is_file():
             continue
-        line = [sys.executable, '-m', 'dfkd_nb.lab.commands', *words]
-        line += ['--out', os.path.relpath(folder, files), '--resume', '--device', 'cpu']
-        print('dfkd', *words, flush=True)
-        subprocess.run(line, cwd=files, check=False)
+        line = [*words, '--out', os.path.relpath(folder, files), '--resume']
+        print('dfkd', *line, flush=True)
+        os.chdir(files)
+        main([*line, '--device', 'cpu'])
 
 
 def judge(name: str, files: Path, out: Path) -> dict[str, float]:
@@ -111,6 +113,7 @@ def publish(name: str, files: Path, out: Path, results: Path) -> None:
 
 def make_files(files: Path) -> None:
     "What needs no download: class names, digits of scikit-learn, CIFAR-10 and ImageNet."
+    import pyarrow.parquet as pq
     import torch
 
     from dfkd_nb.toolbox.data import ImageSet
@@ -140,7 +143,7 @@ def make_files(files: Path) -> None:
         ImageSet(shown, labels, outer).to_folder(files / f'digits-{size}')
 
 
-def main() -> None:
+def command_line() -> None:
     "The command line."
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('what', choices=('files', 'run', 'publish'))
@@ -161,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    command_line()

@@ -1,7 +1,7 @@
-"""Networks of the gallery that no library builds: the code that a user has beside a file of weights.
+"""Networks of the gallery that no library builds: the code that goes with files of weights.
 
-`dfkd ... --model 'networks.py:ResNet8' --checkpoint mlperf_tiny_resnet8.safetensors` reads this
-file. Names of layers are those in the files of weights.
+`dfkd ... --model 'networks.py:ResNet8' --checkpoint mlperf_tiny_resnet8.safetensors` reads
+this file. Names of layers are those in the files of weights.
 """
 
 import torch
