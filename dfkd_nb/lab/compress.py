@@ -97,6 +97,11 @@ def compress_run(
     PACKAGES[arguments.task]()
     device, typed = process_device(arguments.device), set_values(arguments)
     teacher = own_teacher(arguments)
+    if teacher.domain.is_signal:
+        raise DFKDError(
+            f'dfkd {arguments.task} is for networks of images, and these are signals: use'
+            ' dfkd distill, or dfkd invert'
+        )
     spec = arguments.model or arguments.teacher
     arguments.student = f'{spec}, {arguments.what}'
     size = preset_size(teacher.domain.shape)

@@ -37,7 +37,10 @@ def commands(name: str) -> dict[str, list[str]]:
     for setting in about.get('settings', ('held_out=20',)):
         common += ['--set', setting]
     images = str(about.get('images', IMAGES))
-    found = {'8bit': ['quantize', *common, '--images', images]}
+    found = {}
+    # signals have no quantisation; some networks have runs of recipes
+    if '--length' not in common and 'bits_result' not in about:
+        found['8bit'] = ['quantize', *common, '--images', images]
     if about.get('student'):
         found['student'] = ['distill', *common, *about['student']]
     if about.get('prune'):
@@ -45,13 +48,13 @@ def commands(name: str) -> dict[str, list[str]]:
     return found
 
 
-def run(name: str, files: Path, out: Path) -> None:
+def run(name: str, files: Path, out: Path, only: str = '') -> None:
     "All commands of a network that have no result yet, one after the other."
     from dfkd_nb.lab.commands import main
 
     for what, words in commands(name).items():
         folder = out / f'gallery-{name}-{what}'
-        if (folder / 'result.json').is_file():
+        if (folder / 'result.json').is_file() or only not in ('', what):
             continue
         line = [*words, '--out', os.path.relpath(folder, files), '--resume']
         print('dfkd', *line, flush=True)
@@ -59,33 +62,78 @@ def run(name: str, files: Path, out: Path) -> None:
         main([*line, '--device', 'cpu'])
 
 
-def judge(name: str, files: Path, out: Path) -> dict[str, float]:
-    "The share of a network's images that each of its judges gives their target class."
-    import torch
+NEAR = 2  # pitches of CREPE, 20 cents each: nearer than half a semitone
 
+
+def opened(name: str) -> Any:
+    "A network of the gallery; the working directory holds its files."
     from dfkd_nb.lab.arguments import add_network_options
     from dfkd_nb.lab.network_options import own_teacher
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--teacher', default='')
+    add_network_options(parser)
+    return own_teacher(parser.parse_args(networks()[name]['network']))
+
+
+def judge(name: str, files: Path, out: Path) -> dict[str, float]:
+    "Size of a network, and the share of its images that each judge gives their target class."
+    import torch
+
     from dfkd_nb.toolbox.data import ImageSet
     from dfkd_nb.toolbox.domains import resize_images
+    from dfkd_nb.toolbox.models import count_parameters
 
     torch.set_num_threads(1)
-    images = ImageSet.load(out / f'gallery-{name}-8bit' / 'images.safetensors')
+    first = next(iter(commands(name)))
+    images = ImageSet.load(out / f'gallery-{name}-{first}' / 'images.safetensors')
     os.chdir(files)
-    found = {}
-    for other in networks()[name].get('judges', ()):
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--teacher', default='')
-        add_network_options(parser)
-        teacher = own_teacher(parser.parse_args(networks()[other]['network']))
+    own = opened(name)
+    found = {'classes': own.domain.num_classes, 'teacher_parameters': count_parameters(own)}
+    judges = networks()[name].get('judges', ())
+    signals = own.domain.is_signal
+    for other in (name, *judges) if signals else judges:
+        teacher = own if other == name else opened(other)
         shown = images.images
-        if not teacher.domain.is_signal:
+        if not signals:
             if shown.shape[1] > teacher.domain.channels:
                 shown = shown.float().mean(1, keepdim=True).round().to(torch.uint8)
             shown = resize_images(shown, teacher.domain, as_bytes=True)
         assert images.labels is not None
-        right = teacher.predict(shown).argmax(1).eq(images.labels).float().mean()
-        found[f'recognition_by_{other}'] = float(right)
+        off = (teacher.predict(shown).argmax(1) - images.labels).abs()
+        found[f'recognition_by_{other}'] = float((off == 0).float().mean())
+        if signals:
+            found[f'near_recognition_by_{other}'] = float((off <= NEAR).float().mean())
     return found
+
+
+def picture(folder: Path, target: Path) -> None:
+    "The first images of a run, one of each class: dreams.png, .jpg, or .csv for signals."
+    import io
+
+    from PIL import Image
+
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.figures import tile
+    from dfkd_nb.toolbox.formats import encode_png
+
+    images = ImageSet.load(folder / 'images.safetensors')
+    if images.domain.is_signal:
+        assert images.labels is not None
+        order = images.labels.argsort(stable=True)[:: max(1, len(images) // 8)][:8]
+        header = ','.join(images.domain.classes[int(k)] for k in images.labels[order])
+        samples = images.images[order, 0].T.tolist()
+        rows = [','.join(f'{v:.3f}' for v in row) for row in samples]
+        (target / 'dreams.csv').write_text('\n'.join([header, *rows]) + '\n')
+        return
+    large = images.domain.size[0] > 64
+    content = encode_png(tile(images.images[: 8 if large else 10]))
+    if not large:
+        (target / 'dreams.png').write_bytes(content)
+        return
+    row = Image.open(io.BytesIO(content))
+    row = row.resize((row.width // 2, row.height // 2), Image.Resampling.LANCZOS)
+    row.save(target / 'dreams.jpg', quality=85)
 
 
 def publish(name: str, files: Path, out: Path, results: Path) -> None:
@@ -103,8 +151,9 @@ def publish(name: str, files: Path, out: Path, results: Path) -> None:
         path = target / 'result.json'
         result = json.loads(path.read_text(encoding='utf-8'))
         result['recipe'] = source.name
-        if what == '8bit':
+        if what == next(iter(commands(name))):
             result['numbers'] |= judge(name, files, out)
+            picture(source, target)
         path.write_text(
             json.dumps(result, indent=1, ensure_ascii=False) + '\n', encoding='utf-8'
         )
@@ -125,10 +174,19 @@ def make_files(files: Path) -> None:
     (files / 'cifar10.txt').write_text(names + '\n', encoding='utf-8')
     data = Path(os.environ['DFKD_DATA'])
     shutil.copyfile(data / 'cifar10/test.parquet', files / 'cifar10-test.parquet')
-    shutil.copyfile(
-        data / 'imagenet_sample/test.parquet', files / 'imagenet-sample.parquet'
-    )
     shutil.copyfile(HERE / 'networks.py', files / 'networks.py')
+    few = pq.read_table(data / 'cifar10/test.parquet')[:2000]
+    pq.write_table(few, files / 'cifar10-test-2000.parquet')
+    sample = pq.read_table(data / 'imagenet_sample/test.parquet')
+    every_fourth = sample.take([*range(0, len(sample), 4)])
+    pq.write_table(every_fourth, files / 'imagenet-sample-250.parquet')
+    sys.path.insert(0, str(HERE))
+    from networks import tones
+
+    signals, pitches = tones(500)
+    pitch_classes = tuple(map(str, range(360)))
+    domain = Domain('tones', (1, 1024), (0.0,), (1.0,), pitch_classes)
+    ImageSet(signals, pitches, domain).save(files / 'tones.safetensors')
     parts = [load_data('digits', split) for split in ('train', 'test')]
     images = torch.cat([part.images for part in parts])
     labels = torch.cat([part.labels for part in parts])
@@ -148,6 +206,7 @@ def command_line() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('what', choices=('files', 'run', 'publish'))
     parser.add_argument('names', nargs='*', help='networks of gallery.toml (default: all)')
+    parser.add_argument('--only', default='', help="e.g. 8bit: one of a network's runs")
     parser.add_argument('--files', type=Path, required=True, help='weights and test images')
     parser.add_argument('--out', type=Path, default=Path('runs'), help='folder of runs')
     parser.add_argument('--results', type=Path, default=Path('results'))
@@ -158,7 +217,7 @@ def command_line() -> None:
         return
     for name in arguments.names or networks():
         if arguments.what == 'run':
-            run(name, files, out)
+            run(name, files, out, arguments.only)
         else:
             publish(name, files, out, arguments.results.resolve())
 
