@@ -77,7 +77,7 @@ def opened(name: str) -> Any:
 
 
 def judge(name: str, files: Path, out: Path) -> dict[str, float]:
-    "Size of a network, and the share of its images that each judge gives their target class."
+    "Size of a network, and how many of its images each judge gives their target class."
     import torch
 
     from dfkd_nb.toolbox.data import ImageSet
@@ -175,8 +175,8 @@ def make_files(files: Path) -> None:
     data = Path(os.environ['DFKD_DATA'])
     shutil.copyfile(data / 'cifar10/test.parquet', files / 'cifar10-test.parquet')
     shutil.copyfile(HERE / 'networks.py', files / 'networks.py')
-    few = pq.read_table(data / 'cifar10/test.parquet')[:2000]
-    pq.write_table(few, files / 'cifar10-test-2000.parquet')
+    few = pq.read_table(data / 'cifar10/test.parquet')[:500]
+    pq.write_table(few, files / 'cifar10-test-500.parquet')
     sample = pq.read_table(data / 'imagenet_sample/test.parquet')
     every_fourth = sample.take([*range(0, len(sample), 4)])
     pq.write_table(every_fourth, files / 'imagenet-sample-250.parquet')
