@@ -236,3 +236,27 @@ def test_every_published_run_of_the_gallery_has_floor_and_ceiling() -> None:
         if what == '8bit' or name.startswith('crepe'):
             for judge in known[name].get('judges', ()):
                 assert 0 <= numbers[f'recognition_by_{judge}'] <= 1
+
+
+@pytest.mark.parametrize(('size', 'pixels'), [('r', 24), ('o', 48)])
+def test_the_face_networks_return_boxes_and_probabilities(size: str, pixels: int) -> None:
+    network = gallery_module('networks').Faces(size)
+    boxes, probabilities = network(torch.zeros(2, 3, pixels, pixels))
+    assert boxes.shape == (2, 4) and probabilities.sum(1).allclose(torch.ones(2))
+    last = {'r': 'dense5_1.weight', 'o': 'dense6_3.weight'}[size]
+    assert last in network.state_dict()
+
+
+def test_the_note_about_names_shows_one_that_differs(tmp_path: Path) -> None:
+    from dfkd_nb.toolbox.network_specs import load_network
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 3)
+
+    state = Net().state_dict()
+    renamed = {k.replace('last', 'head'): v for k, v in state.items()}
+    torch.save(renamed, tmp_path / 'net.pt')
+    (note,) = load_network(Net(), tmp_path / 'net.pt').notes
+    assert "'head.weight' in the file, 'last.weight' in the network" in note

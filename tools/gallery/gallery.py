@@ -172,6 +172,7 @@ def make_files(files: Path) -> None:
     files.mkdir(parents=True, exist_ok=True)
     names = '\n'.join(DOMAINS['cifar10'].classes)
     (files / 'cifar10.txt').write_text(names + '\n', encoding='utf-8')
+    (files / 'faces.txt').write_text('something else\nface\n', encoding='utf-8')
     data = Path(os.environ['DFKD_DATA'])
     shutil.copyfile(data / 'cifar10/test.parquet', files / 'cifar10-test.parquet')
     shutil.copyfile(HERE / 'networks.py', files / 'networks.py')
@@ -212,6 +213,7 @@ def command_line() -> None:
     parser.add_argument('--results', type=Path, default=Path('results'))
     arguments = parser.parse_args()
     files, out = arguments.files.resolve(), arguments.out.resolve()
+    results = arguments.results.resolve()  # runs change the working directory
     if arguments.what == 'files':
         make_files(files)
         return
@@ -219,7 +221,7 @@ def command_line() -> None:
         if arguments.what == 'run':
             run(name, files, out, arguments.only)
         else:
-            publish(name, files, out, arguments.results.resolve())
+            publish(name, files, out, results)
 
 
 if __name__ == '__main__':

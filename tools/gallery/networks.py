@@ -92,6 +92,39 @@ class Crepe(nn.Module):
         return self.classifier(x.permute(0, 2, 1, 3).flatten(1))
 
 
+class Faces(nn.Module):
+    """A network of MTCNN that tells faces from other things: 24 pixels ('r') or 48 ('o').
+
+    Like its authors' code it returns the corrections of a box, and the two probabilities.
+    """
+
+    def __init__(self, size: str = 'r') -> None:
+        super().__init__()
+        kernels = {'r': (3, 3, 2), 'o': (3, 3, 3, 2)}[size]
+        widths = {'r': (3, 28, 48, 64), 'o': (3, 32, 64, 64, 128)}[size]
+        inner, last = {'r': (128, 4), 'o': (256, 5)}[size]
+        self.count = len(kernels)
+        for i, kernel in enumerate(kernels):
+            convolution = nn.Conv2d(widths[i], widths[i + 1], kernel)
+            self.add_module(f'conv{i + 1}', convolution)
+            self.add_module(f'prelu{i + 1}', nn.PReLU(widths[i + 1]))
+        self.last = last
+        self.add_module(f'dense{last}', nn.Linear(9 * widths[-1], inner))
+        self.add_module(f'prelu{last}', nn.PReLU(inner))
+        for i, outputs in enumerate((2, 4) if size == 'r' else (2, 4, 10), 1):
+            self.add_module(f'dense{last + 1}_{i}', nn.Linear(inner, outputs))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # `(N, 3, H, W)`
+        for i in range(1, self.count + 1):
+            x = getattr(self, f'prelu{i}')(getattr(self, f'conv{i}')(x))
+            if i < self.count:
+                x = F.max_pool2d(x, 3 if i < 3 else 2, 2, ceil_mode=True)
+        x = x.permute(0, 3, 2, 1).flatten(1)
+        x = getattr(self, f'prelu{self.last}')(getattr(self, f'dense{self.last}')(x))
+        scores, boxes = (getattr(self, f'dense{self.last + 1}_{i}')(x) for i in (1, 2))
+        return boxes, scores.softmax(1)
+
+
 def pitch(cls: Tensor) -> Tensor:
     "The frequency of a class of CREPE, Hz."
     return 10 * 2 ** ((20 * cls + 1997.3794084376191) / 1200)
