@@ -76,7 +76,7 @@ def opened(name: str) -> Any:
     return own_teacher(parser.parse_args(networks()[name]['network']))
 
 
-def judge(name: str, files: Path, out: Path) -> dict[str, float]:
+def judge(name: str, files: Path, out: Path) -> dict[str, Any]:
     "Size of a network, and how many of its images each judge gives their target class."
     import torch
 
@@ -89,7 +89,10 @@ def judge(name: str, files: Path, out: Path) -> dict[str, float]:
     images = ImageSet.load(out / f'gallery-{name}-{first}' / 'images.safetensors')
     os.chdir(files)
     own = opened(name)
-    found = {'classes': own.domain.num_classes, 'teacher_parameters': count_parameters(own)}
+    found: dict[str, Any] = {
+        'classes': own.domain.num_classes,
+        'teacher_parameters': count_parameters(own),
+    }
     judges = networks()[name].get('judges', ())
     signals = own.domain.is_signal
     for other in (name, *judges) if signals else judges:
@@ -102,6 +105,10 @@ def judge(name: str, files: Path, out: Path) -> dict[str, float]:
         assert images.labels is not None
         off = (teacher.predict(shown).argmax(1) - images.labels).abs()
         found[f'recognition_by_{other}'] = float((off == 0).float().mean())
+        if own.domain.num_classes <= 10:  # images of each class, and how many of them
+            right = images.labels[off == 0].bincount(minlength=own.domain.num_classes)
+            found[f'recognised_by_{other}'] = right.tolist()
+            found['of_class'] = images.labels.bincount().tolist()
         if signals:
             found[f'near_recognition_by_{other}'] = float((off <= NEAR).float().mean())
     return found
