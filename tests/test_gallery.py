@@ -173,15 +173,15 @@ def test_networks_of_the_user_get_relative_statistics() -> None:
     assert inversion_settings(arguments, 32).feature_scale == 'absolute'
 
 
-@pytest.mark.parametrize(('size', 'stride', 'before'), [(8, 2, 0), (7, 2, 1), (8, 1, 1)])
-def test_tensorflows_padding(size: int, stride: int, before: int) -> None:
-    "Of an odd number of missing pixels the larger half comes after."
-    layer = gallery_module('networks').SameConv2d(1, 1, 3, stride)
-    x = torch.arange(float(size * size)).view(1, 1, size, size)
-    padded = F.pad(x, (before, 1, before, 1))
-    expected = F.conv2d(padded, layer.weight, layer.bias, stride)
-    assert layer(x).shape[-1] == -(-size // stride)
-    assert torch.equal(layer(x), expected)
+def test_tensorflows_padding() -> None:
+    "Of one missing pixel all is after: the first window begins at the first pixel."
+    network = gallery_module('networks')
+    x = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    ones = torch.ones(1, 1, 3, 3)
+    found = F.conv2d(network.pad_after(x), ones, stride=2)
+    # sums of rows and columns 0 to 2, and of 2 to 3 with one of zeros
+    expected = [[54.0, 45.0], [72.0, 54.0]]
+    assert found[0, 0].tolist() == expected
 
 
 def test_tones_have_the_pitch_of_their_class() -> None:
@@ -236,6 +236,32 @@ def test_every_published_run_of_the_gallery_has_floor_and_ceiling() -> None:
         if what == '8bit' or name.startswith('crepe'):
             for judge in known[name].get('judges', ()):
                 assert 0 <= numbers[f'recognition_by_{judge}'] <= 1
+
+
+def test_layers_that_stay_in_float_raise_an_alarm(here: Path) -> None:
+    code = """
+from torch import nn
+
+
+class Padded(nn.Conv2d):
+    pass
+
+
+def net(kind='plain'):
+    layer = Padded if kind == 'derived' else nn.Conv2d
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), layer(8, 256, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 3),
+    )
+"""
+    (here / 'mine.py').write_text(code)
+    for kind in ('plain', 'derived'):
+        words = ['quantize', '--model', f"mine.py:net(kind='{kind}')", '--images', '16']
+        words += ['--size', '8', '--channels', '1', '--mean', '0.5', '--std', '0.5', *SET]
+        assert main([*words, '--out', kind, '--device', 'cpu']) == 0
+    assert 'alarm' not in numbers_of(here / 'plain')
+    assert 'stay in float' in numbers_of(here / 'derived')['alarm']
+    assert 'stay in float' in (here / 'derived/report.html').read_text()
 
 
 @pytest.mark.parametrize(('size', 'pixels'), [('r', 24), ('o', 48)])
