@@ -129,7 +129,7 @@ def pitch(cls: Tensor) -> Tensor:
 def tones(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Synthetic tones with harmonics and noise, `(N, 1, 1024)`, and the classes of pitch.
 
-    From C2 to C6 (65 to 1,050 Hz), one to six harmonics of random loudness and phase.
+    From 49 to 778 Hz, one to six harmonics of random loudness and phase.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(38, 278, (count,), generator=generator)
