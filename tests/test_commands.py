@@ -326,7 +326,7 @@ def test_invert_leaves_images_and_a_manifest(own):
 def test_invert_makes_what_the_library_makes(own):
     "Images come back from PNG files and from Parquet as `DeepInversion` made them."
     from dfkd_nb.dreams.inversion import DeepInversion
-    from dfkd_nb.lab.invert_settings import usual_settings
+    from dfkd_nb.lab.invert_settings import FOREIGN, usual_settings
     from dfkd_nb.lab.settings import SynthesisSettings
     from dfkd_nb.lab.tasks.synthesis import build_inversion
     from dfkd_nb.toolbox.datasets import load_data
@@ -335,7 +335,9 @@ def test_invert_makes_what_the_library_makes(own):
 
     domain = Domain('own', (1, 8, 8), (0.3,), (0.4,), tuple('0123456789'))
     settings = SynthesisSettings(
-        **usual_settings(8) | {'synthesis_steps': 5, 'synthesis_batch_size': 2, 'images': 6}
+        **usual_settings(8)
+        | FOREIGN  # for a network of the user's own
+        | {'synthesis_steps': 5, 'synthesis_batch_size': 2, 'images': 6}
     )
     synthesizer = build_inversion(
         settings, Teacher(network(), domain), torch.device('cpu'), 0

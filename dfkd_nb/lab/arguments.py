@@ -129,6 +129,11 @@ _NETWORK_OPTIONS = (
         'height and width of its images, 32 or 48x64 (default: as the network is known for;'
         " 32 for this package's, 224 for others)",
     ),
+    (
+        '--length',
+        'SAMPLES',
+        'samples of a signal, for networks of (channels, samples); instead of --size',
+    ),
     ('--mean', 'R,G,B', 'mean of its normalisation, in units of --range'),
     ('--std', 'R,G,B', 'its standard deviation, in units of --range'),
     (

@@ -27,6 +27,7 @@ from dfkd_nb.lab.distill import (
 )
 from .distill_plan import Costs, measure_costs, planned_seconds
 from .distill_settings import held_out_values
+from .invert_settings import preset_size
 from .network_options import own_teacher
 from .results import Result
 from .tasks.compress import prune_network, quantize_network
@@ -96,9 +97,15 @@ def compress_run(
     PACKAGES[arguments.task]()
     device, typed = process_device(arguments.device), set_values(arguments)
     teacher = own_teacher(arguments)
+    if teacher.domain.is_signal:
+        raise DFKDError(
+            f'dfkd {arguments.task} is for networks of images, and these are signals: use'
+            ' dfkd distill, or dfkd invert'
+        )
     spec = arguments.model or arguments.teacher
     arguments.student = f'{spec}, {arguments.what}'
-    size, matched = teacher.domain.size[0], arguments.statistics != 'none'
+    size = preset_size(teacher.domain.shape)
+    matched = arguments.statistics != 'none'
     method = held_out_values(size, arguments.images, 100, matched)
     without_statistics(method, arguments.statistics, teacher)
     test = open_test(arguments.test, teacher.domain) if arguments.test else None
@@ -157,6 +164,7 @@ def _training(size: int) -> dict[str, Any]:
         'schedule': 'cosine',
         'temperature': 4.0,
         'padding': max(1, size // 8),
+        'augment': bool(size),
     }
 
 
@@ -169,7 +177,7 @@ def compress_plan(
     "What will be done, for how long, with how much memory, and where it goes."
     held_out = settings.held_out, settings.held_out_steps
     values = dict(vars(settings))
-    parts = planned_seconds(values, costs, settings.shape[1], held_out)
+    parts = planned_seconds(values, costs, preset_size(settings.shape), held_out)
     shape = ' x '.join(map(str, settings.shape))
     each = ', '.join(f'{k} {format_hours(v / 3600) or "0 s"}' for k, v in parts.items())
     memory = 1.35 * costs.bytes + 20 * count_parameters(teacher)

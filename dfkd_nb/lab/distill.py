@@ -33,6 +33,7 @@ from dfkd_nb.lab.distill_settings import (
     optimises_pixels,
     with_updates,
 )
+from .invert_settings import preset_size
 from .network_options import own_teacher
 from .recipes import Recipe, find_task, parse_assignment
 from .results import Result
@@ -117,6 +118,8 @@ def open_test(
     place = Path(path)
     if not place.exists():
         raise DFKDError(f'--test {path}: no such folder or file')
+    if domain.is_signal:
+        return _open_signals(place, domain)
     try:
         found: Any = load_data(f'folder:{path}', domain=domain)
     except DFKDError as error:
@@ -130,6 +133,19 @@ def open_test(
     # a teacher whose classes have no names: the order of the files is its order
     found.domain = dataclasses.replace(found.domain, classes=domain.classes)
     return found
+
+
+def _open_signals(place: Path, domain: Domain) -> ImageSet:
+    "Signals that `ImageSet.save` wrote; labels by number."
+    if place.suffix != '.safetensors':
+        raise DFKDError(f'--test {place}: give signals as ImageSet.save writes them')
+    found = ImageSet.load(place)
+    if found.domain.shape != domain.shape or found.labels is None:
+        raise DFKDError(
+            f'--test {place} has {"no labels and " * (found.labels is None)}shape'
+            f' {found.domain.shape}: give labelled signals of shape {domain.shape}'
+        )
+    return ImageSet(found.images, found.labels, domain)
 
 
 def _check_classes(
@@ -453,7 +469,8 @@ def prepare(
     method_values(arguments.method, 32)
     teacher = own_teacher(arguments)
     foreign = bool(arguments.model)
-    method = method_values(arguments.method, teacher.domain.size[0], foreign)
+    size = preset_size(teacher.domain.shape)
+    method = method_values(arguments.method, size, foreign)
     if method.get('feature_weight') or arguments.statistics == 'none':
         method = without_statistics(method, arguments.statistics, teacher)
     test = open_test(arguments.test, teacher.domain) if arguments.test else None
@@ -473,7 +490,7 @@ def prepare(
             device,
         )
         if arguments.minutes:
-            size, count = teacher.domain.size[0], typed.get('held_out', 64)
+            count = typed.get('held_out', 64)
             fitted, held_out_steps = fit_to_minutes(
                 method, arguments.minutes, costs, size, count, arguments.images
             )

@@ -29,6 +29,7 @@ from dfkd_nb.lab.distill_settings import (
     held_out_values,
     with_updates,
 )
+from .invert_settings import preset_size
 from .tasks.distill import distill_trainer, held_out_settings
 from .tasks.synthesis import build_inversion
 from ..toolbox.core import resolve_precision, seeded
@@ -156,7 +157,11 @@ def _fill(trainer: AlternatingTrainer, images: int) -> None:
     if trainer.pool is None or len(trainer.pool):
         return
     domain = trainer.synthesizer.domain
-    noise = torch.randint(256, (images, *domain.shape), dtype=torch.uint8)
+    shape = images, *domain.shape
+    if domain.is_signal:
+        noise = domain.denormalize(torch.randn(shape))
+    else:
+        noise = torch.randint(256, shape, dtype=torch.uint8)
     trainer.pool.add(noise, torch.arange(images) % domain.num_classes)
 
 
@@ -242,7 +247,7 @@ def plan_text(
     "What will be done, for how long, with how much memory, and where it goes."
     held_out = settings.held_out, settings.held_out_steps
     values = dataclasses.asdict(settings)
-    parts = planned_seconds(values, costs, settings.shape[1], held_out)
+    parts = planned_seconds(values, costs, preset_size(settings.shape), held_out)
     total = sum(parts.values())
     shape = ' x '.join(map(str, settings.shape))
     each = ', '.join(f'{k} {format_hours(v / 3600) or "0 s"}' for k, v in parts.items())
@@ -323,5 +328,6 @@ def peak_bytes(
         made = settings.rounds * settings.synthesis_batch_size
         pools = {'none': 0, 'replay': min(made, settings.pool_size)}
         images = pools.get(settings.pool, made)
-    pixels = settings.shape[0] * settings.shape[1] * settings.shape[2]
-    return MEMORY_OVERHEAD * costs.bytes + 4 * parameters + images * pixels
+    # an image is a byte a pixel, a signal four a sample
+    bytes_each = math.prod(settings.shape) * (1 if len(settings.shape) == 3 else 4)
+    return MEMORY_OVERHEAD * costs.bytes + 4 * parameters + images * bytes_each

@@ -21,6 +21,7 @@ from PIL import Image
 from ..foundations.method_tables import method_head
 from .cards import LIMITS
 from .observations import encode_figure
+from .tasks.common import waveforms
 from ..toolbox.core import atomic_path
 from ..toolbox.data import ImageSet
 from ..toolbox.evaluation import wilson_interval
@@ -118,7 +119,9 @@ def dreams_in_html(
     images: ImageSet,  # labelled; the first are shown
     count: int = 40,  # of them
 ) -> str:  # HTML
-    "Images with the names of their classes."
+    "Images with the names of their classes; signals as one picture of waveforms."
+    if images.domain.is_signal:
+        return image_tag(encode_figure(waveforms(images, min(count, 16))), 'waveforms')
     first = images.subset(count if images.domain.size[0] <= 64 else min(count, 12))
     assert first.labels is not None
     found = []

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['REQUEST', 'DreamFolder', 'read_json', 'unfinished_images', 'check_same_request', 'open_dreams', 'remove_files',
-           'save_batch', 'finish_folder', 'draw_grid']
+           'output_format', 'encode_npy', 'save_batch', 'finish_folder', 'draw_grid']
 
 # %% ../../nbs/lab/dream_folder.ipynb #c99a589c
 import csv
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,6 +196,37 @@ def remove_files(
             path.unlink()
 
 # %% ../../nbs/lab/dream_folder.ipynb #7934737e
+def output_format(
+    asked: str,  # of `--format`; '' for the usual one
+    grid: int,  # of `--grid`
+    domain: Domain,  # of the images
+) -> str:  # 'png', 'parquet' or 'npy'
+    """PNG for images, a NumPy array a file for signals.
+
+    Raises: `DFKDError` for signals in a format of pictures, and images in one of arrays.
+    """
+    if not domain.is_signal:
+        if asked == 'npy':
+            raise DFKDError(
+                '--format npy is for signals: use png, then `dfkd images` for arrays'
+            )
+        return asked or 'png'
+    if asked not in ('', 'npy'):
+        raise DFKDError(f'--format {asked}: signals are no pictures: use npy')
+    if grid:
+        raise DFKDError('--grid: signals are no pictures: leave it out')
+    return 'npy'
+
+
+def encode_npy(
+    signal: Tensor,  # float32 `(C, L)`
+) -> bytes:  # of a .npy file
+    "A signal as NumPy saves it, in its own units."
+    buffer = io.BytesIO()
+    np.save(buffer, signal.cpu().numpy())
+    return buffer.getvalue()
+
+
 def save_batch(
     dreams: DreamFolder,  # where to
     batch: int,  # its number
@@ -204,11 +237,13 @@ def save_batch(
     "Save the images of a finished batch, then the lines about them."
     assert images.labels is not None
     lines = []
-    encoded = [encode_png(image) for image in images.images]
+    kind = dreams.request['format']
+    encode = encode_png if kind != 'npy' else encode_npy
+    encoded = [encode(image) for image in images.images]
     labels = images.labels.tolist()
     for i, label in enumerate(labels):
-        name = f'{label:04}/{first + i:05}.png'
-        if dreams.request['format'] == 'png':
+        name = f'{label:04}/{first + i:05}.{"npy" if kind == "npy" else "png"}'
+        if kind != 'parquet':
             with atomic_path(dreams.folder / name) as path:
                 path.write_bytes(encoded[i])
         predicted = int(probabilities[i].argmax())
@@ -222,7 +257,7 @@ def save_batch(
                 'predicted_name': dreams.classes[predicted],
             }
         )
-    if dreams.request['format'] == 'parquet':
+    if kind == 'parquet':
         import pyarrow.parquet as pq
 
         files = [line['file'] for line in lines]

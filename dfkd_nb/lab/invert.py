@@ -35,6 +35,7 @@ from dfkd_nb.lab.dream_folder import (
     DreamFolder,
     finish_folder,
     open_dreams,
+    output_format,
     read_json,
     save_batch,
     unfinished_images,
@@ -43,6 +44,7 @@ from dfkd_nb.lab.invert_settings import (
     REAL_DATA_SETTINGS,
     chosen_classes,
     inversion_settings,
+    preset_size,
 )
 from .network_options import own_teacher
 from .reproducibility import deterministic, environment
@@ -239,7 +241,10 @@ def request_of(
     teacher: Teacher,  # on its device
 ) -> dict[str, Any]:  # plain values
     "All that decides the images' bits, except the number of threads."
-    domain, settings = teacher.domain, inversion_settings(arguments, teacher.domain.size[0])
+    domain, settings = (
+        teacher.domain,
+        inversion_settings(arguments, preset_size(teacher.domain.shape)),
+    )
     if arguments.memory:
         synthesizer = build_inversion(settings, teacher, teacher.device, arguments.seed)
         most = max_batch_size(synthesizer, arguments.memory)
@@ -262,7 +267,7 @@ def request_of(
         'std': list(domain.std),
         'targets': targets,
         'seed': arguments.seed,
-        'format': arguments.format,
+        'format': output_format(arguments.format, arguments.grid, domain),
         'device': teacher.device.type,
         'memory': arguments.memory,
         'settings': {
@@ -296,9 +301,12 @@ def add_arguments(
     add('--out', required=True, metavar='DIR', help='folder for the images')
     add(
         '--format',
-        choices=('png', 'parquet'),
-        default='png',
-        help='PNG files in a folder for each class (default), or one Parquet file',
+        choices=('png', 'parquet', 'npy'),
+        default='',
+        help=(
+            'PNG files in a folder for each class (default), or one Parquet file; npy for'
+            ' signals'
+        ),
     )
     add(
         '--grid',

@@ -105,7 +105,7 @@ def check_network_options(
 
 _OPTIONS = (
     'model checkpoint checkpoint_prefix pretrained num_classes class_names channels size'
-    ' mean std range output outputs'
+    ' length mean std range output outputs'
 ).split()
 
 
@@ -156,6 +156,8 @@ def own_domain(
 
     Raises: `DFKDError` for a mean or standard deviation that is no list of numbers.
     """
+    if arguments.length:
+        return _signal_domain(arguments, found)
     default = found.domain or usual_domain(arguments.model, found.model)
     size = image_size(arguments.size) if arguments.size else default.size
     count = _channels(arguments)
@@ -183,6 +185,26 @@ def own_domain(
     if found.domain is None:
         name = 'own'
     return Domain.from_values(shape, classes, mean, std, (black, white), name)
+
+
+def _signal_domain(arguments: argparse.Namespace, found: LoadedNetwork) -> Domain:
+    "Signals of `--length` samples, taken as they are unless mean and std say otherwise."
+    if arguments.size or arguments.range:
+        option = '--size' if arguments.size else '--range'
+        raise DFKDError(
+            f'--length and {option}: signals have a length and no range of values: leave'
+            f' {option} out'
+        )
+    channels = _channels(arguments) or 1
+    shape = channels, whole_number(arguments.length, '--length')
+    numbers: dict[str, tuple[float, ...]] = {}
+    for option, default in (('mean', 0.0), ('std', 1.0)):
+        text = getattr(arguments, option)
+        given = parse_numbers(text, f'--{option}') if text else (default,)
+        numbers[option] = given * channels if len(given) == 1 else given
+    names = _class_names(arguments)
+    classes = names or _own_classes(found, shape, _class_count(arguments))
+    return Domain('own', shape, numbers['mean'], numbers['std'], classes)
 
 
 def usual_domain(
@@ -237,7 +259,7 @@ def _channels(arguments: argparse.Namespace) -> int | None:
     for option in ('mean', 'std'):
         if text := getattr(arguments, option):
             return len(parse_numbers(text, f'--{option}'))
-    return None
+    return 1 if arguments.length else None
 
 
 def _class_count(arguments: argparse.Namespace) -> int | None:
@@ -265,6 +287,8 @@ def assumed_imagenet_defaults(
 ) -> str:  # '' where nothing was assumed
     "A warning that names ImageNet's numbers where a network's own were not given."
     known = ('torchvision:', 'timm:', 'hf:', 'efficientnet-lite')
+    if arguments.length:
+        return ''  # signals have no usual numbers
     if arguments.pretrained or arguments.model.startswith(known) or domain is None:
         return ''
     options = {'--mean': arguments.mean, '--std': arguments.std, '--size': arguments.size}

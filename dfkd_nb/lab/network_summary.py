@@ -12,6 +12,7 @@ from torch import nn
 
 from ..applications.export import network_cost
 from ..dreams.layers import batchnorm_layers
+from ..toolbox.domains import Domain
 from ..toolbox.models import count_parameters
 from ..toolbox.networks import trial_logits, why_no_hooks
 from ..toolbox.teachers import Teacher
@@ -33,8 +34,8 @@ def network_summary(
     operations = network_cost(teacher.model, domain, 0.0).flops / 2
     size = f'{count_parameters(teacher):,} parameters, {operations / 1e6:,.3g} million'
     lines = {
-        'network': f'{teacher.name}: {size} multiplications an image',
-        'images': (
+        'network': f'{teacher.name}: {size} multiplications {_one(domain)}',
+        'signals' if domain.is_signal else 'images': (
             f'{" x ".join(map(str, domain.shape))}, mean {numbers[0]}, std {numbers[1]}'
         ),
         'classes': f'{domain.num_classes}: {_some(domain.classes)}',
@@ -42,6 +43,10 @@ def network_summary(
         'answers': _answers(teacher),
     }
     return '\n'.join(f'{name + ":":<12}{text}' for name, text in lines.items())
+
+
+def _one(domain: Domain) -> str:
+    return 'a signal' if domain.is_signal else 'an image'
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -64,13 +69,14 @@ def _statistics(model: nn.Module) -> str:
 
 
 def _answers(teacher: Teacher) -> str:
-    "The class of a black image and of random noise."
+    "The class of a black image, or a signal of zeros, and of random noise."
     logits = trial_logits(teacher.model, teacher.domain)
     if logits.ndim != 2:
         return f'at each of {" x ".join(map(str, logits.shape[2:]))} places'
     found = logits.softmax(1).max(1)
+    first = 'zeros' if teacher.domain.is_signal else 'a black image'
     parts = [
         f"{what} '{teacher.domain.classes[int(label)]}' ({100 * float(p):.0f} %)"
-        for what, p, label in zip(('a black image', 'random noise'), *found)
+        for what, p, label in zip((first, 'random noise'), *found)
     ]
     return ', '.join(parts)

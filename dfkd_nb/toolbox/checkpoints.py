@@ -455,8 +455,10 @@ def _names_in_order(
             ' --checkpoint-prefix'
         )
     group = next(iter(fits))
+    pairs = list(zip(group, needed))
+    file, name = next((p for p in pairs if not p[0].endswith(p[1])), pairs[0])
     notes.append(
-        f"names differ ('{group[0]}' in the file, '{needed[0]}' in the network):"
+        f"names differ ('{file}' in the file, '{name}' in the network):"
         f' {len(needed)} tensors matched by their order, which agrees in all shapes; check'
         ' the network on a few images'
     )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_teacher', 'real_images', 'run_images', 'training_arguments', 'run_distiller', 'with_compile', 'compile_notice',
            'StudentTraining', 'train_student', 'fresh_student', 'student_metrics', 'describe_images',
-           'coverage_metrics', 'save_picture']
+           'coverage_metrics', 'save_picture', 'waveforms']
 
 # %% ../../../nbs/lab/tasks/common.ipynb #d4bb4a2b
 import dataclasses
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 from ...dreams.layers import batchnorm_layers
 from ...dreams.statistics import Statistics, Watch, feature_loss
@@ -163,7 +164,7 @@ def compile_notice(
     compiled: bool,  # whether its steps are
     device: torch.device,  # where
 ) -> str:  # one line for the reader
-    "What was decided where a recipe says `compile = \"auto\"`."
+    'What was decided where a recipe says `compile = "auto"`.'
     from_ = PAYS_FROM.get(device.type)
     rule = f'from {from_} on' if from_ else f'never, on {device.type}'
     how = 'compiled' if compiled else 'not compiled'
@@ -415,6 +416,10 @@ def save_picture(
     from PIL import Image
 
     first = images.subset(count)
+    if images.domain.is_signal:
+        with atomic_path(folder / 'images.png') as temporary:
+            waveforms(first).savefig(temporary, format='png', dpi=100)
+        return
     if max(images.domain.size) > 64:
         return _save_large(folder / 'images.jpg', first.images)
     names = (
@@ -431,6 +436,24 @@ def save_picture(
                 few = picture.convert('RGB').quantize(256)
             few.save(temporary, 'PNG', optimize=True)
     plt.close(figure)
+
+
+def waveforms(
+    signals: ImageSet,  # the first are drawn, one above the other
+    count: int = 16,  # of them
+) -> Figure:
+    "Waveforms of signals, their first channel, with the names of their classes."
+    first = signals.subset(count)
+    figure = Figure(figsize=(8, 0.5 * len(first) + 0.5), layout='constrained')
+    rows = figure.subplots(len(first), 1, sharex=True, squeeze=False)[:, 0]
+    for number, (axis, signal) in enumerate(zip(rows, first.images.cpu())):
+        axis.plot(signal[0], lw=0.7)
+        axis.set_yticks([])
+        if first.labels is not None:
+            name = signals.domain.classes[int(first.labels[number])]
+            axis.set_ylabel(name, rotation=0, ha='right', va='center', fontsize=9)
+    rows[-1].set_xlabel('sample')
+    return figure
 
 
 def _save_large(path: Path, images: torch.Tensor) -> None:

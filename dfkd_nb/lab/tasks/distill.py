@@ -24,6 +24,7 @@ from dfkd_nb.lab.distill_settings import (
     DistillPixelsSettings,
     held_out_values,
 )
+from ..invert_settings import preset_size
 from ..recipes import task
 from ..runs import Run
 from ..settings import SynthesisSettings, check_settings
@@ -95,9 +96,8 @@ def held_out_settings(
 ) -> SynthesisSettings:
     "How the held-out images are made."
     statistics = settings.statistics != 'none'
-    values = held_out_values(
-        settings.shape[1], settings.held_out, settings.held_out_steps, statistics
-    )
+    size, count = preset_size(settings.shape), settings.held_out
+    values = held_out_values(size, count, settings.held_out_steps, statistics)
     return check_settings(SynthesisSettings, values, 'held-out images')
 
 
