@@ -186,6 +186,9 @@ def make_files(files: Path) -> None:
     few = pq.read_table(data / 'cifar10/test.parquet')[:500]
     pq.write_table(few, files / 'cifar10-test-500.parquet')
     sample = pq.read_table(data / 'imagenet_sample/test.parquet')
+    about = json.loads(sample.schema.metadata[b'huggingface'])['info']['features']
+    classes = '\n'.join(about['label']['names'])
+    (files / 'imagenet.txt').write_text(classes + '\n', encoding='utf-8')
     every_fourth = sample.take([*range(0, len(sample), 4)])
     pq.write_table(every_fourth, files / 'imagenet-sample-250.parquet')
     sys.path.insert(0, str(HERE))
