@@ -64,6 +64,11 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         channels, *size = shape
+        if len(size) != 2:
+            raise DFKDError(
+                f'a generator of {tuple(shape)}: it makes images (C, H, W); for signals use'
+                ' a method that optimises the samples, DeepInversion'
+            )
         if min(size) < 4 or min(channels, latent_size, width) < 1:
             raise DFKDError(
                 f'a generator of images {tuple(shape)} from {latent_size} numbers, width'

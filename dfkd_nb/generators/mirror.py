@@ -24,6 +24,8 @@ from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/mirror.ipynb #859e1a38
+#| code-fold: true
+#| code-summary: Source of mirrored_layers
 def mirrored_layers(
     teacher: Teacher,  # with BatchNorm over maps
 ) -> dict[str, tuple[int, int, int]]:  # layer to the shape of its input, `(C, H, W)`
@@ -64,6 +66,8 @@ def mirrored_layers(
     return found
 
 # %% ../../nbs/generators/mirror.ipynb #8f390dc6
+#| code-fold: true
+#| code-summary: Source of MirrorGenerator
 class MirrorGenerator(nn.Module):
     """From latent codes to images through maps of given shapes.
 
