@@ -226,7 +226,7 @@ def share(root: Path, kind: str):
         from dfkd_nb.generators.contrastive import ContrastiveSynthesizer
         from dfkd_nb.generators.generators import Generator
         from dfkd_nb.generators.meta import MetaSynthesizer
-        from dfkd_nb.generators.mirror import MirrorSynthesizer
+        from dfkd_nb.generators.mirror import MirrorSynthesizer, mirror_of
         from dfkd_nb.generators.nayer import NayerSynthesizer
         from dfkd_nb.generators.synthesizer import GeneratorSynthesizer
         from dfkd_nb.toolbox.augmentation import Augment, random_flip
@@ -252,7 +252,7 @@ def share(root: Path, kind: str):
             'fomaml': {'meta_update': 'fomaml'},
             'contrast': {'bank_size': 40, 'negatives': 8, 'head_size': 8},
             'nayer': {'latent_learning_rate': 0.0},
-            'mirror': {'latent_learning_rate': 0.0, 'generator': None},
+            'mirror': {'latent_learning_rate': 0.0},
         }
         with joined_processes():
             count = rank_and_world_size()[1]
@@ -265,6 +265,8 @@ def share(root: Path, kind: str):
                 generator.linear = torch.nn.Sequential(
                     generator.linear, torch.nn.Dropout(0.3)
                 )
+            if kind == 'mirror':
+                generator = mirror_of(teacher, 8)
             settings = {
                 'generator': generator,
                 'steps': 3,
