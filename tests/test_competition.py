@@ -25,6 +25,8 @@ from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import LossInputs
 from dfkd_nb.foundations.distillation import Distiller
 from dfkd_nb.foundations.loop import AlternatingTrainer, GrowingPool
+from dfkd_nb.lab.settings import TransferSettings, check_settings
+from dfkd_nb.lab.tasks.transfer import adaptive_trainer
 from dfkd_nb.toolbox.core import load_checkpoint, save_checkpoint
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.errors import DFKDError
@@ -508,3 +510,18 @@ def test_the_toy_explorer_plays_rounds_and_starts_again():
     assert play.picture.value == play.pictures[0]
     play.again.click()
     assert len(play.toy.rounds) == 1 and len(play.pictures) == 1 and play.look.value == 1
+
+
+@each(('images', 'wanted'), [(4, [0, 2, 5, 7]), (10, list(range(10)))])
+def test_fewer_images_than_classes_are_spread(
+    teacher: Teacher, images: int, wanted: list[int]
+) -> None:
+    "As a recipe with classes = 'spread' says, over all rounds."
+    small = {'teacher': 'run:t', 'student': 'digits-net', 'images': images, 'rounds': 2}
+    small |= {'steps': 2, 'steps_per_round': 1, 'synthesis_steps': 1, 'batch_size': 2}
+    small |= {'half_size_steps': 0, 'jitter': 1, 'synthesis_batch_size': 2}
+    for classes, expected in (('spread', wanted), ('in-turn', list(range(images)))):
+        settings = check_settings(TransferSettings, small | {'classes': classes}, 'here')
+        device = torch.device('cpu')
+        trainer = adaptive_trainer(settings, teacher, network(1), device).run()
+        assert trainer.pool.labels.tolist() == expected

@@ -105,6 +105,8 @@ class AdaptiveDeepInversion(DeepInversion):
         student: nn.Module,  # to compete with, alive: it goes on learning
         *,
         images_per_round: int,  # one batch of the trainer
+        # target classes, `(images,)`, round after round and then again; None: all in turn
+        targets: Tensor | None = None,
         competition_weight: float = 10.0,  # of `competition_loss`; 0: plain DeepInversion
         competition_temperature: float = 3.0,  # in it
         # normalisation that the student expects; None: that of its `Distiller`
@@ -122,6 +124,8 @@ class AdaptiveDeepInversion(DeepInversion):
         super().__init__(teacher, terms=join_terms(competition, terms), **settings)
         self.competitor, self.student_domain = student, student_domain
         self.images_per_round = images_per_round
+        in_turn = torch.arange(self.domain.num_classes)
+        self.round_targets = in_turn if targets is None else targets.cpu()
         self.competition_weight = competition_weight
         self.underway = False  # whether a round's images are being made
         self._asked = 0  # steps of the round, of the process with most batches
@@ -173,8 +177,9 @@ class AdaptiveDeepInversion(DeepInversion):
             self.reweigh(competition=self.competition_weight if competing else 0.0)
         super().begin_round(index, competing)  # noise of its own
         first = index * self.images_per_round
-        classes = torch.arange(first, first + self.images_per_round)
-        self.start(self.images_per_round, classes % self.domain.num_classes)
+        images = torch.arange(first, first + self.images_per_round)
+        targets = self.round_targets[images % len(self.round_targets)]
+        self.start(self.images_per_round, targets)
         self.underway, self._competing = True, competing
         self._asked = 0
 

@@ -34,6 +34,7 @@ from dfkd_nb.lab.tasks.common import (
     with_compile,
 )
 from dfkd_nb.lab.tasks.synthesis import (
+    recipe_classes,
     recipe_images,
     recipe_statistics,
     synthesis_keywords,
@@ -74,7 +75,8 @@ def adaptive_trainer(
 ) -> AlternatingTrainer:  # on a `GrowingPool` that does not save its images
     "Adaptive DeepInversion, as a recipe says; without a competition where its weight is 0."
     settings = with_compile(settings, settings.steps, device)
-    signals, options = teacher.domain.is_signal, {}
+    signals, classes = teacher.domain.is_signal, teacher.domain.num_classes
+    options: dict[str, Any] = {'targets': recipe_classes(settings, classes)}
     if stages := synthesis_keywords(vars(settings), teacher.domain).get('stages'):
         options['stages'] = usable_stages(stages, teacher)
     return build_method(
