@@ -34,7 +34,7 @@ INVERSION_KEYWORDS = {
 
 def inversion_keywords(
     settings: Mapping[str, Any],  # by name, as in `methods.toml`; others are ignored
-    size: tuple[int, int],  # height and width of a finished image
+    size: tuple[int, ...],  # of a finished image, height and width; of a signal, its length
     single: bool = False,  # at full size alone, with `single_size_steps`
 ) -> dict[str, Any]:  # of `DeepInversion`
     "The settings of a recipe that its `DeepInversion` is built with."
@@ -43,12 +43,11 @@ def inversion_keywords(
     }
     if settings.get('terms'):
         found['terms'] = named_terms(settings['terms'])
-    height, width = size
     parts = {4: 'quarter_size_steps', 2: 'half_size_steps', 1: 'synthesis_steps'}
     if single:
         parts = {1: 'single_size_steps'}
     stages = [
-        ((height // part, width // part), settings[name])
+        (tuple(n // part for n in size), settings[name])
         for part, name in parts.items()
         if settings.get(name)
     ]
