@@ -54,10 +54,10 @@ def book_style() -> Iterator[None]:  # enter it around the drawing
         ('font.size', 'axes.titlesize', 'axes.labelsize'), 9
     )
     sizes |= {
-        'xtick.labelsize': 8,
-        'ytick.labelsize': 8,
-        'legend.fontsize': 7.5,
-        'legend.title_fontsize': 7.5,
+        'xtick.labelsize': 8.5,
+        'ytick.labelsize': 8.5,
+        'legend.fontsize': 8.5,
+        'legend.title_fontsize': 8.5,
         'figure.titlesize': 10,
     }
     look = {
@@ -89,6 +89,7 @@ def show_images(
     titles: Iterable[str] | None = None,  # one a picture
     columns: int = 10,  # pictures in a row
     size: float = 0.9,  # inches a picture
+    row_titles: Iterable[str] = (),  # one a row, at its left
 ) -> Any:  # matplotlib's figure
     """A grid of images, without smoothing, on one shared intensity scale.
 
@@ -141,6 +142,17 @@ def show_images(
         )
         if i < len(names):
             axis.set_title(names[i], fontsize=letters, pad=2)
+    for axis, name in zip(axes[:, 0], row_titles):
+        axis.annotate(
+            name,
+            (0, 0.5),
+            (-6, 0),
+            xycoords='axes fraction',
+            textcoords='offset points',
+            ha='right',
+            va='center',
+            fontsize=9,
+        )
     return figure
 
 # %% ../../nbs/toolbox/figures.ipynb #ebdbb608
