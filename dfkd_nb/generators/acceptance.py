@@ -64,6 +64,7 @@ def accepted_of(
 
 # %% ../../nbs/generators/acceptance.ipynb #4b5a1bd6
 #| code-fold: true
+#| code-summary: Source of AcceptedImages
 class AcceptedImages(Synthesizer):
     """Another synthesizer's images, without those that the teacher cannot place.
 

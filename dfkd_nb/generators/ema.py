@@ -19,6 +19,7 @@ from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/ema.ipynb #5930a92f
 #| code-fold: true
+#| code-summary: Source of EmaSynthesizer
 class EmaSynthesizer(GeneratorSynthesizer):
     """A generator, and a slow copy of it that makes a share of the student's images.
 

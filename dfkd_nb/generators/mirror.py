@@ -136,6 +136,7 @@ def restandardised(
 
 # %% ../../nbs/generators/mirror.ipynb #260c8867
 #| code-fold: true
+#| code-summary: Source of MirrorSynthesizer
 class MirrorSynthesizer(NayerSynthesizer):
     """Batches of a generator that mirrors the teacher, aligned with it stage by stage.
 
