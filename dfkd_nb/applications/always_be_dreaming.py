@@ -72,6 +72,8 @@ def abd_losses(
     }
 
 # %% ../../nbs/applications/always_be_dreaming.ipynb #abd00011
+#| code-fold: true
+#| code-summary: "Source of gaussian_divergence, gaussian_term, own_class_term, blur_term"
 def gaussian_divergence(
     mean: Tensor,  # stored, `(C,)`
     variance: Tensor,  # stored, `(C,)`
@@ -134,6 +136,8 @@ def blur_term(
     return term
 
 # %% ../../nbs/applications/always_be_dreaming.ipynb #abd00013
+#| code-fold: true
+#| code-summary: "Source of abd_generator"
 def abd_generator(
     teacher: Teacher,  # the network as it is after a task
     *,
@@ -146,7 +150,7 @@ def abd_generator(
     seed: int = 0,  # of everything random
     **settings: Any,  # of `GeneratorSynthesizer`: batch_size, learning_rate ...
 ) -> GeneratorSynthesizer:  # `synthesize(n)` trains it, `.generator` is the network
-    """The dreamer of ABD.
+    """The generator of ABD.
 
     Raises: `DFKDError` for a network without BatchNorm.
 
@@ -172,6 +176,8 @@ def abd_generator(
     )
 
 # %% ../../nbs/applications/always_be_dreaming.ipynb #abd00015
+#| code-fold: true
+#| code-summary: "Source of ABDDistiller"
 class ABDDistiller(ContinualDistiller):
     """Trains a widened network on new images and labelled dreams by ABD's losses.
 
@@ -240,6 +246,8 @@ class ABDDistiller(ContinualDistiller):
         return torch.stack(list(terms.values())).sum(), terms
 
 # %% ../../nbs/applications/always_be_dreaming.ipynb #abd00016
+#| code-fold: true
+#| code-summary: "Source of add_classes_abd"
 def add_classes_abd(
     teacher: Teacher,  # the old network
     new: ImageSource,  # labelled images; their domain names the new classes

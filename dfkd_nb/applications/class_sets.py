@@ -20,6 +20,8 @@ from ..toolbox.errors import DFKDError
 from ..toolbox.sources import as_source
 
 # %% ../../nbs/applications/class_sets.ipynb #df361eeb
+#| code-fold: true
+#| code-summary: "Source of first_class_of, renumber_labels, concatenate"
 def first_class_of(
     classes: Sequence[str],  # of one set, in order
     domain: Domain,  # that has them, one after the other
@@ -80,6 +82,8 @@ def concatenate(
     )
 
 # %% ../../nbs/applications/class_sets.ipynb #f3cf5f9f
+#| code-fold: true
+#| code-summary: "Source of only_classes, balanced"
 def only_classes(
     source: ImageSet,  # labelled
     classes: Sequence[int],  # which to keep, in the order of their new numbers

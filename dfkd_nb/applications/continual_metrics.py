@@ -37,6 +37,8 @@ class TaskAccuracies:
         return sum(self.accuracy) / len(self.accuracy)
 
 # %% ../../nbs/applications/continual_metrics.ipynb #08851103
+#| code-fold: true
+#| code-summary: "Source of task_accuracies"
 @torch.no_grad()
 def task_accuracies(
     network: nn.Module,  # the wider network

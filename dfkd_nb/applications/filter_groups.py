@@ -189,6 +189,8 @@ def find_groups(
     return [found[name] for name in names.values() if name in found]
 
 # %% ../../nbs/applications/filter_groups.ipynb #9656d2ef
+#| code-fold: true
+#| code-summary: "Source of FilterGates"
 class FilterGates:
     """A factor on every filter, where it is read: 1 keeps it, 0 removes it.
 

@@ -177,6 +177,8 @@ def _uneven_groups(model: nn.Module) -> dict[str, str]:
     }
 
 # %% ../../nbs/applications/filters.ipynb #6b1fb07a
+#| code-fold: true
+#| code-summary: "Source of PrunableFilters"
 class PrunableFilters:
     "The filters that can be removed from a network, and what a removal would leave."
 
