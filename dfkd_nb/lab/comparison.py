@@ -25,6 +25,8 @@ from .results import Result
 from ..toolbox.errors import DFKDError
 
 # %% ../../nbs/lab/21_comparison.ipynb #d97a0a07
+#| code-fold: true
+#| code-summary: "Source of PaperFigure"
 @dataclass(frozen=True)
 class PaperFigure:
     "A number that a paper printed."
@@ -40,6 +42,8 @@ class PaperFigure:
     confirmed: bool
 
 # %% ../../nbs/lab/21_comparison.ipynb #300015dc
+#| code-fold: true
+#| code-summary: "Source of paper_figures"
 @cache
 def paper_figures() -> tuple[PaperFigure, ...]:  # in the order of papers, tables and rows
     "The papers' figures for CIFAR: `assets/papers.csv`."
@@ -130,6 +134,8 @@ def pair_title(
     return f'{DATA_TITLES.get(data, data)}, {" → ".join(networks)}'
 
 # %% ../../nbs/lab/21_comparison.ipynb #07dbaab6
+#| code-fold: true
+#| code-summary: "Source of table_cell_of"
 PairMethod = tuple[str, str]  # pair and method
 
 

@@ -51,7 +51,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top, in points o
 def place_labels(
     ax: Any,  # matplotlib's axes, with everything drawn and its limits set
     labels: Sequence[Label],
-    size: float = 6.5,  # points
+    size: float = 8.5,  # points
 ) -> None:
     "Put labels beside their points where they cover the least."
     scale = ax.figure.dpi / 72
@@ -207,7 +207,7 @@ def draw_scatter(
     for ax in axes:
         ax.margins(0.12)
     axes[1].set_ylabel('')
-    figure.suptitle(pair_title(pair), fontsize=9)
+    figure.suptitle(pair_title(pair), fontsize=10)
     # the layout decides where points are, and these where labels fit
     figure.draw_without_rendering()
     for ax, texts in zip(axes, labels):
@@ -296,4 +296,4 @@ def _draw_references(ax: Any, chosen: Mapping[PairMethod, Cell], pair: str) -> N
             accuracy, color=COLOURS[colour], ls=':', lw=1, label=f'{name}, {accuracy:.1f} %'
         )
     if lines:
-        ax.legend(loc='lower right', fontsize=7, frameon=False)
+        ax.legend(loc='lower right', fontsize=8.5, frameon=False)
