@@ -7,6 +7,8 @@ desktop and phone width.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -365,6 +368,23 @@ def test_commands_and_printed_columns_are_marked() -> None:
     assert refine('<td><code>dfkd run x --scale quick</code></td>').startswith(
         '<td><code class="command">dfkd run'
     )
+
+
+def test_a_wide_picture_gets_a_box_that_scrolls() -> None:
+    for width, boxed in ((559, False), (560, True)):
+        buffer = io.BytesIO()
+        Image.new('L', (width, 2)).save(buffer, 'PNG')
+        data = base64.b64encode(buffer.getvalue()).decode()
+        picture = (
+            f'<img src="data:image/png;base64,{data}" alt="a &gt; b" class="img-fluid">'
+        )
+        expected = f'<div class="wide-picture">{picture}</div>' if boxed else picture
+        assert refine(picture) == expected
+
+
+def test_a_spread_stays_beside_its_mean_in_a_table() -> None:
+    assert refine('<td>1.0 ± 0.2†</td>') == '<td>1.0\u00a0±\u00a00.2†</td>'
+    assert refine('<p>1.0 ± 0.2</p>') == '<p>1.0 ± 0.2</p>'
 
 
 def test_pages_lose_the_number_of_their_notebook() -> None:

@@ -4,6 +4,7 @@ network replaced by what lies here.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from .text import joined, source
 
 ASSETS = Path(__file__).parent / 'assets'
 KATEX = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[^/\"']+/dist/?")
+WIDE = 560  # pixels of a picture that a phone shows in a box that scrolls
 NOT_COPIED = {'.ipynb_checkpoints', '_quarto.yml', 'nbdev.yml', 'runs', '.data'}
 
 
@@ -213,18 +215,32 @@ def localise(site: Path) -> None:
 def refine(page: str) -> str:
     """Mark what the style sheet cannot tell by itself.
 
-    Inline commands, and printed text that is set in columns.
+    Inline commands, printed text that is set in columns, and pictures that are too wide for
+    a phone.
     """
 
     def columns(found: re.Match[str]) -> str:
         aligned = sum(bool(re.search(r'\S {2,}\S', line)) for line in found[2].splitlines())
         return f'{found[1]}<pre class="columns">{found[2]}' if aligned > 2 else found[0]
 
+    def framed(found: re.Match[str]) -> str:
+        width = int.from_bytes(base64.b64decode(found[1])[16:20], 'big')
+        return f'<div class="wide-picture">{found[0]}</div>' if width >= WIDE else found[0]
+
     page = re.sub(
         r'(<div class=\"cell-output cell-output-stdout\">\s*)<pre>(.*?</pre>)',
         columns,
         page,
         flags=re.S,
+    )
+    page = re.sub(
+        r'<img src="data:image/png;base64,([\w+/]{32})[^>]*class="img-fluid">', framed, page
+    )
+    # a mean and its spread stay on one line of a table
+    page = re.sub(
+        r'<td[^>]*>[^<]* ± [^<]*',
+        lambda found: re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', found[0]),
+        page,
     )
     return page.replace('<code>dfkd ', '<code class="command">dfkd ')
 
