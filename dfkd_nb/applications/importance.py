@@ -118,6 +118,8 @@ def criterion_loss(
     ).sum()
 
 # %% ../../nbs/applications/importance.ipynb #7ec6e2a7
+#| code-fold: true
+#| code-summary: "Source of filter_importance"
 def filter_importance(
     model: nn.Module,  # whose filters; not changed
     filters: PrunableFilters,  # what `find_filters` found in it
