@@ -84,6 +84,8 @@ class NoisyGenerator(nn.Module):
         return self.body(codes.unflatten(1, self.code_shape))
 
 # %% ../../nbs/generators/nayer.ipynb #65d56662
+#| code-fold: true
+#| code-summary: "Source of label_vectors_of"
 def label_vectors_of(
     teacher: Teacher,  # whose classes
     # 'one-hot', 'random' for N(0, 1), 'classifier' for the rows of its last linear layer,
@@ -133,6 +135,7 @@ def label_vectors_of(
 
 # %% ../../nbs/generators/nayer.ipynb #ff85f1b9
 #| code-fold: true
+#| code-summary: Source of NayerSynthesizer
 class NayerSynthesizer(MetaSynthesizer):
     """Batches of a generator whose input is a vector of the class, through noisy layers.
 
