@@ -162,7 +162,7 @@ def curves(
             axes[2].plot(range(1, len(values) + 1), values, marker='.', label=name)
         axes[2].set(title='terms of the images', xlabel='batches', yscale='symlog')
         if names:
-            axes[2].legend(fontsize=7)
+            axes[2].legend(fontsize=8.5)
     return figure
 
 

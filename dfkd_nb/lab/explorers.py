@@ -50,7 +50,7 @@ def plot_inversion(
         xticklabels=list(titles)[:columns],
     )
     above.tick_params(
-        top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=7
+        top=True, labeltop=True, bottom=False, labelbottom=False, length=0, labelsize=8
     )
     names = dict.fromkeys(
         name for row in history for name in row if name not in ('batch', 'step')
@@ -60,7 +60,7 @@ def plot_inversion(
         below.plot(*zip(*points), label=name, color='black' if name == 'total' else None)
     below.set(xlabel='step', ylabel='loss before its weight', yscale='log')
     if names:
-        below.legend(fontsize=7, ncols=3)
+        below.legend(fontsize=8.5, ncols=3)
     return figure
 
 # %% ../../nbs/lab/explorers.ipynb #c202dbc0
