@@ -44,7 +44,7 @@ from dfkd_nb.lab.comparison_tables import (
 )
 from dfkd_nb.lab.evidence import NEWER
 from dfkd_nb.lab.recipes import SCALES, recipe_names
-from dfkd_nb.lab.results import REVISION, Result, results
+from dfkd_nb.lab.results import REVISION, Result, results, teachers_note
 from dfkd_nb.toolbox.errors import DFKDError
 
 matplotlib.use('Agg')
@@ -561,3 +561,22 @@ def test_pictures_leave_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     draw_scatter(comparison([made_up(), made_up(seed=1, accuracy=0.9)]), PAIR)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_rows_of_different_teachers_are_told():
+    a, b = (
+        made_up(pair='digits', scale='quick'),
+        made_up(pair='digits', scale='quick', seed=1),
+    )
+    for run in (a, b):
+        run.settings['teacher'] = 'run:cifar10-teacher-wrn40-2'
+        run.environment['teacher'] = '0123456789abcdef'
+    assert not teachers_note([a, b])
+    b.environment['teacher'] = 'fedcba9876543210'
+    assert '2 different ones' in teachers_note([a, b])
+    assert teachers_note([a, b]) in sections(comparison([a, b]))
+    del b.environment['teacher']  # not known: it may have been another
+    assert '2 different ones' in teachers_note([a, b])
+    for run in (a, b):  # the same everywhere
+        run.settings['teacher'] = 'cifar10-resnet20'
+    assert not teachers_note([a, b])

@@ -39,6 +39,7 @@ from dfkd_nb.lab.results import (
     outdated_note,
     results,
     results_folder,
+    teachers_note,
 )
 from ..toolbox.errors import DFKDError
 
@@ -236,13 +237,15 @@ def sections(
     table: Callable[[Sequence[Row]], str] = markdown_table,  # or `text_table`
     heading: str = '**{}**\n\n',  # of each pair
 ) -> str:  # nothing where there are no cells
-    "A table for each pair, and what the dagger means where there is one."
+    "A table for each pair, what the dagger means, and whether the teachers differed."
+    pairs = list(dict.fromkeys(c.pair for c in cells))
     parts = [
         heading.format(pair_title(p)) + table([row_of(c) for c in cells if c.pair == p])
-        for p in dict.fromkeys(c.pair for c in cells)
+        for p in pairs
     ]
-    note = outdated_note([run for c in cells for run in c.runs])
-    return '\n\n'.join(parts + [note] * bool(note))
+    runs = [[r for c in cells if c.pair == p for r in c.runs] for p in pairs]
+    notes = [outdated_note(sum(runs, [])), *(teachers_note(of_pair) for of_pair in runs)]
+    return '\n\n'.join([*parts, *filter(None, notes)])
 
 # %% ../../nbs/lab/comparison_tables.ipynb #39662c85
 def teacher_recipe(

@@ -46,6 +46,7 @@ from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.formats import parquet_files
 from ..toolbox.network_specs import load_network
+from ..toolbox.networks import weights_digest
 from ..toolbox.processes import process_device, rank_and_world_size
 from ..toolbox.teachers import Teacher, check_network
 
@@ -201,14 +202,11 @@ def network_values(
     teacher: Teacher,  # that it describes
 ) -> dict[str, Any]:  # settings by name
     "What a run remembers of its networks and of what it leaves."
-    domain, digest = teacher.domain, hashlib.sha256()
-    for name, tensor in sorted(teacher.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
+    domain = teacher.domain
     classes = hashlib.sha256('\n'.join(domain.classes).encode())
     return {
         'teacher': arguments.model or arguments.teacher,
-        'weights': digest.hexdigest()[:16],
+        'weights': weights_digest(teacher.model),
         'shape': list(domain.shape),
         'mean': list(domain.mean),
         'std': list(domain.std),

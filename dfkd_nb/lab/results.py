@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REVISION', 'OLDER', 'read_json', 'Result', 'read_history', 'results', 'mark_outdated', 'outdated_note',
-           'results_folder']
+           'teachers_note', 'results_folder']
 
 # %% ../../nbs/lab/20_results.ipynb #fa523187
 import csv
@@ -195,6 +195,27 @@ def outdated_note(
     return (
         f'{OLDER} {which} made before revision {REVISION} of the code; made again, the'
         ' numbers would differ.'
+    )
+
+
+def teachers_note(
+    found: Sequence[Result],  # runs of one pair and scale
+) -> str:  # one sentence; nothing where the same network taught all of them
+    """That a table's rows had different teachers, where a recipe trains the teacher.
+
+    Such a teacher is another one on another machine. Then a difference between two rows
+    is not that of their methods alone.
+    """
+    digests = {
+        run.environment.get('teacher', '')
+        for run in found
+        if str(run.settings.get('teacher', '')).startswith('run:')
+    }
+    if len(digests) < 2:
+        return ''
+    return (
+        f'The teacher was trained anew on each machine, and these {len(found)} runs had'
+        f' {len(digests)} different ones: rows differ by their teachers too.'
     )
 
 

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['logits_of', 'full_precision', 'in_eval_mode', 'BatchCounters', 'weights_dtype', 'network_inputs', 'trial_logits',
            'fastest_layout', 'why_no_hooks', 'why_sealed', 'DomainNetwork', 'classifier_layer', 'capture_input',
-           'mean_over_positions', 'unwrap', 'save_weights', 'load_weights']
+           'mean_over_positions', 'unwrap', 'save_weights', 'load_weights', 'weights_digest']
 
 # %% ../../nbs/toolbox/networks.ipynb #f20ba83e
 import difflib
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -433,3 +434,22 @@ def load_weights(
         )
     model.load_state_dict(own | {k: v.to(own[k].dtype) for k, v in tensors.items()})
     return metadata
+
+def weights_digest(
+    model: nn.Module,  # parameters and buffers count, by name
+) -> str:  # 16 hexadecimal digits
+    """A short name for the weights of a network: equal for equal weights, on every device.
+
+    Example:
+        >>> from dfkd_nb import build_model, seeded
+        >>> from dfkd_nb.toolbox.networks import weights_digest
+        >>> with seeded(0):
+        ...     first, second = build_model('resnet8'), build_model('resnet8')
+        >>> weights_digest(first) == weights_digest(second)
+        False
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]

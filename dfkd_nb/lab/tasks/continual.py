@@ -32,8 +32,8 @@ from ..names import find_data
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
-    open_teacher,
     run_images,
+    run_teacher,
     save_picture,
     train_student,
     training_arguments,
@@ -106,7 +106,7 @@ def old_network(
     """
     settings: ContinualSettings = run.settings
     if not settings.old_model:
-        teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+        teacher = run_teacher(run)
         size = settings.image_size or teacher.domain.size[0]
         return Teacher(
             teacher.model,

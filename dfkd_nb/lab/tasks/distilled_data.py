@@ -26,9 +26,9 @@ from ..application_settings import DistilledDataSettings
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
-    open_teacher,
     real_images,
     run_distiller,
+    run_teacher,
     save_picture,
 )
 from ...toolbox.core import seed_everything
@@ -231,7 +231,7 @@ def distilled_data(
 ) -> dict[str, Any]:  # a row for each source and number of images
     "Files of a few images a class with soft labels, and a fresh student from each."
     settings: DistilledDataSettings = run.settings
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     if hasattr(test, 'in_memory'):
         test = test.in_memory().to(run.device)

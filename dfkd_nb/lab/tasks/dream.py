@@ -11,7 +11,7 @@ from typing import Any
 from ..recipes import task
 from ..runs import Run
 from ..settings import DreamSettings
-from .common import open_teacher, real_images
+from .common import open_teacher, real_images, run_teacher
 from .synthesis import recipe_images
 from ...toolbox.data import ImageSet
 from ...toolbox.domains import resize_images
@@ -49,7 +49,7 @@ def dream_images(
     run: Run,  # with `DreamSettings`
 ) -> dict[str, Any]:  # recognition and distance from the statistics
     "Images from a teacher, and nothing else."
-    teacher = open_teacher(run.settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     images, numbers = recipe_images(run, teacher)
     if run.settings.verifiers:
         numbers = numbers | run.phase(

@@ -18,8 +18,8 @@ from dfkd_nb.lab.tasks.common import (
     coverage_metrics,
     describe_images,
     fresh_student,
-    open_teacher,
     real_images,
+    run_teacher,
     save_picture,
     student_metrics,
     train_student,
@@ -53,7 +53,7 @@ def generative(
 ) -> dict[str, Any]:  # accuracies of teacher and student on real test images
     "A student learns while a generator makes its images, and is tested on real images."
     settings: GenerativeSettings = run.settings
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     seed_everything(settings.seed)
     student = fresh_student(settings, teacher).to(run.device)

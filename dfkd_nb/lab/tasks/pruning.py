@@ -34,8 +34,8 @@ from ..application_settings import PruningSettings
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
-    open_teacher,
     real_images,
+    run_teacher,
     train_student,
     training_arguments,
 )
@@ -359,7 +359,7 @@ def pruning(
     "Pruned networks that learn from different images, and what they cost."
     settings: PruningSettings = run.settings
     seed_everything(settings.seed)
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     filters = find_filters(teacher, teacher.domain)
     chosen_on = application_images(run, teacher, settings.images_from, settings.images)

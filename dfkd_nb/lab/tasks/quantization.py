@@ -26,9 +26,9 @@ from ..application_settings import QuantizationSettings
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
-    open_teacher,
     real_images,
     run_distiller,
+    run_teacher,
     save_picture,
     training_arguments,
 )
@@ -198,7 +198,7 @@ def quantization(
 ) -> dict[str, Any]:  # a row for each source and width, and what the network costs
     "A teacher in few bits, calibrated on each source of images; its size and its latency."
     settings: QuantizationSettings = run.settings
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     if hasattr(test, 'in_memory'):
         test = test.in_memory().to(run.device)
@@ -224,7 +224,7 @@ def quantization(
     numbers = numbers | run.phase(
         'cost',
         lambda state, spent: quantization_cost(
-            run, open_teacher(settings.teacher, run.root, run.scale), shown
+            run, run_teacher(run), shown
         ),
     )
     flat = {f'accuracy_{row["bits"]}_{row["source"]}': row['accuracy'] for row in rows} | {

@@ -24,8 +24,8 @@ from dfkd_nb.lab.tasks.common import (
     coverage_metrics,
     describe_images,
     fresh_student,
-    open_teacher,
     real_images,
+    run_teacher,
     save_picture,
     student_metrics,
     train_student,
@@ -177,7 +177,7 @@ def transfer(
     is tested on real images.
     """
     settings: TransferSettings = run.settings
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     test = real_images(settings.test_data, 'test', settings.test_limit, run.device)
     images: ImageSet | None = None
     trainer: AlternatingTrainer | None = None

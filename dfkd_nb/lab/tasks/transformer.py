@@ -28,9 +28,9 @@ from ..application_settings import TransformerSettings
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
-    open_teacher,
     real_images,
     run_distiller,
+    run_teacher,
     training_arguments,
 )
 from .distilled_data import real_images_per_class
@@ -294,7 +294,7 @@ def transformer(
 ) -> dict[str, Any]:  # a row for each source
     "Images from a vision transformer, judged, taught and calibrated on."
     settings: TransformerSettings = run.settings
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     if not isinstance(teacher.model, VisionTransformer):
         raise DFKDError(
             f"'{settings.teacher}' is no vision transformer of this package: give"
