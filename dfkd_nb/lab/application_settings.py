@@ -240,9 +240,11 @@ class CalibrationSettings(TrainingSettings):
     )
     jitter: int = setting(2, "pixels of random shift in DeepInversion's steps", low=0)
     synthesis_flip: bool = setting(True, 'whether synthesis may mirror images')
+    zeroq_learning_rate: float = setting(0.5, 'of Adam on the pixels of ZeroQ', low=0)
     zeroq_patience: int = setting(
-        100, 'steps without gain before ZeroQ lowers its learning rate', low=1
+        100, 'steps without gain before that learning rate falls', low=1
     )
+    intraq_learning_rate: float = setting(0.5, 'of Adam on the pixels of IntraQ', low=0)
     finetuned: tuple[str, ...] = setting(
         ('W4A4',), 'the widths that are fine-tuned by distillation, where there are images'
     )
