@@ -105,7 +105,7 @@ class IntraQ(DeepInversion):
 
     Example:
         >>> from dfkd_nb import load_teacher
-        >>> from dfkd_nb.applications.data_free_calibration import IntraQ
+        >>> from dfkd_nb.applications.intraq import IntraQ
         >>> teacher = load_teacher('cifar10-resnet20')
         >>> intraq = IntraQ(teacher, steps=2, batch_size=10, device='cpu')
         >>> intraq.synthesize(20).labels.tolist()[:12]
