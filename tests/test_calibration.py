@@ -1,4 +1,4 @@
-"""The task that compares calibrations: its rows and widths, and the images that it takes."""
+"""The task that compares calibrations: rows, widths, and the images that it takes."""
 
 from pathlib import Path
 from types import SimpleNamespace
