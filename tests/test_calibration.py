@@ -119,28 +119,19 @@ def test_where_test_images_are_of_the_same_files_they_are_kept_apart(
     pixels = numbers.view(50, 1, 1, 1).expand(50, 1, 8, 8).contiguous()
 
     class Files:
-        "Stands for a set of files on a disk: `in_memory` reads them."
-
-        def __init__(self, images: torch.Tensor) -> None:
-            self.images = images
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def subset(self, which: torch.Tensor) -> 'Files':
-            return Files(self.images[which])
+        "Stands for a set of files on a disk, which can only be read."
 
         def in_memory(self) -> ImageSet:
-            return ImageSet(self.images, None, DIGITS)
+            return ImageSet(pixels, None, DIGITS)
 
-    monkeypatch.setattr(calibration, 'real_images', lambda *_: Files(pixels))
+    monkeypatch.setattr(calibration, 'real_images', lambda *_: Files())
     same = {'test_data': 'imagenet-sample', 'real_data': 'imagenet-sample'}
     run: Any = SimpleNamespace(device=torch.device('cpu'))
     run.settings = CalibrationSettings(test_limit=20, **same)
     test, others = split_real_images(run)
     assert others is not None and len(test) == 20 and len(others) == 30
     shown = set(test.images[:, 0, 0, 0].tolist())
-    rest = set(others.in_memory().images[:, 0, 0, 0].tolist())  # type: ignore[attr-defined]
+    rest = set(others.images[:, 0, 0, 0].tolist())
     assert len(shown) == 20 and not shown & rest and len(shown | rest) == 50
     run.settings = CalibrationSettings(seed=5, test_limit=20, **same)
     again, _ = split_real_images(run)  # every seed has the same test images

@@ -93,8 +93,10 @@ def split_real_images(
     same = settings.test_data == settings.real_data == 'imagenet-sample'
     limit = 0 if same else settings.test_limit
     found = real_images(settings.test_data, 'test', limit, run.device)
+    if hasattr(found, 'in_memory'):
+        found = found.in_memory()
     if not same:
-        return found.in_memory() if hasattr(found, 'in_memory') else found, None
+        return found, None
     if not settings.test_limit:
         raise DFKDError(
             f"'{settings.real_data}' has no training images of its own: set test_limit, and"
@@ -103,7 +105,7 @@ def split_real_images(
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
     parts = order.split([settings.test_limit, len(found) - settings.test_limit])
     test, others = (found.subset(part) for part in parts)
-    return test.in_memory(), others  # type: ignore[attr-defined]
+    return test, others
 
 
 def synthesis(
