@@ -76,6 +76,21 @@ TASKS: dict[str, tuple[str, dict[str, object]]] = {
         'digits-quantization',
         DIGITS | {'images': 40, 'images_from': 'noise, none', 'bits': '4', 'steps': 50},
     ),
+    'calibration': (
+        'cifar10-calibration',
+        DIGITS
+        | {
+            'test_data': 'digits',
+            'real_data': 'digits',
+            'rows': 'noise/min-max, zeroq, intraq, real, dfq, batchnorm/per-tensor',
+            'widths': 'W8A8, W4A4',
+            'images': 20,
+            'synthesis_steps': 6,
+            'synthesis_batch_size': 10,
+            'synthesis_flip': False,
+            'steps': 30,
+        },
+    ),
     'distilled-data': (
         'cifar10-distilled-data',
         DIGITS
@@ -247,7 +262,20 @@ def check_quantization(run: Run, numbers: dict) -> None:
     assert (run.folder / '4-bits.safetensors').stat().st_size == numbers['bytes_4']
 
 
+def check_calibration_run(run: Run, numbers: dict) -> None:
+    rows = {(row['row'], row['width']): row for row in numbers['rows']}
+    assert len(rows) == 12 and rows['zeroq', 'W4A4']['activation_bits'] == 4
+    tuned = {key for key, row in rows.items() if 'finetuned' in row}
+    # plain rows with images, at the width that the recipe names
+    assert tuned == {('zeroq', 'W4A4'), ('intraq', 'W4A4'), ('real', 'W4A4')}
+    images = ImageSet.load(run.folder / 'intraq.safetensors')
+    assert images.labels is not None and images.labels.tolist() == [*range(10)] * 2
+    assert set(numbers['sources']) == {'noise', 'zeroq', 'intraq', 'real'}
+    assert 0 <= numbers['sources']['intraq']['class_spread'] <= 2
+
+
 CHECKS = {
+    'calibration': check_calibration_run,
     'pruning': check_pruning,
     'pruning while learning': check_pruning,
     'quantization': check_quantization,

@@ -564,10 +564,7 @@ def test_pictures_leave_matplotlib_as_it_was():
 
 
 def test_rows_of_different_teachers_are_told():
-    a, b = (
-        made_up(pair='digits', scale='quick'),
-        made_up(pair='digits', scale='quick', seed=1),
-    )
+    a, b = made_up(), made_up(seed=1)
     for run in (a, b):
         run.settings['teacher'] = 'run:cifar10-teacher-wrn40-2'
         run.environment['teacher'] = '0123456789abcdef'

@@ -16,6 +16,8 @@ from dfkd_nb.applications.data_free_calibration import (
     find_pairs,
     image_distance,
     input_means,
+    quantize_dfq,
+    replace_relu6,
     zeroq_distance,
     zeroq_images,
 )
@@ -258,3 +260,29 @@ def test_what_cannot_be_done_is_told() -> None:
         input_means(QuantizedNetwork(chain(), DIGITS))
     with pytest.raises(DFKDError, match='give images'):
         input_means(quantize(flat, IMAGES, 8))
+
+
+# the whole of DFQ
+
+
+def test_without_its_bound_a_relu6_has_pairs() -> None:
+    bounded = chain(nn.ReLU6)
+    free = replace_relu6(bounded)
+    assert find_pairs(free, DIGITS) == find_pairs(chain(), DIGITS)
+    assert sum(type(layer) is nn.ReLU6 for layer in bounded.modules()) == 2
+    assert not any(isinstance(layer, nn.ReLU6) for layer in free.modules())
+    assert torch.equal(output(free), output(chain()))
+    plain = chain()
+    assert torch.equal(output(replace_relu6(Teacher(plain, DIGITS))), output(plain))
+
+
+def test_dfq_in_one_call_is_its_steps() -> None:
+    teacher = Teacher(chain(nn.ReLU6), DIGITS)
+    found = quantize_dfq(teacher, 4, seed=1, activation_bits=8)
+    equal = absorb_biases(equalize(chain(), DIGITS), DIGITS)
+    steps = quantize(Teacher(equal, DIGITS), None, 4, 1, activation_bits=8)
+    uncorrected = output(steps)
+    correct_biases(steps, input_means(steps, seed=1))
+    assert torch.equal(output(found), output(steps))
+    assert not torch.equal(output(found), uncorrected)
+    assert found.settings['activation_bits'] == 8

@@ -64,6 +64,17 @@ FILES = SMALL | {
     'epochs': 40,
     'flip': False,
 }
+CALIBRATED = SMALL | {
+    'teacher': 'run:digits-teacher',
+    'test_data': 'digits',
+    'test_limit': 60,
+    'widths': 'W4A4',
+    'images': 20,
+    'synthesis_steps': 60,
+    'synthesis_batch_size': 10,
+    'synthesis_flip': False,
+    'steps': 60,
+}
 SCENES = (
     SMALL
     | GENERATOR
@@ -151,6 +162,10 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
         },
     ),
     'quantization': ('digits-quantization', BITS),
+    'calibration': (
+        'cifar10-calibration',
+        CALIBRATED | {'rows': 'deepinversion, intraq, dfq'},
+    ),
     'distilled-data': (
         'cifar10-distilled-data',
         FILES | {'images_from': 'crops, noise', 'images_per_class': '1, 2'},

@@ -26,6 +26,7 @@ from dfkd_nb.foundations.method_tables import (
     method_tables,
 )
 from dfkd_nb.lab.application_settings import (
+    CalibrationSettings,
     ContinualSettings,
     DistilledDataSettings,
     PruningSettings,
@@ -72,6 +73,7 @@ SHIPPED: dict[str, tuple[type, str]] = {
     'pruning': (PruningSettings, 'dfkd_nb.lab.tasks.pruning'),
     'continual': (ContinualSettings, 'dfkd_nb.lab.tasks.continual'),
     'quantization': (QuantizationSettings, 'dfkd_nb.lab.tasks.quantization'),
+    'calibration': (CalibrationSettings, 'dfkd_nb.lab.tasks.calibration'),
     'distilled-data': (DistilledDataSettings, 'dfkd_nb.lab.tasks.distilled_data'),
     'segmentation': (SegmentationSettings, 'dfkd_nb.lab.tasks.segmentation'),
     'transformer': (TransformerSettings, 'dfkd_nb.lab.tasks.transformer'),
