@@ -67,7 +67,7 @@ def add_compress_arguments(
         '--test',
         default='',
         metavar='PATH',
-        help='real images by class, or Parquet; for the end',
+        help='real images by class, Parquet, or a name: cifar10-mini; for the end',
     )
     add(
         '--seed', type=int, default=0, metavar='S', help='of everything random (default: 0)'

@@ -33,7 +33,7 @@ from dfkd_nb.lab.distill_settings import (
     optimises_pixels,
     with_updates,
 )
-from .invert_settings import preset_size
+from .invert_settings import preset_size, trained_elsewhere
 from .network_options import own_teacher
 from .recipes import Recipe, find_task, parse_assignment
 from .results import Result
@@ -41,7 +41,7 @@ from .settings import check_settings
 from .tasks.distill import HELD_OUT, NetworkRun
 from ..toolbox.core import import_extra, seeded
 from ..toolbox.data import ImageSet, ImageSource
-from ..toolbox.datasets import load_data
+from ..toolbox.datasets import DATA_NAMES, load_data
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.formats import parquet_files
@@ -108,7 +108,7 @@ def _check_batches(network: nn.Module, spec: str, domain: Domain) -> None:
 
 # %% ../../nbs/lab/distill.ipynb #95644bdf
 def open_test(
-    path: str,  # of `--test`
+    path: str,  # of `--test`: a folder, a Parquet file, or a name of `load_data`
     domain: Domain,  # of the teacher
 ) -> ImageSource:  # labelled with the teacher's numbers of the classes
     """Real images of the teacher's classes.
@@ -116,15 +116,22 @@ def open_test(
     Raises: `DFKDError` for a path without images, and for other classes.
     """
     place = Path(path)
-    if not place.exists():
-        raise DFKDError(f'--test {path}: no such folder or file')
+    is_name = not place.exists() and path in DATA_NAMES
+    if not (is_name or place.exists()):
+        names = ', '.join(DATA_NAMES)
+        raise DFKDError(f'--test {path}: no such folder or file, nor a data set: {names}')
     if domain.is_signal:
         return _open_signals(place, domain)
     try:
-        found: Any = load_data(f'folder:{path}', domain=domain)
+        found: Any = load_data(path if is_name else f'folder:{path}', domain=domain)
     except DFKDError as error:
         raise DFKDError(f'--test {path}: {error}') from error
     given = found.domain.classes
+    if found.domain.shape != domain.shape:
+        raise DFKDError(
+            f'--test {path} has images of shape {found.domain.shape}, and the network takes'
+            f' {domain.shape}: give a folder of images, which are resized'
+        )
     if place.is_dir() and not parquet_files(place):
         given = tuple(sorted(p.name for p in place.iterdir() if p.is_dir()))
     _check_classes(given, path, domain)
@@ -402,7 +409,7 @@ def add_arguments(
         '--test',
         default='',
         metavar='PATH',
-        help='real images by class, or Parquet; for the end',
+        help='real images by class, Parquet, or a name: cifar10-mini; for the end',
     )
     add(
         '--seed', type=int, default=0, metavar='S', help='of everything random (default: 0)'
@@ -468,7 +475,7 @@ def prepare(
     # unknown methods are reported before the network is read
     method_values(arguments.method, 32)
     teacher = own_teacher(arguments)
-    foreign = bool(arguments.model)
+    foreign = trained_elsewhere(arguments, teacher)
     size = preset_size(teacher.domain.shape)
     method = method_values(arguments.method, size, foreign)
     if method.get('feature_weight') or arguments.statistics == 'none':

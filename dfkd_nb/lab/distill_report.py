@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..foundations.method_tables import method_head
-from .cards import LIMITS
+from .cards import LIMITS, teacher_licence
+from .names import has_teacher_name
 from .observations import encode_figure
 from .tasks.common import waveforms
 from ..toolbox.core import atomic_path
@@ -241,7 +242,7 @@ license: other
 # {heading}
 
 - **Network**: `{student}`, in {files}.
-- **Teacher**: `{teacher}`. Licence: that of whoever gave it to you.
+- **Teacher**: `{teacher}`. Licence: {licence}.
 - **Method**: `dfkd {task}`, images by `{method}`, {title} ({paper}).
 - **Images**: made from the teacher; no real one was used to make the network.
 - **Inputs**: {shape}, values 0 to 1, then minus {mean}, divided by {std}.
@@ -282,16 +283,39 @@ student = load_network({spec!r}, 'student.safetensors', num_classes={count}).mod
     'prune': """\
 from dfkd_nb import load_network
 from dfkd_nb.applications.pruning import load_pruned
-whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
-domain = ...  # of its images, see Inputs
+WHOLE
 student, about = load_pruned('student.safetensors', whole, domain)""",
     'quantize': """\
 from dfkd_nb import load_network
 from dfkd_nb.applications.integer_networks import load_integers
-whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
-domain = ...  # of its images, see Inputs
+WHOLE
 student = load_integers('student.safetensors', whole, domain)""",
 }
+
+
+_WHOLE = """\
+whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
+domain = ...  # of its images, see Inputs"""
+# of a network that has a name
+_NAMED = """\
+teacher = open_teacher({base!r})
+whole, domain = teacher.model, teacher.domain"""
+
+
+def _loader(
+    settings: Mapping[str, Any],  # of a result
+    task: str,  # a name of `_LOADERS`
+    count: int,  # of classes
+) -> str:  # Python code
+    "How to open what a run left."
+    base = settings['teacher']
+    code = _LOADERS[task].replace('WHOLE', _WHOLE)
+    if task != 'distill' and has_teacher_name(base):
+        code = _LOADERS[task].replace('WHOLE', _NAMED).replace(
+            'from dfkd_nb import load_network',
+            'from dfkd_nb.lab.tasks.common import open_teacher',
+        )
+    return code.format(spec=settings['student'], base=base, count=count)
 
 
 def student_card(
@@ -311,9 +335,8 @@ def student_card(
         teacher=_in_markdown(settings['teacher']),
         heading=_in_markdown(result['title']),
         task=result['recipe'],
-        loader=_LOADERS[result['recipe']].format(
-            spec=settings['student'], base=settings['teacher'], count=len(classes)
-        ),
+        licence=teacher_licence(settings['teacher']),
+        loader=_loader(settings, result['recipe'], len(classes)),
         files=', '.join(f'`{name}`' for name in files),
         method=settings['method'],
         title=head['title'],

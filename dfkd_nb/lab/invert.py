@@ -45,6 +45,7 @@ from dfkd_nb.lab.invert_settings import (
     chosen_classes,
     inversion_settings,
     preset_size,
+    trained_elsewhere,
 )
 from .network_options import own_teacher
 from .reproducibility import deterministic, environment
@@ -241,10 +242,8 @@ def request_of(
     teacher: Teacher,  # on its device
 ) -> dict[str, Any]:  # plain values
     "All that decides the images' bits, except the number of threads."
-    domain, settings = (
-        teacher.domain,
-        inversion_settings(arguments, preset_size(teacher.domain.shape)),
-    )
+    domain, foreign = teacher.domain, trained_elsewhere(arguments, teacher)
+    settings = inversion_settings(arguments, preset_size(domain.shape), foreign)
     if arguments.memory:
         synthesizer = build_inversion(settings, teacher, teacher.device, arguments.seed)
         most = max_batch_size(synthesizer, arguments.memory)

@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from .core import load_tensors
 from .data import ImageSource
-from .domains import DOMAINS, Domain
+from .domains import DOMAINS, Domain, named_domain
 from .errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import (
     EFFICIENTNET_LITE,
@@ -409,15 +409,8 @@ def load_teacher(
         resources.files('dfkd_nb') / 'weights' / f'{name}.safetensors'
     ) as path:
         about = load_tensors(path)[1]
-        data = about.get('domain') or max(
-            (d for d in DOMAINS if name.startswith(f'{d}-')), key=len
-        )
-        domain = DOMAINS[data]
-        model = build_model(
-            about.get('model') or name.removeprefix(f'{data}-'),
-            domain.num_classes,
-            domain.channels,
-        )
+        domain = named_domain(about)
+        model = build_model(about['model'], domain.num_classes, domain.channels)
         load_weights(path, model)
     teacher = Teacher(model, domain, name).to(device)
     teacher.about = about
