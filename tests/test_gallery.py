@@ -114,7 +114,6 @@ def test_what_signals_do_not_have_is_refused_in_one_line(
     distill = ['distill', *SIGNALS, '--student', 'mine.py:net', *out]
     line = refusal([*distill, '--method', 'fast-5'], capsys)
     assert 'these are signals: use deepinversion' in line
-    assert 'use dfkd distill' in refusal(['quantize', *SIGNALS, *out], capsys)
     other = Domain('tones', (2, 31), (0.0, 0.0), (1.0, 1.0), ('a', 'b', 'c'))
     ImageSet(torch.zeros(3, 2, 31), torch.arange(3), other).save(here / 'odd.safetensors')
     words = [*distill, '--method', 'deepinversion', '--test', 'odd.safetensors']

@@ -48,7 +48,7 @@ def alarms_of(
     if recognised < 0.5:
         found.append(
             f'the teacher recognises only {recognised:.0%} of its held-out synthetic'
-            ' images: check --mean, --std, --range and --size'
+            ' images: check --mean, --std, and --range and --size or --length'
         )
     return found
 
@@ -245,7 +245,7 @@ license: other
 - **Teacher**: `{teacher}`. Licence: {licence}.
 - **Method**: `dfkd {task}`, images by `{method}`, {title} ({paper}).
 - **Images**: made from the teacher; no real one was used to make the network.
-- **Inputs**: {shape}, values 0 to 1, then minus {mean}, divided by {std}.
+- **Inputs**: {shape}, {values}minus {mean}, divided by {std}.
 - **Classes**: {classes}.
 
 ## Numbers
@@ -342,6 +342,7 @@ def student_card(
         title=head['title'],
         paper=head['paper'],
         shape=' x '.join(map(str, settings['shape'])),
+        values='values 0 to 1, then ' if len(settings['shape']) == 3 else '',
         mean=_list(settings['mean']),
         std=_list(settings['std']),
         classes=named + (f' and {len(classes) - 20} more' if len(classes) > 20 else ''),

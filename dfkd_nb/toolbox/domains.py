@@ -259,14 +259,19 @@ class Domain(DomainReaders):
 
     def trial_images(self, seed: int = 0) -> Tensor:  # `(2, *shape)`
         "A black image and one of random noise, to try a network; signals: 0, and normal."
-        images = torch.zeros(2, *self.shape, dtype=self.storage)
-        generator = torch.Generator().manual_seed(seed)
+        noise = self.noise(1, torch.Generator().manual_seed(seed))
+        return torch.cat([torch.zeros_like(noise), noise])
+
+    def noise(
+        self,
+        count: int,  # N
+        generator: torch.Generator,  # on the CPU
+    ) -> Tensor:  # `(N, *shape)`, as an `ImageSet` keeps them
+        "Uniform random bytes; signals: normal, of this domain's mean and deviation."
+        size = count, *self.shape
         if self.is_signal:
-            noise = torch.randn(1, *self.shape, generator=generator)
-            images[1] = self.denormalize(noise)[0]
-        else:
-            images[1] = torch.randint(0, 256, self.shape, generator=generator)
-        return images
+            return self.denormalize(torch.randn(size, generator=generator))
+        return torch.randint(256, size, dtype=torch.uint8, generator=generator)
 
     def limits(self, device: str | torch.device = 'cpu') -> tuple[Tensor, Tensor]:
         """Black and white on the network's scale, $-m/s$ and $(1-m)/s$, each `(1, C, 1, 1)`

@@ -20,7 +20,7 @@ def pad_after(
 
 # %% ../../nbs/toolbox/mlperf_tiny.ipynb #55b0f8d3
 #| code-fold: true
-#| code-summary: "Source of MLPerfResNet8 (42 lines)"
+#| code-summary: "Source of MLPerfResNet8 (46 lines)"
 class MLPerfResNet8(nn.Module):
     """ResNet-8 of MLPerf Tiny's image classification; `(N, C, H, W)` to logits `(N, K)`.
 
