@@ -1191,3 +1191,78 @@ def test_everything_that_is_a_file_is_read_by_one_call(here: Path) -> None:
     for name in ('net.pt2', 'net.pt'):
         torch.testing.assert_close(load_network_file(here / name)(X), trained()(X))
     torch.testing.assert_close(load_exported(here / 'net.pt2')(X), trained()(X))
+
+
+LENGTHS = """
+import torch
+from torch import nn
+
+
+class Good(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 4)
+
+    def size(self, x):
+        return x.shape[0]
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.last(x.view(self.size(x), 8))
+
+
+class Length(Good):
+    def size(self, x):
+        return len(x)
+
+
+class Number(Good):
+    def size(self, x):
+        return int(x.size(0))
+
+
+class Two(Good):
+    def size(self, x):
+        return 2
+"""
+SIZED = '--size 8 --channels 1 --mean .5 --std .5 --device cpu --out no'.split()
+
+
+@pytest.mark.parametrize('kind', ['Length', 'Number'])
+@pytest.mark.parametrize(
+    'command',
+    [
+        'quantize --model mine.py:{}',
+        'prune --keep 0.5 --export pt2 --model mine.py:{}',
+        'distill --method noise --export pt2 --model mine.py:Good --student mine.py:{}',
+    ],
+)
+def test_a_batch_that_is_fixed_is_told_before_the_work(
+    kind: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(LENGTHS)
+    assert main([*command.format(kind).split(), *SIZED]) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if 'error' in s]
+    assert 'take the size as x.shape[0] or x.size(0), not as len(x)' in line
+    assert not (tmp_path / 'no').exists()
+
+
+def test_a_network_of_two_images_only_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(LENGTHS)
+    scope: dict[str, Any] = {}
+    exec(LENGTHS, scope)
+    program = torch.export.export(scope['Good']().eval(), (torch.zeros(2, 1, 8, 8),))
+    torch.export.save(program, tmp_path / 'two.pt2')
+    for spec in ('two.pt2', 'mine.py:Two'):
+        assert main(['inspect', '--model', spec, *SIZED[:-4]]) == 2
+        (line,) = [s for s in capsys.readouterr().err.splitlines() if 'error' in s]
+        assert 'takes 2 images, and not 3' in line and 'dynamic_shapes' in line

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONVOLUTION', 'CONVOLUTIONS', 'LINEAR', 'BATCH_NORM', 'ACTIVATIONS', 'OBSERVERS', 'GRANULARITIES', 'quiet_libraries',
-           'import_torchao', 'describe_error', 'capture_graph', 'layer_nodes', 'separate_shared_nodes',
-           'batchnorm_outputs', 'quantization_config', 'x86_quantizer']
+           'import_torchao', 'describe_error', 'export_complaint', 'capture_graph', 'layer_nodes',
+           'separate_shared_nodes', 'batchnorm_outputs', 'quantization_config', 'x86_quantizer']
 
 # %% ../../nbs/applications/quantization_graph.ipynb #88b65e8f
 import copy
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -66,6 +67,20 @@ def describe_error(
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
     return f'{type(error).__name__}{where}' + (f': {text[:100]}' if text else '')
 
+
+def export_complaint(
+    error: Exception,  # of torch.export, for a batch of any size
+) -> str:  # the end of a message
+    "Why a network cannot be exported, and what to do in its forward."
+    lines = re.sub(r'\x1b\[[0-9;]*m', '', str(error)).splitlines()  # some are coloured
+    reason = next((s for line in lines if (s := line.strip())), type(error).__name__)
+    if 'Constraints violated' in reason:
+        return (
+            '(its forward fixes the size of the batch): take the size as x.shape[0] or'
+            ' x.size(0), not as len(x) or int(...), and loop over no images'
+        )
+    return f'({reason[:100]}): take branches on pixels out of its forward'
+
 # %% ../../nbs/applications/quantization_graph.ipynb #bfbc441c
 def capture_graph(
     # a `Teacher` or any network that torch.export can trace; it is copied
@@ -88,14 +103,10 @@ def capture_graph(
                 network, (black,), dynamic_shapes=({0: torch.export.Dim('images')},)
             ).module()  # type: ignore[return-value]
         except Exception as error:  # a dozen kinds, several of them private
-            reason = next(
-                (line.strip() for line in str(error).splitlines() if line.strip()),
-                type(error).__name__,
-            )[:120]
+            name = getattr(model, 'name', type(network).__name__)
             raise DFKDError(
-                f"the network '{getattr(model, 'name', type(network).__name__)}' cannot be"
-                f' traced by torch.export ({reason}): take branches on pixels and fixed'
-                ' batch sizes out of its forward'
+                f"the network '{name}' cannot be traced by torch.export"
+                f' {export_complaint(error)}'
             ) from error
 
 # %% ../../nbs/applications/quantization_graph.ipynb #895aef35

@@ -11,6 +11,7 @@ import argparse
 import copy
 from typing import Any
 
+from ..applications.export import check_exportable
 from ..applications.filters import find_filters
 from ..applications.quantization import QuantizedNetwork
 from ..applications.quantization_graph import import_torchao
@@ -115,6 +116,8 @@ def compress_run(
     current.teacher, current.test = teacher, test
     costs = None
     if measured:
+        if arguments.export:
+            check_exportable(teacher.model, teacher.domain)
         TRIALS[arguments.task](teacher, current.settings)
         model = copy.deepcopy(teacher.model).requires_grad_(True)
         costs = measure_costs(current.settings, teacher, model, device)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..applications.export import check_exportable
 from dfkd_nb.lab.arguments import (
     add_common_options,
     add_network_options,
@@ -482,6 +483,8 @@ def prepare(
         method = without_statistics(method, arguments.statistics, teacher)
     test = open_test(arguments.test, teacher.domain) if arguments.test else None
     build = student_builder(arguments.student, teacher, arguments.seed)
+    if arguments.export:
+        check_exportable(build(), teacher.domain)
     teacher, about = teacher.to(device), network_values(arguments, teacher)
     updates = UPDATES if arguments.steps is None else arguments.steps
     method |= {k: v for k, v in typed.items() if k in method}

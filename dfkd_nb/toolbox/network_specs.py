@@ -477,7 +477,10 @@ def _are_sigmoids(model: nn.Module, domain: Domain) -> bool:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(16, *domain.shape, generator=generator)
     images[0], images[1], images[2:6] = 0.0, 1.0, images[2:6].round()
-    with torch.no_grad():
-        logits = logits_of(model(network_inputs(model, images, domain)))
+    try:
+        with torch.no_grad():
+            logits = logits_of(model(network_inputs(model, images, domain)))
+    except Exception:
+        return False  # `Teacher` explains it
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     return inside and bool(((logits.sum(1) - 1).abs() > 1e-3).any())

@@ -233,8 +233,21 @@ class Teacher(DomainNetwork):
         self._classifier: str | None = None  # `classifier_layer` looks for it once
         self.model = _frozen_copy(network, self.name)
         check_network(self.model, domain, self.name)
+        self._check_batches()
         if why_no_hooks(self.model):
             self._check_graph()
+
+    def _check_batches(self) -> None:
+        "A `DFKDError` for a network that takes no more than the two images of a trial."
+        try:
+            self.predict(torch.cat([self.domain.trial_images()] * 2)[:3])
+        except Exception as error:  # a guard of torch.export, a runtime's complaint
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise DFKDError(
+                f"the network '{self.name}' takes 2 images, and not 3 ({reason}): keep"
+                ' fixed batch sizes out of its forward, x.shape[0] instead of len(x),'
+                " and export with dynamic_shapes=({0: torch.export.Dim('images')},)"
+            ) from error
 
     def _check_graph(self) -> None:
         """A graph keeps the mode of its export.
