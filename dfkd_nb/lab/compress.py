@@ -15,7 +15,12 @@ from ..applications.export import check_exportable
 from ..applications.filters import find_filters
 from ..applications.quantization import QuantizedNetwork
 from ..applications.quantization_graph import import_torchao
-from .arguments import add_common_options, add_network_options, format_hours
+from dfkd_nb.lab.arguments import (
+    add_common_options,
+    add_network_options,
+    add_statistics,
+    format_hours,
+)
 from dfkd_nb.lab.distill import (
     DistillRun,
     check_exports,
@@ -26,11 +31,10 @@ from dfkd_nb.lab.distill import (
     output_folder,
     print_summary,
     set_values,
-    without_statistics,
 )
 from .distill_plan import Costs, measure_costs, planned_seconds
 from .distill_settings import held_out_values
-from .invert_settings import preset_size
+from .invert_settings import preset_size, without_statistics
 from .network_options import own_teacher
 from .results import Result
 from .tasks.compress import prune_network, quantize_network
@@ -60,12 +64,7 @@ def add_compress_arguments(
         metavar='N',
         help=f'synthetic images to make (default: {images})',
     )
-    add(
-        '--statistics',
-        choices=('batchnorm', 'none'),
-        default='batchnorm',
-        help='features to match: those of BatchNorm, or none for networks without it',
-    )
+    add_statistics(parser)
     add(
         '--test',
         default='',

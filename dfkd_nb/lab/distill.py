@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COUNTS', 'student_builder', 'open_test', 'network_values', 'set_values', 'distill_recipe',
-           'checked_recipe', 'without_statistics', 'check_folder', 'output_folder', 'check_exports', 'recorded_counts',
-           'add_arguments', 'add_outputs', 'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
+           'checked_recipe', 'check_folder', 'output_folder', 'check_exports', 'recorded_counts', 'add_arguments',
+           'add_outputs', 'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
 
 # %% ../../nbs/lab/distill.ipynb #a360ee16
 import argparse
@@ -23,6 +23,7 @@ from ..applications.export import check_exportable
 from dfkd_nb.lab.arguments import (
     add_common_options,
     add_network_options,
+    add_statistics,
     positive_number,
 )
 from .distill_plan import Costs, fit_to_minutes, measure_costs, plan_text
@@ -34,7 +35,11 @@ from dfkd_nb.lab.distill_settings import (
     optimises_pixels,
     with_updates,
 )
-from .invert_settings import preset_size, trained_elsewhere
+from dfkd_nb.lab.invert_settings import (
+    preset_size,
+    trained_elsewhere,
+    without_statistics,
+)
 from .network_options import own_teacher
 from .recipes import Recipe, find_task, parse_assignment
 from .results import Result
@@ -277,31 +282,6 @@ def checked_recipe(
     plain = {k: getattr(checked, k) for k in known}
     return Recipe(task.partition('-')[0], title, task, plain, {'hour': {}})
 
-# %% ../../nbs/lab/distill.ipynb #0d3ae40d
-def without_statistics(
-    values: dict[str, Any],  # of `method_values`
-    statistics: str,  # of `--statistics`
-    teacher: Teacher,
-) -> dict[str, Any]:  # settings without the features term, where it is to be left out
-    """The method's weights, and whether the network has what they ask for.
-
-    Raises: `DFKDError` for a network without BatchNorm where its statistics are asked for.
-    """
-    norms = torch.nn.modules.batchnorm._BatchNorm
-    found = any(
-        isinstance(layer, norms) and layer.running_mean is not None
-        for layer in teacher.model.modules()
-    )
-    if statistics == 'none':
-        return values | {'feature_weight': 0.0}
-    if found:
-        return values
-    raise DFKDError(
-        f"'{teacher.name}' has no BatchNorm layers to read statistics from: --statistics"
-        ' none goes on without, and its images then resemble the training data little'
-        ' (students learn much less from them)'
-    )
-
 # %% ../../nbs/lab/distill.ipynb #4f3e39c3
 def check_folder(
     folder: Path,  # of `--out`
@@ -400,12 +380,7 @@ def add_arguments(
         metavar='N',
         help='images it learns from (default: in proportion)',
     )
-    add(
-        '--statistics',
-        choices=('batchnorm', 'none'),
-        default='batchnorm',
-        help='features to match: those of BatchNorm, or none for networks without it',
-    )
+    add_statistics(parser)
     add(
         '--test',
         default='',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'REAL_DATA_SETTINGS', 'FOREIGN', 'chosen_classes', 'trained_elsewhere', 'preset_size', 'usual_settings',
-           'inversion_settings']
+           'inversion_settings', 'without_statistics']
 
 # %% ../../nbs/lab/invert_settings.ipynb #5674e1b2
 import argparse
@@ -12,6 +12,8 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..dreams.inversion import deepinversion_preset
 from .recipes import parse_assignment
@@ -148,3 +150,27 @@ def inversion_settings(
     settings = check_settings(SynthesisSettings, defaults | changes, '--set')
     batch_size = max(2, min(settings.images, settings.synthesis_batch_size))
     return dataclasses.replace(settings, synthesis_batch_size=batch_size)
+
+# %% ../../nbs/lab/invert_settings.ipynb #0d3ae40d
+def without_statistics(
+    values: dict[str, Any],  # of `method_values`
+    statistics: str,  # of `--statistics`
+    teacher: Teacher,
+) -> dict[str, Any]:  # settings without the features term, where it is to be left out
+    """The method's weights, and whether the network has what they ask for.
+
+    Raises: `DFKDError` for a network without BatchNorm where its statistics are asked for.
+    """
+    found = any(
+        isinstance(layer, _BatchNorm) and layer.running_mean is not None
+        for layer in teacher.model.modules()
+    )
+    if statistics == 'none':
+        return values | {'feature_weight': 0.0}
+    if found:
+        return values
+    raise DFKDError(
+        f"'{teacher.name}' has no BatchNorm layers to read statistics from: --statistics"
+        ' none goes on without, and its images then resemble the training data little'
+        ' (students learn much less from them)'
+    )
