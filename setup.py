@@ -30,7 +30,7 @@ setuptools.setup(
     author=settings['author'],
     author_email=settings['author_email'],
     license='Apache-2.0',
-    license_files=['LICENSE'],
+    license_files=['LICENSE', 'dfkd_nb/weights/*.NOTICE.txt'],
     url=settings['git_url'],
     long_description=readme.read_text(encoding='utf-8')
     if readme.exists()

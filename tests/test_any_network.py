@@ -1191,3 +1191,128 @@ def test_everything_that_is_a_file_is_read_by_one_call(here: Path) -> None:
     for name in ('net.pt2', 'net.pt'):
         torch.testing.assert_close(load_network_file(here / name)(X), trained()(X))
     torch.testing.assert_close(load_exported(here / 'net.pt2')(X), trained()(X))
+
+
+LENGTHS = """
+import torch
+from torch import nn
+
+
+class Good(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 4)
+
+    def size(self, x):
+        return x.shape[0]
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().mean((2, 3))
+        return self.last(x.view(self.size(x), 8))
+
+
+class Length(Good):
+    def size(self, x):
+        return len(x)
+
+
+class Number(Good):
+    def size(self, x):
+        return int(x.size(0))
+
+
+class Two(Good):
+    def size(self, x):
+        return 2
+"""
+SIZED = '--size 8 --channels 1 --mean .5 --std .5 --device cpu --out no'.split()
+
+
+@pytest.mark.parametrize('kind', ['Length', 'Number'])
+@pytest.mark.parametrize(
+    'command',
+    [
+        'quantize --model mine.py:{}',
+        'prune --keep 0.5 --export pt2 --model mine.py:{}',
+        'distill --method noise --export pt2 --model mine.py:Good --student mine.py:{}',
+    ],
+)
+def test_a_batch_that_is_fixed_is_told_before_the_work(
+    kind: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(LENGTHS)
+    assert main([*command.format(kind).split(), *SIZED]) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if 'error' in s]
+    assert 'take the size as x.shape[0] or x.size(0), not as len(x)' in line
+    assert not (tmp_path / 'no').exists()
+
+
+def test_a_network_of_two_images_only_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(LENGTHS)
+    scope: dict[str, Any] = {}
+    exec(LENGTHS, scope)
+    program = torch.export.export(scope['Good']().eval(), (torch.zeros(2, 1, 8, 8),))
+    torch.export.save(program, tmp_path / 'two.pt2')
+    for spec in ('two.pt2', 'mine.py:Two'):
+        assert main(['inspect', '--model', spec, *SIZED[:-4]]) == 2
+        (line,) = [s for s in capsys.readouterr().err.splitlines() if 'error' in s]
+        assert 'takes 2 images, and not 3' in line and 'dynamic_shapes' in line
+
+
+def make_transformer(here: Path, spec: str) -> list[str]:
+    "Weights of a transformer in a file, and the options that describe it."
+    network = load_network(spec, num_classes=3).model
+    torch.save(network.state_dict(), here / 'net.pt')
+    small = 'synthesis_steps=1 half_size_steps=1 synthesis_batch_size=4'.split()
+    words = ['--model', spec, '--checkpoint', 'net.pt', '--size', '32', '--device', 'cpu']
+    words += ['--mean', '.5,.5,.5', '--std', '.5,.5,.5']
+    return words + [word for value in small for word in ('--set', value)]
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+    'spec', ['vit-tiny', 'timm:vit_tiny_patch16_224(img_size=32, patch_size=8, depth=2)']
+)
+def test_a_transformer_at_the_command_line(
+    spec: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if spec.startswith('timm:'):
+        library('timm')
+    words = make_transformer(here, spec)
+    bare = words[: words.index('--device')] + words[words.index('--mean') :][:4]
+    assert main(['inspect', *bare]) == 0
+    shown = capsys.readouterr().out
+    assert 'there are no BatchNorm layers (use --statistics none)' in shown
+    assert '3 x 32 x 32' in shown
+    invert = ['invert', *words, '--n', '2', '--out', 'made']
+    assert main(invert) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if 'error' in s]
+    assert 'no BatchNorm layers' in line and '--statistics none goes on without' in line
+    assert main([*invert, '--statistics', 'none']) == 0
+    assert len(list((here / 'made').rglob('*.png'))) == 2
+    distill = ['distill', *words, '--student', 'resnet8', '--method', 'deepinversion']
+    distill += ['--steps', '10', '--images', '4', '--out', 'student', '--statistics']
+    distill += ['none', '--set', 'held_out=10', '--set', 'held_out_steps=1']
+    assert main(distill) == 0
+    numbers = json.loads((here / 'student/result.json').read_text())['numbers']
+    assert numbers['steps'] == 10
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_arguments_of_timm() -> None:
+    library('timm')
+    name = 'vit_tiny_patch16_224'
+    found = load_network(f'timm:{name}(img_size=32, patch_size=8)', num_classes=3)
+    assert found.domain is not None and found.domain.shape == (3, 32, 32)
+    assert found.teacher().predict(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+    one_line(lambda: load_network(f'timm:{name}(32)'), 'cannot be read')
+    one_line(lambda: load_network(f'timm:{name}(img=32)'), "argument 'img'")

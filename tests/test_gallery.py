@@ -5,32 +5,25 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import tomllib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from dfkd_nb.lab.arguments import add_network_options
 from dfkd_nb.lab.commands import main
-from dfkd_nb.lab.invert_settings import inversion_settings
-from dfkd_nb.lab.network_options import own_teacher
+from dfkd_nb.lab.invert_settings import inversion_settings, trained_elsewhere
 from dfkd_nb.lab.tasks.synthesis import usable_stages
 from dfkd_nb.toolbox.data import ImageSet
-from dfkd_nb.toolbox.datasets import load_data
 from dfkd_nb.toolbox.domains import Domain
-from dfkd_nb.toolbox.evaluation import evaluate
 from dfkd_nb.toolbox.teachers import Teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 GALLERY = ROOT / 'tools/gallery'
-NETWORKS = Path(os.environ.get('DFKD_DATA', 'no-such-folder')) / 'networks'
 
 
 def gallery_module(name: str) -> ModuleType:
@@ -121,7 +114,6 @@ def test_what_signals_do_not_have_is_refused_in_one_line(
     distill = ['distill', *SIGNALS, '--student', 'mine.py:net', *out]
     line = refusal([*distill, '--method', 'fast-5'], capsys)
     assert 'these are signals: use deepinversion' in line
-    assert 'use dfkd distill' in refusal(['quantize', *SIGNALS, *out], capsys)
     other = Domain('tones', (2, 31), (0.0, 0.0), (1.0, 1.0), ('a', 'b', 'c'))
     ImageSet(torch.zeros(3, 2, 31), torch.arange(3), other).save(here / 'odd.safetensors')
     words = [*distill, '--method', 'deepinversion', '--test', 'odd.safetensors']
@@ -165,23 +157,15 @@ def test_a_network_of_one_size_is_inverted(here: Path) -> None:
 
 def test_networks_of_the_user_get_relative_statistics() -> None:
     arguments = argparse.Namespace(set=[], n=4, memory=None, model='', teacher='mine')
+    teacher = SimpleNamespace(about={})
+    assert not trained_elsewhere(arguments, teacher)
     assert inversion_settings(arguments, 32).feature_scale == 'absolute'
     arguments.model = 'mine.py:Net'
-    found = inversion_settings(arguments, 32)
+    assert trained_elsewhere(arguments, teacher)
+    found = inversion_settings(arguments, 32, True)
     assert (found.feature_scale, found.feature_weight) == ('relative', 2.0)
     arguments.set = ['feature_scale=absolute']
-    assert inversion_settings(arguments, 32).feature_scale == 'absolute'
-
-
-def test_tensorflows_padding() -> None:
-    "Of one missing pixel all is after: the first window begins at the first pixel."
-    network = gallery_module('networks')
-    x = torch.arange(1.0, 17).view(1, 1, 4, 4)
-    ones = torch.ones(1, 1, 3, 3)
-    found = F.conv2d(network.pad_after(x), ones, stride=2)
-    # sums of rows and columns 0 to 2, and of 2 to 3 with one of zeros
-    expected = [[54.0, 45.0], [72.0, 54.0]]
-    assert found[0, 0].tolist() == expected
+    assert inversion_settings(arguments, 32, True).feature_scale == 'absolute'
 
 
 def test_tones_have_the_pitch_of_their_class() -> None:
@@ -195,23 +179,6 @@ def test_tones_have_the_pitch_of_their_class() -> None:
     ratio = found / networks.pitch(labels)
     # the fundamental is the loudest; a bin of the spectrum is 15.6 Hz wide
     assert ((ratio - 1).abs() * networks.pitch(labels) < 16).all()
-
-
-@pytest.mark.skipif(not NETWORKS.is_dir(), reason='needs DFKD_DATA with networks/')
-def test_the_public_resnet8_has_its_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(GALLERY)
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--teacher', default='')
-    add_network_options(parser)
-    file = str(NETWORKS / 'mlperf_tiny_resnet8.safetensors')
-    words = ['--model', 'networks.py:ResNet8', '--checkpoint', file]
-    teacher = own_teacher(parser.parse_args([*words, '--range', '0..255', '--size', '32']))
-    test = load_data('cifar10', 'test')
-    numbered = Domain(
-        'own', test.domain.shape, test.domain.mean, test.domain.std, teacher.domain.classes
-    )
-    test.domain = numbered
-    assert evaluate(teacher, test) == pytest.approx(0.8719, abs=2e-4)
 
 
 def test_every_published_run_of_the_gallery_has_floor_and_ceiling() -> None:

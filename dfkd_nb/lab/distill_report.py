@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..foundations.method_tables import method_head
-from .cards import LIMITS
+from .cards import LIMITS, teacher_licence
+from .names import has_teacher_name
 from .observations import encode_figure
 from .tasks.common import waveforms
 from ..toolbox.core import atomic_path
@@ -47,7 +48,7 @@ def alarms_of(
     if recognised < 0.5:
         found.append(
             f'the teacher recognises only {recognised:.0%} of its held-out synthetic'
-            ' images: check --mean, --std, --range and --size'
+            ' images: check --mean, --std, and --range and --size or --length'
         )
     return found
 
@@ -241,10 +242,10 @@ license: other
 # {heading}
 
 - **Network**: `{student}`, in {files}.
-- **Teacher**: `{teacher}`. Licence: that of whoever gave it to you.
+- **Teacher**: `{teacher}`. Licence: {licence}.
 - **Method**: `dfkd {task}`, images by `{method}`, {title} ({paper}).
 - **Images**: made from the teacher; no real one was used to make the network.
-- **Inputs**: {shape}, values 0 to 1, then minus {mean}, divided by {std}.
+- **Inputs**: {shape}, {values}minus {mean}, divided by {std}.
 - **Classes**: {classes}.
 
 ## Numbers
@@ -282,16 +283,39 @@ student = load_network({spec!r}, 'student.safetensors', num_classes={count}).mod
     'prune': """\
 from dfkd_nb import load_network
 from dfkd_nb.applications.pruning import load_pruned
-whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
-domain = ...  # of its images, see Inputs
+WHOLE
 student, about = load_pruned('student.safetensors', whole, domain)""",
     'quantize': """\
 from dfkd_nb import load_network
 from dfkd_nb.applications.integer_networks import load_integers
-whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
-domain = ...  # of its images, see Inputs
+WHOLE
 student = load_integers('student.safetensors', whole, domain)""",
 }
+
+
+_WHOLE = """\
+whole = load_network({base!r}, num_classes={count}).model  # weights do not matter
+domain = ...  # of its images, see Inputs"""
+# of a network that has a name
+_NAMED = """\
+teacher = open_teacher({base!r})
+whole, domain = teacher.model, teacher.domain"""
+
+
+def _loader(
+    settings: Mapping[str, Any],  # of a result
+    task: str,  # a name of `_LOADERS`
+    count: int,  # of classes
+) -> str:  # Python code
+    "How to open what a run left."
+    base = settings['teacher']
+    code = _LOADERS[task].replace('WHOLE', _WHOLE)
+    if task != 'distill' and has_teacher_name(base):
+        code = _LOADERS[task].replace('WHOLE', _NAMED).replace(
+            'from dfkd_nb import load_network',
+            'from dfkd_nb.lab.tasks.common import open_teacher',
+        )
+    return code.format(spec=settings['student'], base=base, count=count)
 
 
 def student_card(
@@ -311,14 +335,14 @@ def student_card(
         teacher=_in_markdown(settings['teacher']),
         heading=_in_markdown(result['title']),
         task=result['recipe'],
-        loader=_LOADERS[result['recipe']].format(
-            spec=settings['student'], base=settings['teacher'], count=len(classes)
-        ),
+        licence=teacher_licence(settings['teacher']),
+        loader=_loader(settings, result['recipe'], len(classes)),
         files=', '.join(f'`{name}`' for name in files),
         method=settings['method'],
         title=head['title'],
         paper=head['paper'],
         shape=' x '.join(map(str, settings['shape'])),
+        values='values 0 to 1, then ' if len(settings['shape']) == 3 else '',
         mean=_list(settings['mean']),
         std=_list(settings['std']),
         classes=named + (f' and {len(classes) - 20} more' if len(classes) > 20 else ''),

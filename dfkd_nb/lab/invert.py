@@ -27,6 +27,7 @@ from ..dreams.memory import max_batch_size
 from dfkd_nb.lab.arguments import (
     add_common_options,
     add_network_options,
+    add_statistics,
     format_hours,
     positive_number,
 )
@@ -45,6 +46,8 @@ from dfkd_nb.lab.invert_settings import (
     chosen_classes,
     inversion_settings,
     preset_size,
+    trained_elsewhere,
+    without_statistics,
 )
 from .network_options import own_teacher
 from .reproducibility import deterministic, environment
@@ -241,10 +244,11 @@ def request_of(
     teacher: Teacher,  # on its device
 ) -> dict[str, Any]:  # plain values
     "All that decides the images' bits, except the number of threads."
-    domain, settings = (
-        teacher.domain,
-        inversion_settings(arguments, preset_size(teacher.domain.shape)),
-    )
+    domain, foreign = teacher.domain, trained_elsewhere(arguments, teacher)
+    settings = inversion_settings(arguments, preset_size(domain.shape), foreign)
+    if settings.feature_weight or arguments.statistics == 'none':
+        changes = without_statistics({}, arguments.statistics, teacher)
+        settings = dataclasses.replace(settings, **changes)
     if arguments.memory:
         synthesizer = build_inversion(settings, teacher, teacher.device, arguments.seed)
         most = max_batch_size(synthesizer, arguments.memory)
@@ -321,6 +325,7 @@ def add_arguments(
         metavar='GB',
         help='choose the largest batch that fits into this much memory',
     )
+    add_statistics(parser)
     add('--seed', type=int, default=0, metavar='S', help='of all noise (default: 0)')
     add_common_options(
         parser,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .core import import_torchvision, load_checkpoint
 from .errors import DFKDError
+from .mlperf_tiny import MLPerfResNet8
 from .vision_transformer import VisionTransformer
 
 # %% ../../nbs/toolbox/28_models.ipynb #40d606ab
@@ -233,6 +234,7 @@ MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     'mobilenetv2': small_mobilenet,
     'digits-net': digits_net,
     'vit-tiny': VisionTransformer,
+    'mlperf-resnet8': MLPerfResNet8,
 }
 
 # %% ../../nbs/toolbox/28_models.ipynb #0c43cd01

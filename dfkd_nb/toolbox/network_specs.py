@@ -10,7 +10,7 @@ import difflib
 import importlib
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .exported_files import load_network_file
 from .models import EFFICIENTNET_LITE, MODELS, build_model
 from .networks import logits_of, network_inputs, why_no_hooks
 from .outputs import AdaptedOutput, described_output
-from .own_code import own_network
+from .own_code import own_network, parse_call
 from .preprocessing import plain_dict
 from .teachers import Teacher, imagenet_domain
 
@@ -284,9 +284,12 @@ def _torchvision(
 def _timm(
     request: _Request, name: str, classes: int | None
 ) -> tuple[nn.Module, Domain | None, bool]:
-    "A network of timm."
+    "A network of timm, perhaps with arguments of `create_model`."
     import_torchvision()  # before timm does
     timm = import_extra('timm', 'timm', 'networks')
+    options: dict[str, Any] = {}
+    if '(' in name:
+        name, options = parse_call(name, f'timm:{name}')
     short = name.split('.')[0]
     if not timm.is_model(short):
         near = difflib.get_close_matches(short, timm.list_models(), 3)
@@ -300,7 +303,8 @@ def _timm(
     if request.pretrained:
         known = timm.get_pretrained_cfg(name, allow_unregistered=True)
         _all_classes(request, known.num_classes, classes)
-    options: dict[str, Any] = {'num_classes': classes} if classes is not None else {}
+    if classes is not None:
+        options['num_classes'] = classes
     if request.channels != 3:
         options['in_chans'] = request.channels
 
@@ -311,6 +315,9 @@ def _timm(
     model = attempt(request, create)
     try:
         domain = Domain.from_timm(model, name=f'timm:{short}')
+        if size := options.get('img_size'):  # timm's configuration has the usual one
+            sides = (size, size) if isinstance(size, int) else tuple(size)
+            domain = replace(domain, shape=(domain.channels, *sides))
     except DFKDError as error:
         domain = None
         request.notes.append(str(error))
@@ -477,7 +484,10 @@ def _are_sigmoids(model: nn.Module, domain: Domain) -> bool:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(16, *domain.shape, generator=generator)
     images[0], images[1], images[2:6] = 0.0, 1.0, images[2:6].round()
-    with torch.no_grad():
-        logits = logits_of(model(network_inputs(model, images, domain)))
+    try:
+        with torch.no_grad():
+            logits = logits_of(model(network_inputs(model, images, domain)))
+    except Exception:
+        return False  # `Teacher` explains it
     inside = bool(((logits >= 0) & (logits <= 1)).all())
     return inside and bool(((logits.sum(1) - 1).abs() > 1e-3).any())

@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 
 from .core import load_tensors
 from .data import ImageSource
-from .domains import DOMAINS, Domain
+from .domains import DOMAINS, Domain, named_domain
 from .errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.models import (
     EFFICIENTNET_LITE,
@@ -233,8 +233,21 @@ class Teacher(DomainNetwork):
         self._classifier: str | None = None  # `classifier_layer` looks for it once
         self.model = _frozen_copy(network, self.name)
         check_network(self.model, domain, self.name)
+        self._check_batches()
         if why_no_hooks(self.model):
             self._check_graph()
+
+    def _check_batches(self) -> None:
+        "A `DFKDError` for a network that takes no more than the two images of a trial."
+        try:
+            self.predict(torch.cat([self.domain.trial_images()] * 2)[:3])
+        except Exception as error:  # a guard of torch.export, a runtime's complaint
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            raise DFKDError(
+                f"the network '{self.name}' takes 2 images, and not 3 ({reason}): keep"
+                ' fixed batch sizes out of its forward, x.shape[0] instead of len(x),'
+                " and export with dynamic_shapes=({0: torch.export.Dim('images')},)"
+            ) from error
 
     def _check_graph(self) -> None:
         """A graph keeps the mode of its export.
@@ -409,15 +422,8 @@ def load_teacher(
         resources.files('dfkd_nb') / 'weights' / f'{name}.safetensors'
     ) as path:
         about = load_tensors(path)[1]
-        data = about.get('domain') or max(
-            (d for d in DOMAINS if name.startswith(f'{d}-')), key=len
-        )
-        domain = DOMAINS[data]
-        model = build_model(
-            about.get('model') or name.removeprefix(f'{data}-'),
-            domain.num_classes,
-            domain.channels,
-        )
+        domain = named_domain(about)
+        model = build_model(about['model'], domain.num_classes, domain.channels)
         load_weights(path, model)
     teacher = Teacher(model, domain, name).to(device)
     teacher.about = about

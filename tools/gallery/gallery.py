@@ -38,7 +38,7 @@ def commands(name: str) -> dict[str, list[str]]:
         common += ['--set', setting]
     images = str(about.get('images', IMAGES))
     found = {}
-    # signals have no quantisation; some networks have runs of recipes
+    # those of signals have students; some networks have runs of recipes
     if '--length' not in common and 'bits_result' not in about:
         found['8bit'] = ['quantize', *common, '--images', images]
     if about.get('student'):

@@ -1,7 +1,7 @@
 """Networks of the gallery that no library builds: the code that goes with files of weights.
 
-`dfkd ... --model 'networks.py:ResNet8' --checkpoint mlperf_tiny_resnet8.safetensors` reads
-this file. Names of layers are those in the files of weights.
+`dfkd ... --model "networks.py:Crepe(size='tiny')" --checkpoint crepe-tiny.pth` reads this
+file. Names of layers are those in the files of weights.
 """
 
 import torch
@@ -9,53 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def pad_after(x: Tensor) -> Tensor:
-    """The padding of TensorFlow's 'same' for 3 × 3 kernels, stride 2 and even sizes.
-
-    One pixel is missing, and it is added after, not before. It is no layer of its own kind:
-    those that quantise or prune know `nn.Conv2d`, and may not know what derives from it.
-    """
-    return F.pad(x, (0, 1, 0, 1))
-
-
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)
-
-
-class ResNet8(nn.Module):
-    "Image classification of MLPerf Tiny, CIFAR-10: pixels 0..255, without normalisation."
-
-    def __init__(self, num_classes: int = 10) -> None:
-        super().__init__()
-        self.conv2d = nn.Conv2d(3, 16, 3, padding=1)
-        self.batch_normalization = _norm(16)
-        self.conv2d_1 = nn.Conv2d(16, 16, 3, padding=1)
-        self.batch_normalization_1 = _norm(16)
-        self.conv2d_2 = nn.Conv2d(16, 16, 3, padding=1)
-        self.batch_normalization_2 = _norm(16)
-        self.conv2d_3 = nn.Conv2d(16, 32, 3, 2)
-        self.batch_normalization_3 = _norm(32)
-        self.conv2d_4 = nn.Conv2d(32, 32, 3, padding=1)
-        self.conv2d_5 = nn.Conv2d(16, 32, 1, 2)
-        self.batch_normalization_4 = _norm(32)
-        self.conv2d_6 = nn.Conv2d(32, 64, 3, 2)
-        self.batch_normalization_5 = _norm(64)
-        self.conv2d_7 = nn.Conv2d(64, 64, 3, padding=1)
-        self.conv2d_8 = nn.Conv2d(32, 64, 1, 2)
-        self.batch_normalization_6 = _norm(64)
-        self.dense = nn.Linear(64, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:  # `(N, 3, 32, 32)` to logits `(N, K)`
-        x = self.batch_normalization(self.conv2d(x)).relu()
-        y = self.batch_normalization_1(self.conv2d_1(x)).relu()
-        x = (x + self.batch_normalization_2(self.conv2d_2(y))).relu()
-        y = self.batch_normalization_3(self.conv2d_3(pad_after(x))).relu()
-        y = self.batch_normalization_4(self.conv2d_4(y))
-        x = (self.conv2d_5(x) + y).relu()
-        y = self.batch_normalization_5(self.conv2d_6(pad_after(x))).relu()
-        y = self.batch_normalization_6(self.conv2d_7(y))
-        x = (self.conv2d_8(x) + y).relu()
-        return self.dense(x.mean((2, 3)))
 
 
 class Crepe(nn.Module):

@@ -31,7 +31,7 @@ from ...toolbox.augmentation import Augment
 from ...toolbox.core import atomic_path, load_tensors
 from ...toolbox.data import ImageSet
 from ...toolbox.datasets import load_data
-from ...toolbox.domains import DOMAINS
+from ...toolbox.domains import named_domain
 from ...toolbox.errors import DFKDError
 from ...toolbox.evaluation import evaluate
 from ...toolbox.figures import show_images, tile
@@ -62,7 +62,7 @@ def open_teacher(
             f'{path} does not say which model it is: train it with `dfkd run {recipe}'
             f' --scale {wanted} --fresh`'
         )
-    domain = DOMAINS[metadata['domain']]
+    domain = named_domain(metadata)
     model = build_model(metadata['model'], domain.num_classes, domain.channels)
     load_weights(path, model)
     return Teacher(model, domain, name)

@@ -33,6 +33,7 @@ from dfkd_nb.lab.tasks.common import (
 )
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
+from ...toolbox.domains import domain_metadata
 from ...toolbox.errors import DFKDError
 from ...toolbox.evaluation import evaluate
 from ...toolbox.models import build_model, count_parameters
@@ -196,7 +197,7 @@ def file_student(
         )
         loss = run_distiller(run, phase, distiller, state)
         accuracy = evaluate(student, test)
-        about = {'model': settings.student, 'domain': data.domain.name}
+        about = {'model': settings.student} | domain_metadata(data.domain)
         file = run.folder / f'{source}-{count}.safetensors'
         save_weights(file, student, about | {'recipe': run.recipe.name})
         seconds = round(spent(), 2)

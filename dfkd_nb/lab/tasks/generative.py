@@ -27,6 +27,7 @@ from dfkd_nb.lab.tasks.common import (
 )
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
+from ...toolbox.domains import domain_metadata
 from ...toolbox.errors import DFKDError
 from ...toolbox.teachers import Teacher
 
@@ -66,7 +67,7 @@ def generative(
         device=run.device,
         distiller_options={'compile': settings.compile},
     )
-    about = {'model': settings.student, 'domain': teacher.domain.name}
+    about = {'model': settings.student} | domain_metadata(teacher.domain)
     learned = train_student(
         run,
         'distillation',

@@ -42,6 +42,7 @@ from dfkd_nb.lab.tasks.common import (
 from .sources import application_images, check_source
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
+from ...toolbox.domains import domain_metadata
 from ...toolbox.errors import DFKDError
 from ...toolbox.evaluation import evaluate
 from ...toolbox.teachers import Teacher
@@ -180,7 +181,7 @@ def prune_while_training(
         removal.name,
         distiller,
         test,
-        {'model': settings.model, 'domain': removal.teacher.domain.name},
+        {'model': settings.model} | domain_metadata(removal.teacher.domain),
         evaluate=evaluate_pruned,
         weights=f'masked-{removal.name}',
     )

@@ -36,6 +36,7 @@ from .sources import application_images, check_source
 from ..timing import stopwatch
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
+from ...toolbox.domains import domain_metadata
 from ...toolbox.errors import DFKDError
 from ...toolbox.evaluation import evaluate
 from ...toolbox.folding import fold_batchnorm
@@ -126,9 +127,8 @@ def quantization_cost(
     processor.
     """
     settings: QuantizationSettings = run.settings
-    about = {
+    about = domain_metadata(teacher.domain) | {
         'model': teacher.about.get('model', teacher.name),
-        'domain': teacher.domain.name,
         'recipe': run.recipe.name,
         'scale': run.scale,
     }

@@ -40,6 +40,7 @@ from dfkd_nb.lab.tasks.synthesis import (
 )
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
+from ...toolbox.domains import domain_metadata
 from ...toolbox.errors import DFKDError
 from ...toolbox.teachers import Teacher
 
@@ -196,7 +197,7 @@ def transfer(
         'distillation',
         distiller,
         test,
-        {'model': settings.student, 'domain': teacher.domain.name},
+        {'model': settings.student} | domain_metadata(teacher.domain),
         trainer,
         files=RoundFiles(run, trainer) if trainer is not None else None,
     )

@@ -36,6 +36,7 @@ from dfkd_nb.lab.tasks.common import (
 from .distilled_data import real_images_per_class
 from ...toolbox.core import atomic_path, seed_everything
 from ...toolbox.data import ImageSet
+from ...toolbox.domains import domain_metadata
 from ...toolbox.errors import DFKDError
 from ...toolbox.evaluation import evaluate
 from ...toolbox.figures import tile
@@ -214,7 +215,7 @@ def transformer_student(
         )
         loss = run_distiller(run, phase, distiller, state)
         accuracy = evaluate(student, test)
-        about = {'model': settings.student, 'domain': teacher.domain.name}
+        about = {'model': settings.student} | domain_metadata(teacher.domain)
         save_weights(run.folder / f'student-{source}.safetensors', student, about)
         run.journal.add(phase, distiller.steps, accuracy=accuracy, loss=loss)
         run.say(f'{phase}: accuracy {accuracy:.4f}, {spent():.0f} s')
