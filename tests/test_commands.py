@@ -641,6 +641,9 @@ def test_inspect_judges_a_folder_that_invert_made(dfkd):
     assert 'saved in page' in out and any((dfkd.folder / 'page').glob('*.html'))
     assert dfkd('inspect', '--help')[0] == 0
     code, _, err = dfkd('inspect', 'nowhere')
-    assert code == 2 and err.startswith('dfkd: error:') and len(err.splitlines()) == 1
+    assert code == 2 and err.startswith('dfkd: error: there is no nowhere')
+    assert len(err.splitlines()) == 1
     code, _, err = dfkd('inspect')
     assert code == 2 and 'give a run or a folder' in err
+    code, _, err = dfkd('invert', '--n', '4', '--grid', '-1')
+    assert code == 2 and "'-1' is not a number of 0 or more" in err

@@ -30,6 +30,7 @@ from dfkd_nb.lab.arguments import (
     add_statistics,
     format_hours,
     positive_number,
+    whole_number,
 )
 from dfkd_nb.lab.dream_folder import (
     REQUEST,
@@ -314,7 +315,7 @@ def add_arguments(
     )
     add(
         '--grid',
-        type=int,
+        type=whole_number,
         default=0,
         metavar='N',
         help='also a picture of the first N images',

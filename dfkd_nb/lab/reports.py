@@ -395,9 +395,14 @@ def inspect_run(
 ) -> Report:  # see `inspect_images`
     """All diagnostics of a run's images, with its teacher, real images and student.
 
-    Raises: `DFKDError` for a folder without images, and where no teacher is named.
+    Raises: `DFKDError` for a folder that is missing or without images, and where no teacher
+    is named.
     """
     place = Path(folder)
+    if not place.exists():
+        raise DFKDError(
+            f'there is no {place}: name the folder of a run, of `dfkd invert`, or of images'
+        )
     # of a run, and of `dfkd invert`
     result, manifest = (_read(place / f) for f in ('result.json', 'manifest.json'))
     recipe = result.get('settings', {})
