@@ -143,7 +143,7 @@ def test_its_student_and_its_pruned_network_are_made_by_name(
     exec(code, scope)  # what the card says
     assert count_parameters(scope['student']) < 60_000
     assert (
-        main(['invert', '--teacher', NAME, '--n', '2', '--device', 'cpu', *inversion]) == 0
+        main(['invert', '--teacher', NAME, '--n', '2', '--out', 'dreams', *inversion]) == 0
     )
 
 
