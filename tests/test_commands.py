@@ -641,7 +641,7 @@ def test_inspect_judges_a_folder_that_invert_made(dfkd):
     assert 'saved in page' in out and any((dfkd.folder / 'page').glob('*.html'))
     assert dfkd('inspect', '--help')[0] == 0
     code, _, err = dfkd('inspect', 'nowhere')
-    assert code == 2 and err.startswith('dfkd: error: there is no nowhere')
+    assert code == 2 and err.startswith('dfkd: error: no images at nowhere')
     assert len(err.splitlines()) == 1
     code, _, err = dfkd('inspect')
     assert code == 2 and 'give a run or a folder' in err
