@@ -401,7 +401,7 @@ def inspect_run(
     place = Path(folder)
     if not place.exists():
         raise DFKDError(
-            f'no images at {place}: name the folder of a run, of `dfkd invert`, or of images'
+            f'no images at {place}: name the folder of a run or of `dfkd invert`'
         )
     # of a run, and of `dfkd invert`
     result, manifest = (_read(place / f) for f in ('result.json', 'manifest.json'))
