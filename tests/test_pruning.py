@@ -994,7 +994,7 @@ def test_what_cannot_be_exported_is_told_in_one_plain_line(tmp_path, digits, poo
     whole = to_integers(quantize(digits[0], pool, 8))
     for model, text in (
         (whole, 'IntegerNetwork cannot be exported .*save_integers'),
-        (Branch(), 'without branches on pixels'),
+        (Branch(), 'take branches on pixels out of its forward'),
     ):
         with pytest.raises(DFKDError, match=text) as error:
             export_network(model, DIGITS, tmp_path)
