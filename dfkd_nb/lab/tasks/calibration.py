@@ -27,12 +27,12 @@ from ..application_settings import CALIBRATION_SOURCES, CalibrationSettings
 from ..recipes import task
 from ..runs import Run
 from dfkd_nb.lab.tasks.common import (
-    open_teacher,
     real_images,
-    run_distiller,
+    run_teacher,
     save_picture,
     training_arguments,
 )
+from .quantization import finetuned_numbers
 from .sources import application_images
 from ...toolbox.core import seed_everything
 from ...toolbox.data import ImageSet
@@ -288,14 +288,7 @@ def calibration_row(
             learn_ranges=settings.learn_ranges,
             **training_arguments(settings, run.device),
         )
-        loss = run_distiller(run, phase, distiller, state)
-        finetuned = evaluate(network, test)
-        seconds = round(spent(), 2)
-        run.journal.add(
-            phase, settings.steps, accuracy=finetuned, loss=loss, seconds=seconds
-        )
-        run.say(f'{phase}: fine-tuned {finetuned:.4f}, {spent():.0f} s')
-        return numbers | {'finetuned': finetuned, 'loss': loss}
+        return numbers | finetuned_numbers(run, phase, distiller, test, state, spent)
 
     return run.phase(phase, work)
 
@@ -320,7 +313,7 @@ def calibration(
 ) -> dict[str, Any]:  # a row for each method and width, and what is known of the images
     "A teacher in few bits by every method of calibration, at each width."
     settings: CalibrationSettings = run.settings
-    teacher = open_teacher(settings.teacher, run.root, run.scale).to(run.device)
+    teacher = run_teacher(run)
     test, others = split_real_images(run)
     test = test.to(run.device)
     seed_everything(settings.seed)
