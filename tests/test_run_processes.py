@@ -189,7 +189,16 @@ def distil(root: Path, kind: str):
             more = {'label_weight': 0.5, 'mixup_alpha': 1.0, 'label_smoothing': 0.1}
             if kind == 'replay':
                 pool = ReplayPool(DIGITS, 30, teacher, student)
-                pool.add(images, source.labels, teacher.predict(images))
+                seen: list[int] = []
+                hooks = [
+                    network.register_forward_pre_hook(
+                        lambda _, given: seen.append(len(given[0]))
+                    )
+                    for network in (teacher.model, student)
+                ]
+                pool.add(images[:29])  # asks both networks
+                for hook in hooks:
+                    hook.remove()
                 source, more = pool, {}
             distiller = Distiller(
                 teacher,
@@ -209,6 +218,8 @@ def distil(root: Path, kind: str):
             }
             if kind == 'replay':
                 left['priorities'] = source.priorities
+                left['confidences'] = source.confidences
+                left['seen'] = torch.tensor(seen)
             torch.save(left, root / f'{kind}-{rank}-of-{count}.pt')
         return 0
 
@@ -292,7 +303,13 @@ def share(root: Path, kind: str):
                 for _ in range(maker.steps):
                     maker.step()
                 images.append(maker.pop().images)
+            drawn: list[int] = []
+            maker.network.register_forward_pre_hook(
+                lambda _, given: drawn.append(len(given[0]))
+            )
+            fresh = maker.sample_images(13, torch.Generator().manual_seed(5))
             left = {'images': torch.cat(images), 'rows': torch.tensor(rows[0])}
+            left |= {'fresh': fresh, 'drawn': torch.tensor(drawn)}
             left |= {f'weight {k}': v.detach() for k, v in maker.weights.items()}
             left |= {f'buffer {k}': v for k, v in maker.buffers.items()}
             left |= {
@@ -391,8 +408,12 @@ def test_two_processes_take_the_steps_of_one(made, kind):
     assert found[f'distil-{kind}-1']['codes'] == [0]
     assert found[f'distil-{kind}-2']['codes'] == [0, 0], found[f'distil-{kind}-2']['heard']
     one = torch.load(root / f'{kind}-0-of-1.pt')
+    if kind == 'replay':  # each process asks the networks about its own images
+        assert one.pop('seen').tolist() == [29, 29]
     for rank in (0, 1):
         two = torch.load(root / f'{kind}-{rank}-of-2.pt')
+        if kind == 'replay':
+            assert two.pop('seen').tolist() == [14 + rank] * 2
         assert two.keys() == one.keys()
         for name, value in one.items():
             # the teacher's logits are float32: its kernels round by the size of a batch
@@ -409,10 +430,13 @@ def test_two_processes_share_the_batch_of_a_generator(made, kind):
     assert found[f'share-{kind}-1']['codes'] == [0], found[f'share-{kind}-1']['heard']
     assert found[f'share-{kind}-2']['codes'] == [0, 0], found[f'share-{kind}-2']['heard']
     one = torch.load(root / f'share-{kind}-0-of-1.pt')
-    assert one.pop('rows') == 13
+    assert one.pop('rows') == 13 and one.pop('drawn').tolist() == [13]
     for rank, rows in ((0, 6), (1, 7)):
         two = torch.load(root / f'share-{kind}-{rank}-of-2.pt')
         assert two.pop('rows') == rows
+        # fresh images for a student without a pool, too
+        whole = kind in ('dropout', 'nayer', 'mirror')  # networks that draw
+        assert two.pop('drawn').tolist() == [13 if whole else rows]
         assert two.keys() == one.keys()
         away = (two.pop('images').int() - one['images'].int()).abs()
         assert int(away.max()) <= 1 and away.float().mean() < 1e-3

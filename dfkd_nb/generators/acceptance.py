@@ -15,7 +15,7 @@ from ..foundations.loop import AlternatingTrainer, Synthesizer
 from ..toolbox.data import SyntheticBatch
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision
-from ..toolbox.processes import copy_from_first
+from ..toolbox.processes import copy_from_first, share_rows
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/acceptance.ipynb #492d3cff
@@ -131,7 +131,7 @@ class AcceptedImages(Synthesizer):
         return self.kept / self.judged if self.judged else 1.0
 
     def _losses(self, images: Tensor) -> Tensor:  # `(n,)`, nats
-        logits = full_precision(self.judge.predict(images))
+        logits = full_precision(share_rows(self.judge.predict, images))
         return -logits.log_softmax(1).amax(1).to(images.device)
 
     def _accepted(self, losses: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..foundations.loop import AlternatingTrainer
 from .synthesizer import GeneratorSynthesizer
-from ..toolbox.data import to_device
 from ..toolbox.errors import DFKDError
 from ..toolbox.teachers import Teacher
 
@@ -107,11 +106,9 @@ class EmaSynthesizer(GeneratorSynthesizer):
         averaged = round(self.ema_share * n)
         parts = []
         if averaged < n:
-            parts.append(super().sample_images(n - averaged, generator))
+            parts.append(self._fresh_images(n - averaged, generator))
         if averaged:
-            latents = torch.randn(averaged, *self.latent_shape, generator=generator)
-            self.network.eval()
-            parts.append(self._generate(to_device(latents, self.device), self.ema))
+            parts.append(self._fresh_images(averaged, generator, self.ema))
         return torch.cat(parts)
 
     def state_dict(self) -> dict[str, Any]:

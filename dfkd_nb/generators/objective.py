@@ -43,7 +43,7 @@ from ..toolbox.data import to_device
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import in_eval_mode
-from ..toolbox.processes import BatchShare, rank_and_world_size
+from ..toolbox.processes import BatchShare, rank_and_world_size, share_rows
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/objective.ipynb #d7de1ca7
@@ -388,8 +388,21 @@ class GeneratorObjective:
         generator: torch.Generator,  # a CPU generator
     ) -> Tensor:  # intensities in [0, 1], `(n, C, H, W)`
         "Fresh images by the generator as it is: a function for `DrawnImages`."
+        return self._fresh_images(n, generator)
+
+    def _fresh_images(
+        self,
+        n: int,
+        generator: torch.Generator,
+        tensors: dict[str, Tensor] | None = None,  # see `_generate`
+    ) -> Tensor:
+        "Images in eval mode; of several processes each generates its rows."
         latents = torch.randn(n, *self.latent_shape, generator=generator)
-        return self.generate(to_device(latents, self.device), train=False)
+        latents = to_device(latents, self.device)
+        self.network.eval()
+        if not getattr(self.network, 'row_by_row', False):
+            return self._generate(latents, tensors)
+        return share_rows(lambda own: self._generate(own, tensors), latents)
 
     def compute_loss(
         self,

@@ -27,6 +27,7 @@ from dfkd_nb.toolbox.data import (
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode
+from ..toolbox.processes import share_rows
 from ..toolbox.teachers import Teacher
 
 # %% ../../nbs/generators/11_replay.ipynb #b59ba146
@@ -219,12 +220,12 @@ class ReplayPool(Pool):
             raise DFKDError(
                 'the images come without logits: give the pool a teacher, or use insert'
             )
-        return self.teacher.predict(images)
+        return share_rows(self.teacher.predict, images)
 
     def _student_logits(self, images: Tensor) -> Tensor:
         assert self.student is not None
         with in_eval_mode(self.student):
-            return torch.cat([self.ask_student(part) for part in images.split(500)])
+            return torch.cat([share_rows(self.ask_student, p) for p in images.split(500)])
 
     def _summary(
         self, teacher_logits: Tensor, student_logits: Tensor | None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAIT_LIMIT', 'rank_and_world_size', 'joined_processes', 'process_device', 'stopped_with_others', 'all_gather_objects',
-           'on_first_process', 'highest', 'own_folder', 'copy_from_first', 'BatchShare', 'sums_of_all',
+           'on_first_process', 'highest', 'own_folder', 'copy_from_first', 'BatchShare', 'share_rows', 'sums_of_all',
            'average_gradients', 'shared_batchnorm']
 
 # %% ../../nbs/toolbox/processes.ipynb #911d2ea5
@@ -289,6 +289,18 @@ class BatchShare:
         return torch.cat([mean, (weights * spread).sum(0)])
 
 # %% ../../nbs/toolbox/processes.ipynb #c610cdd4
+def share_rows(
+    function: Callable[[Tensor], Tensor],  # of each row by itself, without gradient
+    rows: Tensor,  # of the whole batch, the same in every process
+) -> Tensor:  # the whole batch's
+    "A function of a batch, of which each process computes its own rows; all must call it."
+    processes = rank_and_world_size()[1]
+    if processes == 1 or len(rows) < processes:
+        return function(rows)
+    share = BatchShare(len(rows))
+    return share.gather(function(share.take(rows)))
+
+
 def sums_of_all(
     tensors: Sequence[Tensor],  # of the same shapes in every process
 ) -> list[Tensor]:
