@@ -367,6 +367,24 @@ def test_a_damaged_environment(fails, unfinished):
     fails(RESUMED, 'environment.json', '--fresh')
 
 
+def test_a_run_does_not_go_on_with_another_teacher(fails, here):
+    "One that a recipe trains may have been trained again between a stop and a resumption."
+    about = {'model': 'digits-net', 'domain': 'digits'}
+    weights = here / 'runs/digits-teacher/quick/weights.safetensors'
+    model = stirred(build_model('digits-net', 10, 1))
+    save_weights(weights, model, about)
+    recipe = 'digits-transfer-noise', 'quick', {'steps': 20, 'images': 40}
+    with pytest.raises(RunStopped):
+        Run(Recipe.load(recipe[0]), *recipe[1:], quiet=True).start(max_minutes=1e-9)
+    kept = weights.read_bytes()
+    weights.unlink()
+    save_weights(weights, stirred(model), about)
+    changes = '--set', 'steps=20', '--set', 'images=40', '--resume'
+    fails(['run', recipe[0], *changes], "other weights of 'run:digits-teacher'", '--fresh')
+    weights.write_bytes(kept)
+    assert main(['run', recipe[0], *changes]) == 0
+
+
 def test_a_file_where_the_folder_should_be(fails):
     Path('runs').write_text('mine')
     fails(RUN, 'runs', '--out')

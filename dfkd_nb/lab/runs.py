@@ -177,8 +177,16 @@ class SavedRun(RunFolder):
                 | run_switches(self.given, self.device)
             )
         )
-        self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
+        self.note()
         self.write('recipe.toml', resolved_toml(self.recipe, self.scale, self.given))
+
+    def note(
+        self,
+        **known: Any,  # what stands in environment.json and in the result
+    ) -> None:
+        "Something more about the environment, kept for a resumption."
+        self.environment |= known
+        self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
 
     def reopen(self) -> None:
         "Later: same recipe, same device, last checkpoint."
@@ -186,9 +194,7 @@ class SavedRun(RunFolder):
         self.environment = read_json(self.folder / 'environment.json')
         before = self.environment.get('processes', 1)
         if before != self.processes:
-            now = {'processes': self.processes, 'processes_before': before}
-            self.environment |= now
-            self.write('environment.json', json.dumps(self.environment, indent=1) + '\n')
+            self.note(processes=self.processes, processes_before=before)
         was = str(self.environment.get('device', ''))
         if not was:
             raise DFKDError(

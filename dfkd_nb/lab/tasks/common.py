@@ -75,9 +75,17 @@ def run_teacher(
 
     A teacher that a recipe trains is another one on another machine, and results of
     different teachers should not be compared as if they differed by their methods alone.
+
+    Raises: `DFKDError` where the run was begun with other weights.
     """
     teacher = open_teacher(run.settings.teacher, run.root, run.scale).to(run.device)
-    run.environment['teacher'] = weights_digest(teacher.model)
+    digest = weights_digest(teacher.model)
+    if run.environment.get('teacher', digest) != digest:
+        raise DFKDError(
+            f"{run.folder} was begun with other weights of '{run.settings.teacher}': put"
+            ' those back, or start over with --fresh'
+        )
+    run.note(teacher=digest)
     return teacher
 
 # %% ../../../nbs/lab/tasks/common.ipynb #01edd75a
