@@ -14,14 +14,13 @@ from cases import each
 from dfkd_nb.foundations.method_tables import method_settings, method_tables
 from dfkd_nb.lab import evidence
 from dfkd_nb.lab.commands import STOPPED, main
-from dfkd_nb.lab.comparison import METHOD_TITLES, comparison
+from dfkd_nb.lab.comparison import HOUR_PAIR, METHOD_TITLES, comparison
 from dfkd_nb.lab.comparison_figures import draw_curves, learning_curve
 from dfkd_nb.lab.comparison_tables import row_of
 from dfkd_nb.lab.evidence import (
     ABLATIONS,
     METHODS,
     NEWER,
-    PAIR,
     REPEATED,
     Planned,
     evidence_plan,
@@ -51,7 +50,7 @@ def test_every_method_has_one_budget():
     names += ('test_data', 'test_limit', 'evaluations')
     found = set()
     for method in (*METHODS, *NEWER, *ABLATIONS):
-        settings = Recipe.load(f'{PAIR}-{method}').resolve('hour')
+        settings = Recipe.load(f'{HOUR_PAIR}-{method}').resolve('hour')
         steps = getattr(settings, 'steps', 0)
         if not steps:
             taught = settings.rounds - settings.warmup_rounds
@@ -85,7 +84,7 @@ def test_ablations_change_what_they_name():
         if 'ablates' not in row:
             continue
         base, changed = (
-            dataclasses.asdict(Recipe.load(f'{PAIR}-{m}').resolve('hour'))
+            dataclasses.asdict(Recipe.load(f'{HOUR_PAIR}-{m}').resolve('hour'))
             for m in (row['ablates'], name)
         )
         differ = {k for k in base if base[k] != changed[k]}
@@ -100,8 +99,8 @@ def test_methods_of_one_scale_are_recipes_of_pairs_that_have_it():
     only = [m for m, row in method_tables()[1].items() if 'scales' in row]
     assert set(only) == {'noise', 'deepdream', 'metadata', *ABLATIONS}
     pairs = {pair for pair, method in compared().values() if method in only}
-    assert pairs == {PAIR}
-    assert set(Recipe.load(f'{PAIR}-fast-5').scales) == {'hour'}
+    assert pairs == {HOUR_PAIR}
+    assert set(Recipe.load(f'{HOUR_PAIR}-fast-5').scales) == {'hour'}
 
 
 # --- the queue ----------------------------------------------------------------------------
@@ -109,7 +108,7 @@ def test_methods_of_one_scale_are_recipes_of_pairs_that_have_it():
 
 def test_the_order():
     plan = evidence_plan()
-    names = [(p.recipe.removeprefix(f'{PAIR}-'), p.seed) for p in plan]
+    names = [(p.recipe.removeprefix(f'{HOUR_PAIR}-'), p.seed) for p in plan]
     assert names[:4] == [('vanilla', 0), ('scratch', 0), ('ssd-kd-10', 0), ('fast-5', 0)]
     assert names[len(METHODS) :][: 2 * len(REPEATED)] == [
         (m, seed) for seed in (1, 2) for m in REPEATED
@@ -120,7 +119,9 @@ def test_the_order():
     later = names[len(METHODS) + 2 * 6 :]
     assert later == [(m, 0) for m in (*NEWER, *ABLATIONS)]
     # every recipe of the pair is in the queue
-    assert {m for m, _ in names} == {m for pair, m in compared().values() if pair == PAIR}
+    assert {m for m, _ in names} == {
+        m for pair, m in compared().values() if pair == HOUR_PAIR
+    }
     assert {*METHODS, *NEWER} == set(METHOD_TITLES)
     assert all(20 <= p.minutes <= 95 for p in plan)
 
@@ -304,12 +305,12 @@ def left(folder, method, accuracy, seed=0, curve=((0, 0.1), (1800, 0.5), (3600, 
     "The result and the history of a run that nobody has made."
     numbers = {'student_accuracy': accuracy, 'teacher_accuracy': 0.9, 'steps': 4000}
     result = Result(
-        f'{PAIR}-{method}',
+        f'{HOUR_PAIR}-{method}',
         'hour',
         'generative',
         'made up',
         '',
-        {'pair': PAIR, 'method': method, 'seed': seed},
+        {'pair': HOUR_PAIR, 'method': method, 'seed': seed},
         numbers,
         {'synthesis': 5000.0, 'distillation': 5000.0, 'total': 10000.0},
         {'device': 'cpu', 'processor': 'one', 'threads': 1},
@@ -330,7 +331,7 @@ def test_curves_come_from_the_published_files_alone(tmp_path):
     left(tmp_path, 'scratch', 0.85)
     left(tmp_path, 'vanilla', 0.88)
     cells = comparison(results(tmp_path), 'hour')
-    figure = draw_curves(cells, PAIR, tmp_path)
+    figure = draw_curves(cells, HOUR_PAIR, tmp_path)
     (axes,) = figure.axes
     curves = [
         line for line in axes.lines if len(line.get_xdata()) > 2 or line.get_ls() == '-'
@@ -343,15 +344,15 @@ def test_curves_come_from_the_published_files_alone(tmp_path):
     assert 'KD on real data, 88.0 %' in words and 'teacher, 90.0 %' in words
     assert [text.get_text() for text in axes.texts] == ['Fast-5']
     matplotlib.pyplot.close(figure)
-    assert draw_curves([], PAIR, tmp_path) is None
+    assert draw_curves([], HOUR_PAIR, tmp_path) is None
 
 
 def test_a_run_without_processor_seconds_has_no_curve(tmp_path):
     left(tmp_path, 'dafl', 0.8)
-    path = tmp_path / f'{PAIR}-dafl' / 'hour' / 'history.csv'
+    path = tmp_path / f'{HOUR_PAIR}-dafl' / 'hour' / 'history.csv'
     path.write_text('phase,step,accuracy,seconds\ndistillation,0,0.1,3\n')
     assert learning_curve(results(tmp_path)[0], tmp_path) == []
-    assert draw_curves(comparison(results(tmp_path), 'hour'), PAIR, tmp_path) is None
+    assert draw_curves(comparison(results(tmp_path), 'hour'), HOUR_PAIR, tmp_path) is None
 
 
 def test_a_row_has_the_processors_time(tmp_path):

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Row', 'duration', 'plus_minus', 'number', 'row_of', 'markdown_table', 'text_table', 'table_cells', 'missing_runs',
-           'accuracy_matrix', 'sections', 'teacher_recipe', 'detail_of', 'repeated_seeds', 'other_rows', 'results_text',
-           'results_command']
+           'accuracy_matrix', 'sections', 'hour_table', 'teacher_recipe', 'detail_of', 'repeated_seeds', 'other_rows',
+           'results_text', 'results_command']
 
 # %% ../../nbs/lab/comparison_tables.ipynb #afe8ccaa
 import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from dfkd_nb.lab.comparison import (
+    HOUR_PAIR,
     METHOD_TITLES,
     Cell,
     PairMethod,
@@ -246,6 +247,46 @@ def sections(
     runs = [[r for c in cells if c.pair == p for r in c.runs] for p in pairs]
     notes = [outdated_note(sum(runs, [])), *(teachers_note(of_pair) for of_pair in runs)]
     return '\n\n'.join([*parts, *filter(None, notes)])
+
+# %% ../../nbs/lab/comparison_tables.ipynb #f581f706
+#| code-fold: true
+#| code-summary: "Source of hour_table"
+def hour_table(
+    found: Sequence[Result],  # see `results`
+    methods: Collection[str],  # those to show; the others have no row
+    titles: Mapping[str, str] = METHOD_TITLES,  # what to call them
+) -> str:  # Markdown
+    """Students that began with random weights, after equal numbers of updates.
+
+    Those of real images come first, then the others by accuracy; one without a run has no
+    row. Methods of the hour scale's other pairs are left out.
+    """
+    best = best_cells(comparison(found, 'hour'))
+    cells = [best[HOUR_PAIR, m] for m in methods if (HOUR_PAIR, m) in best]
+    if not cells:
+        return 'No run of the hour scale has left a result yet.'
+    cells.sort(key=lambda c: (c.method not in ('vanilla', 'scratch'), -c.mean))
+    runs = [run for cell in cells for run in cell.runs]
+    rows = [
+        {
+            'trained with': titles.get(cell.method, cell.method),
+            'accuracy, %': mark_outdated(plus_minus(cell.accuracies), *cell.runs),
+            'seeds': str(len(cell.runs)),
+            'images': number(cell, 'images'),
+            'synthesis': duration(cell.hours('synthesis', 'processor_seconds')) or '–',
+            'training': duration(cell.hours('distillation', 'processor_seconds')) or '–',
+            'METHOD': f'`{cell.method}`',
+        }
+        for cell in cells
+    ]
+    teachers = sorted({f'{percent_of(run, "teacher_accuracy"):.2f}' for run in runs})
+    note = (
+        f'{pair_title(HOUR_PAIR)}, whose teacher has {", ".join(teachers)} %. Accuracy on'
+        ' the 10,000 test images, mean and standard deviation over the seeds. Times are of'
+        ' the processor; the machines were not equally fast. The command of a row is'
+        f' `dfkd run {HOUR_PAIR}-METHOD --scale hour`.'
+    )
+    return '\n\n'.join(filter(None, [markdown_table(rows), note, outdated_note(runs)]))
 
 # %% ../../nbs/lab/comparison_tables.ipynb #39662c85
 def teacher_recipe(
