@@ -133,7 +133,7 @@ def markdown_table(
     right = {
         k
         for k in rows[0]
-        if numbers and all(re.fullmatch(r'[-+\d.,%±·/ *hmins†]*', row[k]) for row in rows)
+        if numbers and all(re.fullmatch(r'[-+\d.,%±·/ *hmins†–]*', row[k]) for row in rows)
     }
     lines = [
         list(rows[0]),
