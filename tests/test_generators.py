@@ -967,6 +967,32 @@ def test_rounds_are_as_planned_and_nobody_competes_while_warming_up(teacher):
         trainer.step()
 
 
+def test_the_rate_of_a_generator_falls_over_the_rounds(teacher):
+    "By hand, and the same after a stop between two rounds."
+    falling = {'schedule': 'cosine', 'schedule_rounds': 4, 'learning_rate': 0.01}
+    trainer, rates = trainer_of(teacher, METHODS['dafl'], rounds=4, **falling), []
+    whole = trainer_of(teacher, METHODS['dafl'], rounds=4, **falling).run()
+    while not trainer.finished:
+        if trainer.synthesis_due and trainer.synthesizer.steps_left == 1:
+            rates.append(trainer.synthesizer.optimizer.param_groups[0]['lr'])
+        trainer.step()
+        if trainer.round == 2 and trainer.done == 5:
+            state = copy.deepcopy(trainer.state_dict())
+            trainer = trainer_of(teacher, METHODS['dafl'], rounds=4, **falling)
+            trainer.load_state_dict(state)
+    expected = [0.01 * (1 + math.cos(math.pi * done)) / 2 for done in (1 / 4, 2 / 4, 3 / 4)]
+    assert rates[:3] == pytest.approx(expected) and 0 < rates[3] < rates[2]
+    for name, weight in whole.synthesizer.weights.items():
+        assert torch.equal(weight, trainer.synthesizer.weights[name]), name
+    for wrong, words in (
+        ({'schedule': 'falling'}, "unknown schedule 'falling'"),
+        ({'schedule': 'cosine'}, 'over 0 rounds'),
+        ({'schedule': 'cosine', 'schedule_rounds': 3, 'init': 'scratch'}, "init 'scratch'"),
+    ):
+        with pytest.raises(DFKDError, match=words):
+            synthesizer_of(teacher, **wrong)
+
+
 def test_a_callback_and_a_deadline_stop_between_two_updates(teacher):
     trainer = trainer_of(teacher, METHODS['dafl'])
     trainer.run(callback=lambda now: now.synthesizer.steps_done == 2)

@@ -135,7 +135,10 @@ KINDS: dict[str, tuple[str, Settings]] = {  # recipe, and what makes it small
     ),
     'metadata': ('digits-transfer-deepinversion', STUDENT | METADATA),
     'dafl': ('digits-dafl', GENERATED),
-    'zskt': ('digits-zskt', GENERATED | {'warmup_rounds': 0}),
+    'zskt': (
+        'digits-zskt',
+        GENERATED | {'warmup_rounds': 0, 'synthesis_schedule': 'cosine'},
+    ),
     'dfq': ('digits-dfq', GENERATED),
     'averaged': ('digits-dfq-ema', GENERATED),
     'noise layers': ('digits-nayer', GENERATED | {'generator_life': 2}),

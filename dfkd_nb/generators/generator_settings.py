@@ -54,6 +54,11 @@ class GeneratorSettings:
     synthesis_learning_rate: float = setting(
         1e-3, 'learning rate of Adam on the generator', low=0
     )
+    synthesis_schedule: str = setting(
+        'constant',
+        'of that rate over the rounds, for a generator that goes on from batch to batch',
+        choices=('constant', 'cosine'),
+    )
     latent_learning_rate: float = setting(
         0.0, 'learning rate of Adam on the latents; 0 leaves them as drawn', low=0
     )

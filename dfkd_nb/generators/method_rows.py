@@ -41,7 +41,6 @@ class MethodSettings(GeneratorSettings, PoolSettings):
     jitter: int = 2  # pixels
     synthesis_flip: bool = True  # whether images are mirrored while they are made
     clip: bool = True
-    synthesis_schedule: str = 'constant'
     compile: bool = False
     competition_weight: float = 0.0  # from the second round on; 0: no competition
     competition_temperature: float = 3.0

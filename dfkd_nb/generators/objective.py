@@ -244,6 +244,7 @@ class GeneratorObjective:
         self.learning_rate = learning_rate
         self.latent_learning_rate = latent_learning_rate
         self.seed = seed
+        self.rate_factor = 1.0  # on the learning rate, see `GeneratorSynthesizer`
         self.competing = True
         # of latents, sampled classes, augmentation and fresh weights
         self.rng = torch.Generator().manual_seed(seed)
@@ -338,7 +339,9 @@ class GeneratorObjective:
         self.buffers = {k: v.detach().clone() for k, v in buffers.items()}
         # None where there is nothing to learn
         self.optimizer = (
-            self._adam(self.weights.values(), self.learning_rate) if self.weights else None
+            self._adam(self.weights.values(), self.learning_rate * self.rate_factor)
+            if self.weights
+            else None
         )
 
     @property

@@ -22,6 +22,7 @@ from dfkd_nb.foundations.loop import (
     share_student_domain,
     synthesize_batches,
 )
+from ..foundations.optimization import learning_rate_at
 from .generator_settings import GeneratorSettings
 from .objective import BatchEvaluation, GeneratorObjective
 from ..toolbox.augmentation import Augment
@@ -72,9 +73,23 @@ class GeneratorSynthesizer(GeneratorObjective):
     def __init__(
         self,
         teacher: Teacher,  # neither changed nor moved
+        *,
+        # of the learning rate, over the rounds: 'constant' or 'cosine'
+        schedule: str = 'constant',
+        schedule_rounds: int = 0,  # until a rate that falls is zero
         **settings: Any,  # see `GeneratorObjective`
     ) -> None:
         super().__init__(teacher, **settings)
+        if schedule not in ('constant', 'cosine'):
+            raise DFKDError(f"unknown schedule '{schedule}': use 'constant' or 'cosine'")
+        if schedule != 'constant' and (schedule_rounds < 1 or self.init != 'sequential'):
+            raise DFKDError(
+                f"a rate that falls over {schedule_rounds} rounds with init '{self.init}':"
+                " give schedule_rounds, and init 'sequential'"
+            )
+        self.schedule, self.schedule_rounds = schedule, schedule_rounds
+        if schedule != 'constant':  # states from before this setting stay valid
+            self._made_with |= {'schedule': schedule, 'schedule_rounds': schedule_rounds}
         self.steps_done = self.batches = 0  # in all
         self.history: list[dict[str, float]] = []  # one row a batch
         self.latents = torch.empty(0, device=self.device)
@@ -111,8 +126,13 @@ class GeneratorSynthesizer(GeneratorObjective):
             share_student_domain(self, trainer)
 
     def begin_round(self, index: int, competing: bool) -> None:
-        "Nobody competes in warm-up rounds."
+        "Nobody competes in warm-up rounds; a rate that falls is set."
         self.competing = competing
+        if self.schedule == 'constant':
+            return
+        self.rate_factor = learning_rate_at(index, self.schedule_rounds, self.schedule)
+        for group in self.optimizer.param_groups if self.optimizer else ():
+            group['lr'] = self.learning_rate * self.rate_factor
 
     def begin_batch(self) -> None:
         "Latents, target classes, and the weights to begin from."
@@ -406,6 +426,7 @@ RENAMED = {
     'synthesis_steps': 'steps',
     'synthesis_batch_size': 'batch_size',
     'synthesis_learning_rate': 'learning_rate',
+    'synthesis_schedule': 'schedule',
     'synthesis_precision': 'precision',
     'adversarial_temperature': 'temperature',
 }
@@ -445,4 +466,6 @@ def synthesizer_keywords(
         found['momentum'] = momentum if momentum < 1 else None
     if 'reset_round' in settings:  # 0: never
         found['reset_first_layer_at'] = settings['reset_round'] or None
+    if found.get('schedule', 'constant') != 'constant':
+        found['schedule_rounds'] = settings.get('rounds', 0)
     return found
