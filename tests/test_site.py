@@ -378,7 +378,8 @@ def test_a_wide_picture_gets_a_box_that_scrolls() -> None:
         picture = (
             f'<img src="data:image/png;base64,{data}" alt="a &gt; b" class="img-fluid">'
         )
-        expected = f'<div class="wide-picture">{picture}</div>' if boxed else picture
+        box = '<div class="wide-picture" style="--natural: 560px">'
+        expected = f'{box}{picture}</div>' if boxed else picture
         assert refine(picture) == expected
 
 

@@ -416,7 +416,7 @@ def show_rows(
             transform=line[0].transAxes,
             ha='right',
             va='center',
-            fontsize=8,
+            fontsize=9,
         )
     return figure
 

@@ -24,7 +24,8 @@ from ..toolbox.teachers import Teacher
 # %% ../../nbs/generators/replay_explorer.ipynb #2125e16c
 def draw_buffer(
     pool: ReplayPool,  # with images
-    pixels: tuple[int, int] = (840, 260),  # width and height
+    # width and height, 125 an inch: a `FigureSlider` shows four fifths of them
+    pixels: tuple[int, int] = (900, 340),
 ) -> Tensor:  # uint8 `(3, height, width)`; made without pyplot, so any thread may call this
     """Classes, difficulties and sampling probabilities.
 
@@ -37,7 +38,7 @@ def draw_buffer(
         raise DFKDError('there is nothing to draw: add images first')
     probabilities, size = pool.probabilities.cpu().double(), len(pool)
     figure = Figure(
-        figsize=(pixels[0] / 100, pixels[1] / 100), dpi=100, layout='constrained'
+        figsize=(pixels[0] / 125, pixels[1] / 125), dpi=125, layout='constrained'
     )
     canvas, axes = FigureCanvasAgg(figure), figure.subplots(1, 3)
     bins = (pool.confidences.cpu().double() * 10).long().clamp(0, 9)
@@ -67,7 +68,13 @@ def draw_buffer(
         axis.set(xlabel=title, ylabel='share, %')
     if len(pool.counts) <= 10:
         axes[0].set_xticks(range(len(pool.counts)))
-    axes[1].legend(fontsize=7, loc='upper left')
+    figure.legend(
+        *axes[1].get_legend_handles_labels(),
+        loc='outside upper center',
+        ncols=2,
+        fontsize=9,
+        frameon=False,
+    )
     axes[2].plot(
         (size * probabilities).sort(descending=True).values.tolist(), color='black', lw=1.5
     )

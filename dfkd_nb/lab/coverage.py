@@ -273,9 +273,8 @@ class CoverageMap(Finding):
             side.axis('off')
         ax.set(xlabel='first principal component', ylabel='second')
         ax.set_title(
-            f'embedding of {self.network}, {self.note}; the plane explains'
-            f' {self.explained:.0%} of the variance',
-            fontsize=8,
+            f'embedding of {self.network}, {self.note};\n'
+            f'the plane explains {self.explained:.0%} of the variance'
         )
         ax.legend()
 
@@ -425,8 +424,8 @@ class Neighbours(Finding):
                 axis.axis('off')
             for axis, distance in zip(axes[i, 1:], self.distances[i]):
                 ratio = distance / self.real_distances.median()
-                axis.set_title(f'{ratio:.2f}', fontsize=6, pad=1)
-        axes[0, 0].set_title('dream', fontsize=7, pad=1)
+                axis.set_title(f'{ratio:.2f}', pad=1)
+        axes[0, 0].set_title('dream', pad=1)
 
     def _draw_distances(self, ax: Any) -> None:
         median = self.real_distances.median()

@@ -48,7 +48,7 @@ class Verification(Finding):
     correct: dict[str, Tensor]  # by network: bool `(N,)`
     labels: Tensor  # the target classes, int64 `(N,)`
     classes: tuple[str, ...]  # names
-    title, size = 'Recognition by other networks', (6.8, 2.4)
+    title, size = 'Recognition by other networks', (7.2, 2.6)
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -87,7 +87,7 @@ class Verification(Finding):
 
     def draw(self, figure: Any) -> None:
         "Bars with their intervals, and the accuracy in every class."
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.7))
         self._draw_bars(left)
         self._draw_classes(right)
 
@@ -129,22 +129,23 @@ class Verification(Finding):
     def _draw_classes(self, ax: Any) -> None:
         present, per_class = self.labels.unique().tolist(), self.per_class
         grid = torch.tensor([[per_class[n][k] for k in present] for n in self.correct])
-        few = len(present) <= 25
+        few, names = len(present) <= 25, [self.classes[k][:12] for k in present]
         seaborn.heatmap(
-            grid.numpy(),
+            100 * grid.numpy(),
             vmin=0,
-            vmax=1,
+            vmax=100,
             cmap='cividis',
-            xticklabels=[self.classes[k][:12] for k in present] if few else False,
+            xticklabels=names if few else False,
             yticklabels=False,
-            cbar_kws={'label': 'fraction recognised'},
+            cbar_kws={'label': 'recognised, %'},
             annot=len(present) <= 10,
-            fmt='.2f',
-            annot_kws={'size': 6},
+            fmt='.0f',
+            annot_kws={'size': 9},
             ax=ax,
         )
         if few:
-            ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=60, fontsize=7)
+            turn = 60 if max(map(len, names)) > 3 else 0
+            ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=turn)
         ax.set(xlabel='class' if few else f'{len(present)} classes, by number')
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #ab7dd009
@@ -251,7 +252,8 @@ class ClassHistogram(Finding):
                 errorbar=None,
                 ax=ax,
             )
-            ax.tick_params(axis='x', labelrotation=30, labelsize=7)
+            long = max(map(len, self.classes)) > 3
+            ax.tick_params(axis='x', labelrotation=30 if long else 0)
         else:
             for i, (name, values) in enumerate(fractions.items()):
                 ax.plot(
@@ -450,7 +452,7 @@ class LayerDistances(Finding):
     layers: list[str]  # names, from the image to the classifier
     distances: dict[str, Tensor]  # by group: `(L,)`
     images: dict[str, int]  # number of images of each group
-    title, size = 'Feature statistics, layer by layer', (6.4, 3.0)
+    title, size = 'Feature statistics, layer by layer', (7.2, 3.6)
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -486,10 +488,11 @@ class LayerDistances(Finding):
             range(0, len(self.layers), step),
             names,
             rotation=90 if max(map(len, names)) > 3 else 0,
-            fontsize=6,
         )
         ax.set(yscale='log', ylabel='distance from the statistics')
-        ax.legend()
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend
+        ax.legend(loc='upper center', ncols=2)
 
 # %% ../../nbs/lab/19_diagnostics.ipynb #38dcc01a
 #| code-fold: true

@@ -95,13 +95,17 @@ class Report:
         lines += [f'  {name}: not measured, {why}' for name, why in self.missing.items()]
         return '\n'.join(lines)
 
-    def figure(self) -> Any:  # matplotlib's figure
+    def figure(
+        self,
+        columns: int = 2,  # of findings, each 6 inches wide; one alone is 7.4 wide
+    ) -> Any:  # matplotlib's figure
         "The first images, and the figure of every finding, on one page."
         found = list(self.findings.values())
-        rows = [found[i : i + 2] for i in range(0, len(found), 2)]
+        rows = [found[i : i + columns] for i in range(0, len(found), columns)]
+        width = 6 * columns if columns > 1 else 7.4
         heights = [1.4, *(max(f.size[1] for f in row) + 0.3 for row in rows)]
         with book_style():
-            page = Figure(figsize=(12, sum(heights) + 0.4), layout='constrained')
+            page = Figure(figsize=(width, sum(heights) + 0.4), layout='constrained')
             teacher = self.images.network.name
             page.suptitle(
                 f'{self.title}: {len(self.images)} images, teacher {teacher}', fontsize=11
@@ -109,9 +113,11 @@ class Report:
             parts = page.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[
                 :, 0
             ]
-            self._draw_images(parts[0].subplots(1, 16))
+            self._draw_images(parts[0].subplots(1, round(width)))
             for part, row in zip(parts[1:], rows):
-                for cell, finding in zip(part.subfigures(1, 2, squeeze=False)[0], row):
+                for cell, finding in zip(
+                    part.subfigures(1, columns, squeeze=False)[0], row
+                ):
                     cell.suptitle(finding.title, fontsize=10, fontweight='bold')
                     finding.draw(cell)
         return page
@@ -133,7 +139,7 @@ class Report:
             )
             if labels is not None:
                 name = source.domain.classes[int(labels[i])]
-                axes[i].set_title(name[:13], fontsize=6)
+                axes[i].set_title(name[:12])
 
     def table(self) -> str:
         "Findings and their summaries, as an HTML table."
@@ -167,7 +173,9 @@ class Report:
         return _PAGE.format(title=name, body='\n'.join(body))
 
     def _repr_html_(self) -> str:
-        return self.table() + '\n' + _image(encode_figure(self.figure(), 70), self.title)
+        return (
+            self.table() + '\n' + _image(encode_figure(self.figure(columns=1)), self.title)
+        )
 
     def save(
         self,

@@ -225,7 +225,10 @@ def refine(page: str) -> str:
 
     def framed(found: re.Match[str]) -> str:
         width = int.from_bytes(base64.b64decode(found[1])[16:20], 'big')
-        return f'<div class="wide-picture">{found[0]}</div>' if width >= WIDE else found[0]
+        if width < WIDE:
+            return found[0]
+        # the style sheet derives from it how far a phone may scale the picture down
+        return f'<div class="wide-picture" style="--natural: {width}px">{found[0]}</div>'
 
     page = re.sub(
         r'(<div class=\"cell-output cell-output-stdout\">\s*)<pre>(.*?</pre>)',
