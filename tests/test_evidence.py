@@ -16,7 +16,7 @@ from dfkd_nb.lab import evidence
 from dfkd_nb.lab.commands import STOPPED, main
 from dfkd_nb.lab.comparison import HOUR_PAIR, METHOD_TITLES, comparison
 from dfkd_nb.lab.comparison_figures import draw_curves, learning_curve
-from dfkd_nb.lab.comparison_tables import row_of
+from dfkd_nb.lab.comparison_tables import hour_table, row_of
 from dfkd_nb.lab.evidence import (
     ABLATIONS,
     METHODS,
@@ -353,6 +353,26 @@ def test_a_run_without_processor_seconds_has_no_curve(tmp_path):
     path.write_text('phase,step,accuracy,seconds\ndistillation,0,0.1,3\n')
     assert learning_curve(results(tmp_path)[0], tmp_path) == []
     assert draw_curves(comparison(results(tmp_path), 'hour'), HOUR_PAIR, tmp_path) is None
+
+
+def test_a_chapters_table_is_of_the_hour_scale_and_of_its_methods(tmp_path):
+    "By hand: photographs first, then by the mean over the seeds; a quick run is no row."
+    left(tmp_path, 'dafl', 0.85)
+    left(tmp_path, 'vanilla', 0.84)
+    for seed, accuracy in enumerate((0.80, 0.82)):
+        left(tmp_path, 'fast-5', accuracy, seed)
+    left(tmp_path, 'cmi', 0.9)
+    left(tmp_path, 'zskt', 0.95)
+    path = tmp_path / f'{HOUR_PAIR}-zskt' / 'hour' / 'result.json'
+    path.write_text(path.read_text().replace('"hour"', '"quick"'))
+    table = hour_table(results(tmp_path), ['fast-5', 'zskt', 'dafl', 'vanilla'])
+    rows = [line.split(' | ')[:5] for line in table.splitlines()[2:5]]
+    assert rows == [
+        ['| KD on real data', '84.00', '1', '', '20.0 min'],
+        ['| DAFL', '85.00', '1', '', '20.0 min'],
+        ['| Fast-5', '81.00 ± 1.41', '2', '', '20.0 min'],
+    ]
+    assert '95.00' not in table and 'CMI' not in table and '90.00 %' in table
 
 
 def test_a_row_has_the_processors_time(tmp_path):

@@ -403,7 +403,7 @@ class GeneratorObjective:
         latents = torch.randn(n, *self.latent_shape, generator=generator)
         latents = to_device(latents, self.device)
         self.network.eval()
-        if not getattr(self.network, 'row_by_row', False):
+        if not self._row_by_row:
             return self._generate(latents, tensors)
         return share_rows(lambda own: self._generate(own, tensors), latents)
 
@@ -469,13 +469,17 @@ class GeneratorObjective:
             self._others(inputs),
         )
 
+    @property
+    def _row_by_row(self) -> bool:
+        "Others may draw numbers, or ask where in the batch an image stands."
+        return bool(getattr(self.network, 'row_by_row', False))
+
     def _own_images(self, latents: Tensor) -> Tensor:
         "The images of the batch that this process evaluates."
         share = self.share
         if share.processes == 1:
             return self._generate(latents)
-        # others may draw numbers, or ask where in the batch an image stands
-        if not getattr(self.network, 'row_by_row', False):
+        if not self._row_by_row:
             return share.take(self._generate(latents))
         with share.batchnorm(self.network):
             return self._generate(share.take(latents))
