@@ -63,9 +63,9 @@ def draw_buffer(
             0.85 * width,
             fill=False,
             edgecolor='black',
-            label='of what is drawn',
+            label='among what is drawn',
         )
-        axis.set(xlabel=title, ylabel='share, %')
+        axis.set(xlabel=title, ylabel='fraction, %')
     if len(pool.counts) <= 10:
         axes[0].set_xticks(range(len(pool.counts)))
     figure.legend(
