@@ -152,6 +152,14 @@ def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -
 
 BAD: dict[str, tuple[list[str], str]] = {
     'nothing to keep': ([*PRUNE, '--keep', '0'], '--keep 0'),
+    'less than a filter': ([*PRUNE, '--keep', '0.01'], 'give --keep 0.17 or more'),
+    'less than a group': (
+        [*PRUNE, '--keep', '0.2', '--set', 'group_size=3'],
+        'or --set group_size=1',
+    ),
+    'fewer operations': (command('prune', '--flops', '0.01'), 'give --flops'),
+    'a test that is damaged': ([*PRUNE, '--test', 'taken'], '--test taken'),
+    'bits of a seed': ([*QUANTIZE, '--seed', '-3'], "'-3' is not a seed"),
     'all of it': ([*PRUNE, '--keep', '1'], '--keep 1'),
     'two fractions': ([*PRUNE, '--flops', '0.5'], 'not allowed with'),
     'no fraction': (command('prune'), 'required'),
@@ -169,6 +177,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     'no network': ([*QUANTIZE, '--model', ''], 'no network is named'),
     'another run': ([*QUANTIZE, '--out', 'taken'], 'dfkd quantize'),
 }
+
+
+def test_prune_takes_the_least_that_it_names(here: Path) -> None:
+    assert main([*PRUNE, '--keep', '0.17', '--steps', '0']) == 0
+    assert result(here / 'out')['numbers']['filters_removed'] == 5  # of six
+
+
+def test_fine_tuning_that_diverges_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUANTIZE, '--updates', '60', '--set', 'learning_rate=1000']
+    line = failure(capsys, [*words, '--set', 'momentum=0.999', '--set', 'weight_decay=9'])
+    assert 'learning_rate' in line, line
 
 
 @pytest.mark.parametrize('name', BAD)

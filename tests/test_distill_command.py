@@ -311,6 +311,18 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     'a test of other classes': (['--test', 'others'], ('--test others', "'cat'")),
     'a test of few classes': (['--test', 'few'], ('2 classes', '4')),
     'a test without images': (['--test', 'empty'], ('--test empty',)),
+    'a damaged test': (['--test', 'damaged'], ('--test damaged', '0001.png', 'replace')),
+    'weights for a test': (['--test', 'best.pth'], ('no file of labelled images',)),
+    'noise for a test': (['--test', 'x.safetensors'], ('no safetensors file',)),
+    'a rate beyond use': (['--set', 'learning_rate=1e30'], ('learning_rate', 'most 1000')),
+    'a weight beyond use': (['--set', 'class_weight=1e38'], ('class_weight', 'at most')),
+    'a negative seed': (['--seed', '-1'], ('--seed', "'-1' is not a seed")),
+    'a range upside down': (['--range', '-1..-2'], ("--range '-1..-2'",)),
+    'a batch for no memory': (
+        ['--set', 'batch_size=10000000000'],
+        ('--set batch_size', 'GB'),
+    ),
+    'a folder that nobody may write': (['--out', '/proc/x'], ('/proc/x', 'written')),
     'a folder in use': (['--out', 'others'], ('--out others', 'not empty')),
     'a file for a folder': (['--out', 'names.txt'], ('is a file',)),
 }
@@ -328,6 +340,10 @@ def test_bad_input_is_one_line(
         domain = Domain('x', (3, 8, 8), (0.5,) * 3, (0.25,) * 3, classes)
         ImageSet(images, torch.arange(4) % len(classes), domain).to_folder(here / folder)
     (here / 'empty').mkdir()
+    (here / 'x.safetensors').write_bytes(b'junk' * 30)
+    ImageSet(images, torch.arange(4), DOMAIN).to_folder(here / 'damaged')
+    broken = next(here.glob('damaged/0001/*.png')).with_name('0001.png')
+    broken.write_bytes(next(here.glob('damaged/0001/*.png')).read_bytes()[:50])
     options, words = BAD[name]
     given = command()
     if '--minutes' in options:
@@ -336,6 +352,20 @@ def test_bad_input_is_one_line(
     line = failure(capsys, [*given, *options])
     assert all(word in line for word in words), line
     assert not (here / 'out').exists()
+
+
+@pytest.mark.parametrize('method', ['fast-5', 'deepinversion'])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    method: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*command(method, steps=40), '--set', 'learning_rate=1000']
+    line = failure(capsys, [*words, '--set', 'momentum=0.999', '--set', 'weight_decay=9'])
+    assert 'not finite' in line or 'loss is' in line, line
+    assert 'learning_rate' in line and '--fresh' in line, line
+    # what had been made before stays
+    assert len(ImageSet.load(here / 'out' / 'held-out.safetensors')) == 12
+    assert not (here / 'out' / 'result.json').exists()
+    assert main([*command(method), '--fresh']) == 0
 
 
 def test_without_batchnorm(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
