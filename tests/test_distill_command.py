@@ -322,7 +322,6 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ['--set', 'batch_size=10000000000'],
         ('--set batch_size', 'GB'),
     ),
-    'a folder that nobody may write': (['--out', '/proc/x'], ('/proc/x', 'written')),
     'a folder in use': (['--out', 'others'], ('--out others', 'not empty')),
     'a file for a folder': (['--out', 'names.txt'], ('is a file',)),
 }
@@ -343,7 +342,7 @@ def test_bad_input_is_one_line(
     (here / 'x.safetensors').write_bytes(b'junk' * 30)
     ImageSet(images, torch.arange(4), DOMAIN).to_folder(here / 'damaged')
     broken = next(here.glob('damaged/0001/*.png')).with_name('0001.png')
-    broken.write_bytes(next(here.glob('damaged/0001/*.png')).read_bytes()[:50])
+    broken.write_bytes(next(here.glob('damaged/0001/*.png')).read_bytes()[:40])
     options, words = BAD[name]
     given = command()
     if '--minutes' in options:
@@ -379,6 +378,16 @@ def test_without_batchnorm(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*words, '--statistics', 'none']) == 0
     assert 'learn much less' in capsys.readouterr().out
     assert result(here / 'out')['settings']['feature_weight'] == 0.0
+
+
+def test_a_folder_that_nobody_may_write_is_told_first(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(distill, 'measure_costs', None)  # it does not come to that
+    monkeypatch.setattr(distill.os, 'access', lambda path, _: bool(asked.append(path)))
+    line = failure(capsys, [*command(), '--out', 'a/b/c'])
+    assert '--out a/b/c: nothing can be written there' in line and asked == [here]
 
 
 def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
