@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distill_command import DOMAIN, NETWORK, Killed, failure, here, result, teacher
+from test_distill_command import (
+    DOMAIN,
+    NETWORK,
+    Killed,
+    failure,
+    here,
+    result,
+    stopped_after_each_phase,
+    teacher,
+)
 
 from dfkd_nb.applications.integer_networks import load_integers
 from dfkd_nb.applications.pruning import load_pruned
@@ -139,6 +148,15 @@ def test_killed_and_resumed_to_the_same_bits(
     for name in ('student', 'images', 'held-out'):
         files = [(here / n / f'{name}.safetensors').read_bytes() for n in ('whole', 'out')]
         assert files[0] == files[1], name
+    assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
+
+
+@pytest.mark.parametrize('words', [PRUNE, TUNED], ids=['prune', 'quantize'])
+def test_stopped_after_each_phase(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*words, '--out', 'whole']) == 0
+    assert stopped_after_each_phase(words, monkeypatch) >= 3
     assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
 
 

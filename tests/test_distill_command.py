@@ -250,6 +250,34 @@ def test_killed_and_resumed_to_the_same_bits(
     assert (here / 'out' / 'model-card.md').exists()
 
 
+def stopped_after_each_phase(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    "Resume a command until it is done; a signal comes at the end of each phase."
+    save, stops = Run.save, 0
+
+    def then_a_signal(self: Run) -> None:
+        save(self)
+        self.stop_reason = 'SIGTERM'
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, 'save', then_a_signal)
+        while (code := main([*words, '--resume'])) != 0:
+            assert code == STOPPED
+            stops += 1
+    return stops
+
+
+@pytest.mark.parametrize('method', ['fast-5', 'deepinversion'])
+def test_stopped_after_each_phase(
+    method: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*command(method), '--out', 'whole']) == 0
+    # held-out images, the student, the inspection of its images, the evaluation
+    assert stopped_after_each_phase(command(method), monkeypatch) >= 4
+    assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
+    files = [here / n / 'student.safetensors' for n in ('whole', 'out')]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_changed_settings_are_refused_and_change_nothing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
