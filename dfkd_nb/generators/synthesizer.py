@@ -264,9 +264,9 @@ class GeneratorSynthesizer(GeneratorObjective):
             student = "the student's learning_rate, or " * (name == 'adversarial')
             raise NotFinite(
                 f"the term '{name}' is not finite at step {number + 1}: lower {student}"
-                f'learning_rate ({self.learning_rate:g}; in recipes synthesis_learning_rate)'
-                " or use precision='float32'; batches that are finished are kept in their"
-                ' pool'
+                f'learning_rate ({self.learning_rate:g}; in recipes'
+                " synthesis_learning_rate) or use precision='float32'; batches that are"
+                ' finished are kept in their pool'
             )
         return rows
 
