@@ -19,16 +19,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dfkd_nb.lab import distill
 from dfkd_nb.lab.commands import main
 from dfkd_nb.lab.distill import open_test
+from dfkd_nb.toolbox.core import save_tensors
 from dfkd_nb.toolbox.data import ImageSet
 from dfkd_nb.toolbox.domains import DOMAINS, Domain
 from dfkd_nb.toolbox.errors import DFKDError
-from dfkd_nb.toolbox.evaluation import evaluate
 from dfkd_nb.toolbox.models import build_model
-from dfkd_nb.toolbox.teachers import Teacher
 
-CODE = '''
+CODE = """
 import torch
 from torch import nn
 
@@ -91,7 +91,7 @@ def leaves():
 
 def needs(depth):
     return Net()
-'''
+"""
 NUMBERS = '--mean 0.3 --std 0.4 --size 8'.split()
 DIGITS = ['--model', 'digits-net', *NUMBERS]
 OWN = ['--model', 'mine.py:Net', '--channels', '1', *NUMBERS]
@@ -316,8 +316,18 @@ def test_domains(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> N
     options, words = DOMAIN_OPTIONS[name]
     given = [*DIGITS, '--checkpoint', 'good.pth']
     joined = [f'{options[0]}={options[1]}', *options[2:]]
-    line = refused(['inspect', *given, *joined], capsys, here.parent)
-    assert words in line, line
+    for form in (joined, options):  # a value may begin with a minus sign
+        line = refused(['inspect', *given, *form], capsys, here.parent)
+        assert words in line and 'expected one argument' not in line, line
+
+
+def test_a_complaint_about_channels_is_whole(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ['inspect', '--model', 'mine.py:Net', '--size', '8', '--channels', '3']
+    words += ['--mean', '.3,.3,.3', '--std', '.4,.4,.4']
+    line = refused(words, capsys, here.parent)
+    assert 'to have 1 channels, but got 3 channels instead' in line, line
 
 
 @pytest.mark.parametrize('name', HEADS)
@@ -352,7 +362,7 @@ TESTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize('name', TESTS)
-def test_test_images(name: str, here: Path) -> None:
+def test_test_images(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         (here / 'test' / str(number)).mkdir(parents=True)
         source = here / 'test' / str(number) / 'good.png'
@@ -360,10 +370,50 @@ def test_test_images(name: str, here: Path) -> None:
         source.write_bytes(next((here / f'x{number}').rglob('*.png')).read_bytes())
     make, words = TESTS[name]
     make(here / 'test')
-    teacher = Teacher(build_model('digits-net', 10, 1), DOMAINS['digits'])
     with pytest.raises(DFKDError, match=words) as found:
-        evaluate(teacher, open_test('test', teacher.domain))
+        open_test('test', DOMAINS['digits'])  # before anything is asked for
     assert len(str(found.value).splitlines()) == 1
+    monkeypatch.setattr(distill, 'TEST_BYTES', 0)  # large sets are not decoded at once
+    with pytest.raises(DFKDError, match=words):
+        open_test('test', DOMAINS['digits'])
+
+
+NO_TESTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    'x.safetensors': (lambda path: path.write_bytes(b'junk' * 30), 'no safetensors file'),
+    'weights.safetensors': (
+        lambda path: save_tensors(path, {'w': torch.zeros(2)}),
+        'holds no image set',
+    ),
+    'x.png': (lambda path: path.write_bytes(picture(8, 8)), 'no file of labelled images'),
+    'x.txt': (lambda path: path.write_text('0,1'), 'no file of labelled images'),
+    'x.parquet': (lambda path: path.write_bytes(bytes(99)), 'no Parquet file'),
+    'unlabelled.safetensors': (
+        lambda path: ImageSet(digits().images, None, digits().domain).save(path),
+        'without labels',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', NO_TESTS)
+def test_files_that_are_no_test(name: str, here: Path) -> None:
+    make, words = NO_TESTS[name]
+    make(here / name)
+    with pytest.raises(DFKDError, match=words) as found:
+        open_test(name, digits().domain)
+    assert str(found.value).startswith(f'--test {name}: ')
+    assert 'no folder' not in str(found.value)
+
+
+def test_a_test_is_read_once_and_kept(here: Path) -> None:
+    images = digits(9)
+    images.save(here / 'x.safetensors')
+    images.to_folder(here / 'x')
+    for name in ('x.safetensors', 'x'):
+        found = open_test(name, images.domain)
+        assert isinstance(found, ImageSet)
+        assert found.images.shape == (9, 1, 8, 8)
+    # files that change later do not matter to a run that has begun
+    assert found.labels is not None and found.labels.bincount().tolist() == [3, 3, 3]
 
 
 OUTSIDE = '../secret.png', '{root}/secret.png', 'a/../../secret.png'

@@ -444,6 +444,16 @@ def test_an_interruption_says_what_is_kept(own, monkeypatch):
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert code == 130 and 'before anything was saved' in err and '--resume' not in err
     with monkeypatch.context() as patch:
+        patch.setattr(invert, 'own_teacher', lambda _: signal.raise_signal(signal.SIGTERM))
+        before = signal.getsignal(signal.SIGTERM)
+        code, _, err = own(*BATCHES, '--out', 'dreams')
+        assert code == 130 and 'before anything was saved' in err
+        assert signal.getsignal(signal.SIGTERM) == before
+    with monkeypatch.context() as patch:  # while the modules of a command are loaded
+        patch.setattr(invert, 'add_arguments', interrupt)
+        code, _, err = own(*BATCHES, '--out', 'dreams')
+        assert code == 130 and err == 'dfkd: interrupted before anything was saved\n'
+    with monkeypatch.context() as patch:
         patch.setattr(DeepInversion, 'step', interrupt)
         code, _, err = own(*BATCHES, '--out', 'dreams')
         assert (
@@ -497,6 +507,17 @@ def test_a_needed_run_that_is_interrupted_is_named(dfkd, monkeypatch):
     monkeypatch.setattr(SavedRun, 'save', interrupted)
     code, _, err = dfkd('run', 'digits-dream', '--save-every', '1e-9')
     assert code == 3 and 'is saved in runs/digits-teacher/quick:' in err
+
+
+def test_too_little_memory_is_one_line(own, monkeypatch):
+    from dfkd_nb.lab import invert
+
+    def allocate(arguments):
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(invert, 'own_teacher', allocate)
+    code, _, err = own(*BATCHES, '--out', 'dreams')
+    assert code == 2 and 'not enough memory' in err and err.count('\n') == 1
 
 
 def test_version(dfkd):

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_distill_command import DOMAIN, NETWORK, Killed, failure, here, result, teacher
+from test_distill_command import (
+    DOMAIN,
+    NETWORK,
+    Killed,
+    failure,
+    here,
+    result,
+    stopped_after_each_phase,
+    teacher,
+)
 
 from dfkd_nb.applications.integer_networks import load_integers
 from dfkd_nb.applications.pruning import load_pruned
@@ -142,6 +151,15 @@ def test_killed_and_resumed_to_the_same_bits(
     assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
 
 
+@pytest.mark.parametrize('words', [PRUNE, TUNED], ids=['prune', 'quantize'])
+def test_stopped_after_each_phase(
+    words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*words, '--out', 'whole']) == 0
+    assert stopped_after_each_phase(words, monkeypatch) >= 3
+    assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
+
+
 def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (PRUNE, QUANTIZE):
         assert main([*words, '--plan']) == 0
@@ -152,6 +170,14 @@ def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -
 
 BAD: dict[str, tuple[list[str], str]] = {
     'nothing to keep': ([*PRUNE, '--keep', '0'], '--keep 0'),
+    'less than a filter': ([*PRUNE, '--keep', '0.01'], 'give --keep 0.17 or more'),
+    'less than a group': (
+        [*PRUNE, '--keep', '0.2', '--set', 'group_size=3'],
+        'or --set group_size=1',
+    ),
+    'fewer operations': (command('prune', '--flops', '0.01'), 'give --flops'),
+    'a test that is damaged': ([*PRUNE, '--test', 'taken'], '--test taken'),
+    'bits of a seed': ([*QUANTIZE, '--seed', '-3'], "'-3' is not a seed"),
     'all of it': ([*PRUNE, '--keep', '1'], '--keep 1'),
     'two fractions': ([*PRUNE, '--flops', '0.5'], 'not allowed with'),
     'no fraction': (command('prune'), 'required'),
@@ -169,6 +195,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     'no network': ([*QUANTIZE, '--model', ''], 'no network is named'),
     'another run': ([*QUANTIZE, '--out', 'taken'], 'dfkd quantize'),
 }
+
+
+def test_prune_takes_the_least_that_it_names(here: Path) -> None:
+    assert main([*PRUNE, '--keep', '0.17', '--steps', '0']) == 0
+    assert result(here / 'out')['numbers']['filters_removed'] == 5  # of six
+
+
+def test_fine_tuning_that_diverges_is_one_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUANTIZE, '--updates', '60', '--set', 'learning_rate=1000']
+    line = failure(capsys, [*words, '--set', 'momentum=0.999', '--set', 'weight_decay=9'])
+    assert 'learning_rate' in line, line
 
 
 @pytest.mark.parametrize('name', BAD)

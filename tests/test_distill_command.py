@@ -250,6 +250,34 @@ def test_killed_and_resumed_to_the_same_bits(
     assert (here / 'out' / 'model-card.md').exists()
 
 
+def stopped_after_each_phase(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    "Resume a command until it is done; a signal comes at the end of each phase."
+    save, stops = Run.save, 0
+
+    def then_a_signal(self: Run) -> None:
+        save(self)
+        self.stop_reason = 'SIGTERM'
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, 'save', then_a_signal)
+        while (code := main([*words, '--resume'])) != 0:
+            assert code == STOPPED
+            stops += 1
+    return stops
+
+
+@pytest.mark.parametrize('method', ['fast-5', 'deepinversion'])
+def test_stopped_after_each_phase(
+    method: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*command(method), '--out', 'whole']) == 0
+    # held-out images, the student, the inspection of its images, the evaluation
+    assert stopped_after_each_phase(command(method), monkeypatch) >= 4
+    assert result(here / 'out')['numbers'] == result(here / 'whole')['numbers']
+    files = [here / n / 'student.safetensors' for n in ('whole', 'out')]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_changed_settings_are_refused_and_change_nothing(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -311,6 +339,17 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     'a test of other classes': (['--test', 'others'], ('--test others', "'cat'")),
     'a test of few classes': (['--test', 'few'], ('2 classes', '4')),
     'a test without images': (['--test', 'empty'], ('--test empty',)),
+    'a damaged test': (['--test', 'damaged'], ('--test damaged', '0001.png', 'replace')),
+    'weights for a test': (['--test', 'best.pth'], ('no file of labelled images',)),
+    'noise for a test': (['--test', 'x.safetensors'], ('no safetensors file',)),
+    'a rate beyond use': (['--set', 'learning_rate=1e30'], ('learning_rate', 'most 1000')),
+    'a weight beyond use': (['--set', 'class_weight=1e38'], ('class_weight', 'at most')),
+    'a negative seed': (['--seed', '-1'], ('--seed', "'-1' is not a seed")),
+    'a range upside down': (['--range', '-1..-2'], ("--range '-1..-2'",)),
+    'a batch for no memory': (
+        ['--set', 'batch_size=10000000000'],
+        ('--set batch_size', 'GB'),
+    ),
     'a folder in use': (['--out', 'others'], ('--out others', 'not empty')),
     'a file for a folder': (['--out', 'names.txt'], ('is a file',)),
 }
@@ -328,6 +367,10 @@ def test_bad_input_is_one_line(
         domain = Domain('x', (3, 8, 8), (0.5,) * 3, (0.25,) * 3, classes)
         ImageSet(images, torch.arange(4) % len(classes), domain).to_folder(here / folder)
     (here / 'empty').mkdir()
+    (here / 'x.safetensors').write_bytes(b'junk' * 30)
+    ImageSet(images, torch.arange(4), DOMAIN).to_folder(here / 'damaged')
+    broken = next(here.glob('damaged/0001/*.png')).with_name('0001.png')
+    broken.write_bytes(next(here.glob('damaged/0001/*.png')).read_bytes()[:40])
     options, words = BAD[name]
     given = command()
     if '--minutes' in options:
@@ -336,6 +379,20 @@ def test_bad_input_is_one_line(
     line = failure(capsys, [*given, *options])
     assert all(word in line for word in words), line
     assert not (here / 'out').exists()
+
+
+@pytest.mark.parametrize('method', ['fast-5', 'deepinversion'])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    method: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*command(method, steps=40), '--set', 'learning_rate=1000']
+    line = failure(capsys, [*words, '--set', 'momentum=0.999', '--set', 'weight_decay=9'])
+    assert 'not finite' in line or 'loss is' in line, line
+    assert 'learning_rate' in line and '--fresh' in line, line
+    # what had been made before stays
+    assert len(ImageSet.load(here / 'out' / 'held-out.safetensors')) == 12
+    assert not (here / 'out' / 'result.json').exists()
+    assert main([*command(method), '--fresh']) == 0
 
 
 def test_without_batchnorm(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,6 +406,16 @@ def test_without_batchnorm(here: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*words, '--statistics', 'none']) == 0
     assert 'learn much less' in capsys.readouterr().out
     assert result(here / 'out')['settings']['feature_weight'] == 0.0
+
+
+def test_a_folder_that_nobody_may_write_is_told_first(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(distill, 'measure_costs', None)  # it does not come to that
+    monkeypatch.setattr(distill.os, 'access', lambda path, _: bool(asked.append(path)))
+    line = failure(capsys, [*command(), '--out', 'a/b/c'])
+    assert '--out a/b/c: nothing can be written there' in line and asked == [here]
 
 
 def test_a_plan_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

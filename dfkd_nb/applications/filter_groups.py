@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..toolbox.core import import_extra
+from ..toolbox.core import first_line, import_extra
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import logits_of
@@ -146,7 +146,7 @@ def dependency_graph(
             )
             return graph, network
     except Exception as error:  # torch-pruning complains in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = first_line(error, 100)
         raise DFKDError(
             f'torch-pruning cannot trace {type(network).__name__} ({reason}): check that it'
             f' takes images of shape {tuple(domain.shape)} and is built of plain layers'

@@ -24,6 +24,7 @@ from dfkd_nb.applications.filter_groups import (
     removal_error,
     zero_images,
 )
+from ..toolbox.core import first_line
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import in_eval_mode
@@ -266,7 +267,7 @@ def find_filters(
     except Exception as error:
         raise DFKDError(
             f'torch-pruning finds no order in {type(network).__name__}'
-            f' ({(str(error).splitlines() or [type(error).__name__])[0][:100]}): its'
+            f' ({first_line(error, 100)}): its'
             ' filters cannot be removed'
         ) from error
     unfit = _uneven_groups(network) | _shared_layers(network, domain)

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..toolbox.core import import_extra
+from ..toolbox.core import first_line, import_extra
 from ..toolbox.domains import Domain
-from ..toolbox.errors import DFKDError
+from ..toolbox.errors import DFKDError, shortened
 from ..toolbox.networks import in_eval_mode
 from ..toolbox.teachers import Teacher
 
@@ -64,8 +64,8 @@ def describe_error(
     "An error's kind, the function it was raised in, and its first line of text if any."
     frames = traceback.extract_tb(error.__traceback__)
     where = f' in {frames[-1].name}' if frames else ''
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), '')
-    return f'{type(error).__name__}{where}' + (f': {text[:100]}' if text else '')
+    text = first_line(error, 100) if str(error).strip() else ''
+    return f'{type(error).__name__}{where}' + (f': {text}' if text else '')
 
 
 def export_complaint(
@@ -79,7 +79,7 @@ def export_complaint(
             '(its forward fixes the size of the batch): take the size as x.shape[0] or'
             ' x.size(0), not as len(x) or int(...), and loop over no images'
         )
-    return f'({reason[:100]}): take branches on pixels out of its forward'
+    return f'({shortened(reason, 100)}): take branches on pixels out of its forward'
 
 # %% ../../nbs/applications/quantization_graph.ipynb #bfbc441c
 def capture_graph(

@@ -22,7 +22,7 @@ from ..foundations.optimization import learning_rate_at
 from ..toolbox.core import RandomStreams
 from ..toolbox.data import ImageSet
 from ..toolbox.domains import Domain
-from ..toolbox.errors import DFKDError
+from ..toolbox.errors import DFKDError, NotFinite
 from ..toolbox.processes import all_gather_objects, rank_and_world_size
 
 # %% ../../nbs/dreams/image_batch.ipynb #3ab238e2
@@ -365,7 +365,7 @@ class LossLog:
             row = bad[0][0]
             columns = [j for i, j in bad if i == row]
             column = next((j for j in columns if names[j] != 'total'), names.index('total'))
-            raise DFKDError(
+            raise NotFinite(
                 f"the term '{names[column]}' is {losses[row, column]:g} at step"
                 f' {step - len(losses) + row + 1} of batch {batch + 1}: {advice}'
             )

@@ -381,9 +381,9 @@ class DeepInversion:
         count = sum(map(len, self._finished.values()))
         rate = self.pixel_settings['learning_rate']
         advice = (
-            f"lower learning_rate ({rate:g}) or use precision='float32'; the {count} images"
-            ' of finished batches are kept in .images (and in the checkpoint, if there is'
-            ' one)'
+            f'lower learning_rate ({rate:g}; in recipes synthesis_learning_rate) or use'
+            f" precision='float32'; the {count} images of finished batches are kept in"
+            ' .images (and in the checkpoint, if there is one)'
         )
         return self._log.read(self.loss.names, self.batch, step, advice)
 

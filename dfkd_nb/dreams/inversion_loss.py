@@ -25,7 +25,7 @@ from dfkd_nb.dreams.priors import (
     tv_term,
 )
 from .statistics import Statistics, feature_term, features_of
-from ..toolbox.core import autocast
+from ..toolbox.core import autocast, first_line
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import weights_dtype
@@ -184,7 +184,7 @@ class InversionLoss:
                 raise DFKDError(
                     f"'{teacher.name}' does not take images of"
                     f' {" x ".join(map(str, size))} pixels'
-                    f' ({str(error).splitlines()[0][:80]}): use larger stages'
+                    f' ({first_line(error, 80)}): use larger stages'
                 ) from error
 
     def check_batch(
@@ -196,7 +196,7 @@ class InversionLoss:
             with torch.no_grad():
                 self.forward(x)
         except ValueError as error:
-            reason = str(error).splitlines()[0][:80]
+            reason = first_line(error, 80)
             raise DFKDError(
                 f'a batch of {len(x)} is too small for this network ({reason}): synthesize'
                 ' more images at once'

@@ -41,8 +41,13 @@ from dfkd_nb.toolbox.core import (
     same_device,
 )
 from ..toolbox.domains import Domain
-from ..toolbox.errors import DFKDError
-from ..toolbox.networks import fastest_layout, full_precision, weights_dtype
+from ..toolbox.errors import DFKDError, NotFinite
+from dfkd_nb.toolbox.networks import (
+    fastest_layout,
+    full_precision,
+    infinite_weights,
+    weights_dtype,
+)
 from ..toolbox.processes import average_gradients, copy_from_first
 from ..toolbox.sources import SourceLike, as_source
 from ..toolbox.teachers import Teacher, check_network
@@ -278,6 +283,12 @@ class Distiller(StudentLoss):
                 )
             # a compiled step says it in its own words
             except (ValueError, RuntimeError) as error:
+                # e.g. ranges of a network in few bits
+                if name := infinite_weights(self.student):
+                    raise NotFinite(
+                        f"'{name[0]}' is not finite after {self.done} steps: lower"
+                        f' learning_rate ({self.learning_rate:g})'
+                    ) from error
                 if 'more than 1 value per channel' not in str(error):
                     raise
                 raise DFKDError(
@@ -342,7 +353,7 @@ class Distiller(StudentLoss):
         "Means of the losses since the last row."
         means = self._means.take()
         if not math.isfinite(means['loss']):
-            raise DFKDError(
+            raise NotFinite(
                 f'the loss is {means["loss"]} after {self.done} steps: lower'
                 f' learning_rate ({self.learning_rate}) or use float32; earlier'
                 ' checkpoints are untouched'

@@ -20,6 +20,7 @@ from torch.func import functional_call
 from ..dreams.competition import jensen_shannon
 from ..dreams.priors import LossInputs, Term
 from ..foundations.method_tables import method_tables
+from ..toolbox.core import first_line
 from ..toolbox.domains import Domain
 from ..toolbox.errors import DFKDError
 from ..toolbox.networks import full_precision, in_eval_mode, logits_of
@@ -131,7 +132,7 @@ def copy_generator(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network).float()
     except RuntimeError as error:  # e.g. weights that are computed from others by a hook
-        reason = (str(error).splitlines() or [''])[0][:100]
+        reason = first_line(error, 100)
         raise DFKDError(
             f"the generator '{type(network).__name__}' cannot be copied ({reason}): "
             'build it again and load its state_dict'
@@ -156,7 +157,7 @@ def check_generator(network: nn.Module, domain: Domain, device: torch.device) ->
     except Exception as error:  # networks of other libraries complain in their own ways
         raise DFKDError(
             f"the generator '{name}' does not take latents of shape {tuple(shape)}"
-            f' ({(str(error).splitlines() or [""])[0][:100]}): correct its latent_shape'
+            f' ({first_line(error, 100)}): correct its latent_shape'
         ) from error
     if not isinstance(images, Tensor):
         raise DFKDError(

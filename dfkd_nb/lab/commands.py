@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['STOPPED', 'INTERRUPTED', 'MODULES', 'list_recipes', 'show_recipe', 'show_results', 'parser', 'warnings_in_one_line',
-           'main', 'interrupted', 'print_error']
+           'main', 'sigterm_as_interrupt', 'interrupted', 'print_error']
 
 # %% ../../nbs/lab/24_commands.ipynb #9ec9ccbe
 import argparse
 import os
+import re
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -264,10 +267,35 @@ def main(
     # progress bars belong into a terminal, not into a log file
     if not sys.stderr.isatty():
         os.environ.setdefault('DFKD_PROGRESS', '0')
+    with sigterm_as_interrupt():
+        return _run(words)
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    "Take SIGTERM as Ctrl-C is taken, where no run listens to both."
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(words: list[str]) -> int:  # exit code
+    "Parse the words and do what they say."
     try:
         parsed = parser().parse_args(words)
     except SystemExit as done:
         return int(done.code or 0)
+    except KeyboardInterrupt:  # while PyTorch is loaded
+        return interrupted(None)
     except ImportError as error:
         return print_error(
             DFKDError(f'the command cannot be loaded ({error}): install the package anew')
@@ -300,10 +328,11 @@ def main(
 
 # %% ../../nbs/lab/24_commands.ipynb #108be0f6
 def interrupted(
-    arguments: argparse.Namespace,  # of the command that was interrupted
+    arguments: argparse.Namespace | None,  # of the command; None: not read yet
 ) -> int:  # exit code
     "Print what an interrupted command left."
-    saved = arguments.saved_progress(arguments) if arguments.saved_progress else ''
+    report = None if arguments is None else arguments.saved_progress
+    saved = report(arguments) if report else ''
     text = 'interrupted before anything was saved'
     if saved:
         text = f'interrupted: {saved}: the same command with --resume goes on'
@@ -311,6 +340,10 @@ def interrupted(
     return STOPPED if saved else INTERRUPTED
 
 # %% ../../nbs/lab/24_commands.ipynb #b541bbf0
+# of PyTorch on processors and GPUs; there are several kinds of error
+_MEMORY = re.compile("can't allocate memory|out of memory")
+
+
 def print_error(
     error: Exception,  # what was raised
 ) -> int:  # exit code
@@ -320,6 +353,11 @@ def print_error(
         text = (
             f'{error.filename or "a file"}: {error.strerror or error}: free space or choose'
             ' another folder; the last good checkpoint is kept'
+        )
+    elif isinstance(error, MemoryError) or _MEMORY.search(text):
+        text = (
+            'there is not enough memory: fewer images, smaller batches (--set batch_size,'
+            ' --set synthesis_batch_size) or smaller networks take less'
         )
     elif not isinstance(error, DFKDError):
         text = f'unexpected {type(error).__name__}: {text} (`dfkd --debug ...` shows where)'

@@ -12,7 +12,6 @@ import copy
 from typing import Any
 
 from ..applications.export import check_exportable
-from ..applications.filters import find_filters
 from ..applications.quantization import QuantizedNetwork
 from ..applications.quantization_graph import import_torchao
 from dfkd_nb.lab.arguments import (
@@ -20,6 +19,7 @@ from dfkd_nb.lab.arguments import (
     add_network_options,
     add_statistics,
     format_hours,
+    seed_number,
 )
 from dfkd_nb.lab.distill import (
     DistillRun,
@@ -37,7 +37,7 @@ from .distill_settings import held_out_values
 from .invert_settings import preset_size, without_statistics
 from .network_options import own_teacher
 from .results import Result
-from .tasks.compress import prune_network, quantize_network
+from .tasks.compress import check_cut, prune_network, quantize_network
 from ..toolbox.core import import_extra, import_torchvision
 from ..toolbox.errors import DFKDError
 from ..toolbox.models import count_parameters
@@ -72,7 +72,11 @@ def add_compress_arguments(
         help='real images by class, Parquet, or a name: cifar10-mini; for the end',
     )
     add(
-        '--seed', type=int, default=0, metavar='S', help='of everything random (default: 0)'
+        '--seed',
+        type=seed_number,
+        default=0,
+        metavar='S',
+        help='of everything random (default: 0)',
     )
     add_common_options(
         parser,
@@ -153,7 +157,7 @@ def import_torch_pruning() -> Any:  # the module
 PACKAGES = {'prune': import_torch_pruning, 'quantize': import_torchao}
 # what a network does not allow is said before any image is made
 TRIALS = {
-    'prune': lambda teacher, settings: find_filters(teacher, teacher.domain),
+    'prune': check_cut,
     'quantize': lambda teacher, settings: QuantizedNetwork(
         teacher, teacher.domain, settings.bits
     ),

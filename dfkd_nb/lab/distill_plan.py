@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TIMED', 'PATIENCE', 'MEMORY_OVERHEAD', 'Costs', 'seconds_a_call', 'kept_bytes', 'measure_costs', 'planned_seconds',
-           'fit_to_minutes', 'plan_text', 'precision_in_words', 'images_in_words', 'peak_bytes']
+           'fit_to_minutes', 'plan_text', 'precision_in_words', 'images_in_words', 'check_memory', 'peak_bytes']
 
 # %% ../../nbs/lab/distill_plan.ipynb #392ca3c7
 import copy
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -312,6 +313,32 @@ def images_in_words(
         f'{warmup if settings.warmup_rounds else ""}, {settings.synthesis_steps} updates of'
         f' the generator for each; {kept.get(settings.pool, "all are kept")}'
     )
+
+
+def check_memory(
+    settings: Any,  # of a run, with a shape
+) -> None:
+    """A `DFKDError` for numbers of images that no program could hold.
+
+    The images alone are counted, before anything of that size is made.
+    """
+    pages = os.sysconf_names.get('SC_PHYS_PAGES')  # not on Windows
+    if pages is None:
+        return
+    available = os.sysconf(pages) * os.sysconf('SC_PAGE_SIZE')
+    numbers = math.prod(settings.shape)
+    stored = numbers * (1 if len(settings.shape) == 3 else 4)
+    sizes = {
+        '--images': (getattr(settings, 'images', 0), stored),
+        '--set batch_size': (settings.batch_size, 4 * numbers),
+        '--set synthesis_batch_size': (settings.synthesis_batch_size, 4 * numbers),
+    }
+    for option, (count, each) in sizes.items():
+        if count * each > available:
+            raise DFKDError(
+                f'{option} {count}: so many images take {count * each / 1e9:,.0f} GB, and'
+                f' this machine has {available / 1e9:,.0f}: give less'
+            )
 
 
 def peak_bytes(

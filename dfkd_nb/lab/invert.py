@@ -30,6 +30,7 @@ from dfkd_nb.lab.arguments import (
     add_statistics,
     format_hours,
     positive_number,
+    seed_number,
     whole_number,
 )
 from dfkd_nb.lab.dream_folder import (
@@ -327,7 +328,9 @@ def add_arguments(
         help='choose the largest batch that fits into this much memory',
     )
     add_statistics(parser)
-    add('--seed', type=int, default=0, metavar='S', help='of all noise (default: 0)')
+    add(
+        '--seed', type=seed_number, default=0, metavar='S', help='of all noise (default: 0)'
+    )
     add_common_options(
         parser,
         resume='continue an unfinished folder (or begin it)',

@@ -203,9 +203,9 @@ class TrainingSettings(RunSettings):
     "How a network learns: shared by teachers and students."
 
     batch_size: int = setting(128, 'images a step', low=2)
-    learning_rate: float = setting(0.1, 'peak learning rate of SGD', low=0)
+    learning_rate: float = setting(0.1, 'peak learning rate of SGD', low=0, high=1000)
     momentum: float = setting(0.9, "of Nesterov's SGD", low=0, high=1)
-    weight_decay: float = setting(5e-4, 'penalty on the squared weights', low=0)
+    weight_decay: float = setting(5e-4, 'penalty on the squared weights', low=0, high=1000)
     label_smoothing: float = setting(
         0.0, 'fraction of the target spread over all classes', low=0, high=1
     )
@@ -278,19 +278,21 @@ class SynthesisSettings(RunSettings):
     )
     synthesis_batch_size: int = setting(256, 'images optimised together', low=2)
     synthesis_learning_rate: float = setting(
-        0.1, 'learning rate of Adam on the pixels', low=0
+        0.1, 'learning rate of Adam on the pixels', low=0, high=1000
     )
     synthesis_schedule: str = setting(
         'constant', 'of that learning rate', choices=SCHEDULES
     )
-    class_weight: float = setting(1.0, 'of the class loss', low=0)
+    class_weight: float = setting(1.0, 'of the class loss', low=0, high=1e9)
     # the paper's 2.5e-5 and 3e-8 are of norms over 256 images together
-    tv_l2: float = setting(4e-4, 'of the total variation, l2', low=0)
-    tv_l1: float = setting(0.0, 'of the total variation, l1', low=0)
-    l2: float = setting(4.8e-7, "of the images' norm", low=0)
-    feature_weight: float = setting(1.0, 'of the feature statistics (Eq. 4)', low=0)
+    tv_l2: float = setting(4e-4, 'of the total variation, l2', low=0, high=1e9)
+    tv_l1: float = setting(0.0, 'of the total variation, l1', low=0, high=1e9)
+    l2: float = setting(4.8e-7, "of the images' norm", low=0, high=1e9)
+    feature_weight: float = setting(
+        1.0, 'of the feature statistics (Eq. 4)', low=0, high=1e9
+    )
     first_layer_weight: float = setting(
-        1.0, "extra weight of the first layer's statistics", low=0
+        1.0, "extra weight of the first layer's statistics", low=0, high=1e9
     )
     feature_scale: str = setting(
         'absolute',
@@ -310,6 +312,7 @@ class SynthesisSettings(RunSettings):
         'of the distance from activations drawn from metadata (Dream Distillation, Eq. 1);'
         ' 0 for none',
         low=0,
+        high=1e9,
     )
     metadata_images: int = setting(5000, 'real training images behind the metadata', low=1)
     metadata_clusters: int = setting(3, 'in each class', low=1)
@@ -352,9 +355,14 @@ class TransferSettings(TrainingSettings, SynthesisSettings):
     )
     steps_per_round: int = setting(50, 'of the student, after each round of images', low=1)
     competition_weight: float = setting(
-        0.0, 'of 1 - JS(teacher, student), from the second round on (Eq. 8 and 9)', low=0
+        0.0,
+        'of 1 - JS(teacher, student), from the second round on (Eq. 8 and 9)',
+        low=0,
+        high=1e9,
     )
-    competition_temperature: float = setting(3.0, 'of both predictions in it', low=0.01)
+    competition_temperature: float = setting(
+        3.0, 'of both predictions in it', low=0.01, high=1e4
+    )
     learn_from: str = setting(
         'teacher',
         "the teacher's predictions, or the target classes of the images",
@@ -367,7 +375,7 @@ class TransferSettings(TrainingSettings, SynthesisSettings):
         choices=STUDENT_INITS,
     )
     steps: int = setting(1000, 'of the student', low=1)
-    temperature: float = setting(3.0, 'of distillation', low=0.01)
+    temperature: float = setting(3.0, 'of distillation', low=0.01, high=1e4)
     picture: int = setting(40, 'images in the picture', low=1)
     pair: str = setting('', 'of teacher and student, in a comparison')
     method: str = setting('', 'in a comparison')
@@ -390,7 +398,7 @@ class GenerativeSettings(TrainingSettings, GeneratorSettings, PoolSettings):
         'weights that the student begins with: see `copy_blocks_from_teacher`',
         choices=STUDENT_INITS,
     )
-    temperature: float = setting(4.0, 'of distillation', low=0.01)
+    temperature: float = setting(4.0, 'of distillation', low=0.01, high=1e4)
     rounds: int = setting(100, 'batches of images', low=1)
     warmup_rounds: int = setting(0, 'first rounds in which the student waits', low=0)
     steps_per_round: int = setting(10, 'of the student', low=1)

@@ -33,7 +33,7 @@ from dfkd_nb.lab.timing import (
 )
 from ..toolbox.core import seeded
 from ..toolbox.domains import DOMAINS
-from ..toolbox.errors import DFKDError
+from ..toolbox.errors import DFKDError, shortened
 from ..toolbox.models import build_model
 from ..toolbox.teachers import Teacher
 
@@ -274,7 +274,8 @@ def peak_memory(
         text=True,
     )
     if done.returncode:
-        reason = (done.stderr.splitlines() or ['the process was killed'])[-1][:100]
+        reason = (done.stderr.splitlines() or ['the process was killed'])[-1]
+        reason = shortened(reason, 100)
         raise DFKDError(
             f'memory of {batch} images could not be measured ({reason}): try a smaller'
             ' batch'

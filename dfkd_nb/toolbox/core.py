@@ -9,6 +9,7 @@ __all__ = ['TESTING', 'PRECISIONS', 'first_line', 'import_torchvision', 'import_
            'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/toolbox/26_core.ipynb #a64d39a7
+import errno
 import importlib
 import json
 import os
@@ -29,18 +30,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import DFKDError
+from .errors import DFKDError, shortened
 
 # %% ../../nbs/toolbox/26_core.ipynb #57e605fe
 # notebooks run as tests: take the smallest sizes
 TESTING = bool(os.environ.get('IN_TEST'))
 
 # %% ../../nbs/toolbox/26_core.ipynb #ebf02595
-def first_line(error: Exception) -> str:
+def first_line(
+    error: BaseException,  # of any library
+    most: int | None = None,  # characters, cut between words; None: all
+) -> str:
     "What an error says, without its further lines, paths in memory and addresses."
-    return (
-        next(iter(str(error).splitlines()), type(error).__name__).split('<_io')[0].strip()
-    )
+    lines = (s for line in str(error).splitlines() if (s := line.split('<_io')[0].strip()))
+    text = next(lines, type(error).__name__)
+    return text if most is None else shortened(text, most)
 
 
 def import_torchvision() -> ModuleType:  # the package `torchvision`
@@ -503,9 +507,10 @@ def save_checkpoint(
         try:
             torch.save(state, file)
         except RuntimeError as error:
+            # torch's word for a full disk is about positions in its file
             raise OSError(
-                str(error).splitlines()[0]
-            ) from error  # torch's word for a full disk
+                errno.ENOSPC, f'{os.strerror(errno.ENOSPC)}, or another fault'
+            ) from error
 
 # %% ../../nbs/toolbox/26_core.ipynb #bf48df05
 #| code-fold: true

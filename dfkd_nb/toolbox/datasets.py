@@ -26,6 +26,7 @@ from .data import ImageSet, ImageSource, relabelled, validate_labels
 from .domains import DOMAINS, Domain
 from .errors import DFKDError, DFKDWarning
 from dfkd_nb.toolbox.formats import (
+    check_header,
     class_names,
     decode_image,
     list_folder,
@@ -60,8 +61,13 @@ class ImageFiles(ImageSource):
         return decode_image(
             encoded,
             self.domain,
-            f'image {index} (from 0)' if isinstance(encoded, bytes) else str(encoded),
+            self._name(index),
         )
+
+    def _name(self, index: int) -> str:
+        "What an image is called in a message."
+        encoded = self.encoded[index]
+        return f'image {index} (from 0)' if isinstance(encoded, bytes) else str(encoded)
 
     def fetch(self, indices: Tensor) -> Tensor:
         """The images at `indices`, uint8 `(n, C, H, W)`; one that cannot be read is a
@@ -92,6 +98,14 @@ class ImageFiles(ImageSource):
         return ImageFiles(
             self.encoded, labels, replace(self.domain, classes=domain.classes)
         )
+
+    def check_headers(self) -> None:
+        """A `DFKDError` for a file that does not begin as an image does.
+
+        Much quicker than decoding; what is damaged further on is not found.
+        """
+        for index, encoded in enumerate(self.encoded):
+            check_header(encoded, self._name(index))
 
     def in_memory(self) -> ImageSet:
         "All of them, decoded."
@@ -166,7 +180,7 @@ def _downloaded(name: str, split: str, root: Path) -> ImageSet:
     ) as error:  # urllib, ssl, tarfile and hash errors all mean the same here
         raise DFKDError(
             f"'{name}' is not under {root} and could not be downloaded"
-            f' ({type(error).__name__}: {first_line(error)[:80]}): put Parquet files into'
+            f' ({type(error).__name__}: {first_line(error, 80)}): put Parquet files into'
             f' $DFKD_DATA/{name}/ or connect to the network'
         ) from error
     images = torch.as_tensor(found.data)

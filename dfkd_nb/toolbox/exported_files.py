@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from .checkpoints import file_kind
 from .core import first_line, import_extra, import_torchvision
-from .errors import DFKDError
+from .errors import DFKDError, shortened
 
 # %% ../../nbs/toolbox/exported_files.ipynb #508fbd48
 #| code-fold: true
@@ -316,7 +316,7 @@ def load_exported(
     except Exception as error:
         raise DFKDError(
             f'{path} cannot be read by PyTorch {torch.__version__}'
-            f' ({type(error).__name__}: {first_line(error)[:100]}): export it again'
+            f' ({type(error).__name__}: {first_line(error, 100)}): export it again'
         ) from error
 
 # %% ../../nbs/toolbox/exported_files.ipynb #a202a983
@@ -357,7 +357,7 @@ def load_onnx(
             warnings.simplefilter('ignore')
             return onnx2torch.convert(graph)
     except Exception as error:
-        what = re.sub(r'\s+', ' ', str(error))[:150] or 'no message'
+        what = shortened(str(error), 150) or 'no message'
         advice = 'copy it again'
         if isinstance(error, NotImplementedError):
             advice = 'export it again with opset_version=17 and plain layers'

@@ -65,7 +65,7 @@ def fold_batchnorm(
         folded = fuse(teacher.model)
     except Exception as error:  # tracing fails with many kinds of errors
         raise DFKDError(
-            f"the network '{teacher.name}' cannot be traced ({first_line(error)[:100]}):"
+            f"the network '{teacher.name}' cannot be traced ({first_line(error, 100)}):"
             ' use it as it is'
         ) from None
     found = Teacher(folded, teacher.domain, teacher.name)
@@ -196,7 +196,7 @@ class FoldedTeacher:
             whole.to(memory_format=layout)  # type: ignore[call-overload]
             deviation = _deviation(folded, network, self.teacher.domain, layout)
         except Exception as error:  # of tracing, or of layers that want another layout
-            return f'it cannot be traced ({first_line(error)[:100]})'
+            return f'it cannot be traced ({first_line(error, 100)})'
         if not deviation < 1e-3:
             return 'its logits would change'
         if self.dtype != torch.float32:

@@ -395,7 +395,7 @@ def _constructed(request: _Request, build: Callable[[], Any]) -> Any:
     except Exception as error:
         raise DFKDError(
             f"'{request.name}' could not be built ({type(error).__name__}:"
-            f' {first_line(error)[:160]}): check the spec, the number of classes and the'
+            f' {first_line(error, 160)}): check the spec, the number of classes and the'
             ' channels'
         ) from error
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logits_of', 'full_precision', 'in_eval_mode', 'BatchCounters', 'weights_dtype', 'network_inputs', 'trial_logits',
            'fastest_layout', 'why_no_hooks', 'why_sealed', 'DomainNetwork', 'classifier_layer', 'capture_input',
-           'mean_over_positions', 'unwrap', 'save_weights', 'load_weights', 'weights_digest']
+           'mean_over_positions', 'unwrap', 'save_weights', 'infinite_weights', 'load_weights', 'weights_digest']
 
 # %% ../../nbs/toolbox/networks.ipynb #f20ba83e
 import difflib
@@ -363,19 +363,23 @@ def save_weights(
     # the names in the file are those of the network, not of a wrapper
     model = unwrap(model)
     state = dict(model.state_dict())
-    if damaged := _infinite(state):
+    if damaged := infinite_weights(state):
         raise DFKDError(
             f"'{damaged[0]}' is not finite: the network is damaged, train it again"
         )
     if half:
         weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         state = {k: _to_half(v, k in weights) for k, v in state.items()}
-    if lost := _infinite(state):
+    if lost := infinite_weights(state):
         raise DFKDError(f"'{lost[0]}' is not finite in half precision: use half=False")
     save_tensors(path, state, metadata)
 
 
-def _infinite(state: dict[str, Tensor]) -> list[str]:  # names
+def infinite_weights(
+    network: nn.Module | dict[str, Tensor],  # or its state
+) -> list[str]:  # names
+    "The weights and buffers that have a NaN or an infinite number."
+    state = network.state_dict() if isinstance(network, nn.Module) else network
     return [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
 
 
@@ -434,6 +438,7 @@ def load_weights(
         )
     model.load_state_dict(own | {k: v.to(own[k].dtype) for k, v in tensors.items()})
     return metadata
+
 
 def weights_digest(
     model: nn.Module,  # parameters and buffers count, by name

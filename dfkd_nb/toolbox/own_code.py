@@ -143,7 +143,7 @@ def _imported(place: str, spec: str) -> types.ModuleType:
             ) from error
         raise DFKDError(
             f"importing '{place}' failed ({type(error).__name__}:"
-            f' {first_line(error)[:160]}): import it in Python to see where'  # type: ignore[arg-type]
+            f' {first_line(error, 160)}): import it in Python to see where'  # type: ignore[arg-type]
         ) from error
 
 
@@ -185,6 +185,6 @@ def _called(
         return make(**known)
     except (Exception, SystemExit) as error:
         raise DFKDError(
-            f"'{spec}' failed ({type(error).__name__}: {first_line(error)[:160]}):"  # type: ignore[arg-type]
+            f"'{spec}' failed ({type(error).__name__}: {first_line(error, 160)}):"  # type: ignore[arg-type]
             ' call it in Python to see where'
         ) from error

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 
-from .core import load_tensors
+from .core import first_line, load_tensors
 from .data import ImageSource
 from .domains import DOMAINS, Domain, named_domain
-from .errors import DFKDError, DFKDWarning
+from .errors import DFKDError, DFKDWarning, shortened
 from dfkd_nb.toolbox.models import (
     EFFICIENTNET_LITE,
     build_model,
@@ -74,7 +74,7 @@ def _complaint(
     # torch.export's, of the size of a batch for example
     is_guard = 'Guard failed' in words
     if usual and _ABOUT_SHAPES.search(words) and not is_guard:
-        reason = words.removeprefix('RuntimeError: ')[:100]
+        reason = shortened(words.removeprefix('RuntimeError: '), 200)
         return (
             f'does not take images of shape {domain.shape} ({reason}): '
             'check the channels and size of its domain'
@@ -84,7 +84,7 @@ def _complaint(
         advice = 'give a network with a forward method'
     elif why_no_hooks(model):
         advice = 'export it from float32 weights, in eval mode, for batches of any size'
-    return f'fails on images of shape {domain.shape} ({words[:200]}): {advice}'
+    return f'fails on images of shape {domain.shape} ({shortened(words, 200)}): {advice}'
 
 
 def _check_weights(
@@ -182,7 +182,7 @@ def _frozen_copy(
             warnings.simplefilter('ignore', FutureWarning)
             copied = copy.deepcopy(network)
     except Exception as error:  # of a tensor with a history, a lock, an open file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = first_line(error, 100)
         raise DFKDError(
             f"the network '{name}' cannot be copied ({reason}): "
             'build it again and load its state_dict'
@@ -242,7 +242,7 @@ class Teacher(DomainNetwork):
         try:
             self.predict(torch.cat([self.domain.trial_images()] * 2)[:3])
         except Exception as error:  # a guard of torch.export, a runtime's complaint
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+            reason = first_line(error, 100)
             raise DFKDError(
                 f"the network '{self.name}' takes 2 images, and not 3 ({reason}): keep"
                 ' fixed batch sizes out of its forward, x.shape[0] instead of len(x),'

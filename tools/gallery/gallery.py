@@ -29,20 +29,23 @@ def networks() -> dict[str, dict[str, Any]]:
 def commands(name: str) -> dict[str, list[str]]:
     "The commands of a network, by what they make."
     about = networks()[name]
-    common = list(about['network'])
+    network = list(about['network'])
     if about.get('test'):
-        common += ['--test', about['test']]
+        network += ['--test', about['test']]
     if about.get('statistics'):
-        common += ['--statistics', about['statistics']]
-    for setting in about.get('settings', ('held_out=20',)):
-        common += ['--set', setting]
+        network += ['--statistics', about['statistics']]
+    settings = about.get('settings', ['held_out=20'])
+    common, of_student = (
+        [*network, *(word for setting in values for word in ('--set', setting))]
+        for values in (settings, about.get('student_settings', settings))
+    )
     images = str(about.get('images', IMAGES))
     found = {}
     # those of signals have students; some networks have runs of recipes
     if '--length' not in common and 'bits_result' not in about:
         found['8bit'] = ['quantize', *common, '--images', images]
     if about.get('student'):
-        found['student'] = ['distill', *common, *about['student']]
+        found['student'] = ['distill', *of_student, *about['student']]
     if about.get('prune'):
         found['pruned'] = ['prune', *common, '--images', images, *about['prune']]
     return found
@@ -168,7 +171,10 @@ def publish(name: str, files: Path, out: Path, results: Path) -> None:
 
 
 def make_files(files: Path) -> None:
-    "What needs no download: class names, digits of scikit-learn, CIFAR-10 and ImageNet."
+    """What is made here: class names, digits of scikit-learn, CIFAR-10 and ImageNet, tones.
+
+    Faces come from `lfw_subset.npy` of scikit-image, where FILES has it.
+    """
     import pyarrow.parquet as pq
     import torch
 
@@ -210,6 +216,26 @@ def make_files(files: Path) -> None:
         shown = torch.nn.functional.pad(shown, (edge,) * 4)
         outer = Domain('digits', (1, size, size), (0.5,), (0.5,), classes)
         ImageSet(shown, labels, outer).to_folder(files / f'digits-{size}')
+    if (files / 'lfw_subset.npy').is_file():
+        make_faces(files)
+
+
+def make_faces(files: Path) -> None:
+    "Labelled Faces in the Wild: 100 faces, then 100 patches of backgrounds, in grey."
+    import numpy as np
+    import torch
+
+    from dfkd_nb.toolbox.data import ImageSet
+    from dfkd_nb.toolbox.domains import Domain, resize_images
+
+    patches = torch.from_numpy(np.load(files / 'lfw_subset.npy'))  # `(200, 25, 25)`, 0 to 1
+    images = (255 * patches[:, None]).round().to(torch.uint8)
+    labels = (torch.arange(len(images)) < 100).long()  # 1 is a face
+    classes = tuple((files / 'faces.txt').read_text(encoding='utf-8').splitlines())
+    for size in (24, 48):
+        domain = Domain('faces', (1, size, size), (0.5,), (0.5,), classes)
+        shown = resize_images(images, domain, as_bytes=True)
+        ImageSet(shown, labels, domain).to_folder(files / f'faces-{size}')
 
 
 def command_line() -> None:
