@@ -52,7 +52,7 @@ class GeneratorSettings:
     synthesis_steps: int = setting(1, 'steps of each batch', low=1)
     synthesis_batch_size: int = setting(256, 'images in a batch', low=2)
     synthesis_learning_rate: float = setting(
-        1e-3, 'learning rate of Adam on the generator', low=0
+        1e-3, 'learning rate of Adam on the generator', low=0, high=1000
     )
     synthesis_schedule: str = setting(
         'constant',
@@ -60,7 +60,10 @@ class GeneratorSettings:
         choices=('constant', 'cosine'),
     )
     latent_learning_rate: float = setting(
-        0.0, 'learning rate of Adam on the latents; 0 leaves them as drawn', low=0
+        0.0,
+        'learning rate of Adam on the latents; 0 leaves them as drawn',
+        low=0,
+        high=1000,
     )
     init: str = setting(
         'sequential',
@@ -86,25 +89,27 @@ class GeneratorSettings:
         "target classes: the teacher's predictions, or sampled",
         choices=('teacher', 'sampled'),
     )
-    class_weight: float = setting(0.0, 'of the class loss', low=0)
-    balance_weight: float = setting(0.0, "of the batch's class balance", low=0)
-    activation_weight: float = setting(0.0, 'of the activations', low=0)
-    feature_weight: float = setting(0.0, 'of the feature statistics', low=0)
+    class_weight: float = setting(0.0, 'of the class loss', low=0, high=1e9)
+    balance_weight: float = setting(0.0, "of the batch's class balance", low=0, high=1e9)
+    activation_weight: float = setting(0.0, 'of the activations', low=0, high=1e9)
+    feature_weight: float = setting(0.0, 'of the feature statistics', low=0, high=1e9)
     feature_scale: str = setting('absolute', 'of them', choices=('absolute', 'relative'))
-    tv_l2: float = setting(0.0, 'of the total variation', low=0)
+    tv_l2: float = setting(0.0, 'of the total variation', low=0, high=1e9)
     adversarial_weight: float = setting(
-        0.0, 'of the distance of the student from the teacher', low=0
+        0.0, 'of the distance of the student from the teacher', low=0, high=1e9
     )
     distance: str = setting('kl', 'that distance', choices=('kl', 'l1', 'js'))
     agreement: bool = setting(False, 'count only images that both put into one class')
-    adversarial_temperature: float = setting(1.0, 'of both predictions in it', low=0.01)
+    adversarial_temperature: float = setting(
+        1.0, 'of both predictions in it', low=0.01, high=1e4
+    )
     synthesis_augment: bool = setting(
         True, 'show the networks shifted and mirrored images, as in training'
     )
     contrastive_weight: float = setting(
-        0.0, 'of the contrastive loss with the memory bank', low=0
+        0.0, 'of the contrastive loss with the memory bank', low=0, high=1e9
     )
-    contrastive_temperature: float = setting(0.1, 'in it', low=0.001)
+    contrastive_temperature: float = setting(0.1, 'in it', low=0.001, high=1e4)
     ema_decay: float = setting(
         0.95,
         'share of the old average in the averaged generator, a step (MAD)',
@@ -127,10 +132,11 @@ class GeneratorSettings:
         0.0,
         "of the distance between a mirrored generator's maps and the teacher's (CPNet)",
         low=0,
+        high=1e9,
     )
     keep_head: bool = setting(False, 'keep the projection head from batch to batch')
     attention_weight: float = setting(
-        0.0, "of the student's attention transfer from the teacher", low=0
+        0.0, "of the student's attention transfer from the teacher", low=0, high=1e9
     )
     terms: dict[str, float] = setting(
         {}, 'further terms of the objective, by name, with their weights', names='term'

@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dreams.image_batch import target_classes
 from dfkd_nb.foundations.loop import (
@@ -28,7 +28,8 @@ from .objective import BatchEvaluation, GeneratorObjective
 from ..toolbox.augmentation import Augment
 from ..toolbox.core import seeded
 from ..toolbox.data import ImageSet, SyntheticBatch, to_device
-from ..toolbox.errors import DFKDError
+from ..toolbox.errors import DFKDError, NotFinite
+from ..toolbox.networks import infinite_weights
 from ..toolbox.processes import sums_of_all
 from ..toolbox.teachers import Teacher
 
@@ -275,9 +276,16 @@ class GeneratorSynthesizer(GeneratorObjective):
                 continue
             bad = (k for k, v in zip(self.loss_names, row) if not math.isfinite(v))
             name = next((k for k in bad if k != 'total'), 'total')
-            raise DFKDError(
-                f"the term '{name}' is not finite at step {number + 1}: lower learning_rate"
-                f" ({self.learning_rate:g}) or use precision='float32'; batches that are"
+            if isinstance(self.student, nn.Module) and infinite_weights(self.student):
+                raise NotFinite(
+                    f"the student's weights are not finite (term '{name}', step"
+                    f' {number + 1}): lower its learning_rate'
+                )
+            student = "the student's learning_rate, or " * (name == 'adversarial')
+            raise NotFinite(
+                f"the term '{name}' is not finite at step {number + 1}: lower {student}"
+                f'learning_rate ({self.learning_rate:g}; in recipes'
+                " synthesis_learning_rate) or use precision='float32'; batches that are"
                 ' finished are kept in their pool'
             )
         return rows

@@ -296,4 +296,4 @@ def _draw_references(ax: Any, chosen: Mapping[PairMethod, Cell], pair: str) -> N
             accuracy, color=COLOURS[colour], ls=':', lw=1, label=f'{name}, {accuracy:.1f} %'
         )
     if lines:
-        ax.legend(loc='lower right', fontsize=8.5, frameon=False)
+        ax.legend(loc='lower right', fontsize=9, frameon=False)

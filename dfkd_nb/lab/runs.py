@@ -42,7 +42,7 @@ from dfkd_nb.toolbox.core import (
     restore_random_state,
     save_checkpoint,
 )
-from ..toolbox.errors import DFKDError, RunStopped
+from ..toolbox.errors import DFKDError, NotFinite, RunStopped
 from dfkd_nb.toolbox.processes import (
     all_gather_objects,
     highest,
@@ -339,9 +339,14 @@ class Run(SavedRun):
                 return self.finish(find_task(self.recipe.task, 'this run').function(self))
         except RunStopped:
             raise
-        except Exception:
+        except Exception as error:
             if not begun and not self.saved:
                 self.clear()
+            elif isinstance(error, NotFinite):  # nor would the same settings do better
+                raise DFKDError(
+                    f'{error}; with other settings, use another folder or --fresh'
+                    f' ({self.home} stays as it is)'
+                ) from error
             raise
 
     def phase(

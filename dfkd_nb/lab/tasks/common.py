@@ -32,11 +32,16 @@ from ...toolbox.core import atomic_path, load_tensors
 from ...toolbox.data import ImageSet
 from ...toolbox.datasets import load_data
 from ...toolbox.domains import named_domain
-from ...toolbox.errors import DFKDError
+from ...toolbox.errors import DFKDError, NotFinite
 from ...toolbox.evaluation import evaluate
 from ...toolbox.figures import show_images, tile
 from ...toolbox.models import build_model, count_parameters
-from ...toolbox.networks import load_weights, save_weights, weights_digest
+from dfkd_nb.toolbox.networks import (
+    infinite_weights,
+    load_weights,
+    save_weights,
+    weights_digest,
+)
 from ...toolbox.processes import rank_and_world_size
 from ...toolbox.teachers import Teacher, copy_blocks_from_teacher, load_teacher
 
@@ -303,6 +308,11 @@ class StudentTraining:
         last = f'{rows[-1][metric]:.4f}'
         about = self.about | {'recipe': run.recipe.name, 'scale': run.scale, metric: last}
         path = run.folder / f'{self.weights}.safetensors'
+        if bad := infinite_weights(distiller.student):
+            raise NotFinite(
+                f"'{bad[0]}' is not finite after {distiller.done} updates: lower"
+                f' learning_rate ({distiller.learning_rate:g})'
+            )
         save_weights(path, distiller.student, about, self.half)
         load_weights(path, distiller.student)
         if self.keep is not None:
