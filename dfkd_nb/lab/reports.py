@@ -115,9 +115,8 @@ class Report:
             ]
             self._draw_images(parts[0].subplots(1, round(width)))
             for part, row in zip(parts[1:], rows):
-                for cell, finding in zip(
-                    part.subfigures(1, columns, squeeze=False)[0], row
-                ):
+                cells = part.subfigures(1, columns, squeeze=False)[0]
+                for cell, finding in zip(cells, row):
                     cell.suptitle(finding.title, fontsize=10, fontweight='bold')
                     finding.draw(cell)
         return page
@@ -173,9 +172,8 @@ class Report:
         return _PAGE.format(title=name, body='\n'.join(body))
 
     def _repr_html_(self) -> str:
-        return (
-            self.table() + '\n' + _image(encode_figure(self.figure(columns=1)), self.title)
-        )
+        picture = encode_figure(self.figure(columns=1))
+        return self.table() + '\n' + _image(picture, self.title)
 
     def save(
         self,
@@ -432,12 +430,10 @@ def inspect_run(
         if isinstance(named, str):
             named = named.replace(',', ' ').split()
         verifiers = [_only_named(v, place) for v in named if v != network.name]
-    others = {}
-    for v in verifiers:
-        if isinstance(v, Teacher):
-            others[v.name] = v
-        else:
-            others[v] = open_network(v, root, scale)
+    others = {
+        getattr(v, 'name', v): v if isinstance(v, Teacher) else open_network(v, root, scale)
+        for v in verifiers
+    }
     trained = (place / 'weights.safetensors').is_file()
     if result.get('task') == 'transfer' and 'student' not in settings and trained:
         settings['student'] = open_teacher(f'run:{place.parent.name}/{place.name}', root)
@@ -591,15 +587,9 @@ def run(
     if arguments.limit < 4:
         raise DFKDError(f'--limit {arguments.limit}: give 4 real images or more')
     place = Path(arguments.folder)
-    teacher: str | Teacher = arguments.teacher
-    if arguments.model:
-        teacher = own_teacher(arguments)
+    teacher = own_teacher(arguments) if arguments.model else arguments.teacher
     report = inspect_run(
-        place,
-        arguments.real,
-        arguments.verifier or None,
-        teacher,
-        limit=arguments.limit,
+        place, arguments.real, arguments.verifier or None, teacher, limit=arguments.limit
     )
     folder = place if place.is_dir() else place.parent
     out = Path(arguments.out) if arguments.out else folder / 'inspection'
