@@ -430,10 +430,8 @@ def inspect_run(
         if isinstance(named, str):
             named = named.replace(',', ' ').split()
         verifiers = [_only_named(v, place) for v in named if v != network.name]
-    others = {
-        getattr(v, 'name', v): v if isinstance(v, Teacher) else open_network(v, root, scale)
-        for v in verifiers
-    }
+    opened = [open_network(v, root, scale) if isinstance(v, str) else v for v in verifiers]
+    others = {v if isinstance(v, str) else v.name: n for v, n in zip(verifiers, opened)}
     trained = (place / 'weights.safetensors').is_file()
     if result.get('task') == 'transfer' and 'student' not in settings and trained:
         settings['student'] = open_teacher(f'run:{place.parent.name}/{place.name}', root)
