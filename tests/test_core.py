@@ -145,3 +145,20 @@ def test_streams_of_another_machine_are_left_alone(monkeypatch: pytest.MonkeyPat
     standing = [s.clone() for s in device.states]
     core.restore_random_state(state)
     assert all(a.equal(b) for a, b in zip(standing, device.states, strict=True))
+
+
+def test_a_full_disk_is_told_in_plain_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError(
+            '[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0'
+        )
+
+    path = tmp_path / 'c.pt'
+    core.save_checkpoint(path, {'step': 1})
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(DFKDError, match='No space left on device') as found:
+        core.save_checkpoint(path, {'step': 2})
+    assert 'enforce' not in str(found.value) and 'untouched' in str(found.value)
+    assert core.load_checkpoint(path) == {'step': 1}

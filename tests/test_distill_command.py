@@ -325,6 +325,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     'a teacher of other classes': (['--num-classes', '5'], ('5', '4')),
     'no minutes': (['--minutes', '0'], ("'0' is not a positive number",)),
+    'endless minutes': (['--minutes', 'inf'], ("'inf' is not a positive number",)),
     'too few minutes': (['--minutes', '1e-6'], ('smallest run', 'give --minutes')),
     'minutes and steps': (['--minutes', '3', '--steps', '3'], ('not allowed with',)),
     'no steps': (['--steps', '0'], ('--steps 0',)),

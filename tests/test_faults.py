@@ -696,7 +696,7 @@ def test_invert_refuses_what_does_not_fit(fails, own):
     fails([*elsewhere, '--mean', '0.3,0.3,0.3', '--std', '1,1,1'], '--model')
     fails([*elsewhere, '--std', '0'], 'positive')
     fails([*elsewhere, '--size', '0'], '--size', 'write 32')
-    fails([*elsewhere, '--n', '0'], "'images'", 'at least 1')
+    fails([*elsewhere, '--n', '0'], '--n 0', '1 or more')
     fails([*elsewhere, '--set', 'steps=3'], "'steps'", "'synthesis_steps'")
     fails([*elsewhere, '--checkpoint', 'nowhere.pt'], 'nowhere.pt', 'check')
 

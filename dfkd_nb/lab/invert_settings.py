@@ -143,6 +143,8 @@ def inversion_settings(
                 f'--set {key}: no real image is used here; make a recipe for it, `dfkd'
                 ' show` prints one to begin with'
             )
+    if arguments.n < 1:
+        raise DFKDError(f'--n {arguments.n}: give 1 or more')
     weights = FOREIGN if foreign else {}
     defaults = usual_settings(size) | weights | {'images': arguments.n}
     if arguments.memory:  # as many as fit

@@ -127,6 +127,11 @@ def held_out_images(
             left.unlink()
         if not any(parts.iterdir()):  # where rounds of pixels are kept, too
             parts.rmdir()
+    if not path.is_file():
+        raise DFKDError(
+            f'{path} is gone, which this run had made: put it back, or start over with'
+            ' --fresh'
+        )
     return ImageSet.load(path).to(run.device), numbers
 
 # %% ../../../nbs/lab/tasks/distill.ipynb #f1b8da0d
