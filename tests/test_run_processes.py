@@ -486,7 +486,7 @@ def test_what_ends_one_ends_all_at_once(made, recipe, fault, rank):
     words = {
         'die': r'stopped \(another process has ended\)',
         'end': r'stopped \(SIGTERM\) with everything saved in .*--resume',
-        'fail': 'error: unexpected MemoryError',
+        'fail': 'error: there is not enough memory',
     }[fault]
     said = reports(ended['heard'])
     assert re.search(words, said[0])
